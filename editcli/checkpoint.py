@@ -1,0 +1,221 @@
+"""A safetensors checkpoint on disk, tensor by tensor, without building a model.
+
+Headers are read here rather than through the library because saving an edited model replaces exactly the bytes of the
+tensors that changed: for that the byte range of each tensor is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from editcli.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_HEADER = 100 << 20
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: ``start`` and ``stop`` are byte offsets in the file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Checkpoint:
+    """The tensors of a model folder; raises :class:`ModelError` where the folder is not a usable checkpoint."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+
+    @cached_property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """All tensors by name."""
+        entries: dict[str, TensorEntry] = {}
+        for file in self.files:
+            entries.update(read_header(self.folder / file))
+        return entries
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """The safetensors files of the checkpoint, by name."""
+        if (self.folder / INDEX).is_file():
+            return _shards(self.folder)
+        if (self.folder / SINGLE).is_file():
+            return (SINGLE,)
+        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):
+            raise ModelError(
+                f"{self.folder} has its weights only as pickle files, which editcli never opens; convert it to safetensors "
+                "first (load it with transformers where you trust it, then save_pretrained)"
+            )
+        raise ModelError(f"{self.folder} has no {SINGLE} and no {INDEX}; is it a Hugging Face model folder?")
+
+    def names(self) -> tuple[str, ...]:
+        """Return all tensor names."""
+        return tuple(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return self.entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's stored dtype."""
+        return torch_dtype(self.entries[name])
+
+    def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """Return one tensor as stored."""
+        path = self.folder / self.entries[name].file
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"cannot read tensor {name} of {path}: {error}") from error
+
+    def tensor_for(self, parameter: str) -> str:
+        """Return the stored name of a model's parameter.
+
+        A checkpoint saved from the bare backbone lacks the prefix of the causal model (``transformer.``), and the other
+        way round; the name is then unique by its end.
+        """
+        if parameter in self.entries:
+            return parameter
+        parts = parameter.split(".")
+        for start in range(1, len(parts) - 1):
+            shorter = ".".join(parts[start:])
+            if shorter in self.entries:
+                return shorter
+        longer = [name for name in self.entries if name.endswith(f".{parameter}")]
+        if len(longer) == 1:
+            return longer[0]
+        raise ModelError(f"{self.folder} has no tensor for the parameter {parameter}")
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over the config and every weight file's content."""
+        digest = hashlib.sha256()
+        for name in ("config.json", *self.files):
+            path = self.folder / name
+            if path.is_file():
+                digest.update(name.encode() + b"\0" + file_digest(path).encode())
+        return digest.hexdigest()
+
+    def digest_of(self, names: Iterable[str]) -> str:
+        """Return a sha256 over the named tensors' bytes."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            entry = self.entries[name]
+            digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
+            with (self.folder / entry.file).open("rb") as file:
+                file.seek(entry.start)
+                _feed(digest, file, entry.stop - entry.start)
+        return digest.hexdigest()
+
+
+def torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """Return the torch dtype of a stored tensor."""
+    if entry.dtype not in DTYPES:
+        raise ModelError(f"tensor {entry.name} is stored as {entry.dtype}, which editcli cannot read")
+    return DTYPES[entry.dtype]
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one safetensors file; raise :class:`ModelError` on a damaged or hostile header."""
+    header, base, size = read_raw_header(path)
+    entries = {}
+    for name, fields in header.items():
+        if name != "__metadata__":
+            entries[name] = _entry(path, name, fields, base, size)
+    return entries
+
+
+def read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a safetensors file's header, the offset where its data starts, and the file's size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER, size - 8):
+                raise ModelError(f"{path} is damaged: its header claims {length:,} bytes; download or copy it again")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    except (struct.error, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} is not a safetensors file: its header is no object")
+    return header, 8 + length, size
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's sha256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        _feed(digest, file, None)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, file: Any, remaining: int | None) -> None:
+    chunk = 1 << 22
+    while remaining is None or remaining > 0:
+        data = file.read(chunk if remaining is None else min(chunk, remaining))
+        if not data:
+            return
+        digest.update(data)
+        remaining = None if remaining is None else remaining - len(data)
+
+
+def _entry(path: Path, name: str, fields: Any, base: int, size: int) -> TensorEntry:
+    try:
+        start, stop = (base + int(offset) for offset in fields["data_offsets"])
+        entry = TensorEntry(name, path.name, str(fields["dtype"]), tuple(map(int, fields["shape"])), start, stop)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is damaged: the header entry of {name!r} cannot be read") from error
+    if not base <= entry.start <= entry.stop <= size:
+        raise ModelError(f"{path} is truncated: {name} should end at byte {entry.stop:,} of {size:,}; copy it again")
+    return entry
+
+
+def _shards(folder: Path) -> tuple[str, ...]:
+    path = folder / INDEX
+    try:
+        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a usable shard index: {error}") from error
+    for name in names:
+        # A shard named ../../x would make us read, and later write, outside the folder.
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ModelError(f"{path} names the shard {name!r}, which is not a plain file name; refused")
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} lacks the shard {name} that its index names; download it again")
+    return tuple(names)

@@ -1,0 +1,301 @@
+"""Edit requests: the schema, and reading them from JSONL with the line that is wrong.
+
+A request's prompt is a template: the text around the subject, with exactly one place for it. In a file the place is
+``{}`` or the subject itself, verbatim and once; braces elsewhere are text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from editcli.errors import RequestError
+
+MAX_LINE_BYTES = 1 << 20
+"""A longer line is refused before it is parsed: no edit needs it, and a hostile file must not exhaust memory."""
+
+_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts")
+_TEXTS = ("prompt", "subject", "target_new")
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbor:
+    """A prompt whose answer must not change: ``target`` is its true answer."""
+
+    prompt: str
+    target: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class EditRequest:
+    """One fact to write: ``prompt`` with ``subject`` in its place shall be continued by ``target_new``."""
+
+    id: str
+    before: str
+    """Prompt text before the subject."""
+    subject: str
+    after: str
+    """Prompt text after the subject."""
+    target_new: str
+    target_true: str | None = None
+    paraphrase_prompts: tuple[str, ...] = ()
+    neighborhood_prompts: tuple[Neighbor, ...] = ()
+    generation_prompts: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that editcli does not read; kept and passed on."""
+    line: int | None = None
+    """Line of the edits file, counted from 1."""
+    file: str = "<edits>"
+
+    @property
+    def prompt(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.before + self.subject + self.after
+
+    @property
+    def subject_end(self) -> int:
+        """Character offset, in :attr:`prompt`, just past the subject."""
+        return len(self.before) + len(self.subject)
+
+    def in_context(self, prefix: str) -> EditRequest:
+        """Return the same request with ``prefix`` written before its prompt."""
+        return _replace_before(self, prefix + self.before)
+
+    def refusal(self, reason: str) -> RequestError:
+        """Return an error that points at this request's line."""
+        return RequestError(reason, file=self.file, line=self.line)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the request as an object of the edits schema."""
+        record: dict[str, Any] = {"id": self.id, "prompt": self._template(), "subject": self.subject}
+        record["target_new"] = self.target_new
+        if self.target_true is not None:
+            record["target_true"] = self.target_true
+        for name in ("paraphrase_prompts", "generation_prompts"):
+            if getattr(self, name):
+                record[name] = list(getattr(self, name))
+        if self.neighborhood_prompts:
+            record["neighborhood_prompts"] = [
+                near.prompt if near.target == self.target_true else {"prompt": near.prompt, "target": near.target}
+                for near in self.neighborhood_prompts
+            ]
+        return {**record, **self.extra}
+
+    def _template(self) -> str:
+        # Braces elsewhere in the prompt are text, so the placeholder form is only safe when it stays unambiguous.
+        template = f"{self.before}{{}}{self.after}"
+        return template if template.count("{}") == 1 else self.prompt
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything that decides what the edit writes."""
+        parts = (self.id, self.before, self.subject, self.after, self.target_new)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _replace_before(request: EditRequest, before: str) -> EditRequest:
+    from dataclasses import replace
+
+    return replace(request, before=before)
+
+
+@dataclass(frozen=True, slots=True)
+class EditFile:
+    """The requests of one file, in order, with what was refused and what is worth a warning."""
+
+    source: str
+    sha256: str
+    requests: tuple[EditRequest, ...]
+    rejected: tuple[RequestError, ...]
+    warnings: tuple[str, ...]
+
+
+def read_edits(source: str | Path, *, skip_bad: bool = False, limit: int | None = None) -> EditFile:
+    """Read an edits file, or standard input for ``-``.
+
+    Raises :class:`RequestError` at the first unusable line, unless ``skip_bad``: then it is collected in ``rejected``.
+    """
+    name = "<stdin>" if str(source) == "-" else str(source)
+    data = _read_bytes(source, name)
+    requests: list[EditRequest] = []
+    rejected: list[RequestError] = []
+    lines_by_id: dict[str, int] = {}
+    for number, raw in _lines(data):
+        try:
+            request = parse_line(raw, file=name, line=number)
+            first = lines_by_id.setdefault(request.id, number)
+            if first != number:
+                raise RequestError(f"id {request.id!r} was already used on line {first}", file=name, line=number)
+        except RequestError as error:
+            if not skip_bad:
+                raise
+            rejected.append(error)
+            continue
+        requests.append(request)
+        if limit is not None and len(requests) >= limit:
+            break
+    if not requests and not rejected:
+        raise RequestError("there is no edit in this file; write one JSON object a line", file=name)
+    digest = hashlib.sha256(data).hexdigest()
+    return EditFile(name, digest, tuple(requests), tuple(rejected), tuple(_conflicts(requests)))
+
+
+def parse_line(raw: bytes, *, file: str, line: int) -> EditRequest:
+    """Parse one line of an edits file; raise :class:`RequestError` with its place and the reason."""
+    if len(raw) > MAX_LINE_BYTES:
+        raise RequestError(f"the line is longer than {MAX_LINE_BYTES:,} bytes", file=file, line=line)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = "the line is not UTF-8 text; save the file as UTF-8"
+        raise RequestError(reason, file=file, line=line, column=error.start + 1) from error
+    try:
+        record = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"not valid JSON: {error.msg}", file=file, line=line, column=error.colno) from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"not valid JSON: {error}", file=file, line=line) from error
+    if not isinstance(record, dict):
+        raise RequestError(f"an edit is a JSON object, not {_kind(record)}", file=file, line=line)
+    return from_record(record, file=file, line=line)
+
+
+def from_record(record: Mapping[str, Any], *, file: str = "<edits>", line: int | None = None) -> EditRequest:
+    """Build a request from an object of the edits schema; raise :class:`RequestError` when it is not one."""
+
+    def refuse(reason: str) -> RequestError:
+        return RequestError(reason, file=file, line=line)
+
+    texts = {name: _text(record, name, refuse) for name in _TEXTS}
+    true = record.get("target_true")
+    if true is not None:
+        true = _text(record, "target_true", refuse)
+    before, after = _split(texts["prompt"], texts["subject"], refuse)
+    lists = {name: _list(record, name, refuse) for name in _LISTS}
+    known = {*_TEXTS, *_LISTS, "target_true", "id"}
+    return EditRequest(
+        id=_identifier(record, line, refuse),
+        before=before,
+        subject=texts["subject"],
+        after=after,
+        target_new=texts["target_new"],
+        target_true=true,
+        paraphrase_prompts=tuple(_prompt(p, "paraphrase_prompts", refuse) for p in lists["paraphrase_prompts"]),
+        neighborhood_prompts=tuple(_neighbor(p, true, refuse) for p in lists["neighborhood_prompts"]),
+        generation_prompts=tuple(_prompt(p, "generation_prompts", refuse) for p in lists["generation_prompts"]),
+        extra={key: value for key, value in record.items() if key not in known},
+        line=line,
+        file=file,
+    )
+
+
+def _read_bytes(source: str | Path, name: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(source) == "-" else Path(source).read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot be read: {error.strerror or error}", file=name) from error
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    for number, raw in enumerate(data.split(b"\n"), start=1):
+        if raw.strip():
+            yield number, raw.rstrip(b"\r")
+
+
+def _conflicts(requests: Iterable[EditRequest]) -> Iterator[str]:
+    """Yield a warning for every pair of edits that give one prompt and subject different targets."""
+    seen: dict[tuple[str, str], EditRequest] = {}
+    for request in requests:
+        earlier = seen.get((request.prompt, request.subject))
+        if earlier is not None and earlier.target_new != request.target_new:
+            yield (
+                f"{request.file}:{request.line}: {request.prompt!r} was already given the target "
+                f"{earlier.target_new!r} on line {earlier.line}; the later one wins"
+            )
+        seen[request.prompt, request.subject] = request
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value"}
+    return "null" if value is None else names.get(type(value), "an object")
+
+
+def _text(record: Mapping[str, Any], name: str, refuse: Any) -> str:
+    if name not in record:
+        raise refuse(f"the field {name!r} is missing")
+    value = record[name]
+    if not isinstance(value, str):
+        raise refuse(f"the field {name!r} must be a text, not {_kind(value)}")
+    if not value.strip():
+        raise refuse(f"the field {name!r} is empty")
+    return _clean(value, name, refuse)
+
+
+def _clean(value: str, name: str, refuse: Any) -> str:
+    if "\x00" in value:
+        raise refuse(f"the field {name!r} contains a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise refuse(f"the field {name!r} contains half of a surrogate pair, which is not text")
+    return value
+
+
+def _split(prompt: str, subject: str, refuse: Any) -> tuple[str, str]:
+    places = prompt.count("{}")
+    if places > 1:
+        raise refuse("the prompt has more than one {}; mark the subject's place once")
+    if places == 1:
+        before, _, after = prompt.partition("{}")
+        return before, after
+    found = prompt.count(subject)
+    if found == 0:
+        raise refuse(f"the subject {subject!r} is not in the prompt; write {{}} where it belongs")
+    if found > 1:
+        raise refuse(f"the subject {subject!r} is in the prompt {found} times; mark its place with {{}}")
+    before, _, after = prompt.partition(subject)
+    return before, after
+
+
+def _identifier(record: Mapping[str, Any], line: int | None, refuse: Any) -> str:
+    value = record.get("id")
+    if value is None:
+        return f"line-{line}" if line is not None else f"edit-{_record_digest(record)}"
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or str(value).strip() == "":
+        raise refuse(f"the field 'id' must be a text or a whole number, not {_kind(value)}")
+    return _clean(str(value), "id", refuse)
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _list(record: Mapping[str, Any], name: str, refuse: Any) -> list[Any]:
+    value = record.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise refuse(f"the field {name!r} must be a list, not {_kind(value)}")
+    return value
+
+
+def _prompt(value: Any, name: str, refuse: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise refuse(f"every entry of {name!r} must be a text that is not empty, not {_kind(value)}")
+    return _clean(value, name, refuse)
+
+
+def _neighbor(value: Any, target_true: str | None, refuse: Any) -> Neighbor:
+    if isinstance(value, dict):
+        prompt = _prompt(value.get("prompt"), "neighborhood_prompts", refuse)
+        target = value.get("target", target_true)
+        return Neighbor(prompt, None if target is None else _prompt(target, "neighborhood_prompts", refuse))
+    return Neighbor(_prompt(value, "neighborhood_prompts", refuse), target_true)

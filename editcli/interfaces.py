@@ -1,0 +1,246 @@
+"""The seam: what a plugin gives us (abstract classes) and what we give it (a protocol and frozen data).
+
+Shapes use the papers' letters: a site's weight W is (d_out, d_in), the layer computes W k; K is (d_in, n) with one
+column per edit, R is (d_out, n). A batch goes through these stages:
+
+=====================  ======================  =======================
+stage                  owner                   in -> out
+=====================  ======================  =======================
+calibrate              ``prepare(session)``    once, on the unedited model
+optimise targets       core (editor may)       requests -> Values
+stabilise values       stabilizers in order    Values -> Values
+keys and residual      core (editor may)       -> Problem, for each site
+solve                  editor                  Problem -> Update
+stabilise update       stabilizers in order    Update -> Update
+write                  core                    adds the update
+remember               editor                  batch -> its own state
+=====================  ======================  =======================
+
+A stabilizer maps a type to itself and its default is the identity; only the editor turns one type into another.
+This module never imports torch at run time, so that listing plugins stays fast.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from editcli.edits import EditRequest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from editcli.report import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One editable matrix: the output projection of a layer's MLP."""
+
+    layer: int
+    module: str
+    """Dotted path of the module in the model, for instance ``model.layers.3.mlp.down_proj``."""
+    transposed: bool
+    """True when the module stores (d_in, d_out), as GPT-2's Conv1D does; decided by module type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Optimised target values of a batch at the last edited layer, (d, n) each, float32.
+
+    ``target`` is z = h + delta, ``initial`` is h, ``written`` is m, the output of that layer's MLP.
+    """
+
+    target: Tensor
+    initial: Tensor
+    written: Tensor
+    dropped: Mapping[int, str]
+    """Columns that a stabilizer gave up, with the reason: such an edit keeps its place and changes nothing."""
+    loss: Tensor
+    """(n,) the loss at which each edit's optimisation stopped."""
+
+    @property
+    def contribution(self) -> Tensor:
+        """What the MLP would have to output, v = m + delta, (d, n)."""
+        return self.target - self.initial + self.written
+
+    def with_contribution(self, contribution: Tensor) -> Values:
+        """Return the values whose MLP outputs ``contribution``: z = (h - m) + v."""
+        return replace(self, target=self.initial - self.written + contribution)
+
+    def drop(self, columns: Mapping[int, str]) -> Values:
+        """Return the values with ``columns`` given up, each for its reason."""
+        return replace(self, dropped={**self.dropped, **columns}) if columns else self
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What one site is asked to write: find D with D K close to R. ``keys`` (d_in, n), ``residual`` (d_out, n)."""
+
+    site: Site
+    keys: Tensor
+    residual: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a site's weight gains: D = left @ right.T with ``left`` (d_out, r) and ``right`` (d_in, r)."""
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor) -> Update:
+        """Wrap a dense (d_out, d_in) update without losing anything: an identity on the smaller side."""
+        rows, columns = matrix.shape
+        if rows <= columns:
+            return cls(left=matrix.new_ones(rows).diag(), right=matrix.T)
+        return cls(left=matrix, right=matrix.new_ones(columns).diag())
+
+    def dense(self) -> Tensor:
+        """Return D as a (d_out, d_in) matrix."""
+        return self.left @ self.right.T
+
+    def norm(self) -> float:
+        """Return ||D||_F from the factors, without forming D."""
+        gram = (self.left.double().T @ self.left.double()) * (self.right.double().T @ self.right.double())
+        return float(gram.sum().clamp_min(0).sqrt())
+
+
+class Session(Protocol):
+    """The model under edit as a component sees it: it can read everything and write nothing."""
+
+    @property
+    def sites(self) -> Sequence[Site]:
+        """The edited sites in the order they are written."""
+        ...
+
+    @property
+    def reporter(self) -> Reporter:
+        """Where to report progress."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where linear algebra belongs."""
+        ...
+
+    def weight(self, site: Site) -> Tensor:
+        """Return the current W, (d_out, d_in), as its float32 master. Do not change it in place."""
+        ...
+
+    def baseline(self, site: Site) -> Tensor:
+        """Return W_0, (d_out, d_in) float32, read from the base checkpoint's files."""
+        ...
+
+    def second_moment(self, site: Site) -> Tensor:
+        """Return Cov = E[k k^T], (d_in, d_in) float64, of the unedited model; raises after the first write."""
+        ...
+
+    def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
+        """Return K, (d_in, n): each edit's key averaged over the bare prompt and the mean of the prefixed ones."""
+        ...
+
+    def residual(self, requests: Sequence[EditRequest], site: Site, values: Values) -> Tensor:
+        """Return R, (d_out, n): z minus the current h at the last site, spread over the sites that remain."""
+        ...
+
+    def values(self, requests: Sequence[EditRequest], *, prefixed: bool = True) -> Values:
+        """Optimise target values for a batch on the current model; without ``prefixed``, on bare prompts only."""
+        ...
+
+    def pilots(self, count: int) -> tuple[Sequence[EditRequest], str]:
+        """Return up to ``count`` edits to calibrate on, and where they came from."""
+        ...
+
+
+class Component(ABC):
+    """What editors and stabilizers have in common.
+
+    A component is built with its options, prepared once on the unedited model, and may keep state: whatever
+    ``state_dict`` returns is saved with the run and handed back to ``load_state_dict`` when a stream is resumed.
+    """
+
+    name: ClassVar[str]
+    """The name used on the command line."""
+    reference: ClassVar[str]
+    """The paper, for instance ``arXiv:2210.07229``."""
+
+    @dataclass(frozen=True)
+    class Options:
+        """A component without options."""
+
+    def __init__(self, options: Any = None):
+        self.options: Any = options if options is not None else self.Options()
+
+    def prepare(self, session: Session) -> None:
+        """Measure whatever the method needs on the unedited model; called once, before the first write."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that a resumed run needs to go on as if unbroken."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+        """Take back what ``state_dict`` returned; called instead of ``prepare``."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the figures of this component that belong in ``run.json``."""
+        return {}
+
+
+class Editor(Component):
+    """Turns what should be written into weight updates.
+
+    Implement :meth:`solve`; everything else has the default of the locate-and-edit methods.
+    """
+
+    needs_values: ClassVar[bool] = True
+    """False for an editor that optimises no target values; stabilizers of values then have nothing to act on."""
+    single_site: ClassVar[bool] = False
+    """True for an editor that writes the last site only (ROME)."""
+
+    def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
+        """Optimise the batch's target values on the current model."""
+        return session.values(requests) if self.needs_values else None
+
+    def problem(
+        self, session: Session, site: Site, requests: Sequence[EditRequest], values: Values | None
+    ) -> Problem:
+        """Return what ``site`` is asked to write, on the model as written so far."""
+        if values is None:
+            raise TypeError(f"{type(self).__name__} computes no values, so it must override problem()")
+        return Problem(site, session.keys(requests, site), session.residual(requests, site, values))
+
+    @abstractmethod
+    def solve(self, problem: Problem) -> Update:
+        """Return the update that writes ``problem``; changes nothing, neither the model nor this editor."""
+
+    def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
+        """Advance this editor's own state after a batch was written; the only place where it may."""
+
+
+class Stabilizer(Component):
+    """Keeps a stream of edits from wrecking the model. Override what you need; the defaults are the identity."""
+
+    def stabilize_values(self, values: Values, session: Session) -> Values:
+        """Return the values that shall be written instead."""
+        return values
+
+    def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
+        """Return the update that shall be written instead."""
+        return update
+
+    def stabilize_weight(self, site: Site, session: Session) -> Tensor | None:
+        """Return the (d_out, d_in) weight to save instead of the accumulated one, or None; applied at read-out."""
+        return None
+
+
+class Diagnostic(Component):
+    """Watches a run: returns numbers for the journal after each batch."""
+
+    def observe(self, session: Session, updates: Mapping[Site, Update]) -> dict[str, float]:
+        """Return ``{name: number}`` for the batch that was just written."""
+        return {}

@@ -1,0 +1,163 @@
+"""Load plugins, refuse clashes, find components by name.
+
+This is a loader of our own because pluggy's ``load_setuptools_entrypoints`` silently skips a second plugin of one name
+and dies with the first one that fails to import. Here a clash is an error that names both distributions, and a broken
+plugin costs one warning line; asking for it by name, or ``EDITCLI_STRICT_PLUGINS=1``, makes it an error.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+
+from editcli import hookspecs
+from editcli.errors import PluginError, near_miss
+from editcli.interfaces import Component, Diagnostic, Editor, Stabilizer
+
+KINDS: Mapping[str, tuple[str, type[Component]]] = {
+    "editor": ("editcli_editors", Editor),
+    "stabilizer": ("editcli_stabilizers", Stabilizer),
+    "diagnostic": ("editcli_diagnostics", Diagnostic),
+}
+"""Kinds of component: the hook that brings them and the class they derive from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A component class, with the plugin and the distribution it came from."""
+
+    name: str
+    kind: str
+    component: type[Component]
+    plugin: str
+    distribution: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    distribution: str
+    version: str
+
+
+class Plugins:
+    """The plugins of this process: what was loaded, what was not and why."""
+
+    def __init__(self) -> None:
+        self.manager = pluggy.PluginManager(hookspecs.NAME)
+        self.manager.add_hookspecs(hookspecs)
+        self.broken: dict[str, str] = {}
+        """Plugins that could not be loaded: name -> reason."""
+        self._sources: dict[str, _Source] = {}
+        self._components: dict[str, dict[str, Registered]] | None = None
+
+    def register(self, plugin: Any, name: str, *, distribution: str = "(this process)", version: str = "") -> None:
+        """Register a module or object that implements hooks; misspelt hooks are an error."""
+        self.manager.register(plugin, name)
+        try:
+            self.manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            self.manager.unregister(name=name)
+            raise PluginError(f"plugin {name!r} implements an unknown hook: {error}") from error
+        self._sources[name] = _Source(distribution, version)
+        self._components = None
+
+    def load(self, name: str, entry: importlib.metadata.EntryPoint, source: _Source) -> None:
+        """Load one entry point; a failure is remembered, not raised."""
+        try:
+            self.register(entry.load(), name, distribution=source.distribution, version=source.version)
+        except PluginError as error:
+            self.broken[name] = str(error)
+        # A third party's import may raise anything, SystemExit included; it must not take the whole program down.
+        except (Exception, SystemExit) as error:
+            self.broken[name] = f"{type(error).__name__}: {error}"
+
+    def all(self, kind: str) -> dict[str, Registered]:
+        """Return the components of one kind by name."""
+        if self._components is None:
+            self._components = {k: self._collect(k) for k in KINDS}
+        return self._components[kind]
+
+    def find(self, kind: str, name: str) -> Registered:
+        """Return the component ``name`` of ``kind``; raise :class:`PluginError` with the near miss."""
+        found = self.all(kind)
+        if name in found:
+            return found[name]
+        if name in self.broken:
+            raise PluginError(f"{kind} {name!r} could not be loaded: {self.broken[name]}")
+        for other in KINDS:
+            if other != kind and name in self.all(other):
+                raise PluginError(f"{name!r} is a {other}, not a {kind}; pass it as --{other}")
+        raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, found)}")
+
+    def _collect(self, kind: str) -> dict[str, Registered]:
+        hook, base = KINDS[kind]
+        found: dict[str, Registered] = {}
+        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
+            for component in self._bring(implementation, base):
+                source = self._sources[implementation.plugin_name]
+                entry = Registered(
+                    component.name, kind, component, implementation.plugin_name, source.distribution, source.version
+                )
+                other = found.setdefault(entry.name, entry)
+                if other is not entry:
+                    raise PluginError(
+                        f"the {kind} {entry.name!r} is brought by two plugins: {other.plugin} ({other.distribution}) and "
+                        f"{entry.plugin} ({entry.distribution}); uninstall one or set EDITCLI_DISABLE={entry.plugin}"
+                    )
+        return dict(sorted(found.items()))
+
+    def _bring(self, implementation: Any, base: type[Component]) -> Iterator[type[Component]]:
+        """Call one plugin's hook; whatever it raises or returns wrongly breaks that plugin alone."""
+        name = implementation.plugin_name
+        try:
+            brought = list(implementation.function())
+        except Exception as error:  # A third party's code may raise anything.
+            self.broken[name] = f"{type(error).__name__}: {error}"
+            return
+        for component in brought:
+            if isinstance(component, type) and issubclass(component, base) and getattr(component, "name", ""):
+                yield component
+            else:
+                self.broken[name] = f"{component!r} is not a named subclass of {base.__name__}"
+
+
+def load_plugins(
+    entries: Iterable[importlib.metadata.Distribution] | None = None, environ: Mapping[str, str] = os.environ
+) -> Plugins:
+    """Load every installed plugin of the entry-point group ``editcli``."""
+    plugins = Plugins()
+    disabled = {name.strip() for name in environ.get("EDITCLI_DISABLE", "").split(",") if name.strip()}
+    for name, (entry, source) in sorted(_discover(entries).items()):
+        if name not in disabled:
+            plugins.load(name, entry, source)
+    for kind in KINDS:
+        plugins.all(kind)
+    if plugins.broken and environ.get("EDITCLI_STRICT_PLUGINS") == "1":
+        name, reason = next(iter(plugins.broken.items()))
+        raise PluginError(f"plugin {name!r} could not be loaded: {reason}")
+    return plugins
+
+
+def _discover(
+    distributions: Iterable[importlib.metadata.Distribution] | None,
+) -> dict[str, tuple[importlib.metadata.EntryPoint, _Source]]:
+    found: dict[str, tuple[importlib.metadata.EntryPoint, _Source]] = {}
+    for distribution in distributions if distributions is not None else importlib.metadata.distributions():
+        for entry in distribution.entry_points:
+            if entry.group != hookspecs.NAME:
+                continue
+            source = _Source(distribution.metadata["Name"], distribution.version)
+            known_entry, known = found.setdefault(entry.name, (entry, source))
+            # The same distribution is listed twice when its folder is on sys.path twice; that is no clash.
+            if known.distribution != source.distribution:
+                raise PluginError(
+                    f"two distributions bring a plugin named {entry.name!r}: {known.distribution} "
+                    f"({known_entry.value}) and {source.distribution} ({entry.value}); uninstall one of them"
+                )
+    return found

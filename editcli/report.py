@@ -1,0 +1,106 @@
+"""What happened, as frozen data, and how the library tells it while it happens.
+
+The library never prints: it calls a :class:`Reporter`. The command line passes one that draws with rich; library
+users pass their own or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class Reporter(Protocol):
+    """Whoever wants to know what a run is doing."""
+
+    def phase(self, name: str, total: int, unit: str = "") -> Any:
+        """Return a context manager that yields ``advance(count)`` for a phase of ``total`` units."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Tell something worth knowing."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """Tell something that may be wrong."""
+        ...
+
+
+class Silent:
+    """A reporter that tells nobody."""
+
+    @contextmanager
+    def phase(self, name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+        yield lambda count: None
+
+    def note(self, text: str) -> None:
+        return None
+
+    def warn(self, text: str) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteReport:
+    """How one edited matrix changed: ``ratio`` is R_n = ||W_n|| / ||W_0||, ``drift`` is ||W_n - W_0|| / ||W_0||."""
+
+    module: str
+    layer: int
+    ratio: float
+    drift: float
+    cast_loss: float = 0.0
+    """||cast(W_n) - W_n|| / ||W_n||: what the file's dtype cannot hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """An edit that was not applied, and why."""
+
+    id: str
+    reason: str
+    line: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """The outcome of one ``apply``; :meth:`to_json` is the contract of ``--json`` and of ``run.json``."""
+
+    status: str
+    model: str
+    editor: str
+    stabilizers: tuple[str, ...]
+    read: int
+    applied: int
+    rejected: tuple[Rejection, ...]
+    efficacy: dict[str, Any]
+    generalization: dict[str, Any] | None
+    specificity: dict[str, Any] | None
+    sites: tuple[SiteReport, ...]
+    seconds: dict[str, float]
+    out: str
+    verdict: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the documented JSON object."""
+        return {
+            "status": self.status,
+            "model": self.model,
+            "editor": self.editor,
+            "stabilizers": list(self.stabilizers),
+            "edits": {"read": self.read, "applied": self.applied, "rejected": len(self.rejected)},
+            "rejected": [{"id": r.id, "line": r.line, "reason": r.reason} for r in self.rejected],
+            "efficacy": self.efficacy,
+            "generalization": self.generalization,
+            "specificity": self.specificity,
+            "sites": [
+                {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "cast_loss": s.cast_loss}
+                for s in self.sites
+            ],
+            "seconds": self.seconds,
+            "out": self.out,
+            "verdict": self.verdict,
+            **self.extra,
+        }

@@ -1,0 +1,178 @@
+"""Where a fact sits in a tokenised text: the subject's last token and the target's tokens, by offset mapping.
+
+The whole text is tokenised once. Nothing is tokenised in parts, because BPE merges across the border and special tokens
+would be counted twice; nothing depends on the tokenizer's padding side, because rows are padded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editcli.edits import EditRequest
+from editcli.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One tokenised text."""
+
+    ids: tuple[int, ...]
+    lookup: int
+    """Position of the last token that overlaps the subject; -1 where the text has no subject."""
+    target: range
+    """Positions of the target's tokens; empty where the text has no target."""
+
+    @property
+    def predicting(self) -> range:
+        """Positions whose next token is a target token."""
+        return range(self.target.start - 1, self.target.stop - 1)
+
+    @property
+    def target_ids(self) -> tuple[int, ...]:
+        """The target's token ids."""
+        return self.ids[self.target.start : self.target.stop]
+
+    def up_to_lookup(self) -> Encoded:
+        """Return the text cut after the lookup token: a causal model cannot see further anyway."""
+        return Encoded(self.ids[: self.lookup + 1], self.lookup, range(0))
+
+    def without_last(self) -> Encoded:
+        """Return the text without its last token, which predicts nothing that is asked for."""
+        return Encoded(self.ids[:-1], self.lookup, self.target)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text with the character spans that matter in it."""
+
+    text: str
+    subject: tuple[int, int] | None
+    target: tuple[int, int] | None
+
+
+class Tokens:
+    """A fast tokenizer with the conventions that editing needs."""
+
+    def __init__(self, tokenizer: Any, *, max_length: int | None = None, chat_template: bool = False):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                "this model has no fast tokenizer, so the subject cannot be located by character offsets; "
+                "add a tokenizer.json to its folder (AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained)"
+            )
+        if chat_template and not getattr(tokenizer, "chat_template", None):
+            raise ModelError("--chat-template was asked for, but this model's tokenizer has no chat template")
+        self.tokenizer, self.max_length, self.chat_template = tokenizer, max_length, chat_template
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id: int = next(identifier for identifier in known if identifier is not None)
+
+    def locate(self, request: EditRequest, target: str | None = None) -> Text:
+        """Return the text of ``request`` followed by ``target``, with both spans."""
+        begin = request.subject_end - len(request.subject)
+        prompt, shift = self._render(request.prompt)
+        subject = (begin + shift, request.subject_end + shift)
+        if target is None:
+            return Text(prompt, subject, None)
+        text, start = self.join(prompt, target)
+        return Text(text, subject, (start, start + len(target.strip())))
+
+    def continue_with(self, prompt: str, target: str) -> Text:
+        """Return a plain prompt followed by ``target``, with the target's span."""
+        text, start = self.join(self._render(prompt)[0], target)
+        return Text(text, None, (start, start + len(target.strip())))
+
+    def join(self, prompt: str, target: str) -> tuple[str, int]:
+        """Write ``target`` after ``prompt``; return the text and the offset where the target starts.
+
+        One space goes between them, unless the prompt ends in white space already, a chat template was rendered, or the
+        tokenizer's round trip shows that it does not keep such a space (its convention is to write none).
+        """
+        target = target.strip()
+        if self.chat_template or prompt[-1:].isspace():
+            return prompt + target, len(prompt)
+        spaced = f"{prompt} {target}"
+        if self._round_trip(spaced) == prompt + target:
+            return prompt + target, len(prompt)
+        return spaced, len(prompt) + 1
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+        """Tokenise texts and turn their character spans into token positions."""
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            [text.text for text in texts],
+            return_offsets_mapping=True,
+            add_special_tokens=not self.chat_template,
+            truncation=False,
+            padding=False,
+            # A text longer than the tokenizer's model_max_length is refused by check(); its own warning says less.
+            verbose=False,
+        )
+        rows = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
+        return [_place(text, ids, offsets) for text, ids, offsets in rows]
+
+    def check(self, request: EditRequest) -> Encoded:
+        """Tokenise a request with its target; raise :class:`RequestError` when it cannot be edited."""
+        (encoded,) = self.encode([self.locate(request, request.target_new)])
+        if encoded.lookup < 0:
+            raise request.refusal(f"the subject {request.subject!r} has no token of its own in this tokenizer")
+        if not encoded.target:
+            raise request.refusal(f"the target {request.target_new!r} is empty after tokenisation")
+        if encoded.target.start <= encoded.lookup:
+            raise request.refusal("the target shares a token with the subject; put some text between them")
+        if encoded.target.start < 1:
+            raise request.refusal("the target has no token before it to be predicted from")
+        if self.max_length is not None and len(encoded.ids) > self.max_length:
+            raise request.refusal(
+                f"prompt and target have {len(encoded.ids)} tokens, more than the model's context of {self.max_length}"
+            )
+        return encoded
+
+    def pad(self, rows: Sequence[Encoded], device: torch.device | str) -> Tensor:
+        """Pad token ids on the right to one (rows, length) tensor.
+
+        With a causal model, what follows a token cannot change it, so no attention mask is needed.
+        """
+        length = max(len(row.ids) for row in rows)
+        padded = [[*row.ids, *[self.pad_id] * (length - len(row.ids))] for row in rows]
+        return torch.tensor(padded, device=device)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _round_trip(self, text: str) -> str:
+        return self.decode(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _render(self, prompt: str) -> tuple[str, int]:
+        """Put the prompt into the chat template when asked to; return it and how far the prompt moved."""
+        if not self.chat_template:
+            return prompt, 0
+        message = [{"role": "user", "content": prompt}]
+        rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        position = rendered.rfind(prompt)
+        if position < 0:
+            raise ModelError("the chat template changes the prompt's text, so the subject cannot be located in it")
+        return rendered, position
+
+
+def _place(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
+    subject = _overlapping(offsets, text.subject)
+    target = _overlapping(offsets, text.target)
+    return Encoded(
+        ids=tuple(ids),
+        lookup=subject[-1] if subject else -1,
+        target=range(target[0], target[-1] + 1) if target else range(0),
+    )
+
+
+def _overlapping(offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> list[int]:
+    if span is None:
+        return []
+    start, stop = span
+    # Special tokens have an empty span of characters and never overlap anything.
+    return [i for i, (first, last) in enumerate(offsets) if first < last and first < stop and last > start]
