@@ -19,16 +19,18 @@ from editcli.errors import RequestError
 MAX_LINE_BYTES = 1 << 20
 """A longer line is refused before it is parsed: no edit needs it, and a hostile file must not exhaust memory."""
 
-_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts")
+_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "locality", "portability")
 _TEXTS = ("prompt", "subject", "target_new")
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbor:
-    """A prompt whose answer must not change: ``target`` is its true answer."""
+    """A prompt with the answer that an edited model should give: for a neighbour, the true one it always gave."""
 
     prompt: str
     target: str | None
+    axis: str | None = None
+    """What the prompt asks about the edit, for instance ``reasoning`` or ``forgetfulness``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,10 @@ class EditRequest:
     paraphrase_prompts: tuple[str, ...] = ()
     neighborhood_prompts: tuple[Neighbor, ...] = ()
     generation_prompts: tuple[str, ...] = ()
+    locality: tuple[Neighbor, ...] = ()
+    """Unrelated questions, each with its own answer (zsRE, KnowEdit)."""
+    portability: tuple[Neighbor, ...] = ()
+    """What follows from the edit, each with the answer that then holds (KnowEdit, MQuAKE)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields that editcli does not read; kept and passed on."""
     line: int | None = None
@@ -84,6 +90,9 @@ class EditRequest:
                 near.prompt if near.target == self.target_true else {"prompt": near.prompt, "target": near.target}
                 for near in self.neighborhood_prompts
             ]
+        for name in ("locality", "portability"):
+            if getattr(self, name):
+                record[name] = [_detailed_json(near) for near in getattr(self, name)]
         return {**record, **self.extra}
 
     def _template(self) -> str:
@@ -188,6 +197,8 @@ def from_record(record: Mapping[str, Any], *, file: str = "<edits>", line: int |
         paraphrase_prompts=tuple(_prompt(p, "paraphrase_prompts", refuse) for p in lists["paraphrase_prompts"]),
         neighborhood_prompts=tuple(_neighbor(p, true, refuse) for p in lists["neighborhood_prompts"]),
         generation_prompts=tuple(_prompt(p, "generation_prompts", refuse) for p in lists["generation_prompts"]),
+        locality=tuple(_detailed(p, "locality", refuse) for p in lists["locality"]),
+        portability=tuple(_detailed(p, "portability", refuse) for p in lists["portability"]),
         extra={key: value for key, value in record.items() if key not in known},
         line=line,
         file=file,
@@ -299,3 +310,17 @@ def _neighbor(value: Any, target_true: str | None, refuse: Any) -> Neighbor:
         target = value.get("target", target_true)
         return Neighbor(prompt, None if target is None else _prompt(target, "neighborhood_prompts", refuse))
     return Neighbor(_prompt(value, "neighborhood_prompts", refuse), target_true)
+
+
+def _detailed(value: Any, name: str, refuse: Any) -> Neighbor:
+    """Read an entry that brings its own answer: ``{"prompt", "target", "axis"?}``."""
+    if not isinstance(value, dict):
+        raise refuse(f"every entry of {name!r} must be an object with 'prompt' and 'target', not {_kind(value)}")
+    axis = value.get("axis")
+    texts = [_prompt(value.get(key), name, refuse) for key in ("prompt", "target")]
+    return Neighbor(texts[0], texts[1], None if axis is None else _prompt(axis, name, refuse))
+
+
+def _detailed_json(near: Neighbor) -> dict[str, Any]:
+    record = {"prompt": near.prompt, "target": near.target}
+    return record if near.axis is None else {**record, "axis": near.axis}
