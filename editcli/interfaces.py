@@ -25,7 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from editcli.edits import EditRequest
 
@@ -110,6 +110,26 @@ class Update:
         return float(gram.sum().clamp_min(0).sqrt())
 
 
+@dataclass(frozen=True, slots=True)
+class SiteGradients:
+    """What one site saw and was asked for, one column per token position: ``t`` positions of all edits together."""
+
+    inputs: Tensor
+    """(d_in, t) float32, k: what the projection read."""
+    gradients: Tensor
+    """(d_out, t) float32, g: gradient, with respect to the projection's output, of the summed loss of the batch."""
+    owner: Tensor
+    """(t,) int64: the edit, counted from 0 in the order of the requests, that each position belongs to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """One forward and backward pass of a batch: ``loss`` (n,) per edit, and what each site saw."""
+
+    loss: Tensor
+    sites: Mapping[Site, SiteGradients]
+
+
 class Session(Protocol):
     """The model under edit as a component sees it: it can read everything and write nothing."""
 
@@ -152,9 +172,31 @@ class Session(Protocol):
         """Optimise target values for a batch on the current model; without ``prefixed``, on bare prompts only."""
         ...
 
+    def gradients(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        positions: Literal["target", "all"] = "target",
+        trial: Mapping[Site, Tensor] | None = None,
+    ) -> Gradients:
+        """Run one forward and backward pass of the targets' cross-entropy, on bare prompts; writes nothing.
+
+        The loss of an edit is the mean over its target's tokens; the pass differentiates the sum over the edits.
+        ``positions`` chooses the columns: ``"target"`` those whose output predicts a token of the target (the
+        prompt's last token up to the target's last but one), ``"all"`` every token of prompt and target that is not
+        padding, so that dL/dW = gradients @ inputs.T. ``trial`` maps sites to (d_out, d_in) weights that stand in
+        for the current ones during this pass only; other sites keep theirs. Columns come edit by edit, left to right.
+        """
+        ...
+
     def pilots(self, count: int) -> tuple[Sequence[EditRequest], str]:
         """Return up to ``count`` edits to calibrate on, and where they came from."""
         ...
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a component that has none."""
 
 
 class Component(ABC):
@@ -169,9 +211,8 @@ class Component(ABC):
     reference: ClassVar[str]
     """The paper, for instance ``arXiv:2210.07229``."""
 
-    @dataclass(frozen=True)
-    class Options:
-        """A component without options."""
+    Options: ClassVar[type[Any]] = NoOptions
+    """A frozen dataclass, usually nested in the component's class; its fields are declared by ``option``."""
 
     def __init__(self, options: Any = None):
         self.options: Any = options if options is not None else self.Options()
@@ -203,7 +244,10 @@ class Editor(Component):
     """True for an editor that writes the last site only (ROME)."""
 
     def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
-        """Optimise the batch's target values on the current model."""
+        """Optimise the batch's target values on the current model; called once per batch, before the first write.
+
+        An editor without values may measure here, for all sites at once, what its :meth:`problem` will need.
+        """
         return session.values(requests) if self.needs_values else None
 
     def problem(
@@ -233,9 +277,12 @@ class Stabilizer(Component):
         """Return the update that shall be written instead."""
         return update
 
-    def stabilize_weight(self, site: Site, session: Session) -> Tensor | None:
-        """Return the (d_out, d_in) weight to save instead of the accumulated one, or None; applied at read-out."""
-        return None
+    def stabilize_weight(self, weight: Tensor, site: Site, session: Session) -> Tensor:
+        """Return the (d_out, d_in) weight to save instead of ``weight``; applied once, at read-out.
+
+        ``weight`` is the accumulated W of ``site`` as the stabilizers before this one left it.
+        """
+        return weight
 
 
 class Diagnostic(Component):

@@ -1,0 +1,49 @@
+"""MEMIT: mass-editing memory in a transformer (Meng et al., 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from editcli.editors import InverseGramEditor
+from editcli.interfaces import Session, Site
+from editcli.options import option
+
+if TYPE_CHECKING:
+    from editcli.leastsquares import InverseGram
+
+
+class Memit(InverseGramEditor):
+    """Write a batch of facts into several layers, each by one least-squares update.
+
+    With the residual R, the keys K and the second moment Cov of keys on reference text, the paper's update is ::
+
+        D = R K^T (lambda Cov + K K^T)^-1  =  R (I + K^T C K)^-1 K^T C,    C = (lambda Cov)^-1
+
+    lambda (``mom2_update_weight``) weighs what the layer already does against the new facts. With ``remember`` the
+    keys of past batches join K K^T, so that later batches leave earlier facts in place ("MEMIT_seq" elsewhere).
+    """
+
+    name: ClassVar[str] = "memit"
+    reference: ClassVar[str] = "arXiv:2210.07229"
+
+    @dataclass(frozen=True)
+    class Options:
+        """How strongly the old is kept against the new."""
+
+        mom2_update_weight: float = option(15000.0, "weight lambda of the reference text against the edits")
+        remember: bool = option(False, "keep what earlier batches wrote: past keys join the penalty")
+
+        def __post_init__(self) -> None:
+            if not self.mom2_update_weight > 0:
+                raise ValueError("mom2_update_weight must be greater than 0")
+
+    @property
+    def remembers(self) -> bool:
+        return self.options.remember
+
+    def prior(self, session: Session, site: Site) -> InverseGram:
+        from editcli.leastsquares import InverseGram
+
+        gram = self.options.mom2_update_weight * session.second_moment(site)
+        return InverseGram.inverting(gram, site=site.module, device=session.device, reporter=session.reporter)

@@ -1,0 +1,10 @@
+"""NAS as an editcli plugin."""
+
+from editcli.hookspecs import hookimpl
+
+
+@hookimpl
+def editcli_stabilizers():
+    from editcli_nas.stabilizer import Nas
+
+    return [Nas]

@@ -1,0 +1,99 @@
+"""NAS: norm-anchor scaling of target values (2026)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from editcli.errors import NumericalError, OptionError, StateError
+from editcli.interfaces import Session, Stabilizer, Values
+from editcli.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BY_HAND = "set by hand"
+
+
+class Nas(Stabilizer):
+    """Give every edit's contribution the norm that contributions have on the unedited model.
+
+    Each written value v = m + delta grows the weight a little, a grown weight makes the next m longer, and so the
+    norms of a long stream run away. With the anchor a, the mean of ||m + delta|| over pilot edits on the unedited
+    model::
+
+        v <- a v / ||v||            v <- m, the edit is dropped, when ||v|| > guard a
+
+    The anchor is one number, measured once at the last edited layer and never again.
+    """
+
+    name: ClassVar[str] = "nas"
+    reference: ClassVar[str] = "arXiv:2602.02543"
+
+    @dataclass(frozen=True)
+    class Options:
+        """How the anchor is found and what is too far from it."""
+
+        guard: float = option(2.0, "drop an edit whose contribution is longer than this many anchors")
+        pilots: int = option(1000, "measure the anchor on at most this many edits")
+        trim: float = option(0.05, "share of the longest pilot contributions to leave out")
+        anchor: float | None = option(None, "the anchor itself, instead of measuring it")
+
+        def __post_init__(self) -> None:
+            if not (self.guard > 0 and self.pilots > 0 and 0 <= self.trim < 1):
+                raise ValueError("guard and pilots must be greater than 0, and trim at least 0 and less than 1")
+            if self.anchor is not None and not self.anchor > 0:
+                raise ValueError("anchor must be greater than 0")
+
+    anchor: float
+    pilots: int = 0
+    source: str = BY_HAND
+
+    def prepare(self, session: Session) -> None:
+        if self.options.anchor is not None:
+            self.anchor = self.options.anchor
+            return
+        requests, self.source = session.pilots(self.options.pilots)
+        self.pilots = len(requests)
+        if not requests:
+            raise OptionError("nas has no edits to measure its anchor on; set nas.anchor to a number")
+        norms = session.values(requests, prefixed=False).contribution.double().norm(dim=0).sort().values
+        kept = norms[: max(1, round(len(norms) * (1 - self.options.trim)))]
+        self.anchor = float(kept.mean())
+        # A NaN sorts last and may be trimmed away; only one that reaches the mean matters.
+        if not 0 < self.anchor < float("inf"):
+            raise NumericalError(f"the anchor of nas came out as {self.anchor}", site=session.sites[-1].module)
+
+    def stabilize_values(self, values: Values, session: Session) -> Values:
+        contribution = values.contribution
+        norms = contribution.double().norm(dim=0)
+        # Comparing this way round drops a NaN too; a contribution of norm zero has no direction to scale along.
+        usable = (norms <= self.options.guard * self.anchor) & (norms > 0)
+        scaled = contribution * (self.anchor / norms).to(contribution.dtype)
+        limit = f"more than nas.guard={self.options.guard:g} times the anchor {self.anchor:.3g}"
+        lost = {
+            column: f"its contribution has norm {float(norms[column]):.3g}, {limit}"
+            for column in (~usable).nonzero().flatten().tolist()
+        }
+        return values.with_contribution(scaled.where(usable, values.written)).drop(lost)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return ``anchor`` (float64), ``pilots`` (their number) and ``source`` (UTF-8 bytes)."""
+        import torch
+
+        return {
+            "anchor": torch.tensor(self.anchor, dtype=torch.float64),
+            "pilots": torch.tensor(self.pilots),
+            "source": torch.tensor(list(self.source.encode()), dtype=torch.uint8),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+        if not {"anchor", "pilots", "source"} <= set(state):
+            raise StateError("the saved state of nas has no anchor; start a new run")
+        self.anchor = float(state["anchor"])
+        self.pilots = int(state["pilots"])
+        self.source = bytes(state["source"].tolist()).decode()
+
+    def record(self) -> dict[str, Any]:
+        return {"anchor": self.anchor, "pilots": self.pilots, "source": self.source}
