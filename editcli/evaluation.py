@@ -74,7 +74,11 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """Return the raw numbers as a JSON object: one line of ``eval --out``."""
-        return asdict(self)
+        record = asdict(self)
+        for group in _GROUPS:
+            for line, answer in zip(record[group], getattr(self, group), strict=True):
+                line["success"] = answer.success
+        return record
 
 
 @dataclass(frozen=True, slots=True)
