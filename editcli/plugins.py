@@ -48,6 +48,8 @@ class _Source:
 class Plugins:
     """The plugins of this process: what was loaded, what was not and why."""
 
+    kinds = tuple(KINDS)
+
     def __init__(self) -> None:
         self.manager = pluggy.PluginManager(hookspecs.NAME)
         self.manager.add_hookspecs(hookspecs)
@@ -77,6 +79,11 @@ class Plugins:
         except (Exception, SystemExit) as error:
             self.broken[name] = f"{type(error).__name__}: {error}"
 
+    def source(self, plugin: str) -> tuple[str, str]:
+        """Return the name and version of the distribution that brought ``plugin``."""
+        source = self._sources[plugin]
+        return source.distribution, source.version
+
     def all(self, kind: str) -> dict[str, Registered]:
         """Return the components of one kind by name."""
         if self._components is None:
@@ -95,36 +102,34 @@ class Plugins:
                 raise PluginError(f"{name!r} is a {other}, not a {kind}; pass it as --{other}")
         raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, found)}")
 
+    def brought(self, hook: str) -> Iterator[tuple[str, Any]]:
+        """Yield ``(plugin, object)`` for everything that ``hook`` brings; a plugin that raises is broken, alone."""
+        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
+            name = implementation.plugin_name
+            try:
+                brought = list(implementation.function())
+            except Exception as error:  # A third party's code may raise anything.
+                self.broken[name] = f"{type(error).__name__}: {error}"
+                continue
+            for item in brought:
+                yield name, item
+
     def _collect(self, kind: str) -> dict[str, Registered]:
         hook, base = KINDS[kind]
         found: dict[str, Registered] = {}
-        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
-            for component in self._bring(implementation, base):
-                source = self._sources[implementation.plugin_name]
-                entry = Registered(
-                    component.name, kind, component, implementation.plugin_name, source.distribution, source.version
+        for plugin, component in self.brought(hook):
+            if not (isinstance(component, type) and issubclass(component, base) and getattr(component, "name", "")):
+                self.broken[plugin] = f"{component!r} is not a named subclass of {base.__name__}"
+                continue
+            source = self._sources[plugin]
+            entry = Registered(component.name, kind, component, plugin, source.distribution, source.version)
+            other = found.setdefault(entry.name, entry)
+            if other is not entry:
+                raise PluginError(
+                    f"the {kind} {entry.name!r} is brought by two plugins: {other.plugin} ({other.distribution}) and "
+                    f"{entry.plugin} ({entry.distribution}); uninstall one or set EDITCLI_DISABLE={entry.plugin}"
                 )
-                other = found.setdefault(entry.name, entry)
-                if other is not entry:
-                    raise PluginError(
-                        f"the {kind} {entry.name!r} is brought by two plugins: {other.plugin} ({other.distribution}) and "
-                        f"{entry.plugin} ({entry.distribution}); uninstall one or set EDITCLI_DISABLE={entry.plugin}"
-                    )
         return dict(sorted(found.items()))
-
-    def _bring(self, implementation: Any, base: type[Component]) -> Iterator[type[Component]]:
-        """Call one plugin's hook; whatever it raises or returns wrongly breaks that plugin alone."""
-        name = implementation.plugin_name
-        try:
-            brought = list(implementation.function())
-        except Exception as error:  # A third party's code may raise anything.
-            self.broken[name] = f"{type(error).__name__}: {error}"
-            return
-        for component in brought:
-            if isinstance(component, type) and issubclass(component, base) and getattr(component, "name", ""):
-                yield component
-            else:
-                self.broken[name] = f"{component!r} is not a named subclass of {base.__name__}"
 
 
 def load_plugins(

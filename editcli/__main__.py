@@ -1,0 +1,92 @@
+"""The program: load the plugins, run one command, turn what went wrong into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+import click
+
+from editcli.cli import build_cli
+from editcli.cli.common import App
+from editcli.errors import EditError
+from editcli.plugins import load_plugins
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells report it (128 + SIGINT)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``editcli`` and return its exit code."""
+    _quieten_libraries()
+    app: App | None = None
+    try:
+        app = App(load_plugins())
+        group = build_cli(app.plugins)
+        _warn_broken(app)
+        code = group.main(args=_or_help(arguments), prog_name="editcli", obj=app, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except EditError as error:
+        if app is not None and app.verbosity > 0:
+            traceback.print_exc()
+        return _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        return _usage_error(error)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has gone, as in `editcli plugins | head -1`; the flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _or_help(arguments: Sequence[str] | None) -> Sequence[str]:
+    return (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _usage_error(error: click.ClickException) -> int:
+    """Show a usage error in one line, with the file or variable that a bad value came from."""
+    context = getattr(error, "ctx", None)
+    hint = ""
+    if isinstance(context, click.Context):
+        hint = f" (see '{context.command_path} --help')"
+        hint = _origin(context, getattr(error, "param", None)) + hint
+    return _fail(error.format_message().rstrip(".") + hint, error.exit_code)
+
+
+def _origin(context: click.Context, parameter: click.Parameter | None) -> str:
+    if parameter is None or parameter.name is None:
+        return ""
+    source = context.get_parameter_source(parameter.name)
+    if source is click.core.ParameterSource.DEFAULT_MAP:
+        return f", read from {context.meta.get('editcli.config', 'editcli.toml')}"
+    if source is click.core.ParameterSource.ENVIRONMENT:
+        return f", read from the variable {parameter.envvar}"
+    return ""
+
+
+def _warn_broken(app: App) -> None:
+    for name, reason in app.plugins.broken.items():
+        first_line = " ".join(reason.split())
+        click.echo(f"warning: plugin {name!r} could not be loaded and is left out: {first_line}", err=True)
+
+
+def _quieten_libraries() -> None:
+    """Keep other libraries' chatter off the terminal, unless the user has set it up otherwise."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

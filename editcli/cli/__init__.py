@@ -1,0 +1,42 @@
+"""The command line: one file per command, each parsing, calling the library once and rendering."""
+
+from __future__ import annotations
+
+import click
+
+from editcli.cli.group import LazyGroup, add_plugin_commands
+from editcli.plugins import Plugins
+
+COMMANDS = {
+    "apply": ("editcli.cli.apply:apply", "Edit a model: the main job."),
+    "plugins": ("editcli.cli.plugins:plugins", "Show what is installed, from where, with which options and paper."),
+    "stats": ("editcli.cli.stats:stats", "Compute and show the reference-text statistics of a model."),
+}
+"""Every built-in command: where it lives and what ``--help`` says, so that showing the list imports none of them."""
+
+
+def build_cli(plugins: Plugins) -> click.Group:
+    """Return the command group with the built-in commands and those that plugins bring."""
+    group = LazyGroup(
+        name="editcli",
+        commands_table=COMMANDS,
+        help="Rewrite facts inside a causal language model's weights, and see what that did to it.",
+        epilog="Every option can also be set in editcli.toml or as EDITCLI_<OPTION>; the command line wins.",
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    group.params.append(_version_option())
+    add_plugin_commands(group, plugins)
+    return group
+
+
+def _version_option() -> click.Option:
+    def show(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and not context.resilient_parsing:
+            from editcli import __version__
+
+            click.echo(f"editcli {__version__}")
+            context.exit()
+
+    return click.Option(
+        ["--version"], is_flag=True, expose_value=False, is_eager=True, callback=show, help="Show the version and exit."
+    )

@@ -1,0 +1,158 @@
+"""The options of ``editcli apply``, in the sections in which ``--help`` shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from editcli.cli.common import CommaSeparated, LayerRange, option, split_commas
+from editcli.recipe import DTYPES, ON_ERROR
+
+COUNT = click.IntRange(min=1)
+
+
+def model_options(command: Any) -> Any:
+    """Add which model to edit and how to load it."""
+    return _stack(
+        command,
+        option("--model", "-m", section="Model", help="Folder or hub id. [default: the bundled model]"),
+        option("--revision", section="Model", help="Branch, tag or commit of a hub id."),
+        option("--device", default="auto", show_default=True, section="Model", help="auto, cpu, cuda, cuda:1, mps ..."),
+        option("--device-map", section="Model", help="Spread the model over devices: auto, or a map as JSON."),
+        option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="auto",
+            show_default=True,
+            section="Model",
+            help="Type to run the model in; auto is the checkpoint's own. Edited matrices are kept in float32 besides.",
+        ),
+        option(
+            "--chat-template/--no-chat-template",
+            section="Model",
+            help="Edit and measure inside the model's chat template.",
+        ),
+        option(
+            "--trust-remote-code",
+            is_flag=True,
+            env=False,
+            section="Model",
+            help="Run the code that comes with the model. It can do anything you can.",
+        ),
+    )
+
+
+def method_options(command: Any) -> Any:
+    """Add how to edit."""
+    return _stack(
+        command,
+        option(
+            "--editor", "-e", section="Method", help="What turns facts into updates. [default: the preset's, or memit]"
+        ),
+        option(
+            "--stabilizer",
+            "-s",
+            "stabilizers",
+            type=CommaSeparated(),
+            callback=split_commas,
+            multiple=True,
+            section="Method",
+            help="What keeps a stream of edits from wrecking the model; repeat it, they act in this order.",
+        ),
+        option(
+            "--layers",
+            type=LayerRange(),
+            section="Method",
+            help="Layers to edit, such as 4-8 or 4-8,10. [default: the preset's]",
+        ),
+        option(
+            "--batch-size", "-b", type=COUNT, section="Method", help="Edits written at once. [default: all that fit]"
+        ),
+        option(
+            "-o",
+            "--option",
+            "assignments",
+            multiple=True,
+            env=False,
+            metavar="NAME.KEY=VALUE",
+            section="Method",
+            help="Set an option of a method; repeat it. 'editcli plugins NAME' lists them.",
+        ),
+        option("--stats", section="Method", help="Statistics file to use instead of computing or looking one up."),
+        option("--corpus", section="Method", help="Text for statistics: a file, hf:ID[:CONFIG] or self."),
+        option(
+            "--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Method", help="Random seed."
+        ),
+    )
+
+
+def output_options(command: Any) -> Any:
+    """Add where the result goes."""
+    return _stack(
+        command,
+        option(
+            "--out", default="", metavar="DIR", section="Output", help="Folder to write. [default: <edits stem>-edited]"
+        ),
+        option(
+            "--overwrite", is_flag=True, env=False, section="Output", help="Replace OUT if one of our runs made it."
+        ),
+        option("--resume", is_flag=True, env=False, section="Output", help="Continue the stream in OUT."),
+        option(
+            "--save-dtype",
+            type=click.Choice(DTYPES),
+            default="auto",
+            show_default=True,
+            section="Output",
+            help="Type of the edited tensors in the file; auto is the checkpoint's own.",
+        ),
+    )
+
+
+def run_options(command: Any) -> Any:
+    """Add how the run goes."""
+    return _stack(
+        command,
+        option(
+            "--dry-run", is_flag=True, env=False, section="Run", help="Check everything, print the plan, write nothing."
+        ),
+        option("--limit", type=COUNT, section="Run", help="Take only the first N edits."),
+        option(
+            "--on-error",
+            type=click.Choice(ON_ERROR),
+            default="stop",
+            show_default=True,
+            section="Run",
+            help="What to do with an edit that cannot be used: stop before writing anything, or skip and list it.",
+        ),
+        option("--checkpoint-every", type=COUNT, metavar="N", section="Run", help="Save the state every N batches."),
+        option(
+            "--stop-if",
+            multiple=True,
+            type=CommaSeparated(),
+            callback=split_commas,
+            metavar="EXPR",
+            section="Run",
+            help="Stop before writing a batch that makes this true: ratio>2.5, drift>1, retained<0.6, efficacy<0.5.",
+        ),
+        option(
+            "--eval/--no-eval",
+            "evaluate",
+            default=True,
+            show_default=True,
+            section="Run",
+            help="Measure before and after.",
+        ),
+        option(
+            "--eval-every", type=COUNT, metavar="N", section="Run", help="Measure what is retained every N batches."
+        ),
+        option("--diagnose-every", type=COUNT, metavar="N", section="Run", help="Look at spectra every N batches."),
+    )
+
+
+def _stack(command: Any, *options: Callable[[Any], Any]) -> Any:
+    """Apply decorators so that the options appear in the order in which they are written here."""
+    for decorate in reversed(options):
+        command = decorate(command)
+    return command

@@ -1,0 +1,170 @@
+"""What the commands share: the application object, options with groups and variables, printing JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from editcli.errors import OptionError
+from editcli.plugins import Plugins
+from editcli.recipe import parse_layers
+
+if TYPE_CHECKING:
+    from editcli.render import RichReporter
+
+
+OTHER = "Other options"
+"""The section of options that name none; it comes last."""
+
+
+class App:
+    """What a command gets with ``@click.pass_obj``: the plugins and where to report."""
+
+    def __init__(self, plugins: Plugins):
+        self.plugins = plugins
+        self.verbosity = 0
+        """-1 quiet, 0 normal, 1 verbose; set by ``-q`` and ``-v`` while the command line is read."""
+
+    @cached_property
+    def reporter(self) -> RichReporter:
+        """Progress, notes and warnings, on stderr."""
+        from editcli.render import RichReporter
+
+        return RichReporter(verbosity=lambda: self.verbosity)
+
+    def show(self, renderable: Any) -> None:
+        """Draw a table on stdout."""
+        from editcli.render import stdout
+
+        stdout().print(renderable)
+
+
+class Option(click.Option):
+    """An option that belongs to a section of ``--help`` and can be set by a variable ``EDITCLI_<NAME>``."""
+
+    def __init__(self, *args: Any, section: str = OTHER, **kwargs: Any):
+        self.section = section
+        super().__init__(*args, **kwargs)
+
+
+class Command(click.Command):
+    """A command whose ``--help`` shows its options in sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section for each group of options, in the order in which the groups appear."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections.setdefault(getattr(parameter, "section", OTHER), []).append(record)
+        for title in sorted(sections, key=OTHER.__eq__):
+            with formatter.section(title):
+                formatter.write_dl(sections[title])
+
+
+def option(*declarations: str, section: str = OTHER, env: bool = True, **settings: Any) -> Callable[[Any], Any]:
+    """Declare an option of a :class:`Command`; unless ``env`` is false, ``EDITCLI_<NAME>`` sets it too."""
+    if env:
+        settings.setdefault("envvar", variable(declarations))
+    return click.option(*declarations, cls=Option, section=section, **settings)
+
+
+def variable(declarations: tuple[str, ...]) -> str:
+    """Return the environment variable of an option declared as ``declarations``."""
+    plain = [text for text in declarations if text.isidentifier()]
+    long = [text.partition("/")[0].lstrip("-") for text in declarations if text.startswith("--")]
+    return "EDITCLI_" + (plain or long)[0].replace("-", "_").upper()
+
+
+class CommaSeparated(click.ParamType):
+    """Texts of an option that may repeat; one value, or one variable, may also hold several with commas."""
+
+    name = "name"
+    envvar_list_splitter = ","
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return one name without the blanks around it."""
+        if not isinstance(value, str):
+            self.fail(f"{value!r} is not a text", param, ctx)
+        return value.strip()
+
+
+class LayerRange(click.ParamType):
+    """Layer numbers such as ``4-8,10``; a settings file may also hold a number or a list of numbers."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the layers in ascending order."""
+        if isinstance(value, tuple):
+            return value
+        texts = value if isinstance(value, list) else [value]
+        try:
+            return parse_layers(",".join(str(text) for text in texts))
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+def split_commas(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """Split ``a,b`` into two values; a click callback."""
+    return tuple(part.strip() for text in value or () for part in text.split(",") if part.strip())
+
+
+def json_option(command: Any) -> Any:
+    """Add ``--json``: one JSON document on stdout instead of tables."""
+    return option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        env=False,
+        section="Output",
+        help="Print one JSON document instead of tables.",
+    )(command)
+
+
+def print_json(document: Mapping[str, Any] | list[Any]) -> None:
+    """Print one JSON document on stdout; numbers that JSON does not know become null."""
+    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def verbosity_options() -> list[click.Option]:
+    """Return ``-v`` and ``-q``."""
+    return [
+        Option(
+            ["-v", "--verbose"],
+            is_flag=True,
+            expose_value=False,
+            callback=_set_verbosity(1),
+            help="Say more; show the library's own warnings.",
+        ),
+        Option(
+            ["-q", "--quiet"],
+            is_flag=True,
+            expose_value=False,
+            callback=_set_verbosity(-1),
+            help="Say nothing but warnings, errors and results.",
+        ),
+    ]
+
+
+def _set_verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def callback(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        app = context.find_object(App)
+        if value and app is not None:
+            app.verbosity = level
+
+    return callback

@@ -1,0 +1,72 @@
+"""A command group that imports a command only when it is run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from editcli.cli.common import verbosity_options
+from editcli.errors import near_miss
+from editcli.plugins import Plugins
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are named in a table ``name -> (module:attribute, help)``."""
+
+    def __init__(self, *args: Any, commands_table: Mapping[str, tuple[str, str]] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.table = dict(commands_table or {})
+        self.params.extend(verbosity_options())
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return built-in commands in the table's order, then those of plugins."""
+        return [*self.table, *sorted(set(self.commands) - set(self.table))]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in self.commands and cmd_name in self.table:
+            module, _, attribute = self.table[cmd_name][0].partition(":")
+            self.add_command(with_verbosity(getattr(importlib.import_module(module), attribute)), cmd_name)
+        return self.commands.get(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, naming the near miss when there is none."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None and not ctx.resilient_parsing:
+            known = self.list_commands(ctx)
+            raise click.UsageError(f"there is no command {name!r}{near_miss(name, known)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, importing none of the built-in ones."""
+        rows = [(name, self._short_help(name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def _short_help(self, name: str) -> str:
+        return self.table[name][1] if name in self.table else self.commands[name].get_short_help_str(limit=80)
+
+
+def with_verbosity(command: click.Command) -> click.Command:
+    """Let ``-v`` and ``-q`` be written after the command's name as well."""
+    taken = {text for parameter in command.params for text in parameter.opts}
+    for option in verbosity_options():
+        if not taken & set(option.opts):
+            command.params.append(option)
+    return command
+
+
+def add_plugin_commands(group: LazyGroup, plugins: Plugins) -> None:
+    """Add the commands that plugins bring; one that takes a built-in's name is refused with a warning."""
+    for plugin, command in plugins.brought("editcli_commands"):
+        if not isinstance(command, click.Command) or not command.name:
+            plugins.broken[plugin] = f"{command!r} is not a named click command"
+        elif command.name in group.list_commands(click.Context(group)):
+            plugins.broken[plugin] = f"its command {command.name!r} is already taken"
+        else:
+            group.add_command(with_verbosity(command))

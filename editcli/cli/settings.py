@@ -1,0 +1,106 @@
+"""Join the command line with ``editcli.toml`` and ``EDITCLI_*`` variables."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from editcli.cli.common import App, option
+from editcli.config import Config, environment_settings, load_config
+from editcli.errors import OptionError
+from editcli.options import merge, parse_assignments
+from editcli.plugins import Plugins
+from editcli.recipe import CORE_SECTIONS, Recipe, check_section
+
+_META = "editcli.component-settings"
+
+
+def config_option(command: Any) -> Any:
+    """Add ``--config``; the file's values become the command's defaults."""
+    return option(
+        "--config",
+        type=click.Path(dir_okay=False, path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        section="Run",
+        help="Settings file to read instead of ./editcli.toml.",
+    )(command)
+
+
+def component_settings(context: click.Context, assignments: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Return component options: the file's tables, then ``EDITCLI_OPTIONS``, then ``-o``."""
+    return merge(context.meta.get(_META, {}), environment_settings(os.environ), parse_assignments(assignments))
+
+
+def refuse_idle_options(recipe: Recipe, assignments: Iterable[str], plugins: Plugins) -> None:
+    """Raise when ``-o`` sets an option of a method that the command line leaves out: it would do nothing."""
+    for name in parse_assignments(assignments):
+        if name in plugins.all("stabilizer") and name not in recipe.stabilizers:
+            raise OptionError(f"-o {name}... was given, but {name} is not in this run; add --stabilizer {name}")
+        if name in plugins.all("editor") and recipe.editor not in (None, name):
+            raise OptionError(f"-o {name}... was given, but the editor is {recipe.editor}; add --editor {name}")
+
+
+def _read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    app = context.find_object(App)
+    if context.resilient_parsing or app is None:
+        return
+    config = load_config(path)
+    _check(config, context, app)
+    defaults = {**config.values, **config.tables.get(context.info_name or "", {})}
+    context.default_map = _by_parameter(context.command, defaults)
+    context.meta["editcli.config"] = config.source
+    context.meta[_META] = {name: table for name, table in config.tables.items() if name not in _commands()}
+    _warn_near_misses(context, app)
+
+
+def _check(config: Config, context: click.Context, app: App) -> None:
+    from editcli.cli.apply import apply
+
+    components = {name for kind in app.plugins.kinds for name in app.plugins.all(kind)}
+    config.check(options={*_names(apply), *_names(context.command)}, tables={*components, *CORE_SECTIONS, *_commands()})
+    own = context.info_name or ""
+    Config(f"{config.source} [{own}]", config.tables.get(own, {})).check(options=_names(context.command), tables=())
+    for name, table in config.tables.items():
+        if name not in _commands():
+            try:
+                check_section(name, table, app.plugins)
+            except OptionError as error:
+                raise OptionError(f"{config.source}: {error}") from error
+
+
+def _commands() -> frozenset[str]:
+    from editcli.cli import COMMANDS
+
+    return frozenset(COMMANDS)
+
+
+def _names(command: click.Command) -> dict[str, str]:
+    """Map every name of an option, with underscores, to its parameter's name."""
+    names: dict[str, str] = {}
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name and parameter.expose_value:
+            long = (text[2:].replace("-", "_") for text in parameter.opts if text.startswith("--"))
+            names.update(dict.fromkeys([parameter.name, *long], parameter.name))
+    return names
+
+
+def _by_parameter(command: click.Command, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    names = _names(command)
+    return {names[key]: value for key, value in defaults.items() if key in names}
+
+
+def _warn_near_misses(context: click.Context, app: App) -> None:
+    """Warn about a variable that looks like a mistyped one of ours; any other may belong to another command."""
+    known = [str(parameter.envvar) for parameter in context.command.params if parameter.envvar]
+    for name in sorted(os.environ):
+        if name.startswith("EDITCLI_") and name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+            if close:
+                app.reporter.warn(f"the variable {name} is not read by anything; did you mean {close[0]}?")

@@ -1,0 +1,118 @@
+"""Draw with rich: progress and notes on stderr, results on stdout. Tables of results are in ``render_*`` modules."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+def stdout() -> Console:
+    """Return a console for results; rich leaves colours out when it is no terminal or ``NO_COLOR`` is set."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
+
+
+def stderr() -> Console:
+    """Return a console for progress, notes and warnings."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+class RichReporter:
+    """A reporter that draws progress bars on a terminal and writes notes and warnings as plain lines."""
+
+    def __init__(self, *, verbosity: Callable[[], int] = lambda: 0, console: Console | None = None):
+        self.console = console or stderr()
+        self._verbosity = verbosity
+        self._progress: Progress | None = None
+        self._open = 0
+
+    @contextmanager
+    def phase(self, name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+        """Show one bar for a phase of ``total`` units; phases may be nested, each has its own bar."""
+        if not self.console.is_terminal or self._verbosity() < 0:
+            yield lambda count: None
+            return
+        progress = self._enter()
+        task = progress.add_task(name, total=total, unit=unit)
+        try:
+            yield lambda count: progress.advance(task, count)
+        finally:
+            self._leave(progress, task)
+
+    def note(self, text: str) -> None:
+        """Tell something worth knowing, unless quiet."""
+        if self._verbosity() >= 0:
+            self._line(Text(text, style="dim"))
+
+    def warn(self, text: str) -> None:
+        """Tell something that may be wrong, even when quiet."""
+        self._line(Text.assemble(("warning: ", "yellow"), text))
+
+    def _line(self, text: Text) -> None:
+        # Soft wrapping leaves a redirected line whole, so that it can be searched for.
+        self.console.print(text, soft_wrap=True)
+
+    def _enter(self) -> Progress:
+        progress = self._progress
+        if progress is None:
+            progress = self._progress = _progress(self.console)
+            progress.start()
+        self._open += 1
+        return progress
+
+    def _leave(self, progress: Progress, task: TaskID) -> None:
+        progress.remove_task(task)
+        self._open -= 1
+        if self._open == 0:
+            progress.stop()
+            self._progress = None
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        _Done(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        expand=True,
+    )
+
+
+class _Done(ProgressColumn):
+    """How much is done, for instance ``120/2,000 edits``."""
+
+    def render(self, task: Task) -> Text:
+        unit = task.fields.get("unit", "")
+        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f} {unit}".rstrip(), style="green")
+
+
+class _Rate(ProgressColumn):
+    """How fast it goes, for instance ``12.3/s``."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{rate(task.speed)}/s", style="cyan")
+
+
+def rate(speed: float) -> str:
+    """Return a number a second with three digits that matter."""
+    if speed >= 100:
+        return f"{speed:,.0f}"
+    return f"{speed:.1f}" if speed >= 10 else f"{speed:.2f}"

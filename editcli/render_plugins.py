@@ -1,0 +1,58 @@
+"""Tables about plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def plugins_table(rows: Sequence[Mapping[str, Any]], broken: Mapping[str, str]) -> RenderableType:
+    """Draw one line for each component, then the plugins that could not be loaded."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("name", "kind", "from", "paper", "options"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        options = ", ".join(option["name"] for option in row["options"])
+        origin = f"{row['distribution']} {row['version']}".strip()
+        table.add_row(Text(row["name"], style="bold"), row["kind"], origin, Text(row["paper"]), Text(options))
+    hint = Text("'editcli plugins NAME' explains the options; set one with -o NAME.KEY=VALUE.", style="dim")
+    return Group(table, _broken(broken), hint)
+
+
+def plugin_detail(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Draw everything that is known about the components of one name."""
+    return Group(*(_detail(row) for row in rows))
+
+
+def _detail(row: Mapping[str, Any]) -> RenderableType:
+    origin = f"{row['kind']} from {row['distribution']} {row['version']}".strip()
+    heading = Text.assemble((row["name"], "bold"), f", {origin}")
+    lines: list[RenderableType] = [heading, Text(f"{row['summary']} ({row['paper']})")]
+    if row["options"]:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("option", "type", "default", "what it does"):
+            table.add_column(name, overflow="fold")
+        for option in row["options"]:
+            table.add_row(*(Text(_shown(option[key])) for key in ("name", "type", "default", "help")))
+        lines.append(table)
+    else:
+        lines.append(Text("It has no options.", style="dim"))
+    return Group(*lines)
+
+
+def _broken(broken: Mapping[str, str]) -> RenderableType:
+    lines = [Text(f"{name}: could not be loaded: {reason}", style="yellow") for name, reason in broken.items()]
+    return Group(*lines)
+
+
+def _shown(value: Any) -> str:
+    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if _plain(value) else str(value)
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
