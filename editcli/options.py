@@ -7,6 +7,7 @@ value of the wrong type is an :class:`~editcli.errors.OptionError` that names th
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -114,12 +115,18 @@ def _number(value: Any, kind: Any, where: str) -> int | float:
     if not isinstance(value, bool):
         try:
             number = kind(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
-        # int(2.5) would silently become 2, so a float is only taken for an int when nothing is lost.
-        if number is not None and not (kind is int and isinstance(value, float) and number != value):
+        if number is not None and _is_faithful(number, value):
             return number
     raise OptionError(f"{where} must be {_type_name(kind)}, not {value!r}")
+
+
+def _is_faithful(number: int | float, value: Any) -> bool:
+    """Tell whether ``number`` is finite and says what ``value`` said: int(2.5) would silently become 2."""
+    if isinstance(number, float):
+        return math.isfinite(number)
+    return not isinstance(value, float) or number == value
 
 
 def _type_name(kind: Any) -> str:

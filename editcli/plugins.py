@@ -99,7 +99,8 @@ class Plugins:
             raise PluginError(f"{kind} {name!r} could not be loaded: {self.broken[name]}")
         for other in KINDS:
             if other != kind and name in self.all(other):
-                raise PluginError(f"{name!r} is a {other}, not a {kind}; pass it as --{other}")
+                hint = "" if other == "diagnostic" else f"; pass it as --{other}"
+                raise PluginError(f"{name!r} is {_a(other)}, not {_a(kind)}{hint}")
         raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, found)}")
 
     def brought(self, hook: str) -> Iterator[tuple[str, Any]]:
@@ -130,6 +131,10 @@ class Plugins:
                     f"{entry.plugin} ({entry.distribution}); uninstall one or set EDITCLI_DISABLE={entry.plugin}"
                 )
         return dict(sorted(found.items()))
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def load_plugins(

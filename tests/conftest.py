@@ -1,0 +1,37 @@
+"""Keep every test offline, single-threaded and away from the user's own files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Two threads that fight for one core made the tests of a numerical program many times slower than one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Libraries read these when they are imported, which is before any fixture runs.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Run torch on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give every test a home and a cache of its own and none of the caller's ``EDITCLI_*`` settings."""
+    home = tmp_path_factory.mktemp("home")
+    for name in list(os.environ):
+        if name.startswith("EDITCLI_"):
+            monkeypatch.delenv(name)
+    for name, folder in (("HOME", "."), ("XDG_CACHE_HOME", "cache"), ("XDG_CONFIG_HOME", "config")):
+        monkeypatch.setenv(name, str(home / folder))
+    monkeypatch.setenv("HF_HOME", str(home / "hf"))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    yield home
