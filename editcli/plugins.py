@@ -66,6 +66,9 @@ class Plugins:
         except pluggy.PluginValidationError as error:
             self.manager.unregister(name=name)
             raise PluginError(f"plugin {name!r} implements an unknown hook: {error}") from error
+        if not self.manager.get_hookcallers(plugin):
+            self.manager.unregister(name=name)
+            raise PluginError(f"plugin {name!r} implements no hook; mark its hook functions with @editcli.hookimpl")
         self._sources[name] = _Source(distribution, version)
         self._components = None
 
