@@ -1,0 +1,130 @@
+"""Which layers to edit and with which settings: one TOML file per model, and a labelled guess for every other model.
+
+A preset is matched by the model's type and sizes, never by its name or folder. Labels: ``published`` figures come from
+the papers' configurations, ``tuned`` ones from a sweep of ours, ``guessed`` ones from proportions:
+
+- Layers. The published sites lie between 7 % and 39 % of the depth and are five or six in a row. The guess takes the
+  last five layers of the middle of that range, 13 % to 28 %; for 32 layers these are the published 4-8.
+- ``mom2_update_weight``, lambda. An edit with key k is written to the share s / (1 + s), s = k^T Cov^-1 k / lambda. On
+  the reference text itself k^T Cov^-1 k is d_in on average, whatever the scale of the keys, so at lambda = d_in half of
+  the residual of an unremarkable key is written, and more of a rare one's. The published values are 0.8 to 3.1 times
+  d_in; the guess is d_in.
+- Targets. The published rate is 0.1 for every model with RMS norms and 0.5 for the older two; the guess takes the
+  smaller one.
+
+This module never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import tomli
+
+if TYPE_CHECKING:
+    from editcli.architectures import Architecture
+
+Settings = Mapping[str, Mapping[str, Any]]
+
+_GUESS = "guess.toml"
+_FACTS = ("name", "label", "source", "layers", "match", "editor")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a preset is matched by; ``vocab`` None matches every vocabulary, since users add tokens of their own."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    """Width of the residual stream, d_out of an editable matrix."""
+    intermediate: int
+    """Width of a key, d_in of an editable matrix."""
+    vocab: int | None = None
+
+    def fits(self, model: Sizes) -> bool:
+        """Tell whether ``model`` has these sizes."""
+        same = (self.model_type, self.layers, self.hidden, self.intermediate)
+        other = (model.model_type, model.layers, model.hidden, model.intermediate)
+        return same == other and self.vocab in (None, model.vocab)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Layers and settings for one model, and how far to trust them."""
+
+    name: str
+    label: str
+    """``tuned``, ``published`` or ``guessed``."""
+    layers: tuple[int, ...]
+    editor: str | None = None
+    settings: Settings = field(default_factory=dict)
+    """``{component: {option: value}}``; sections of components that are not in use say nothing about the run."""
+    source: str = ""
+    """Where the figures come from."""
+    match: Sizes | None = None
+
+
+def load_preset(config: Any, architecture: Architecture) -> Preset:
+    """Return the preset for a model with this transformers ``config``, or a guess labelled as one."""
+    sizes = sizes_of(config, architecture)
+    fitting = [preset for preset in all_presets() if preset.match is not None and preset.match.fits(sizes)]
+    # The one that also names the vocabulary is the more specific one.
+    fitting.sort(key=lambda preset: preset.match is None or preset.match.vocab is None)
+    return fitting[0] if fitting else guess(sizes)
+
+
+def sizes_of(config: Any, architecture: Architecture) -> Sizes:
+    """Return what a model's preset is matched by."""
+    rows, columns = architecture.shape(0)
+    return Sizes(config.model_type, architecture.layers, rows, columns, getattr(config, "vocab_size", None))
+
+
+def all_presets() -> tuple[Preset, ...]:
+    """Return every preset that ships with the package, by name."""
+    presets = (_parse(record) for name, record in _records() if name != _GUESS)
+    return tuple(sorted(presets, key=lambda preset: preset.name))
+
+
+def guess(sizes: Sizes) -> Preset:
+    """Return depth-proportional layers and width-proportional weights; see the module's docstring."""
+    record = dict(_records())[_GUESS]
+    layers, per_width = record.pop("layers"), record.pop("per_width")
+    settings = {name: dict(section) for name, section in record.items() if name not in _FACTS}
+    for name, section in per_width.items():
+        scaled = {key: value * sizes.intermediate for key, value in section.items()}
+        settings.setdefault(name, {}).update(scaled)
+    return Preset(
+        name=f"{sizes.model_type}, {sizes.layers} layers",
+        label=record["label"],
+        layers=_middle_layers(sizes.layers, **layers),
+        settings=settings,
+        source=record["source"],
+    )
+
+
+def _middle_layers(count: int, *, first_share: float, last_share: float, most: int) -> tuple[int, ...]:
+    last = int(last_share * count)
+    first = max(last + 1 - most, int(first_share * count))
+    return tuple(range(first, last + 1))
+
+
+def _parse(record: Mapping[str, Any]) -> Preset:
+    return Preset(
+        name=record["name"],
+        label=record["label"],
+        layers=tuple(record["layers"]),
+        editor=record.get("editor"),
+        settings={name: section for name, section in record.items() if name not in _FACTS},
+        source=record["source"],
+        match=Sizes(**record["match"]),
+    )
+
+
+def _records() -> Iterator[tuple[str, dict[str, Any]]]:
+    for file in importlib.resources.files(__name__).iterdir():
+        if file.name.endswith(".toml"):
+            yield file.name, tomli.loads(file.read_text("utf-8"))
