@@ -1,116 +1,38 @@
-"""Edit requests: the schema, and reading them from JSONL with the line that is wrong.
+"""Read edits from JSON lines, and name the line that is wrong.
 
-A request's prompt is a template: the text around the subject, with exactly one place for it. In a file the place is
-``{}`` or the subject itself, verbatim and once; braces elsewhere are text.
+One JSON object a line, of the edits schema (:mod:`editcli.request`) or of a format that a plugin reads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from editcli.errors import RequestError
+from editcli.request import EditRequest, Neighbor, from_record, kind_of
+
+__all__ = [
+    "MAX_LINE_BYTES",
+    "Collector",
+    "EditFile",
+    "EditRequest",
+    "Neighbor",
+    "RecordFormat",
+    "from_record",
+    "parse_line",
+    "read_edits",
+]
 
 MAX_LINE_BYTES = 1 << 20
 """A longer line is refused before it is parsed: no edit needs it, and a hostile file must not exhaust memory."""
 
-_LISTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "locality", "portability")
-_TEXTS = ("prompt", "subject", "target_new")
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbor:
-    """A prompt with the answer that an edited model should give: for a neighbour, the true one it always gave."""
-
-    prompt: str
-    target: str | None
-    axis: str | None = None
-    """What the prompt asks about the edit, for instance ``reasoning`` or ``forgetfulness``."""
-
-
-@dataclass(frozen=True, slots=True)
-class EditRequest:
-    """One fact to write: ``prompt`` with ``subject`` in its place shall be continued by ``target_new``."""
-
-    id: str
-    before: str
-    """Prompt text before the subject."""
-    subject: str
-    after: str
-    """Prompt text after the subject."""
-    target_new: str
-    target_true: str | None = None
-    paraphrase_prompts: tuple[str, ...] = ()
-    neighborhood_prompts: tuple[Neighbor, ...] = ()
-    generation_prompts: tuple[str, ...] = ()
-    locality: tuple[Neighbor, ...] = ()
-    """Unrelated questions, each with its own answer (zsRE, KnowEdit)."""
-    portability: tuple[Neighbor, ...] = ()
-    """What follows from the edit, each with the answer that then holds (KnowEdit, MQuAKE)."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that editcli does not read; kept and passed on."""
-    line: int | None = None
-    """Line of the edits file, counted from 1."""
-    file: str = "<edits>"
-
-    @property
-    def prompt(self) -> str:
-        """The prompt with the subject filled in."""
-        return self.before + self.subject + self.after
-
-    @property
-    def subject_end(self) -> int:
-        """Character offset, in :attr:`prompt`, just past the subject."""
-        return len(self.before) + len(self.subject)
-
-    def in_context(self, prefix: str) -> EditRequest:
-        """Return the same request with ``prefix`` written before its prompt."""
-        return _replace_before(self, prefix + self.before)
-
-    def refusal(self, reason: str) -> RequestError:
-        """Return an error that points at this request's line."""
-        return RequestError(reason, file=self.file, line=self.line)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the request as an object of the edits schema."""
-        record: dict[str, Any] = {"id": self.id, "prompt": self._template(), "subject": self.subject}
-        record["target_new"] = self.target_new
-        if self.target_true is not None:
-            record["target_true"] = self.target_true
-        for name in ("paraphrase_prompts", "generation_prompts"):
-            if getattr(self, name):
-                record[name] = list(getattr(self, name))
-        if self.neighborhood_prompts:
-            record["neighborhood_prompts"] = [
-                near.prompt if near.target == self.target_true else {"prompt": near.prompt, "target": near.target}
-                for near in self.neighborhood_prompts
-            ]
-        for name in ("locality", "portability"):
-            if getattr(self, name):
-                record[name] = [_detailed_json(near) for near in getattr(self, name)]
-        return {**record, **self.extra}
-
-    def _template(self) -> str:
-        # Braces elsewhere in the prompt are text, so the placeholder form is only safe when it stays unambiguous.
-        template = f"{self.before}{{}}{self.after}"
-        return template if template.count("{}") == 1 else self.prompt
-
-    @property
-    def digest(self) -> str:
-        """Hash of everything that decides what the edit writes."""
-        parts = (self.id, self.before, self.subject, self.after, self.target_new)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _replace_before(request: EditRequest, before: str) -> EditRequest:
-    from dataclasses import replace
-
-    return replace(request, before=before)
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,38 +46,125 @@ class EditFile:
     warnings: tuple[str, ...]
 
 
-def read_edits(source: str | Path, *, skip_bad: bool = False, limit: int | None = None) -> EditFile:
-    """Read an edits file, or standard input for ``-``.
+class RecordFormat(Protocol):
+    """What reading needs of an :class:`editcli.formats.Format`."""
+
+    name: ClassVar[str]
+
+    def sniff(self, record: Mapping[str, Any]) -> bool:
+        """Return whether this format's records look like ``record``."""
+
+    def read(self, record: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+        """Yield objects of the edits schema."""
+
+
+def read_edits(
+    source: str | Path,
+    *,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    formats: Sequence[RecordFormat] = (),
+) -> EditFile:
+    """Read an edits file, or standard input for ``-``; records that one of ``formats`` knows are read by it.
 
     Raises :class:`RequestError` at the first unusable line, unless ``skip_bad``: then it is collected in ``rejected``.
     """
     name = "<stdin>" if str(source) == "-" else str(source)
-    data = _read_bytes(source, name)
-    requests: list[EditRequest] = []
-    rejected: list[RequestError] = []
-    lines_by_id: dict[str, int] = {}
-    for number, raw in _lines(data):
-        try:
-            request = parse_line(raw, file=name, line=number)
-            first = lines_by_id.setdefault(request.id, number)
-            if first != number:
-                raise RequestError(f"id {request.id!r} was already used on line {first}", file=name, line=number)
-        except RequestError as error:
-            if not skip_bad:
-                raise
-            rejected.append(error)
-            continue
-        requests.append(request)
-        if limit is not None and len(requests) >= limit:
+    data = read_bytes(source, name)
+    if is_array(data):
+        hint = "'editcli convert' turns it into an edits file"
+        raise RequestError(f"this is one JSON array, not one JSON object a line; {hint}", file=name, line=1)
+    collected = Collector(skip_bad=skip_bad, limit=limit, formats=formats)
+    for number, raw in json_lines(data):
+        collected.add(lambda raw=raw, number=number: parse_object(raw, file=name, line=number), file=name, line=number)
+        if collected.full:
             break
-    if not requests and not rejected:
+    if not collected.requests and not collected.rejected:
         raise RequestError("there is no edit in this file; write one JSON object a line", file=name)
-    digest = hashlib.sha256(data).hexdigest()
-    return EditFile(name, digest, tuple(requests), tuple(rejected), tuple(_conflicts(requests)))
+    return collected.result(name, hashlib.sha256(data).hexdigest())
+
+
+def is_array(data: bytes) -> bool:
+    """Return whether a file holds one JSON array of objects instead of one object a line."""
+    return _ARRAY.match(data) is not None
+
+
+class Collector:
+    """Gathers requests from records one by one: refuses bad ones and repeated ids, or collects the refusals."""
+
+    def __init__(self, *, skip_bad: bool, limit: int | None = None, formats: Sequence[RecordFormat] = ()):
+        self.requests: list[EditRequest] = []
+        self.rejected: list[RequestError] = []
+        self._skip_bad, self._limit, self._formats = skip_bad, limit, formats
+        self._places: dict[str, str] = {}
+
+    @property
+    def full(self) -> bool:
+        """True when the limit is reached."""
+        return self._limit is not None and len(self.requests) >= self._limit
+
+    def add(self, load: Callable[[], Mapping[str, Any]], *, file: str, line: int | None) -> None:
+        """Take the edits of one record, which ``load`` returns or refuses."""
+        try:
+            records = list(_translate(load(), self._formats, file=file, line=line))
+        except RequestError as error:
+            return self._refuse(error)
+        for record in records:
+            if self.full:
+                break
+            try:
+                self._keep(from_record(record, file=file, line=line))
+            except RequestError as error:
+                self._refuse(error)
+        return None
+
+    def result(self, source: str, sha256: str) -> EditFile:
+        """Return everything gathered."""
+        warnings = tuple(_conflicts(self.requests))
+        return EditFile(source, sha256, tuple(self.requests), tuple(self.rejected), warnings)
+
+    def _keep(self, request: EditRequest) -> None:
+        first = self._places.get(request.id)
+        if first is not None:
+            raise request.refusal(f"id {request.id!r} was already used on {first}")
+        self._places[request.id] = f"line {request.line}" if request.line is not None else request.file
+        self.requests.append(request)
+
+    def _refuse(self, error: RequestError) -> None:
+        if not self._skip_bad:
+            raise error
+        self.rejected.append(error)
+
+
+def _translate(
+    record: Mapping[str, Any], formats: Sequence[RecordFormat], *, file: str, line: int | None
+) -> Iterable[Mapping[str, Any]]:
+    known = [form for form in formats if form.sniff(record)]
+    if not known:
+        return [record]
+    if len(known) > 1:
+        names = " and ".join(form.name for form in known)
+        raise RequestError(f"this record looks like {names}; use 'editcli convert --from'", file=file, line=line)
+    return translate(record, known[0], file=file, line=line)
+
+
+def translate(record: Mapping[str, Any], form: RecordFormat, *, file: str, line: int | None) -> list[Mapping[str, Any]]:
+    """Return what ``form`` makes of a record; raise :class:`RequestError` when it is not one of that format."""
+    try:
+        return list(form.read(record))
+    # A record that only looks like the format fails in the reader with one of these.
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise RequestError(f"not a usable {form.name} record: {reason}", file=file, line=line) from error
 
 
 def parse_line(raw: bytes, *, file: str, line: int) -> EditRequest:
     """Parse one line of an edits file; raise :class:`RequestError` with its place and the reason."""
+    return from_record(parse_object(raw, file=file, line=line), file=file, line=line)
+
+
+def parse_object(raw: bytes, *, file: str, line: int) -> dict[str, Any]:
+    """Parse one JSON object; raise :class:`RequestError` with its place and the reason."""
     if len(raw) > MAX_LINE_BYTES:
         raise RequestError(f"the line is longer than {MAX_LINE_BYTES:,} bytes", file=file, line=line)
     try:
@@ -164,55 +173,24 @@ def parse_line(raw: bytes, *, file: str, line: int) -> EditRequest:
         reason = "the line is not UTF-8 text; save the file as UTF-8"
         raise RequestError(reason, file=file, line=line, column=error.start + 1) from error
     try:
-        record = json.loads(text, parse_constant=_no_constant)
+        record = json.loads(text, parse_constant=no_constant)
     except json.JSONDecodeError as error:
         raise RequestError(f"not valid JSON: {error.msg}", file=file, line=line, column=error.colno) from error
     except (ValueError, RecursionError) as error:
         raise RequestError(f"not valid JSON: {error}", file=file, line=line) from error
     if not isinstance(record, dict):
-        raise RequestError(f"an edit is a JSON object, not {_kind(record)}", file=file, line=line)
-    return from_record(record, file=file, line=line)
+        raise RequestError(f"an edit is a JSON object, not {kind_of(record)}", file=file, line=line)
+    return record
 
 
-def from_record(record: Mapping[str, Any], *, file: str = "<edits>", line: int | None = None) -> EditRequest:
-    """Build a request from an object of the edits schema; raise :class:`RequestError` when it is not one."""
-
-    def refuse(reason: str) -> RequestError:
-        return RequestError(reason, file=file, line=line)
-
-    texts = {name: _text(record, name, refuse) for name in _TEXTS}
-    true = record.get("target_true")
-    if true is not None:
-        true = _text(record, "target_true", refuse)
-    before, after = _split(texts["prompt"], texts["subject"], refuse)
-    lists = {name: _list(record, name, refuse) for name in _LISTS}
-    known = {*_TEXTS, *_LISTS, "target_true", "id"}
-    return EditRequest(
-        id=_identifier(record, line, refuse),
-        before=before,
-        subject=texts["subject"],
-        after=after,
-        target_new=texts["target_new"],
-        target_true=true,
-        paraphrase_prompts=tuple(_prompt(p, "paraphrase_prompts", refuse) for p in lists["paraphrase_prompts"]),
-        neighborhood_prompts=tuple(_neighbor(p, true, refuse) for p in lists["neighborhood_prompts"]),
-        generation_prompts=tuple(_prompt(p, "generation_prompts", refuse) for p in lists["generation_prompts"]),
-        locality=tuple(_detailed(p, "locality", refuse) for p in lists["locality"]),
-        portability=tuple(_detailed(p, "portability", refuse) for p in lists["portability"]),
-        extra={key: value for key, value in record.items() if key not in known},
-        line=line,
-        file=file,
-    )
-
-
-def _read_bytes(source: str | Path, name: str) -> bytes:
+def read_bytes(source: str | Path, name: str) -> bytes:
     try:
         return sys.stdin.buffer.read() if str(source) == "-" else Path(source).read_bytes()
     except OSError as error:
         raise RequestError(f"cannot be read: {error.strerror or error}", file=name) from error
 
 
-def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
     data = data.removeprefix(b"\xef\xbb\xbf")
     for number, raw in enumerate(data.split(b"\n"), start=1):
         if raw.strip():
@@ -232,95 +210,6 @@ def _conflicts(requests: Iterable[EditRequest]) -> Iterator[str]:
         seen[request.prompt, request.subject] = request
 
 
-def _no_constant(name: str) -> Any:
+def no_constant(name: str) -> Any:
+    """Refuse NaN and the infinities, which Python reads and JSON does not know."""
     raise ValueError(f"{name} is not a JSON value")
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "a truth value"}
-    return "null" if value is None else names.get(type(value), "an object")
-
-
-def _text(record: Mapping[str, Any], name: str, refuse: Any) -> str:
-    if name not in record:
-        raise refuse(f"the field {name!r} is missing")
-    value = record[name]
-    if not isinstance(value, str):
-        raise refuse(f"the field {name!r} must be a text, not {_kind(value)}")
-    if not value.strip():
-        raise refuse(f"the field {name!r} is empty")
-    return _clean(value, name, refuse)
-
-
-def _clean(value: str, name: str, refuse: Any) -> str:
-    if "\x00" in value:
-        raise refuse(f"the field {name!r} contains a NUL character")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise refuse(f"the field {name!r} contains half of a surrogate pair, which is not text")
-    return value
-
-
-def _split(prompt: str, subject: str, refuse: Any) -> tuple[str, str]:
-    places = prompt.count("{}")
-    if places > 1:
-        raise refuse("the prompt has more than one {}; mark the subject's place once")
-    if places == 1:
-        before, _, after = prompt.partition("{}")
-        return before, after
-    found = prompt.count(subject)
-    if found == 0:
-        raise refuse(f"the subject {subject!r} is not in the prompt; write {{}} where it belongs")
-    if found > 1:
-        raise refuse(f"the subject {subject!r} is in the prompt {found} times; mark its place with {{}}")
-    before, _, after = prompt.partition(subject)
-    return before, after
-
-
-def _identifier(record: Mapping[str, Any], line: int | None, refuse: Any) -> str:
-    value = record.get("id")
-    if value is None:
-        return f"line-{line}" if line is not None else f"edit-{_record_digest(record)}"
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or str(value).strip() == "":
-        raise refuse(f"the field 'id' must be a text or a whole number, not {_kind(value)}")
-    return _clean(str(value), "id", refuse)
-
-
-def _record_digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _list(record: Mapping[str, Any], name: str, refuse: Any) -> list[Any]:
-    value = record.get(name)
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise refuse(f"the field {name!r} must be a list, not {_kind(value)}")
-    return value
-
-
-def _prompt(value: Any, name: str, refuse: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise refuse(f"every entry of {name!r} must be a text that is not empty, not {_kind(value)}")
-    return _clean(value, name, refuse)
-
-
-def _neighbor(value: Any, target_true: str | None, refuse: Any) -> Neighbor:
-    if isinstance(value, dict):
-        prompt = _prompt(value.get("prompt"), "neighborhood_prompts", refuse)
-        target = value.get("target", target_true)
-        return Neighbor(prompt, None if target is None else _prompt(target, "neighborhood_prompts", refuse))
-    return Neighbor(_prompt(value, "neighborhood_prompts", refuse), target_true)
-
-
-def _detailed(value: Any, name: str, refuse: Any) -> Neighbor:
-    """Read an entry that brings its own answer: ``{"prompt", "target", "axis"?}``."""
-    if not isinstance(value, dict):
-        raise refuse(f"every entry of {name!r} must be an object with 'prompt' and 'target', not {_kind(value)}")
-    axis = value.get("axis")
-    texts = [_prompt(value.get(key), name, refuse) for key in ("prompt", "target")]
-    return Neighbor(texts[0], texts[1], None if axis is None else _prompt(axis, name, refuse))
-
-
-def _detailed_json(near: Neighbor) -> dict[str, Any]:
-    record = {"prompt": near.prompt, "target": near.target}
-    return record if near.axis is None else {**record, "axis": near.axis}

@@ -1,0 +1,99 @@
+"""Turn edit files of other formats into our JSONL: one JSON array, or one object a line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from editcli.edits import Collector, EditFile, is_array, json_lines, no_constant, parse_object, read_bytes
+from editcli.errors import RequestError
+from editcli.formats import Format
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What became of a foreign file."""
+
+    records: int
+    """Records read, usable or not."""
+    edits: EditFile
+    repeated: int
+    """Edits that write what an earlier one writes: MQuAKE's records share many."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield the edits as lines of JSON."""
+        for request in self.edits.requests:
+            yield json.dumps(request.to_json(), ensure_ascii=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return counts, refusals and warnings as a JSON object."""
+        return {
+            "source": self.edits.source,
+            "records": self.records,
+            "edits": len(self.edits.requests),
+            "repeated": self.repeated,
+            "rejected": [str(error) for error in self.edits.rejected],
+            "warnings": list(self.edits.warnings),
+        }
+
+
+def convert(source: str | Path, formats: Sequence[Format], *, skip_bad: bool = False) -> Conversion:
+    """Read ``source`` (``-`` is standard input) with the format that knows each record; with one format, by that one.
+
+    Raises :class:`RequestError` at the first unusable record, unless ``skip_bad``. A record of an array is named by its
+    index, counted from 0, as in ``facts.json[12]``.
+    """
+    name = "<stdin>" if str(source) == "-" else str(source)
+    data = read_bytes(source, name)
+    chosen = [_Only(formats[0])] if len(formats) == 1 else list(formats)
+    collected = Collector(skip_bad=skip_bad, formats=chosen)
+    count = 0
+    for load, file, line in _records(data, name):
+        count += 1
+        collected.add(load, file=file, line=line)
+    if count == 0:
+        raise RequestError("there is no record in this file", file=name)
+    edits = collected.result(name, hashlib.sha256(data).hexdigest())
+    distinct = {(request.prompt, request.subject, request.target_new) for request in edits.requests}
+    return Conversion(count, edits, len(edits.requests) - len(distinct))
+
+
+class _Only:
+    """A format that was asked for by name: it is given every record, and says itself what is wrong with one."""
+
+    def __init__(self, form: Format):
+        self.name, self.read = form.name, form.read
+
+    def sniff(self, record: Mapping[str, Any]) -> bool:
+        return True
+
+
+def _records(data: bytes, name: str) -> Iterator[tuple[Callable[[], Mapping[str, Any]], str, int | None]]:
+    """Yield how to load each record, with the file and line to blame."""
+    if not is_array(data):
+        for line, raw in json_lines(data):
+            yield (lambda raw=raw, line=line: parse_object(raw, file=name, line=line)), name, line
+        return
+    for index, record in enumerate(_array(data, name)):
+        place = f"{name}[{index}]"
+        yield (lambda record=record, place=place, index=index: _numbered(record, place, index)), place, None
+
+
+def _array(data: bytes, name: str) -> list[Any]:
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"not valid JSON: {error.msg}", file=name, line=error.lineno, column=error.colno) from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"not a JSON array in UTF-8: {error}", file=name) from error
+
+
+def _numbered(record: Any, place: str, index: int) -> Mapping[str, Any]:
+    if not isinstance(record, dict):
+        raise RequestError("a record is a JSON object", file=place)
+    # Without a number of its own, a record is known by its place, which is the same in every run.
+    return record if record.keys() & {"id", "case_id"} else {**record, "id": f"record-{index}"}

@@ -1,0 +1,14 @@
+"""Readers of the field's edit files, as an editcli plugin."""
+
+from editcli.hookspecs import hookimpl
+
+
+@hookimpl
+def editcli_formats():
+    from editcli_formats.counterfact import CounterFact
+    from editcli_formats.easyedit import EasyEdit
+    from editcli_formats.knowedit import KnowEdit
+    from editcli_formats.mquake import MQuake
+    from editcli_formats.zsre import ZsRE
+
+    return [CounterFact, EasyEdit, KnowEdit, MQuake, ZsRE]

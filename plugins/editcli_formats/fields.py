@@ -1,0 +1,85 @@
+"""What the readers share: taking fields out of foreign records, and putting ours together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+
+def text(record: Mapping[str, Any], *path: str) -> str:
+    """Return the text at a path of keys; raise ValueError naming the path when there is none."""
+    value: Any = record
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"the field {'.'.join(path)!r} is missing or not a text")
+    return value
+
+
+def first_text(value: Any) -> str | None:
+    """Return a text, or the first text of a (nested) list of equally good ones; None when there is none."""
+    if isinstance(value, str):
+        return value if value.strip() else None
+    if isinstance(value, list):
+        return next((found for item in value if (found := first_text(item)) is not None), None)
+    return None
+
+
+def texts(value: Any) -> list[str]:
+    """Return a text or a list of texts as a list, without the empty ones."""
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, str) and item.strip()]
+
+
+def answered(prompts: Any, answers: Any, axis: str | None = None) -> Iterator[dict[str, str]]:
+    """Yield ``{"prompt", "target"}`` for each prompt that has an answer, where both may be one text or a list."""
+    questions = prompts if isinstance(prompts, list) else [prompts]
+    known = answers if isinstance(prompts, list) and isinstance(answers, list) else [answers]
+    for question, answer in zip(questions, known, strict=False):
+        target = first_text(answer)
+        if isinstance(question, str) and question.strip() and target is not None:
+            yield {"prompt": question, "target": target} | ({} if axis is None else {"axis": axis})
+
+
+def place(prompt: str, subject: str) -> dict[str, str]:
+    """Return ``prompt`` and ``subject`` such that the subject's place is unambiguous, where that can be had.
+
+    These files give the prompt in full. A subject that it spells in other letter case takes the prompt's spelling; of
+    several places the last is meant, because by then everything about the subject has been said.
+    """
+    start = prompt.rfind(subject)
+    if start < 0:
+        lowered = prompt.lower()
+        # Lower-casing may change a text's length, and then offsets mean nothing.
+        start = lowered.rfind(subject.lower()) if len(lowered) == len(prompt) else -1
+        subject = prompt[start : start + len(subject)] if start >= 0 else subject
+    if start < 0 or "{}" in prompt:
+        return {"prompt": prompt, "subject": subject}
+    return {"prompt": f"{prompt[:start]}{{}}{prompt[start + len(subject) :]}", "subject": subject}
+
+
+def rest(record: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
+    """Return the fields that a reader does not use; they are kept and passed on."""
+    return {key: value for key, value in record.items() if key not in used}
+
+
+def filled(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record without its empty fields."""
+    return {key: value for key, value in record.items() if value not in (None, [], {})}
+
+
+def identifier(record: Mapping[str, Any]) -> Any:
+    """Return the record's own number, which these files call ``case_id``."""
+    return record.get("case_id", record.get("id"))
+
+
+def neighbors(pairs: Iterable[Mapping[str, str]], true: str | None) -> dict[str, list[Any]]:
+    """Sort answered prompts into neighbours, which have the edit's own true answer, and unrelated questions.
+
+    CounterFact's locality prompts are of the first kind, zsRE's of the second.
+    """
+    known = list(pairs)
+    return {
+        "neighborhood_prompts": [pair["prompt"] for pair in known if pair["target"] == true],
+        "locality": [pair for pair in known if pair["target"] != true],
+    }

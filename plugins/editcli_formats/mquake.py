@@ -1,0 +1,34 @@
+"""MQuAKE: several edits a record, and questions that need all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from editcli.formats import Format
+from editcli_formats.counterfact import read_rewrite
+from editcli_formats.fields import answered, filled, identifier, texts
+
+
+class MQuake(Format):
+    """MQuAKE: a list of rewrites a record; its multi-hop questions go to the record's last edit, as ``portability``.
+
+    The edits of record 7 get the ids ``7-1``, ``7-2`` and so on; the record's number is kept as ``case_id``.
+    """
+
+    name = "mquake"
+    reference = "arXiv:2305.14795"
+
+    def sniff(self, record: Mapping[str, Any]) -> bool:
+        return isinstance(record.get("requested_rewrite"), list)
+
+    def read(self, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        rewrites, case = record["requested_rewrite"], identifier(record)
+        if not rewrites or case is None:
+            raise ValueError("it needs a 'case_id' and at least one 'requested_rewrite'")
+        questions = texts(record.get("questions"))
+        hops = list(answered(questions, [record.get("new_answer")] * len(questions), "multi_hop"))
+        for number, rewrite in enumerate(rewrites, start=1):
+            fact = {"id": f"{case}-{number}", **read_rewrite(rewrite), "case_id": case}
+            last = number == len(rewrites)
+            yield filled({**fact, "question": rewrite.get("question"), "portability": hops if last else None})
