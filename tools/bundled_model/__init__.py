@@ -1,0 +1,1 @@
+"""Make the bundled model: facts, text, tokenizer, training, measurement, sample edits."""

@@ -1,0 +1,57 @@
+"""Make the bundled model from a seed: train it, export it, write the sample edits and the card.
+
+    python -m tools.train_bundled_model --work build/bundled
+
+An interrupted run goes on from its last checkpoint when it is started again with the same folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+
+from tools.bundled_model.export import export
+from tools.bundled_model.plain import read_grammar
+from tools.bundled_model.tokenizer import train_tokenizer
+from tools.bundled_model.train import Settings, Trainer
+from tools.bundled_model.world import build_world
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for checkpoints.")
+@click.option("--out", type=click.Path(path_type=Path), default=REPOSITORY, help="Root to write the results under.")
+@click.option("--seed", default=Settings().seed, show_default=True, help="Seed of the weights and of the batches.")
+@click.option("--optimizer", type=click.Choice(["muon", "adamw"]), default=Settings().optimizer, show_default=True)
+@click.option("--rate", default=Settings().hidden_rate, show_default=True, help="Learning rate of the matrices.")
+@click.option("--threads", default=2, show_default=True, help="Processor threads.")
+@click.option("--steps", type=int, help="Stop after so many steps in all, without exporting.")
+@click.option("--export", "export_only", is_flag=True, help="Only export the last checkpoint.")
+def main(
+    *, work: Path, out: Path, seed: int, optimizer: str, rate: float, threads: int, steps: int | None, export_only: bool
+) -> None:
+    """Train the bundled model, or go on with it, and export it."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    settings = replace(Settings(), seed=seed, optimizer=optimizer, hidden_rate=rate)
+    world, grammar = build_world(), read_grammar()
+    tokenizer = train_tokenizer(world, grammar, size=settings.vocabulary, seed=settings.seed)
+    trainer = Trainer(settings, world=world, grammar=grammar, tokenizer=tokenizer, folder=work)
+    if (work / "checkpoint.pt").exists():
+        trainer.load()
+    if not export_only:
+        trainer.run(most_steps=steps)
+        trainer.save()
+    if export_only or trainer.finished():
+        export(trainer, out)
+
+
+if __name__ == "__main__":
+    main()
