@@ -66,7 +66,7 @@ def _others(plugins: Plugins) -> Iterator[dict[str, Any]]:
                 "distribution": distribution,
                 "version": version,
                 "summary": _first_line(item),
-                "paper": "",
+                "paper": str(getattr(item, "reference", "")),
                 "options": [],
             }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editcli.errors import OptionError, near_miss
+from editcli.guards import parse_guards
 from editcli.options import build
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ class Recipe:
         return cls(**values)
 
     def check(self, plugins: Plugins) -> None:
-        """Raise when a name or an option is not known; needs neither a model nor torch."""
+        """Raise when a name, an option or a guard is not known; needs neither a model nor torch."""
+        parse_guards(self.stop_if)
         if self.editor is not None:
             plugins.find("editor", self.editor)
         for name in self.stabilizers:

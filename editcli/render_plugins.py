@@ -13,9 +13,7 @@ from rich.text import Text
 
 def plugins_table(rows: Sequence[Mapping[str, Any]], broken: Mapping[str, str]) -> RenderableType:
     """Draw one line for each component, then the plugins that could not be loaded."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("name", "kind", "from", "paper", "options"):
-        table.add_column(heading, overflow="fold")
+    table = _table("name", "kind", "from", "paper", "options")
     for row in rows:
         options = ", ".join(option["name"] for option in row["options"])
         origin = f"{row['distribution']} {row['version']}".strip()
@@ -31,12 +29,11 @@ def plugin_detail(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def _detail(row: Mapping[str, Any]) -> RenderableType:
     origin = f"{row['kind']} from {row['distribution']} {row['version']}".strip()
+    paper = f" ({row['paper']})" if row["paper"] else ""
     heading = Text.assemble((row["name"], "bold"), f", {origin}")
-    lines: list[RenderableType] = [heading, Text(f"{row['summary']} ({row['paper']})")]
+    lines: list[RenderableType] = [heading, Text(row["summary"] + paper)]
     if row["options"]:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("option", "type", "default", "what it does"):
-            table.add_column(name, overflow="fold")
+        table = _table("option", "type", "default", "what it does")
         for option in row["options"]:
             table.add_row(*(Text(_shown(option[key])) for key in ("name", "type", "default", "help")))
         lines.append(table)
@@ -45,14 +42,20 @@ def _detail(row: Mapping[str, Any]) -> RenderableType:
     return Group(*lines)
 
 
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
 def _broken(broken: Mapping[str, str]) -> RenderableType:
     lines = [Text(f"{name}: could not be loaded: {reason}", style="yellow") for name, reason in broken.items()]
     return Group(*lines)
 
 
 def _shown(value: Any) -> str:
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if _plain(value) else str(value)
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+    """Return a value as one would write it after ``-o NAME.KEY=``."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

