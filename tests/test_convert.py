@@ -1,0 +1,85 @@
+"""Conversion keeps every edit, names what it refuses, and yields a file that reads back the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import editcli_formats
+from editcli.convert import convert
+from editcli.edits import read_edits
+from editcli.errors import RequestError
+from editcli.formats import find_format
+
+FORMATS = [brought() for brought in editcli_formats.editcli_formats()]
+GOOD = {"subject": "Grey Heron", "src": "What is Grey Heron made of?", "alt": "copper", "answers": ["oak"]}
+HOPS = {
+    "case_id": 6,
+    "requested_rewrite": [
+        {"prompt": "{} was painted by", "subject": "Moon Gate", "target_new": {"str": "Ines Vale"}},
+        {"prompt": "{} is a citizen of", "subject": "Ines Vale", "target_new": {"str": "Greece"}},
+    ],
+    "questions": ["Of which country is the painter of Moon Gate a citizen?"],
+    "new_answer": "Greece",
+}
+
+
+def array(path: Path, *records: object) -> Path:
+    path.write_text(json.dumps(list(records), indent=2), encoding="utf-8-sig")
+    return path
+
+
+def test_an_array_becomes_a_file_that_reads_back_the_same(tmp_path: Path):
+    done = convert(array(tmp_path / "facts.json", GOOD, HOPS), FORMATS)
+    out = tmp_path / "edits.jsonl"
+    out.write_text("\n".join(done.lines()))
+    again = read_edits(out)
+    assert done.records == 2
+    assert [request.id for request in again.requests] == ["record-0", "6-1", "6-2"]
+    for before, after in zip(done.edits.requests, again.requests, strict=True):
+        assert replace(before, file="", line=None) == replace(after, file="", line=None)
+
+
+def test_lines_are_read_as_well(tmp_path: Path):
+    path = tmp_path / "facts.jsonl"
+    path.write_text(json.dumps(GOOD) + "\r\n\r\n" + json.dumps(HOPS))
+    assert [request.id for request in convert(path, FORMATS).edits.requests] == ["line-1", "6-1", "6-2"]
+
+
+def test_a_bad_record_is_named_by_its_index(tmp_path: Path):
+    path = array(tmp_path / "facts.json", GOOD, {**GOOD, "alt": ""}, "text")
+    with pytest.raises(RequestError, match=r"facts\.json\[1\]: not a usable zsre record: the field 'alt' is missing"):
+        convert(path, FORMATS)
+    done = convert(path, FORMATS, skip_bad=True)
+    assert done.records == 3
+    assert len(done.edits.requests) == 1
+    assert len(done.to_json()["rejected"]) == 2
+
+
+def test_a_format_asked_for_by_name_says_what_is_wrong(tmp_path: Path):
+    path = array(tmp_path / "facts.json", GOOD)
+    with pytest.raises(RequestError, match="not a usable counterfact record"):
+        convert(path, [find_format("counterfact", FORMATS)])
+
+
+def test_repeated_edits_are_counted(tmp_path: Path):
+    assert convert(array(tmp_path / "facts.json", HOPS, {**HOPS, "case_id": 7}), FORMATS).repeated == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("[]", "no record|not"), ("", "no record"), ('[{"a": 1},]', "not valid JSON"), ('[{"a": NaN}]', "NaN")],
+)
+def test_unreadable_files_are_refused(tmp_path: Path, content: str, reason: str):
+    path = tmp_path / "facts.json"
+    path.write_text(content)
+    with pytest.raises(RequestError, match=reason):
+        convert(path, FORMATS)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path):
+    with pytest.raises(RequestError, match="cannot be read"):
+        convert(tmp_path / "nothing.json", FORMATS)
