@@ -26,7 +26,8 @@ from transformers.configuration_utils import PretrainedConfig
 HIDDEN, INTERMEDIATE, LAYERS, POSITIONS = 16, 40, 4, 256
 """Sizes of every tiny model; hidden and intermediate differ, so that a transposed weight cannot go unnoticed."""
 
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BOS, EOS, PAD = "<s>", "<|endoftext|>", "<pad>"
+"""Special tokens; transformers would add Qwen's end of text to a tokenizer that lacks it, beyond the embeddings."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
