@@ -1,0 +1,68 @@
+"""The published JSON Schema and the reader agree on what an edit is."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from editcli.errors import RequestError
+from editcli.request import from_record
+
+SCHEMA = json.loads((importlib.resources.files("editcli") / "schemas" / "edits.schema.json").read_text("utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+EDIT = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
+FULL = {
+    **EDIT,
+    "id": 7,
+    "target_true": "Paris",
+    "paraphrase_prompts": ["France's capital is"],
+    "neighborhood_prompts": ["The seat of Île-de-France is", {"prompt": "The capital of Italy is", "target": "Rome"}],
+    "generation_prompts": ["France"],
+    "locality": [{"prompt": "Who wrote it?", "target": "Ann"}],
+    "portability": [{"prompt": "The capital of France lies on the", "target": "Rhône", "axis": "reasoning"}],
+    "relation_id": "P36",
+}
+
+texts = st.one_of(st.sampled_from(["Lyon", "", " ", "\t\n", "a\x00", "\x00", "x\ny", "{}"]), st.text(max_size=4))
+entries = st.one_of(
+    texts, st.integers(), st.none(), st.fixed_dictionaries({}, optional={"prompt": texts, "target": texts})
+)
+values = st.one_of(entries, st.booleans(), st.lists(entries, max_size=2))
+records = st.dictionaries(st.sampled_from(sorted(FULL)), values, max_size=4).map(lambda changes: {**FULL, **changes})
+
+
+def refusal(record: Any) -> str | None:
+    try:
+        from_record(record)
+    except RequestError as error:
+        return error.reason
+    return None
+
+
+@pytest.mark.parametrize("record", [EDIT, FULL, {**FULL, "id": None, "locality": None, "target_true": None}])
+def test_usable_edits_are_valid(record: dict[str, Any]):
+    VALIDATOR.validate(record)
+    assert refusal(record) is None
+
+
+def test_the_schema_is_a_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_what_the_reader_writes_is_valid():
+    VALIDATOR.validate(from_record(FULL).to_json())
+
+
+@given(records)
+def test_schema_and_reader_agree(record: dict[str, Any]):
+    reason = refusal(record)
+    # Half a surrogate pair is no text, and a subject's place is no matter of types: neither can be put in a schema.
+    beyond = reason is not None and ("surrogate" in reason or "in the prompt" in reason)
+    assert VALIDATOR.is_valid(record) == (reason is None or beyond), reason
