@@ -66,7 +66,8 @@ class InverseGram:
         # With S = L L^T the step is C - (C K L^-T)(C K L^-T)^T, symmetric by construction.
         root = torch.linalg.solve_triangular(factor, image.T.to("cpu", torch.float64), upper=False).T.to(self.matrix)
         matrix = symmetric(torch.addmm(self.matrix, root, root.T, alpha=-1.0))
-        if not bool((matrix.diagonal() >= -self._rounding(root.abs().max())).all()):
+        slack = torch.finfo(matrix.dtype).eps * matrix.shape[0] ** 0.5 * self.matrix.diagonal()
+        if not bool((matrix.diagonal() >= -slack).all()):
             raise NumericalError("the memory of past edits lost definiteness", site=self.site, condition=float("inf"))
         return replace(self, matrix=matrix)
 
@@ -80,6 +81,15 @@ class InverseGram:
         """Bound the rounding of k^T C k: |C_ij| <= sqrt(C_ii C_jj) for a semidefinite C, so ``spread``^2 bounds it."""
         dimension = self.matrix.shape[0]
         return float(spread.double() ** 2) * torch.finfo(self.matrix.dtype).eps * dimension**0.5
+
+
+def ridge(keys: Tensor, residual: Tensor, *, site: str, reporter: Reporter) -> Update:
+    """Return D = R (I + K^T K)^-1 K^T, the solve with C = I, without forming a (d_in, d_in) matrix."""
+    gram = symmetric((keys.T @ keys).to("cpu", torch.float64))
+    rounding = float(gram.diagonal().max()) * torch.finfo(keys.dtype).eps * keys.shape[0] ** 0.5
+    factor = factorise(gram, rounding, site=site, reporter=reporter)
+    shares = torch.cholesky_solve(residual.to("cpu", torch.float64).T, factor).T
+    return Update(left=shares.to(keys), right=keys)
 
 
 def factorise(gram: Tensor, rounding: float, *, site: str, reporter: Reporter, hard: bool = False) -> Tensor:
@@ -128,6 +138,14 @@ def invert(gram: Tensor, *, site: str, reporter: Reporter) -> Tensor:
         count = int(silent.sum())
         reporter.note(f"{site}: {count} of {len(silent)} inputs never fired on the reference text and stay untouched")
     return symmetric(torch.cholesky_inverse(factor) * scale[:, None] * scale)
+
+
+def eigh(matrix: Tensor, *, site: str) -> tuple[Tensor, Tensor]:
+    """Return the ascending eigenvalues and the eigenvectors of a symmetric matrix; NumericalError if not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericalError("the second moment of its keys is not finite", site=site, condition=float("nan"))
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
 
 
 def condition(matrix: Tensor) -> float:

@@ -1,0 +1,100 @@
+"""AlphaEdit: editing in the null space of what must be kept (Fang et al., 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from editcli.editors import InverseGramEditor
+from editcli.edits import EditRequest
+from editcli.errors import OptionError
+from editcli.interfaces import Problem, Session, Site
+from editcli.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from editcli.leastsquares import InverseGram
+
+
+class AlphaEdit(InverseGramEditor):
+    """Write only along directions that keys of reference text hardly use.
+
+    With P the projector on the eigenvectors of Cov whose eigenvalue is small, and H the sum of k k^T over earlier
+    edits, the paper's update is the transpose of ::
+
+        (P (K K^T + H) + L2 I)^-1 P K R^T,    equal to D = R (I + K^T C K)^-1 K^T C with C = P / L2 at the start
+
+    and C down-dated by each batch's keys, which are extracted again once all sites are written, as in the paper's code.
+    """
+
+    name: ClassVar[str] = "alphaedit"
+    reference: ClassVar[str] = "arXiv:2410.02355"
+
+    @dataclass(frozen=True)
+    class Options:
+        """What counts as unused, and how strongly the update is kept small."""
+
+        l2: float = option(10.0, "weight L2 of keeping the update small")
+        nullspace_threshold: float = option(2e-2, "what counts as unused; its meaning is threshold_kind")
+        threshold_kind: Literal["absolute", "relative"] = option(
+            "absolute",
+            "absolute: eigenvalues of Cov below it; relative: the smallest that hold this share of the trace",
+        )
+
+        def __post_init__(self) -> None:
+            if not (self.l2 > 0 and self.nullspace_threshold > 0):
+                raise ValueError("l2 and nullspace_threshold must be greater than 0")
+
+    def __init__(self, options: object = None):
+        super().__init__(options)
+        self.ranks: dict[str, int] = {}
+        """rank(P) of each site by module name."""
+
+    def prior(self, session: Session, site: Site) -> InverseGram:
+        from editcli.leastsquares import InverseGram, double, eigh
+
+        values, vectors = eigh(double(session.second_moment(site), session.device), site=site.module)
+        null = vectors[:, self._unused(values)]
+        self.ranks[site.module] = rank = null.shape[1]
+        self._check_rank(rank, values, site)
+        session.reporter.note(f"{site.module}: edits may use {rank} of {len(values)} directions")
+        matrix = null @ null.T / self.options.l2
+        return InverseGram.of(matrix, site=site.module, device=session.device, reporter=session.reporter)
+
+    def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
+        for problem in problems:
+            self.advance(problem.site, session.keys(requests, problem.site))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return C as ``<module>.inverse_gram`` and rank(P) as ``<module>.rank`` for each site."""
+        import torch
+
+        return {**super().state_dict(), **{f"{module}.rank": torch.tensor(r) for module, r in self.ranks.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+        super().load_state_dict(state, session)
+        self.ranks = {site.module: int(state[f"{site.module}.rank"]) for site in session.sites}
+
+    def record(self) -> dict[str, Any]:
+        """Return rank(P) and rank(P) / d_in per site."""
+        size = {module: gram.matrix.shape[0] for module, gram in self.memory.items()}
+        return {"nullspace": {m: {"rank": rank, "share": rank / size[m]} for m, rank in self.ranks.items()}}
+
+    def _unused(self, values: Tensor) -> Tensor:
+        """Say which of the ascending eigenvalues of Cov count as unused."""
+        if self.options.threshold_kind == "absolute":
+            return values < self.options.nullspace_threshold
+        return values.clamp_min(0).cumsum(0) <= self.options.nullspace_threshold * values.clamp_min(0).sum()
+
+    def _check_rank(self, rank: int, values: Tensor, site: Site) -> None:
+        if 0 < rank < len(values):
+            return
+        what = "no direction" if rank == 0 else "every direction"
+        change = "raise" if rank == 0 else "lower"
+        raise OptionError(
+            f"alphaedit.nullspace_threshold={self.options.nullspace_threshold:g} leaves {what} of {site.module} to "
+            f"edits (eigenvalues {float(values[0]):.3g} to {float(values[-1]):.3g}); {change} it or set "
+            "alphaedit.threshold_kind=relative"
+        )

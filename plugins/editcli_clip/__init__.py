@@ -1,0 +1,10 @@
+"""Norm clipping as an editcli plugin."""
+
+from editcli.hookspecs import hookimpl
+
+
+@hookimpl
+def editcli_stabilizers():
+    from editcli_clip.stabilizer import Clip
+
+    return [Clip]

@@ -1,0 +1,10 @@
+"""Constrained fine-tuning as an editcli plugin."""
+
+from editcli.hookspecs import hookimpl
+
+
+@hookimpl
+def editcli_editors():
+    from editcli_ft.editor import FineTuning
+
+    return [FineTuning]

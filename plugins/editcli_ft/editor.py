@@ -1,0 +1,89 @@
+"""Constrained fine-tuning: the baseline that editors are compared with (Zhu et al., 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from editcli.edits import EditRequest
+from editcli.interfaces import Editor, Problem, Session, Site, Update, Values
+from editcli.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FineTuning(Editor):
+    """Descend the targets' cross-entropy in the edited matrices alone, all of them together, within a norm.
+
+    Adam on the change D of each site, brought back to ||D|| <= norm_bound ||W|| after every step; it stops early once
+    the mean loss is below ``stop_loss``. Steps and bound are in units of the weight itself, so that one setting
+    serves models of every scale; the published baselines bound the largest entry by an absolute number instead.
+    """
+
+    name: ClassVar[str] = "ft"
+    reference: ClassVar[str] = "arXiv:2012.00363"
+    needs_values: ClassVar[bool] = False
+
+    @dataclass(frozen=True)
+    class Options:
+        """How far and how fast to descend."""
+
+        steps: int = option(25, "at most this many steps for a batch")
+        lr: float = option(0.01, "step size of Adam, as a share of the weight's root mean square")
+        norm_bound: float = option(0.1, "bound on a batch's change of a site, as a share of the weight's norm")
+        stop_loss: float = option(0.05, "stop once the batch's mean loss is below this")
+
+        def __post_init__(self) -> None:
+            if not (self.steps > 0 and self.lr > 0 and self.norm_bound > 0):
+                raise ValueError("steps, lr and norm_bound must be greater than 0")
+
+    def __init__(self, options: object = None):
+        super().__init__(options)
+        self._changes: dict[Site, Tensor] = {}
+
+    def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
+        """Fine-tune all sites together; there are no target values, :meth:`problem` hands the changes out."""
+        descents = {site: _Descent(session.weight(site), self.options) for site in session.sites}
+        with session.reporter.phase("Fine-tuning", self.options.steps, "steps") as advance:
+            for _ in range(self.options.steps):
+                trial = {site: descent.weight + descent.change for site, descent in descents.items()}
+                found = session.gradients(requests, positions="all", trial=trial)
+                if float(found.loss.mean()) < self.options.stop_loss:
+                    break
+                for site, seen in found.sites.items():
+                    descents[site].step(seen.gradients @ seen.inputs.T / len(requests))
+                advance(1)
+        self._changes = {site: descent.change for site, descent in descents.items()}
+        return None
+
+    def problem(self, session: Session, site: Site, requests: Sequence[EditRequest], values: Values | None) -> Problem:
+        """Return the site's change as a problem that is solved already: D = residual @ keys.T."""
+        update = Update.from_dense(self._changes[site])
+        return Problem(site, keys=update.right, residual=update.left)
+
+    def solve(self, problem: Problem) -> Update:
+        return Update(left=problem.residual, right=problem.keys)
+
+
+class _Descent:
+    """Adam on the change of one weight, inside a ball around zero."""
+
+    def __init__(self, weight: Tensor, options: FineTuning.Options):
+        self.weight, self.change = weight, weight.new_zeros(weight.shape)
+        self._mean, self._square, self._count = self.change, self.change, 0
+        norm = float(weight.norm())
+        self._rate, self._bound = options.lr * norm / weight.numel() ** 0.5, options.norm_bound * norm
+
+    def step(self, gradient: Tensor, *, decay: float = 0.9, decay_square: float = 0.999) -> None:
+        """Take one step of Adam and project back into the ball."""
+        self._count += 1
+        self._mean = decay * self._mean + (1 - decay) * gradient
+        self._square = decay_square * self._square + (1 - decay_square) * gradient**2
+        mean = self._mean / (1 - decay**self._count)
+        root = (self._square / (1 - decay_square**self._count)).sqrt()
+        # Relative to the largest entry, the guard against division by zero does not depend on the gradient's scale.
+        change = self.change - self._rate * mean / (root + 1e-8 * root.max()).clamp_min(1e-38)
+        norm = float(change.norm())
+        self.change = change * (self._bound / norm) if norm > self._bound else change

@@ -1,0 +1,62 @@
+"""PRUNE: restrain the largest singular values of the total change (Ma et al., 2024)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from editcli.interfaces import Session, Site, Stabilizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from editcli.spectra import Spectrum
+
+
+class Prune(Stabilizer):
+    """Compress the singular values of W - W_0 that exceed the largest singular value of W_0, once, at read-out.
+
+    For each such value ``s <- log(s) - log(s_max) + s_max``; everything else stays. It acts on the accumulated change,
+    not on each batch. The paper's released code adds the result to weights that are edited already; here it replaces
+    the change.
+    """
+
+    name: ClassVar[str] = "prune"
+    reference: ClassVar[str] = "arXiv:2405.16821"
+
+    def __init__(self, options: object = None):
+        super().__init__(options)
+        self._restrained: dict[str, int] = {}
+
+    def stabilize_weight(self, weight: Tensor, site: Site, session: Session) -> Tensor:
+        from editcli.spectra import spectral_norm
+
+        base = session.baseline(site).to(weight.device).double()
+        change = weight.double() - base
+        limit, _ = spectral_norm(base, device=session.device)
+        found = _leading(change, limit, session)
+        above = int((found.values > limit).sum())
+        self._restrained[site.module] = above
+        if above == 0:
+            return weight
+        values = found.values[:above].to(change)
+        left, right = found.left[:, :above].to(change), found.right[:, :above].to(change)
+        excess = values - ((values / limit).log() + limit)
+        return (base + change - left * excess @ right.T).to(weight.dtype)
+
+    def record(self) -> dict[str, Any]:
+        """Return how many singular values were restrained per site."""
+        return {"restrained": self._restrained}
+
+
+def _leading(change: Tensor, limit: float, session: Session) -> Spectrum:
+    """Decompose ``change`` far enough to hold every singular value above ``limit`` with its vectors."""
+    from editcli.spectra import spectrum
+
+    size, count = min(change.shape), 8
+    while True:
+        found = spectrum(change, vectors=min(count, size), device=session.device)
+        above = int((found.values > limit).sum())
+        whole = above < len(found.values) or len(found.values) == size
+        if whole and above <= found.left.shape[1]:
+            return found
+        count = max(2 * count, above)

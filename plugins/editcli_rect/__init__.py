@@ -1,0 +1,10 @@
+"""RECT as an editcli plugin."""
+
+from editcli.hookspecs import hookimpl
+
+
+@hookimpl
+def editcli_stabilizers():
+    from editcli_rect.stabilizer import Rect
+
+    return [Rect]

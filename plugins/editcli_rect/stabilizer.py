@@ -1,0 +1,39 @@
+"""RECT: keep the relatively largest changes of an update (Gu et al., 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from editcli.interfaces import Problem, Session, Stabilizer, Update
+from editcli.options import option
+
+
+class Rect(Stabilizer):
+    """Zero all entries of an update but those that change their weight the most, relative to it.
+
+    D_ij is kept where |D_ij / W_ij| is among the largest ``keep`` of all entries of the site.
+    """
+
+    name: ClassVar[str] = "rect"
+    reference: ClassVar[str] = "arXiv:2401.04700"
+
+    @dataclass(frozen=True)
+    class Options:
+        """How much of an update is kept."""
+
+        keep: float = option(0.4, "share of the update's entries to keep")
+
+        def __post_init__(self) -> None:
+            if not 0 < self.keep <= 1:
+                raise ValueError("keep must be greater than 0 and at most 1")
+
+    def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
+        change = update.dense()
+        # An unchanged entry of a zero weight is 0/0; it counts as unchanged.
+        relative = (change / session.weight(problem.site).to(change)).abs().nan_to_num(nan=0.0, posinf=float("inf"))
+        dropped = int((1 - self.options.keep) * relative.numel())
+        if dropped == 0:
+            return update
+        limit = relative.flatten().kthvalue(dropped).values
+        return Update.from_dense(change.where(relative > limit, 0.0))

@@ -1,0 +1,10 @@
+"""REVIVE as an editcli plugin."""
+
+from editcli.hookspecs import hookimpl
+
+
+@hookimpl
+def editcli_stabilizers():
+    from editcli_revive.stabilizer import Revive
+
+    return [Revive]

@@ -1,0 +1,39 @@
+"""ROME: rank-one model editing (Meng et al., 2022)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from editcli.editors import InverseGramEditor
+from editcli.interfaces import Problem, Session, Site, Update
+
+if TYPE_CHECKING:
+    from editcli.leastsquares import InverseGram
+
+
+class Rome(InverseGramEditor):
+    """Write facts into one layer exactly, disturbing what the layer does on reference text as little as possible.
+
+    Among all updates that write the batch, D K = R, the one with the least E||D k||^2 on reference text is ::
+
+        D = R (K^T C K)^-1 K^T C,    C = Cov^-1        for one edit: R (C k)^T / (k^T C k)
+
+    One edit is the paper's rank-one formula; several edits of a batch are written together, each exactly.
+    """
+
+    name: ClassVar[str] = "rome"
+    reference: ClassVar[str] = "arXiv:2202.05262"
+    single_site: ClassVar[bool] = True
+
+    @property
+    def remembers(self) -> bool:
+        return False
+
+    def prior(self, session: Session, site: Site) -> InverseGram:
+        from editcli.leastsquares import InverseGram
+
+        gram = session.second_moment(site)
+        return InverseGram.inverting(gram, site=site.module, device=session.device, reporter=session.reporter)
+
+    def solve(self, problem: Problem) -> Update:
+        return self.memory[problem.site.module].solve(problem.keys, problem.residual, hard=True)

@@ -1,0 +1,115 @@
+"""UltraEdit: one forward and backward pass per edit, no optimisation (Gu et al., 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from editcli.edits import EditRequest
+from editcli.errors import OptionError, StateError
+from editcli.interfaces import Editor, Gradients, Problem, Session, Site, SiteGradients, Update, Values
+from editcli.options import option
+from editcli.report import Reporter, Silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from editcli_ultraedit.moments import Moments
+
+
+class UltraEdit(Editor):
+    """Step each site along normalised gradients, by least squares over the positions that predict the target.
+
+    Over those positions, k is what the projection reads and g the gradient of the loss with respect to its output.
+    Every coordinate of [k, g] is normalised by its mean and deviation over all edits so far ("lifelong
+    normalisation"); with the normalised k^ and g^ ::
+
+        v = -lr ||k^||^2 g^          D = V (I + K^T K)^-1 K^T
+
+    over the batch. The paper's code shares the statistics between sites of one shape; here each site has its own.
+    """
+
+    name: ClassVar[str] = "ultraedit"
+    reference: ClassVar[str] = "arXiv:2505.14679"
+    needs_values: ClassVar[bool] = False
+
+    @dataclass(frozen=True)
+    class Options:
+        """How far to step."""
+
+        lr: float = option(1e-6, "step size; ||k^||^2 is about d_in, so a small model needs a larger one")
+        pilots: int = option(0, "pilot edits counted into the statistics before the first batch (published: 0)")
+
+        def __post_init__(self) -> None:
+            if not (self.lr > 0 and self.pilots >= 0):
+                raise ValueError("lr must be greater than 0 and pilots must not be negative")
+
+    def __init__(self, options: object = None):
+        super().__init__(options)
+        self.moments: dict[str, Moments] = {}
+        """Count, mean and spread of [k, g] so far, by module name."""
+        self._staged: dict[str, Moments] = {}
+        self._measured: Gradients | None = None
+        self._reporter: Reporter = Silent()
+
+    def prepare(self, session: Session) -> None:
+        self._reporter = session.reporter
+        requests = session.pilots(self.options.pilots)[0] if self.options.pilots else ()
+        if requests:
+            for site, seen in session.gradients(requests).sites.items():
+                self.moments[site.module] = self._counted(site, seen)
+
+    def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
+        """Measure keys and gradients for all sites in one pass; there are no target values."""
+        self._measured = session.gradients(requests)
+        self._staged = {site.module: self._counted(site, seen) for site, seen in self._measured.sites.items()}
+        return None
+
+    def problem(self, session: Session, site: Site, requests: Sequence[EditRequest], values: Values | None) -> Problem:
+        assert self._measured is not None, "values() measures a batch before its problems are asked for"
+        seen, moments = self._measured.sites[site], self._staged[site.module]
+        if moments.count < 2:
+            raise OptionError(
+                "ultraedit normalises over the positions it has seen and has seen only one; use a larger --batch-size "
+                "or set ultraedit.pilots=100"
+            )
+        normalised = moments.normalise(_features(seen))
+        key, gradient = normalised.split([len(seen.inputs), len(seen.gradients)])
+        return Problem(site, keys=seen.inputs, residual=-self.options.lr * key.square().sum(dim=0) * gradient)
+
+    def solve(self, problem: Problem) -> Update:
+        from editcli.leastsquares import ridge
+
+        return ridge(problem.keys, problem.residual, site=problem.site.module, reporter=self._reporter)
+
+    def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
+        self.moments = {**self.moments, **self._staged}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return ``<module>.count``, ``<module>.mean`` and ``<module>.squares`` of [k, g] for each site."""
+        return {f"{module}.{name}": part for module, m in self.moments.items() for name, part in m.tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+        from editcli_ultraedit.moments import Moments
+
+        self._reporter = session.reporter
+        for site in session.sites:
+            start = f"{site.module}."
+            parts = {key.removeprefix(start): part for key, part in state.items() if key.startswith(start)}
+            if parts and set(parts) != {"count", "mean", "squares"}:
+                raise StateError(f"the saved state of ultraedit is incomplete for {site.module}; start a new run")
+            self.moments[site.module] = Moments.of(parts) if parts else Moments()
+
+    def _counted(self, site: Site, seen: SiteGradients) -> Moments:
+        """Return the site's statistics with what was just seen counted in."""
+        from editcli_ultraedit.moments import Moments
+
+        return self.moments.get(site.module, Moments()).counting(_features(seen))
+
+
+def _features(seen: SiteGradients) -> Tensor:
+    """Return [k, g], (d_in + d_out, t)."""
+    import torch
+
+    return torch.cat([seen.inputs, seen.gradients])
