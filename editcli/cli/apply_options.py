@@ -139,6 +139,7 @@ def run_options(command: Any) -> Any:
         option(
             "--eval/--no-eval",
             "evaluate",
+            envvar="EDITCLI_EVAL",
             default=True,
             show_default=True,
             section="Run",
