@@ -52,6 +52,8 @@ class SiteReport:
     drift: float
     cast_loss: float = 0.0
     """||cast(W_n) - W_n|| / ||W_n||: what the file's dtype cannot hold."""
+    update_norm: float = 0.0
+    """||D||_F of the batch that this report belongs to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,18 +6,19 @@ to, so that what is evaluated is what is saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from editcli import targets
+from editcli import gradients, targets
 from editcli.edits import EditRequest
 from editcli.errors import StatisticsError
 from editcli.forward import chunks, first, positions, run, tapped
-from editcli.interfaces import Site, Update, Values
+from editcli.interfaces import Gradients, Site, Stabilizer, Update, Values
 from editcli.model import LoadedModel
 from editcli.report import Reporter, Silent
 from editcli.targets import TargetOptions
@@ -61,6 +62,7 @@ class ModelSession:
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
         self._masters: dict[Site, Tensor] = {site: self._loaded_weight(site) for site in self.sites}
         self._moments: dict[Site, Tensor] = {}
+        self._baselines: dict[Site, Tensor] = {}
         self.written = False
         """True once anything was written: from then on nothing may be measured as if on the unedited model."""
 
@@ -75,9 +77,11 @@ class ModelSession:
 
     def baseline(self, site: Site) -> Tensor:
         """Return W_0, (d_out, d_in) float32, from the base checkpoint's files."""
-        stored = self.loaded.checkpoint.read(self.stored_name(site)).float()
-        stored = stored.T.contiguous() if site.transposed else stored
-        return stored.to(self._masters[site].device)
+        if site not in self._baselines:
+            stored = self.loaded.checkpoint.read(self.stored_name(site), device=self._masters[site].device)
+            # Kept as stored, so that a half-precision baseline costs half of a master.
+            self._baselines[site] = stored.T.contiguous() if site.transposed else stored
+        return self._baselines[site].float()
 
     def stored_name(self, site: Site) -> str:
         """Return the checkpoint's name of a site's weight."""
@@ -109,6 +113,23 @@ class ModelSession:
         prefixes = self.prefixes if prefixed else ()
         return targets.optimise(
             self.loaded, requests, prefixes, self.layers[-1], self.options, self.reporter, label=label
+        )
+
+    def gradients(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        positions: Literal["target", "all"] = "target",
+        trial: Mapping[Site, Tensor] | None = None,
+    ) -> Gradients:
+        """Run one forward and backward pass of the targets' cross-entropy, on bare prompts; writes nothing."""
+        return gradients.measure(
+            self.loaded,
+            self.sites,
+            requests,
+            every_position=positions == "all",
+            trial=trial or {},
+            batch_tokens=self.options.batch_tokens,
         )
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
@@ -150,6 +171,27 @@ class ModelSession:
         cast = master.to(self.save_dtype(site))
         with torch.no_grad():
             parameter.copy_(cast.T if site.transposed else cast)
+
+    def restore(self, masters: Mapping[Site, Tensor]) -> None:
+        """Put back weights that :meth:`masters` returned earlier."""
+        for site, weight in masters.items():
+            if weight is not self._masters[site]:
+                self.set_weight(site, weight)
+
+    @contextmanager
+    def read_out(self, stabilizers: Sequence[Stabilizer]) -> Iterator[Mapping[Site, Tensor]]:
+        """Hold the weights as they are saved, after every stabilizer's read-out; the stream's own come back at the end."""
+        before = self.masters()
+        try:
+            for site in self.sites:
+                weight = before[site]
+                for stabilizer in stabilizers:
+                    weight = stabilizer.stabilize_weight(weight, site, self)
+                if weight is not before[site]:
+                    self.set_weight(site, weight)
+            yield self.masters()
+        finally:
+            self.restore(before)
 
     def save_dtype(self, site: Site) -> torch.dtype:
         """Return the dtype in which a site's weight will be saved."""

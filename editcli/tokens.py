@@ -7,7 +7,7 @@ would be counted twice; nothing depends on the tokenizer's padding side, because
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,16 +26,13 @@ class Encoded:
     """Position of the last token that overlaps the subject; -1 where the text has no subject."""
     target: range
     """Positions of the target's tokens; empty where the text has no target."""
+    target_ids: tuple[int, ...] = ()
+    """The target's token ids."""
 
     @property
     def predicting(self) -> range:
         """Positions whose next token is a target token."""
         return range(self.target.start - 1, self.target.stop - 1)
-
-    @property
-    def target_ids(self) -> tuple[int, ...]:
-        """The target's token ids."""
-        return self.ids[self.target.start : self.target.stop]
 
     def up_to_lookup(self) -> Encoded:
         """Return the text cut after the lookup token: a causal model cannot see further anyway."""
@@ -43,7 +40,7 @@ class Encoded:
 
     def without_last(self) -> Encoded:
         """Return the text without its last token, which predicts nothing that is asked for."""
-        return Encoded(self.ids[:-1], self.lookup, self.target)
+        return replace(self, ids=self.ids[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +160,8 @@ class Tokens:
 def _place(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
     subject = _overlapping(offsets, text.subject)
     target = _overlapping(offsets, text.target)
-    return Encoded(
-        ids=tuple(ids),
-        lookup=subject[-1] if subject else -1,
-        target=range(target[0], target[-1] + 1) if target else range(0),
-    )
+    span = range(target[0], target[-1] + 1) if target else range(0)
+    return Encoded(tuple(ids), subject[-1] if subject else -1, span, tuple(ids[span.start : span.stop]))
 
 
 def _overlapping(offsets: Sequence[tuple[int, int]], span: tuple[int, int] | None) -> list[int]:

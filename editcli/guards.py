@@ -1,0 +1,70 @@
+"""Guards: conditions that stop a stream before the offending batch is written.
+
+A condition is ``NAME>NUMBER`` or ``NAME<NUMBER`` over the figures of a batch: ``ratio`` and ``drift`` (the worst site),
+``efficacy`` (of the batch just edited) and ``retained`` (of all edits so far). ``nonfinite`` is always on.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from editcli.errors import GuardError, OptionError, near_miss
+
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+}
+SITE_FIGURES = ("ratio", "drift")
+BATCH_FIGURES = ("efficacy", "retained")
+NONFINITE = "nonfinite"
+_CONDITION = re.compile(r"^\s*([A-Za-z_]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """One condition; a figure for which it holds stops the run."""
+
+    figure: str
+    relation: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.figure}{self.relation}{self.limit:g}"
+
+    def check(self, figure: str, value: float, *, where: str) -> None:
+        """Raise :class:`GuardError` when ``value`` of ``figure`` meets the condition."""
+        if figure == self.figure and _OPERATORS[self.relation](value, self.limit):
+            raise GuardError(f"stopped by {self}: {figure} would be {value:.4g} {where}; the last good state is kept")
+
+
+def parse_guards(conditions: Sequence[str]) -> tuple[Guard, ...]:
+    """Read conditions such as ``ratio>2.5``; raise :class:`OptionError` on one that cannot be read."""
+    return tuple(_parse(text) for text in conditions if text.strip() != NONFINITE)
+
+
+def _parse(text: str) -> Guard:
+    match = _CONDITION.match(text)
+    if match is None:
+        raise OptionError(f"cannot read --stop-if {text!r}: write NAME>NUMBER or NAME<NUMBER, for instance ratio>2.5")
+    figure, relation, number = match.groups()
+    known = (*SITE_FIGURES, *BATCH_FIGURES)
+    if figure not in known:
+        raise OptionError(f"--stop-if {text!r} names an unknown figure{near_miss(figure, known)}")
+    try:
+        limit = float(number)
+    except ValueError as error:
+        raise OptionError(f"--stop-if {text!r}: {number!r} is not a number") from error
+    if not math.isfinite(limit):
+        raise OptionError(f"--stop-if {text!r}: the limit must be finite")
+    return Guard(figure, relation, limit)
+
+
+def needs_retained(guards: Sequence[Guard]) -> bool:
+    """Tell whether a guard looks at retained efficacy, which has to be measured after every batch then."""
+    return any(guard.figure == "retained" for guard in guards)
