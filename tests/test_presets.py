@@ -107,9 +107,25 @@ def test_a_guess_at_32_layers_is_the_published_choice() -> None:
     assert preset.settings["memit"]["mom2_update_weight"] == pytest.approx(15000, rel=0.1)
 
 
+def test_a_guess_behind_norms_writes_one_layer() -> None:
+    assert guess(Sizes("x", 32, 64, 256), behind_norm=True).layers == (8,)
+    config = tiny_config("gemma2")
+    assert len(load_preset(config, resolve(tiny_model("gemma2"))).layers) == 1
+
+
+def test_an_editor_may_have_layers_of_its_own() -> None:
+    config = AutoConfig.for_model("llama", hidden_size=4096, num_hidden_layers=32, intermediate_size=14336)
+    preset = load_preset(config, resolve(skeleton(config)))
+    assert preset.layers_for("ultraedit") == (29, 30)
+    assert preset.layers_for("memit") == preset.layers == (4, 5, 6, 7, 8)
+    assert guess(Sizes("x", 32, 64, 14336)).settings["ultraedit"]["lr"] == pytest.approx(1e-6, rel=0.01)
+
+
 @given(st.integers(1, 300), st.integers(1, 100_000))
 def test_a_guess_lies_in_the_first_third(layers: int, width: int) -> None:
-    chosen = guess(Sizes("x", layers, 64, width)).layers
+    preset = guess(Sizes("x", layers, 64, width))
+    chosen = preset.layers
+    assert preset.layers_for("ultraedit")[-1] <= max(layers - 2, 0)
     assert 1 <= len(chosen) <= 5
     assert list(chosen) == list(range(chosen[0], chosen[-1] + 1))
     assert 0 <= chosen[0] <= chosen[-1] <= layers / 3

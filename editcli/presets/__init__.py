@@ -5,10 +5,18 @@ the papers' configurations, ``tuned`` ones from a sweep of ours, ``guessed`` one
 
 - Layers. The published sites lie between 7 % and 39 % of the depth and are five or six in a row. The guess takes the
   last five layers of the middle of that range, 13 % to 28 %; for 32 layers these are the published 4-8.
+- Layers of families that norm their MLPs' output (Gemma 2 and 3, OLMo 2): only the last of these. Behind a norm an MLP
+  can turn its contribution but not lengthen it, so the last site cannot make up for what writing the earlier ones
+  changed on the way to it; alone, it reaches its target exactly.
+- Layers for UltraEdit are late ones, 29 and 30 of 32.
 - ``mom2_update_weight``, lambda. An edit with key k is written to the share s / (1 + s), s = k^T Cov^-1 k / lambda. On
   the reference text itself k^T Cov^-1 k is d_in on average, whatever the scale of the keys, so at lambda = d_in half of
   the residual of an unremarkable key is written, and more of a rare one's. The published values are 0.8 to 3.1 times
   d_in; the guess is d_in.
+- AlphaEdit's published threshold is an absolute eigenvalue, which depends on the scale of the keys; the guess is
+  relative to the trace.
+- UltraEdit's step is lr ||k^||^2 per deviation of the gradient, and ||k^||^2 is d_in on average, so lr times d_in is
+  kept at its published product.
 - Targets. The published rate is 0.1 for every model with RMS norms and 0.5 for the older two; the guess takes the
   smaller one.
 
@@ -19,10 +27,12 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import tomli
+
+from editcli.options import merge
 
 if TYPE_CHECKING:
     from editcli.architectures import Architecture
@@ -30,7 +40,7 @@ if TYPE_CHECKING:
 Settings = Mapping[str, Mapping[str, Any]]
 
 _GUESS = "guess.toml"
-_FACTS = ("name", "label", "source", "layers", "match", "editor")
+_FACTS = ("name", "label", "source", "layers", "layers_for", "layers_behind_norm", "match", "editor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +71,29 @@ class Preset:
     """``tuned``, ``published`` or ``guessed``."""
     layers: tuple[int, ...]
     editor: str | None = None
+    editor_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Layers for editors that want others than :attr:`layers`."""
     settings: Settings = field(default_factory=dict)
     """``{component: {option: value}}``; sections of components that are not in use say nothing about the run."""
     source: str = ""
     """Where the figures come from."""
     match: Sizes | None = None
 
+    def layers_for(self, editor: str) -> tuple[int, ...]:
+        """Return the layers that ``editor`` should write."""
+        return self.editor_layers.get(editor, self.layers)
+
 
 def load_preset(config: Any, architecture: Architecture) -> Preset:
     """Return the preset for a model with this transformers ``config``, or a guess labelled as one."""
     sizes = sizes_of(config, architecture)
+    guessed = guess(sizes, behind_norm=architecture.mlp_norm(0) is not None)
     fitting = [preset for preset in all_presets() if preset.match is not None and preset.match.fits(sizes)]
+    if not fitting:
+        return guessed
     # The one that also names the vocabulary is the more specific one.
-    fitting.sort(key=lambda preset: preset.match is None or preset.match.vocab is None)
-    return fitting[0] if fitting else guess(sizes)
+    best = min(fitting, key=lambda preset: preset.match is None or preset.match.vocab is None)
+    return replace(best, editor_layers={**guessed.editor_layers, **best.editor_layers})
 
 
 def sizes_of(config: Any, architecture: Architecture) -> Sizes:
@@ -89,27 +108,34 @@ def all_presets() -> tuple[Preset, ...]:
     return tuple(sorted(presets, key=lambda preset: preset.name))
 
 
-def guess(sizes: Sizes) -> Preset:
+def guess(sizes: Sizes, *, behind_norm: bool = False) -> Preset:
     """Return depth-proportional layers and width-proportional weights; see the module's docstring."""
     record = dict(_records())[_GUESS]
-    layers, per_width = record.pop("layers"), record.pop("per_width")
-    settings = {name: dict(section) for name, section in record.items() if name not in _FACTS}
-    for name, section in per_width.items():
-        scaled = {key: value * sizes.intermediate for key, value in section.items()}
-        settings.setdefault(name, {}).update(scaled)
+    scales = {"per_width": sizes.intermediate, "per_inverse_width": 1 / sizes.intermediate}
+    scaled = [_scaled(record.pop(name), factor) for name, factor in scales.items()]
     return Preset(
         name=f"{sizes.model_type}, {sizes.layers} layers",
         label=record["label"],
-        layers=_middle_layers(sizes.layers, **layers),
-        settings=settings,
+        layers=_within(sizes.layers, **record["layers_behind_norm" if behind_norm else "layers"]),
+        editor_layers={name: _within(sizes.layers, **shares) for name, shares in record["layers_for"].items()},
+        settings=merge(_settings(record), *scaled),
         source=record["source"],
     )
 
 
-def _middle_layers(count: int, *, first_share: float, last_share: float, most: int) -> tuple[int, ...]:
-    last = int(last_share * count)
-    first = max(last + 1 - most, int(first_share * count))
+def _within(count: int, *, first_share: float, last_share: float, most: int) -> tuple[int, ...]:
+    """Return at most ``most`` layers between two shares of the depth; the very last layer only if there is no other."""
+    last = min(int(last_share * count), max(count - 2, 0))
+    first = max(last + 1 - most, min(int(first_share * count), last))
     return tuple(range(first, last + 1))
+
+
+def _scaled(settings: Settings, factor: float) -> dict[str, dict[str, Any]]:
+    return {name: {key: value * factor for key, value in section.items()} for name, section in settings.items()}
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: section for name, section in record.items() if name not in _FACTS}
 
 
 def _parse(record: Mapping[str, Any]) -> Preset:
@@ -118,7 +144,8 @@ def _parse(record: Mapping[str, Any]) -> Preset:
         label=record["label"],
         layers=tuple(record["layers"]),
         editor=record.get("editor"),
-        settings={name: section for name, section in record.items() if name not in _FACTS},
+        editor_layers={name: tuple(layers) for name, layers in record.get("layers_for", {}).items()},
+        settings=_settings(record),
         source=record["source"],
         match=Sizes(**record["match"]),
     )
