@@ -41,9 +41,11 @@ class InverseGram:
         return cls(matrix.to(device=device, dtype=working_dtype(device)), site, reporter)
 
     @classmethod
-    def inverting(cls, gram: Tensor, *, site: str, device: torch.device, reporter: Reporter) -> InverseGram:
+    def inverting(
+        cls, gram: Tensor, *, site: str, device: torch.device, reporter: Reporter, ridge: float = 0.0
+    ) -> InverseGram:
         """Take C = ``gram``^-1; raise :class:`NumericalError` when ``gram`` is indefinite or singular."""
-        inverse = invert(double(gram, device), site=site, reporter=reporter)
+        inverse = invert(double(gram, device), site=site, reporter=reporter, ridge=ridge)
         return cls.of(inverse, site=site, device=device, reporter=reporter)
 
     def solve(self, keys: Tensor, residual: Tensor, *, hard: bool = False) -> Update:
@@ -115,11 +117,12 @@ def factorise(gram: Tensor, rounding: float, *, site: str, reporter: Reporter, h
     return factor
 
 
-def invert(gram: Tensor, *, site: str, reporter: Reporter) -> Tensor:
+def invert(gram: Tensor, *, site: str, reporter: Reporter, ridge: float = 0.0) -> Tensor:
     """Return ``gram``^-1 for a symmetric positive definite (d, d) float64 matrix, by Cholesky.
 
     The matrix is first scaled to unit diagonal, which makes the test for singularity independent of the units'
-    scales. A unit that never fired on the reference text (a zero row) gets a zero row in the inverse: its weights are
+    scales; ``ridge`` is added to that diagonal, so that each unit gains this share of its own second moment. A unit
+    that never fired on the reference text (a zero row) gets a zero row in the inverse: its weights are
     left alone, and that is noted. Raises :class:`NumericalError` when the rest is indefinite or singular.
     """
     diagonal = gram.diagonal()
@@ -129,10 +132,15 @@ def invert(gram: Tensor, *, site: str, reporter: Reporter) -> Tensor:
     scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
     scaled = gram * scale[:, None] * scale
     scaled.diagonal()[silent] = 1.0
+    scaled.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    estimate = float("inf") if int(failed) != 0 else _pivots(factor) ** 2
-    if estimate > SINGULAR or bool(silent.all()):
-        reason = "the second moment of its keys is singular or indefinite; gather more reference text (--tokens)"
+    broken = int(failed) != 0 or bool(silent.all())
+    estimate = float("inf") if broken else _pivots(factor) ** 2
+    if estimate > SINGULAR:
+        reason = (
+            "the second moment of its keys is singular or indefinite; gather more reference text (raise "
+            "statistics.tokens_per_dim) or set the editor's option ridge to 1e-6"
+        )
         raise NumericalError(reason, site=site, condition=estimate)
     if bool(silent.any()):
         count = int(silent.sum())

@@ -34,9 +34,11 @@ class Memit(InverseGramEditor):
         mom2_update_weight: float = option(15000.0, "weight lambda of the reference text against the edits")
         remember: bool = option(False, "keep what earlier batches wrote: past keys join the penalty")
 
+        ridge: float = option(0.0, "share of each input's second moment to add, for a moment that is singular")
+
         def __post_init__(self) -> None:
-            if not self.mom2_update_weight > 0:
-                raise ValueError("mom2_update_weight must be greater than 0")
+            if not (self.mom2_update_weight > 0 and self.ridge >= 0):
+                raise ValueError("mom2_update_weight must be greater than 0 and ridge must not be negative")
 
     @property
     def remembers(self) -> bool:
@@ -46,4 +48,6 @@ class Memit(InverseGramEditor):
         from editcli.leastsquares import InverseGram
 
         gram = self.options.mom2_update_weight * session.second_moment(site)
-        return InverseGram.inverting(gram, site=site.module, device=session.device, reporter=session.reporter)
+        return InverseGram.inverting(
+            gram, site=site.module, device=session.device, reporter=session.reporter, ridge=self.options.ridge
+        )

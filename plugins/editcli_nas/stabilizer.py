@@ -71,12 +71,14 @@ class Nas(Stabilizer):
         # Comparing this way round drops a NaN too; a contribution of norm zero has no direction to scale along.
         usable = (norms <= self.options.guard * self.anchor) & (norms > 0)
         scaled = contribution * (self.anchor / norms).to(contribution.dtype)
-        limit = f"more than nas.guard={self.options.guard:g} times the anchor {self.anchor:.3g}"
-        lost = {
-            column: f"its contribution has norm {float(norms[column]):.3g}, {limit}"
-            for column in (~usable).nonzero().flatten().tolist()
-        }
+        lost = {column: self._reason(float(norms[column])) for column in (~usable).nonzero().flatten().tolist()}
         return values.with_contribution(scaled.where(usable, values.written)).drop(lost)
+
+    def _reason(self, norm: float) -> str:
+        if norm > self.options.guard * self.anchor:
+            limit = f"more than nas.guard={self.options.guard:g} times the anchor {self.anchor:.3g}"
+            return f"its contribution has norm {norm:.3g}, {limit}"
+        return f"its contribution has norm {norm:.3g}, which has no direction to keep"
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return ``anchor`` (float64), ``pilots`` (their number) and ``source`` (UTF-8 bytes)."""

@@ -41,9 +41,11 @@ class RlsEdit(InverseGramEditor):
         mu_reg: float = option(1.0, "weight mu of keeping the pretrained mapping on reference text")
         mom2_update_weight: float = option(15000.0, "weight w of the reference text: K_0 K_0^T = w Cov")
 
+        ridge: float = option(0.0, "share of each input's second moment to add, for a moment that is singular")
+
         def __post_init__(self) -> None:
-            if self.lambda_reg < 0 or self.mu_reg < 0 or self.mom2_update_weight < 0:
-                raise ValueError("lambda_reg, mu_reg and mom2_update_weight must not be negative")
+            if min(self.lambda_reg, self.mu_reg, self.mom2_update_weight, self.ridge) < 0:
+                raise ValueError("lambda_reg, mu_reg, mom2_update_weight and ridge must not be negative")
             if self.lambda_reg == 0 and self.mu_reg * self.mom2_update_weight == 0:
                 raise ValueError(
                     "nothing anchors the weight; set lambda_reg, or mu_reg and mom2_update_weight, above 0"
@@ -54,4 +56,6 @@ class RlsEdit(InverseGramEditor):
 
         gram = self.options.mu_reg**2 * self.options.mom2_update_weight * session.second_moment(site)
         gram.diagonal().add_(self.options.lambda_reg**2)
-        return InverseGram.inverting(gram, site=site.module, device=session.device, reporter=session.reporter)
+        return InverseGram.inverting(
+            gram, site=site.module, device=session.device, reporter=session.reporter, ridge=self.options.ridge
+        )

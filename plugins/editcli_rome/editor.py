@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from editcli.editors import InverseGramEditor
 from editcli.interfaces import Problem, Session, Site, Update
+from editcli.options import option
 
 if TYPE_CHECKING:
     from editcli.leastsquares import InverseGram
@@ -25,6 +27,16 @@ class Rome(InverseGramEditor):
     reference: ClassVar[str] = "arXiv:2202.05262"
     single_site: ClassVar[bool] = True
 
+    @dataclass(frozen=True)
+    class Options:
+        """What to do about too little reference text."""
+
+        ridge: float = option(0.0, "share of each input's second moment to add, for a moment that is singular")
+
+        def __post_init__(self) -> None:
+            if self.ridge < 0:
+                raise ValueError("ridge must not be negative")
+
     @property
     def remembers(self) -> bool:
         return False
@@ -33,7 +45,9 @@ class Rome(InverseGramEditor):
         from editcli.leastsquares import InverseGram
 
         gram = session.second_moment(site)
-        return InverseGram.inverting(gram, site=site.module, device=session.device, reporter=session.reporter)
+        return InverseGram.inverting(
+            gram, site=site.module, device=session.device, reporter=session.reporter, ridge=self.options.ridge
+        )
 
     def solve(self, problem: Problem) -> Update:
         return self.memory[problem.site.module].solve(problem.keys, problem.residual, hard=True)

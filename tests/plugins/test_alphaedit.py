@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from editcli.errors import OptionError
+from editcli_alphaedit.editor import AlphaEdit
+
+
+def projector(moment, threshold=2e-2):
+    values, vectors = torch.linalg.eigh(moment)
+    null = vectors[:, values < threshold]
+    return null @ null.T
+
+
+def test_a_stream_of_batches_equals_the_published_update(session, edit_batch, make_requests, close):
+    """Earlier keys enter as they are after each batch was written, not as they were when it was solved."""
+    editor = AlphaEdit(AlphaEdit.Options(l2=10.0))
+    size = session.shape[1]
+    projectors = {site: projector(session.second_moment(site)) for site in session.sites}
+    past = {site: torch.zeros(size, size, dtype=torch.float64) for site in session.sites}
+    editor.prepare(session)
+    for number in range(5):
+        batch = make_requests(f"b{number}", 4)
+        for problem, update in edit_batch(session, editor, batch):
+            P, H, K, R = projectors[problem.site], past[problem.site], problem.keys, problem.residual
+            system = P @ (K @ K.T + H) + 10.0 * torch.eye(size, dtype=torch.float64)
+            close(update.dense(), (torch.linalg.inv(system) @ P @ K @ R.T).T)
+        for site in session.sites:
+            keys = session.keys(batch, site)
+            past[site] = past[site] + keys @ keys.T
+
+
+def test_updates_stay_in_the_range_of_the_projector(session, edit_batch, make_requests):
+    editor = AlphaEdit()
+    projectors = {site: projector(session.second_moment(site)) for site in session.sites}
+    editor.prepare(session)
+    for number in range(20):
+        for problem, update in edit_batch(session, editor, make_requests(f"b{number}", 3)):
+            change = update.dense()
+            assert (change - change @ projectors[problem.site]).norm() <= 1e-10 * change.norm()
+
+
+def test_rank_is_recorded_and_survives_a_resume(session, through_bytes):
+    editor, other = AlphaEdit(), AlphaEdit()
+    editor.prepare(session)
+    state = editor.state_dict()
+    other.load_state_dict(through_bytes(state), session)
+    assert all(torch.equal(state[name], tensor) for name, tensor in other.state_dict().items())
+    expected = {"rank": session.small, "share": session.small / session.shape[1]}
+    assert other.record() == {"nullspace": {site.module: expected for site in session.sites}}
+
+
+def test_relative_threshold_does_not_depend_on_the_scale(session, monkeypatch):
+    options = AlphaEdit.Options(threshold_kind="relative", nullspace_threshold=0.01)
+    plain, scaled = AlphaEdit(options), AlphaEdit(options)
+    plain.prepare(session)
+    moment = session.second_moment
+    monkeypatch.setattr(session, "second_moment", lambda site: 1e6 * moment(site))
+    scaled.prepare(session)
+    assert plain.ranks == scaled.ranks == {site.module: session.small for site in session.sites}
+
+
+@pytest.mark.parametrize(("threshold", "change"), [(1e-9, "raise"), (1e9, "lower")])
+def test_no_rank_and_full_rank_say_what_to_change(session, threshold, change):
+    with pytest.raises(OptionError, match=rf"nullspace_threshold.*{change}.*relative"):
+        AlphaEdit(AlphaEdit.Options(nullspace_threshold=threshold)).prepare(session)
