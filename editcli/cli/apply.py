@@ -45,7 +45,7 @@ def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
     if as_json:
         print_json(outcome.to_json())
     else:
-        from editcli.render import plan_table
+        from editcli.render_run import plan_table
 
         app.show(plan_table(outcome))
     return 0
@@ -58,7 +58,7 @@ def _apply(recipe: Recipe, app: App, as_json: bool) -> int:
     if as_json:
         print_json(report.to_json())
     else:
-        from editcli.render import run_table
+        from editcli.render_run import run_table
 
         app.show(run_table(report))
     return EXIT_CODES.get(report.status, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,12 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
         return
     config = load_config(path)
     _check(config, context, app)
-    defaults = {**config.values, **config.tables.get(context.info_name or "", {})}
-    context.default_map = _by_parameter(context.command, defaults)
+    shared, own = _names(context.command), _names(context.command, shared=False)
+    table = config.tables.get(context.info_name or "", {})
+    context.default_map = {
+        **{shared[key]: value for key, value in config.values.items() if key in shared},
+        **{own[key]: value for key, value in table.items()},
+    }
     context.meta["editcli.config"] = config.source
     context.meta[_META] = {name: table for name, table in config.tables.items() if name not in _commands()}
     _warn_near_misses(context, app)
@@ -66,7 +70,8 @@ def _check(config: Config, context: click.Context, app: App) -> None:
     components = {name for kind in app.plugins.kinds for name in app.plugins.all(kind)}
     config.check(options={*_names(apply), *_names(context.command)}, tables={*components, *CORE_SECTIONS, *_commands()})
     own = context.info_name or ""
-    Config(f"{config.source} [{own}]", config.tables.get(own, {})).check(options=_names(context.command), tables=())
+    table = Config(f"{config.source} [{own}]", config.tables.get(own, {}))
+    table.check(options=_names(context.command, shared=False), tables=())
     for name, table in config.tables.items():
         if name not in _commands():
             try:
@@ -81,19 +86,17 @@ def _commands() -> frozenset[str]:
     return frozenset(COMMANDS)
 
 
-def _names(command: click.Command) -> dict[str, str]:
-    """Map every name of an option, with underscores, to its parameter's name."""
+def _names(command: click.Command, *, shared: bool = True) -> dict[str, str]:
+    """Map every name of an option, with underscores, to its parameter's name.
+
+    ``shared`` leaves out the options that no variable sets either: they mean something else to each command, as --out.
+    """
     names: dict[str, str] = {}
     for parameter in command.params:
-        if isinstance(parameter, click.Option) and parameter.name and parameter.expose_value:
+        if isinstance(parameter, click.Option) and parameter.name and (parameter.envvar or not shared):
             long = (text[2:].replace("-", "_") for text in parameter.opts if text.startswith("--"))
             names.update(dict.fromkeys([parameter.name, *long], parameter.name))
     return names
-
-
-def _by_parameter(command: click.Command, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    names = _names(command)
-    return {names[key]: value for key, value in defaults.items() if key in names}
 
 
 def _warn_near_misses(context: click.Context, app: App) -> None:
