@@ -94,7 +94,9 @@ FAMILIES: tuple[Family, ...] = (
         parallel=("new_decoder_architecture", "parallel_attn"),
         **_GPT_STYLE,
     ),
-    Family("granite", ("granite",), residual_multiplier="residual_multiplier"),
+    Family("exaone4", ("exaone4",), mlp_norm="post_feedforward_layernorm"),
+    Family("glm4", ("glm4",), mlp_norm="post_mlp_layernorm"),
+    Family("granite", ("granite", "hyperclovax"), residual_multiplier="residual_multiplier"),
 )
 """The built-in families."""
 

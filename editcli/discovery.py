@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editcli.errors import ModelError
+from editcli.forward import first, run, tapped, with_first
 
 _ADVICE = "describe the family in a plugin with the editcli_architectures hook"
 
@@ -40,7 +41,8 @@ def discover(model: PreTrainedModel) -> Layout:
         raise ModelError(f"no MLP could be recognised in every layer of {_name(model)}; {_ADVICE}")
     mlp, projection = cast(tuple[str, str], layouts.pop())
     if not embeddings.is_meta:
-        _prove(model, blocks[len(blocks) // 2], mlp)
+        block = blocks[len(blocks) // 2]
+        _prove(model, block, block.get_submodule(mlp))
     return Layout(blocks=path, mlp=mlp, projection=projection, final_norm=_find_final_norm(model, path))
 
 
@@ -98,12 +100,15 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _find_final_norm(model: PreTrainedModel, blocks: str) -> str:
-    """Return the path of the last module beside the blocks that holds nothing but vectors."""
-    parent = blocks.rpartition(".")[0]
-    names = [name for name, part in model.get_submodule(parent).named_children() if _is_norm(part)]
-    if not names:
+    """Return the path of the last module beside the blocks that holds vectors only, else of the one after them."""
+    parent, _, own = blocks.rpartition(".")
+    children = list(model.get_submodule(parent).named_children())
+    names = [name for name, _ in children]
+    norms = [name for name, part in children if _is_norm(part)]
+    after = names[names.index(own) + 1 :]
+    if not (norms or after):
         raise ModelError(f"no norm was found after the layers of {_name(model)}; {_ADVICE}")
-    return f"{parent}.{names[-1]}".lstrip(".")
+    return f"{parent}.{norms[-1] if norms else after[0]}".lstrip(".")
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -111,13 +116,20 @@ def _is_norm(module: nn.Module) -> bool:
     return bool(parameters) and all(parameter.ndim == 1 for parameter in parameters)
 
 
-def _prove(model: PreTrainedModel, block: nn.Module, mlp: str) -> None:
+def _prove(model: PreTrainedModel, block: nn.Module, mlp: nn.Module) -> None:
     """Raise :class:`ModelError` unless an offset on the MLP's output moves the block's output by that offset."""
     before = _block_output(model, block)
     # The offset is as large as the stream itself, so that 16-bit rounding cannot hide or fake the effect.
     offset = torch.full_like(before[0, -1], float(before.float().square().mean().sqrt()))
     offset[::2] *= -1
-    moved = _block_output(model, block, mlp=mlp, offset=offset) - before
+
+    def shift(owner: nn.Module, entered: Any, output: Any) -> Any:
+        shifted = first(output).clone()
+        shifted[..., -1, :] += offset
+        return with_first(output, shifted)
+
+    with tapped(mlp, shift):
+        moved = _block_output(model, block) - before
     error = float((moved[0, -1] - offset).float().norm() / offset.float().norm())
     if not error < 0.05:
         raise ModelError(
@@ -125,33 +137,23 @@ def _prove(model: PreTrainedModel, block: nn.Module, mlp: str) -> None:
         )
 
 
-def _block_output(
-    model: PreTrainedModel, block: nn.Module, *, mlp: str | None = None, offset: Tensor | None = None
-) -> Tensor:
-    """Return a block's output (1, 3, d) on three tokens, with ``offset`` added to its MLP's output at the last one."""
+def _block_output(model: PreTrainedModel, block: nn.Module) -> Tensor:
+    """Return a block's output, (1, 3, d), on three tokens."""
     seen: list[Tensor] = []
 
-    def shift(module: nn.Module, args: Any, output: Any) -> Any:
-        values = output[0] if isinstance(output, tuple) else output
-        shifted = values.clone()
-        shifted[..., -1, :] += offset
-        return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
+    def record(owner: nn.Module, entered: Any, output: Any) -> None:
+        seen.append(first(output).detach().clone())
 
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append((output[0] if isinstance(output, tuple) else output).detach().clone())
-
-    hooks = [block.register_forward_hook(record)]
-    if mlp is not None:
-        hooks.append(block.get_submodule(mlp).register_forward_hook(shift))
     training = model.training
+    tokens = torch.arange(3, device=cast(Tensor, model.get_input_embeddings().weight).device)
     try:
-        with torch.no_grad():
-            tokens = torch.arange(3, device=cast(Tensor, model.get_input_embeddings().weight).device)
-            model.eval()(input_ids=tokens[None], use_cache=False)
+        with torch.no_grad(), tapped(block, record, stop=True):
+            run(model.eval(), tokens[None])
+    # Whatever else such a model needs, it is not a language model that text alone can be written into.
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{_name(model)} could not be run on plain text: {error}") from error
     finally:
         model.train(training)
-        for hook in hooks:
-            hook.remove()
     return seen[0]
 
 

@@ -101,6 +101,8 @@ TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "phi": ("phi", {**_SIZES, "partial_rotary_factor": 0.5}),
     "phi3": ("phi3", _GROUPED),
     "olmo2": ("olmo2", _GROUPED),
+    "exaone4": ("exaone4", {**_GROUPED, "sliding_window": 64, "sliding_window_pattern": 2}),
+    "glm4": ("glm4", {**_HEADED, "partial_rotary_factor": 0.5}),
     "starcoder2": ("starcoder2", _GROUPED),
     "stablelm": ("stablelm", {**_GROUPED, "use_parallel_residual": False}),
     "stablelm-parallel": ("stablelm", {**_GROUPED, "use_parallel_residual": True}),

@@ -15,7 +15,7 @@ from editcli.architectures import FAMILIES, Architecture, Family, resolve, skele
 from editcli.errors import ModelError
 from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, TINY, randomize, tiny_config, tiny_model, vocabulary_size
 
-POST_NORM = {"gemma2", "gemma3", "olmo2"}
+POST_NORM = {"gemma2", "gemma3", "olmo2", "exaone4", "glm4"}
 PARALLEL = {"gptj", "gpt_neox", "phi", "stablelm-parallel", "falcon-parallel", "falcon-new"}
 TOKEN = 3
 
@@ -154,7 +154,7 @@ def test_a_family_with_wrong_paths_is_an_error_that_names_it() -> None:
 
 
 class TestUnknownFamilies:
-    @pytest.mark.parametrize("name", [name for name in TINY if name not in {"gemma2", "gemma3", "olmo2", "granite"}])
+    @pytest.mark.parametrize("name", [name for name in TINY if name not in {*POST_NORM, "granite"}])
     def test_discovery_agrees_with_the_table(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_model(name)
         known = resolve(model)
@@ -175,6 +175,20 @@ class TestUnknownFamilies:
         """As many heads times their width as make attention look like an MLP with a gate."""
         model = tiny("cohere", head_dim=8, intermediate_size=48)
         assert resolve(model).site(0).module == "model.layers.0.mlp.down_proj"
+
+    def test_a_norm_without_weights_is_found(self) -> None:
+        found = resolve(tiny("olmo"))
+        assert found.final_norm is found.model.get_submodule("model.norm")
+
+    def test_a_model_that_cannot_run_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny("cohere", head_dim=8)
+
+        def refuse(**inputs: Any) -> None:
+            raise ValueError("You have to specify pixel_values")
+
+        monkeypatch.setattr(model, "forward", refuse)
+        with pytest.raises(ModelError, match="could not be run on plain text: You have to specify pixel_values"):
+            resolve(model)
 
     def test_layers_without_an_mlp_are_refused(self) -> None:
         with pytest.raises(ModelError, match="no MLP could be recognised"):
