@@ -45,10 +45,10 @@ def plan_table(plan: Plan) -> RenderableType:
         ("edits", f"{plan.edits:,} in {plan.batches:,} batches of {plan.batch_size:,}; {plan.tokens:,} tokens"),
         (
             "memory",
-            f"{_size(plan.bytes['model'])} model, {_size(plan.bytes['masters'])} edited matrices in float32, "
-            f"{_size(plan.bytes['statistics'])} statistics",
+            f"{size(plan.bytes['model'])} model, {size(plan.bytes['masters'])} edited matrices in float32, "
+            f"{size(plan.bytes['statistics'])} statistics",
         ),
-        ("disk", f"{_size(plan.bytes['disk'])} in {plan.out}"),
+        ("disk", f"{size(plan.bytes['disk'])} in {plan.out}"),
         ("time", "not measured" if plan.seconds is None else f"about {duration(plan.seconds)} for the targets"),
     ):
         facts.add_row(name, Text(value))
@@ -69,6 +69,15 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as one would say it: ``11.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def _headline(report: RunReport) -> Text:
@@ -145,11 +154,3 @@ def _table(*headings: str) -> Table:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

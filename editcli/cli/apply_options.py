@@ -15,33 +15,61 @@ COUNT = click.IntRange(min=1)
 
 def model_options(command: Any) -> Any:
     """Add which model to edit and how to load it."""
+    return _stack(command, source_options, device_options, code_options)
+
+
+def source_options(command: Any) -> Any:
+    """Add which model to take."""
     return _stack(
         command,
         option("--model", "-m", section="Model", help="Folder or hub id. [default: the bundled model]"),
         option("--revision", section="Model", help="Branch, tag or commit of a hub id."),
+    )
+
+
+def device_options(command: Any) -> Any:
+    """Add where and how a model is loaded."""
+    return _stack(
+        command,
         option("--device", default="auto", show_default=True, section="Model", help="auto, cpu, cuda, cuda:1, mps ..."),
-        option("--device-map", section="Model", help="Spread the model over devices: auto, or a map as JSON."),
+        option(
+            "--device-map",
+            section="Model",
+            help="Spread the model over devices: auto, balanced, sequential (needs accelerate).",
+        ),
         option(
             "--dtype",
             type=click.Choice(DTYPES),
             default="auto",
             show_default=True,
             section="Model",
-            help="Type to run the model in; auto is the checkpoint's own. Edited matrices are kept in float32 besides.",
+            help="Type to run in; auto is float32 on a CPU, else the checkpoint's own. Edited matrices are float32 anyway.",
         ),
+    )
+
+
+def code_options(command: Any) -> Any:
+    """Add how the model's own files are used."""
+    return _stack(
+        command,
         option(
             "--chat-template/--no-chat-template",
             section="Model",
             help="Edit and measure inside the model's chat template.",
         ),
-        option(
-            "--trust-remote-code",
-            is_flag=True,
-            env=False,
-            section="Model",
-            help="Run the code that comes with the model. It can do anything you can.",
-        ),
+        trust_options,
     )
+
+
+def trust_options(command: Any) -> Any:
+    """Add whether a model's own code may run; never taken from a file or a variable."""
+    return option(
+        "--trust-remote-code",
+        is_flag=True,
+        env=False,
+        section="Model",
+        help="Run the code that comes with the model. It can do anything you can.",
+    )(command)
 
 
 def method_options(command: Any) -> Any:
