@@ -66,17 +66,17 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = own
 
 
-def run(model: nn.Module, ids: Tensor) -> Any:
-    """Run the model without a cache; a pass that a tap ended returns None."""
+def run(model: nn.Module, ids: Tensor, **options: Any) -> Any:
+    """Run the model, without a cache unless ``options`` ask for one; a pass that a tap ended returns None."""
     try:
-        return model(input_ids=ids, use_cache=False)
+        return model(input_ids=ids, **{"use_cache": False, **options})
     except _Stop:
         return None
 
 
 @contextmanager
 def head_only_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Make the model compute logits only at the positions (rows, columns): its logits become (1, positions, vocabulary).
+    """Make the model compute logits only at the positions (rows, columns), as (1, positions, vocabulary).
 
     Selecting in front of the head leaves whatever a family does after it (soft-capping, scaling) in force.
     """

@@ -14,21 +14,19 @@ edit at a time would give, up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from editcli.edits import EditRequest
 from editcli.errors import NumericalError
-from editcli.forward import first, head_only_at, positions, replaced_forward, run, tapped, with_first
+from editcli.forward import positions
 from editcli.interfaces import Values
 from editcli.model import LoadedModel
 from editcli.options import option
 from editcli.report import Reporter
-from editcli.tokens import Encoded
+from editcli.steering import Layout, Row, Steering
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
 
@@ -46,6 +44,7 @@ class TargetOptions:
     prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
     prefix_tokens: int = option(10, "tokens of each generated prefix")
     batch_tokens: int = option(24576, "most tokens in one forward pass")
+    cached: bool = option(True, "reuse attention keys and values before the subject's last token")
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or self.clamp <= 0 or self.prefixes < 0:
@@ -53,24 +52,14 @@ class TargetOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """One text of one edit: ``edit`` is its index in the batch, ``weight`` the share of a target token in its loss."""
-
-    text: Encoded
-    edit: int
-    weight: float
-    is_essence: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Block:
-    """The rows of the edits that are still being optimised, as tensors."""
+    """The rows of the edits that are still being optimised, as tensors; edits are numbered among themselves."""
 
-    ids: Tensor
-    hidden: Tensor
-    lookup: tuple[Tensor, Tensor]
+    layout: Layout
     edit: Tensor
+    """(rows,) the edit of each row."""
     head: tuple[Tensor, Tensor]
+    """Where logits are needed: first at every target token's predecessor, then at the essences' lookup tokens."""
     token: Tensor
     token_weight: Tensor
     token_edit: Tensor
@@ -96,7 +85,8 @@ def optimise(
             parts.append((edits, optimiser.run(advance)))
     order = torch.tensor([edit for edits, _ in parts for edit in edits])
     back = torch.argsort(order)
-    target, initial, written, loss = (torch.cat(columns, dim=0)[back] for columns in zip(*(p for _, p in parts), strict=True))
+    columns = zip(*(values for _, values in parts), strict=True)
+    target, initial, written, loss = (torch.cat(column, dim=0)[back] for column in columns)
     _check_finite(target, requests, loaded, layer)
     return Values(target=target.T, initial=initial.T, written=written.T, dropped={}, loss=loss)
 
@@ -105,10 +95,11 @@ def _check_finite(target: Tensor, requests: Sequence[EditRequest], loaded: Loade
     bad = (~target.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         site = loaded.architecture.site(layer).module
-        raise NumericalError(f"the target value of edit {requests[bad[0]].id!r} is not finite; lower targets.lr", site=site)
+        reason = f"the target value of edit {requests[bad[0]].id!r} is not finite; lower targets.lr"
+        raise NumericalError(reason, site=site)
 
 
-def _rows(loaded: LoadedModel, requests: Sequence[EditRequest], prefixes: Sequence[str]) -> list[list[_Row]]:
+def _rows(loaded: LoadedModel, requests: Sequence[EditRequest], prefixes: Sequence[str]) -> list[list[Row]]:
     """Return the texts of each edit: its prompt bare and behind every prefix, then "{subject} is a"."""
     tokens = loaded.tokens
     contexts = ("", *prefixes)
@@ -119,12 +110,12 @@ def _rows(loaded: LoadedModel, requests: Sequence[EditRequest], prefixes: Sequen
     rows = []
     for edit in range(len(requests)):
         own = encoded[edit * len(contexts) : (edit + 1) * len(contexts)]
-        prompts = [_Row(text, edit, 1.0 / (len(contexts) * len(text.target)), False) for text in own]
-        rows.append([*prompts, _Row(closing[edit], edit, 0.0, True)])
+        prompts = [Row(text, edit, 1.0 / (len(contexts) * len(text.target)), False) for text in own]
+        rows.append([*prompts, Row(closing[edit], edit, 0.0, True)])
     return rows
 
 
-def _micro_batches(rows: Sequence[Sequence[_Row]], budget: int) -> list[list[int]]:
+def _micro_batches(rows: Sequence[Sequence[Row]], budget: int) -> list[list[int]]:
     """Group edits by length so that a group's padded rows stay within ``budget`` tokens."""
     width = [max(len(row.text.ids) for row in own) for own in rows]
     groups: list[list[int]] = [[]]
@@ -138,55 +129,43 @@ def _micro_batches(rows: Sequence[Sequence[_Row]], budget: int) -> list[list[int
 class _Optimiser:
     """Optimises the edits of one micro-batch; indices of edits are local to it."""
 
-    def __init__(self, loaded: LoadedModel, rows: Sequence[Sequence[_Row]], layer: int, options: TargetOptions):
-        self.loaded, self.layer, self.options = loaded, layer, options
-        self.count = len(rows)
+    def __init__(self, loaded: LoadedModel, rows: Sequence[Sequence[Row]], layer: int, options: TargetOptions):
+        self.options = options
+        self.norm = loaded.architecture.mlp_norm(layer)
         self.rows = [replace(row, edit=edit) for edit, own in enumerate(rows) for row in own]
-        self.bare = [edit * len(rows[0]) for edit in range(self.count)]
-        self.example: Any = None
+        self.steering = Steering(loaded, self.rows, layer, cached=options.cached)
+        bare = [edit * len(rows[0]) for edit in range(len(rows))]
+        self.initial, self.written = self.steering.at_lookup()[bare], self.steering.outputs[bare]
+        # Where a norm stands between delta and the stream, delta is measured against what it is added to.
+        self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
 
     def run(self, advance: Callable[[int], None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (target, initial, written, loss), the first three (n, d)."""
-        ids, hidden, initial, written = self._observe()
-        norm = written.norm(dim=1) if self._normed else initial.norm(dim=1)
-        delta = torch.zeros_like(initial)
-        loss = torch.full((self.count,), float("inf"), device=initial.device)
+        delta = torch.zeros_like(self.initial)
+        loss = torch.full((len(delta),), float("inf"), device=delta.device)
         moments = (torch.zeros_like(delta), torch.zeros_like(delta))
-        active = torch.arange(self.count, device=initial.device)
-        before: Tensor | None = None
-        block = self._gather(ids, hidden, active)
-        for step in range(self.options.steps):
+        active = torch.arange(len(delta), device=delta.device)
+        block, before = self._gather(active), None
+        for step in range(1, self.options.steps + 1):
             own = delta[active].requires_grad_(True)
-            parts, essence = self._loss(block, own, written[active], norm[active], before)
-            if before is None:
-                before = essence.detach()
+            parts, essence = self._loss(block, own, active, before)
+            before = essence.detach() if before is None else before
             (gradient,) = torch.autograd.grad(parts.sum(), own)
-            parts = parts.detach()
-            loss[active] = parts
-            going = parts >= self.options.stop_loss
-            if step == self.options.steps - 1 or not going.any():
+            loss[active] = parts.detach()
+            going = parts.detach() >= self.options.stop_loss
+            if step == self.options.steps or not going.any():
                 break
             # A finished edit keeps the delta at which its loss was measured.
             if not going.all():
                 advance(int((~going).sum()))
                 active, gradient, before = active[going], gradient[going], before[going]
-                block = self._gather(ids, hidden, active)
-            self._adam(delta, gradient, moments, active, norm, step + 1)
+                block = self._gather(active)
+            self._adam(delta, gradient, moments, active, step)
         advance(len(active))
-        return initial + delta, initial, written, loss
-
-    @property
-    def _normed(self) -> bool:
-        return self.loaded.architecture.mlp_norm(self.layer) is not None
+        return self.initial + delta, self.initial, self.written, loss
 
     def _adam(
-        self,
-        delta: Tensor,
-        gradient: Tensor,
-        moments: tuple[Tensor, Tensor],
-        active: Tensor,
-        norm: Tensor,
-        step: int,
+        self, delta: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], active: Tensor, step: int
     ) -> None:
         """Take one Adam step on the active rows of ``delta`` and project them into the ball of clamp * ||h||."""
         first_beta, second_beta = ADAM_BETAS
@@ -195,94 +174,45 @@ class _Optimiser:
         moments[0][active], moments[1][active] = mean, square
         denominator = (square / (1 - second_beta**step)).sqrt() + ADAM_EPSILON
         moved = delta[active] - self.options.lr * (mean / (1 - first_beta**step)) / denominator
-        bound = self.options.clamp * norm[active]
-        length = moved.norm(dim=1)
-        delta[active] = moved * (bound / length.clamp_min(1e-30)).clamp_max(1.0)[:, None]
+        bound = self.options.clamp * self.length[active]
+        delta[active] = moved * (bound / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
 
-    def _observe(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run the lower layers once; return ids, the block's outputs, and h and m at the bare prompts' lookup."""
-        architecture, seen = self.loaded.architecture, {}
-        ids = self.loaded.tokens.pad([row.text for row in self.rows], self.loaded.input_device)
-
-        def see_block(module: Any, entered: Tensor, output: Any) -> None:
-            seen["block"], self.example = first(output), output
-
-        def see_mlp(module: Any, entered: Tensor, output: Any) -> None:
-            seen["mlp"] = first(output)
-
-        with torch.no_grad(), tapped(architecture.mlp(self.layer), see_mlp):
-            with tapped(architecture.block(self.layer), see_block, stop=True):
-                run(self.loaded.model, ids)
-        where = [(row, self.rows[row].text.lookup) for row in self.bare]
-        rows, columns = positions(where, seen["block"].device)
-        initial = seen["block"][rows, columns].float()
-        # Some families flatten (rows, tokens) inside their MLP; the hidden states have the same order either way.
-        outputs = seen["mlp"].reshape(seen["block"].shape)
-        scale = architecture.residual_scale(self.layer)
-        return ids, seen["block"], initial, outputs[rows, columns].float() * scale
-
-    def _gather(self, ids: Tensor, hidden: Tensor, active: Tensor) -> _Block:
+    def _gather(self, active: Tensor) -> _Block:
         """Return the rows of the active edits as tensors."""
         local = {edit: place for place, edit in enumerate(active.tolist())}
         chosen = [index for index, row in enumerate(self.rows) if row.edit in local]
         rows = [self.rows[index] for index in chosen]
-        width = max(len(row.text.ids) for row in rows)
-        pick = torch.tensor(chosen, device=hidden.device)
-        heads: list[tuple[int, int]] = []
-        table: list[tuple[int, float, int]] = []
-        for place, row in enumerate(rows):
-            if not row.is_essence:
-                heads += [(place, column) for column in row.text.predicting]
-                table += [(token, row.weight, local[row.edit]) for token in row.text.target_ids]
+        told = [(place, row) for place, row in enumerate(rows) if not row.is_essence]
         essences = [(place, row) for place, row in enumerate(rows) if row.is_essence]
-        heads += [(place, row.text.lookup) for place, row in essences]
-        device = hidden.device
+        columns = self.steering.columns
+        heads = [(place, column) for place, row in told for column in columns(row, row.text.predicting)]
+        heads += [(place, *columns(row, [row.text.lookup])) for place, row in essences]
+        device = self.initial.device
         return _Block(
-            ids=ids[pick.to(ids.device), :width],
-            hidden=hidden[pick, :width],
-            lookup=positions([(place, row.text.lookup) for place, row in enumerate(rows)], device),
+            layout=self.steering.layout.select(torch.tensor(chosen), max(map(self.steering.width, rows))),
             edit=torch.tensor([local[row.edit] for row in rows], device=device),
             head=positions(heads, device),
-            token=torch.tensor([token for token, _, _ in table], device=device),
-            token_weight=torch.tensor([weight for _, weight, _ in table], device=device),
-            token_edit=torch.tensor([edit for _, _, edit in table], device=device),
+            token=torch.tensor([token for _, row in told for token in row.text.target_ids], device=device),
+            token_weight=torch.tensor([row.weight for _, row in told for _ in row.text.target_ids], device=device),
+            token_edit=torch.tensor([local[row.edit] for _, row in told for _ in row.text.target_ids], device=device),
             essence_edit=torch.tensor([local[row.edit] for _, row in essences], device=device),
         )
 
     def _loss(
-        self, block: _Block, delta: Tensor, written: Tensor, norm: Tensor, before: Tensor | None
+        self, block: _Block, delta: Tensor, active: Tensor, before: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return each active edit's loss, (n,), and its log-probabilities at the essence prompt, (n, vocabulary)."""
-        logits = self._logits(block, delta, written)
-        device = delta.device
-        logits = logits.to(device)
+        shift = self._shift(delta, self.written[active])
+        logits = self.steering.logits(block.layout, shift[block.edit], block.head).to(delta.device)
         told = len(block.token)
         chosen = logits[:told].gather(1, block.token[:, None]).squeeze(1)
         surprise = (torch.logsumexp(logits[:told], dim=1) - chosen) * block.token_weight
-        loss = torch.zeros(len(delta), device=device).index_add(0, block.token_edit, surprise)
+        loss = torch.zeros(len(delta), device=delta.device).index_add(0, block.token_edit, surprise)
         essence = torch.log_softmax(logits[told:], dim=1)[torch.argsort(block.essence_edit)]
         reference = essence.detach() if before is None else before
         divergence = (reference.exp() * (reference - essence)).sum(dim=1)
-        decay = self.options.v_weight_decay * delta.norm(dim=1) / norm**2
+        decay = self.options.v_weight_decay * delta.norm(dim=1) / self.length[active] ** 2
         return loss + self.options.kl_factor * divergence + decay, essence
-
-    def _logits(self, block: _Block, delta: Tensor, written: Tensor) -> Tensor:
-        """Run the upper layers from the stored hidden states plus delta; return float32 logits at the head positions."""
-        architecture = self.loaded.architecture
-        hidden = block.hidden.clone()
-        shift = self._shift(delta, written)
-        hidden[block.lookup] = (hidden[block.lookup].float() + shift[block.edit]).to(hidden.dtype)
-        with ExitStack() as stack:
-            for layer in range(self.layer):
-                stack.enter_context(replaced_forward(architecture.block(layer), self._pass_through))
-            steered = with_first(self.example, hidden)
-            stack.enter_context(replaced_forward(architecture.block(self.layer), lambda *a, **k: steered))
-            stack.enter_context(head_only_at(architecture.head, *block.head))
-            return run(self.loaded.model, block.ids).logits[0].float()
-
-    def _pass_through(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for a lower block: nothing it computes is used, since the last edited block's output is stored."""
-        return with_first(self.example, hidden)
 
     def _shift(self, delta: Tensor, written: Tensor) -> Tensor:
         """Return what delta adds to the residual stream, (n, d).
@@ -290,8 +220,7 @@ class _Optimiser:
         Where a family norms the MLP's output before it joins the stream, only what that norm can produce can be
         written, so delta is added in front of the norm.
         """
-        norm = self.loaded.architecture.mlp_norm(self.layer)
-        if norm is None:
+        if self.norm is None:
             return delta
-        kind = next(norm.parameters()).dtype
-        return norm((written + delta).to(kind)).float() - norm(written.to(kind)).float()
+        kind = next(self.norm.parameters()).dtype
+        return self.norm((written + delta).to(kind)).float() - self.norm(written.to(kind)).float()

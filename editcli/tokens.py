@@ -132,10 +132,11 @@ class Tokens:
     def pad(self, rows: Sequence[Encoded], device: torch.device | str) -> Tensor:
         """Pad token ids on the right to one (rows, length) tensor.
 
-        With a causal model, what follows a token cannot change it, so no attention mask is needed.
+        With a causal model, what follows a token cannot change it, so no attention mask is needed, and a row's own last
+        token does for padding.
         """
         length = max(len(row.ids) for row in rows)
-        padded = [[*row.ids, *[self.pad_id] * (length - len(row.ids))] for row in rows]
+        padded = [[*row.ids, *[row.ids[-1]] * (length - len(row.ids))] for row in rows]
         return torch.tensor(padded, device=device)
 
     def decode(self, ids: Sequence[int]) -> str:
