@@ -173,7 +173,7 @@ def tiny_config(
 
 
 def tiny_model(
-    family: str = "llama",
+    family: str | PretrainedConfig = "llama",
     *,
     seed: int = 0,
     square: bool = False,
@@ -181,17 +181,20 @@ def tiny_model(
     dtype: str = "float32",
     **config: Any,
 ) -> PreTrainedModel:
-    """Build a tiny random model of ``family`` in memory, in evaluation mode; see :func:`tiny_config`."""
-    model = AutoModelForCausalLM.from_config(
-        tiny_config(family, square=square, tied=tied, **config), attn_implementation="eager"
-    )
+    """Build a tiny random model in memory, in evaluation mode; see :func:`tiny_config`.
+
+    ``family`` is a name of :data:`TINY`, or a configuration of your own, which is then taken as it is.
+    """
+    if isinstance(family, str):
+        family = tiny_config(family, square=square, tied=tied, **config)
+    model = AutoModelForCausalLM.from_config(family, attn_implementation="eager")
     randomize(model, seed=seed)
     return model.to(getattr(torch, dtype)).eval()
 
 
 def tiny_model_folder(
     path: Path | str,
-    family: str = "llama",
+    family: str | PretrainedConfig = "llama",
     *,
     seed: int = 0,
     shards: int = 1,
@@ -210,7 +213,7 @@ def tiny_model_folder(
     model = tiny_model(family, seed=seed, square=square, tied=tied, dtype=dtype, **config)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     model.save_pretrained(folder, max_shard_size=-(-size // shards) if shards > 1 else "5GB")
-    (tokenizer or tiny_tokenizer(bos=not family.startswith("gpt"))).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer(bos=not model.config.model_type.startswith("gpt"))).save_pretrained(folder)
     return folder
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from editcli.architectures import FAMILIES, Architecture, Family, resolve, skeleton
 from editcli.errors import ModelError
-from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, TINY, randomize, tiny_config, tiny_model, vocabulary_size
+from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, TINY, tiny_config, tiny_model, vocabulary_size
 
 POST_NORM = {"gemma2", "gemma3", "olmo2", "exaone4", "glm4"}
 PARALLEL = {"gptj", "gpt_neox", "phi", "stablelm-parallel", "falcon-parallel", "falcon-new"}
@@ -207,9 +207,7 @@ def tiny(model_type: str, **config: Any) -> PreTrainedModel:
         "eos_token_id": 1,
         "pad_token_id": 2,
     }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **config}))
-    randomize(model)
-    return model.eval()
+    return tiny_model(AutoConfig.for_model(model_type, **{**sizes, **config}))
 
 
 class TestRefusals:
