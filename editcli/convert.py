@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from editcli.edits import Collector, EditFile, is_array, json_lines, no_constant, parse_object, read_bytes
-from editcli.errors import RequestError
+from editcli.errors import RequestError, StateError
 from editcli.formats import Format
 
 
@@ -28,6 +28,22 @@ class Conversion:
         """Yield the edits as lines of JSON."""
         for request in self.edits.requests:
             yield json.dumps(request.to_json(), ensure_ascii=False)
+
+    def write(self, path: Path) -> None:
+        """Write the edits file, whole or not at all; raise :class:`StateError` when that is not possible."""
+        # Writing safely is shared with tensors, and importing torch takes longer than most conversions.
+        from editcli.files import write_bytes
+
+        try:
+            write_bytes(path, "".join(f"{line}\n" for line in self.lines()).encode())
+        except OSError as error:
+            raise StateError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+
+    def summary(self) -> str:
+        """Return one sentence on what became of the records."""
+        left_out = f", {len(self.edits.rejected):,} refused" if self.edits.rejected else ""
+        repeated = f"; {self.repeated:,} of them repeat an earlier edit" if self.repeated else ""
+        return f"{self.records:,} records became {len(self.edits.requests):,} edits{left_out}{repeated}"
 
     def to_json(self) -> dict[str, Any]:
         """Return counts, refusals and warnings as a JSON object."""

@@ -126,7 +126,7 @@ def evaluate(
     """
     reporter = reporter or Silent()
     chosen = _choose(metrics, requests)
-    plans = [_plan(request, chosen) for request in requests]
+    plans = [questions(request, chosen) for request in requests]
     probes = list(dict.fromkeys(probe for plan in plans for question in plan for probe in question.probes))
     scores = dict(zip(probes, score(loaded, probes, batch_tokens=batch_tokens, reporter=reporter), strict=True))
     generations: Mapping[str, Generation] = {}
@@ -174,7 +174,7 @@ _GROUPS = ("efficacy", "paraphrases", "neighbors", "locality", "portability")
 
 
 @dataclass(frozen=True, slots=True)
-class _Question:
+class Question:
     """One prompt of an edit, with the answer that is wanted and the one that is not."""
 
     group: str
@@ -200,10 +200,11 @@ def _choose(metrics: Collection[str] | None, requests: Sequence[EditRequest]) ->
     return set(metrics)
 
 
-def _plan(request: EditRequest, metrics: Collection[str]) -> list[_Question]:
+def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
+    """Return what ``metrics`` ask of a model about one edit."""
     new, true = request.target_new, request.target_true
-    plan = [_Question("efficacy", request.prompt, new, true)]
-    plan += [_Question("paraphrases", prompt, new, true) for prompt in request.paraphrase_prompts]
+    plan = [Question("efficacy", request.prompt, new, true)]
+    plan += [Question("paraphrases", prompt, new, true) for prompt in request.paraphrase_prompts]
     if "counterfact" in metrics:
         plan += _neutral("neighbors", request.neighborhood_prompts, new)
     if {"zsre", "knowedit"} & set(metrics):
@@ -213,14 +214,14 @@ def _plan(request: EditRequest, metrics: Collection[str]) -> list[_Question]:
     return plan
 
 
-def _neutral(group: str, prompts: Iterable[Neighbor], rival: str | None) -> list[_Question]:
+def _neutral(group: str, prompts: Iterable[Neighbor], rival: str | None) -> list[Question]:
     """Return the questions whose wanted answer is recorded with them; one without an answer cannot be scored."""
-    return [_Question(group, near.prompt, near.target, rival, near.axis) for near in prompts if near.target is not None]
+    return [Question(group, near.prompt, near.target, rival, near.axis) for near in prompts if near.target is not None]
 
 
 def _outcome(
     request: EditRequest,
-    plan: Sequence[_Question],
+    plan: Sequence[Question],
     scores: Mapping[Probe, ProbeScore],
     generations: Mapping[str, Generation],
 ) -> Outcome:

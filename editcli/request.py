@@ -16,6 +16,8 @@ from editcli.errors import RequestError
 
 _LISTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "locality", "portability")
 _TEXTS = ("prompt", "subject", "target_new")
+FIELDS = ("id", *_TEXTS, "target_true", *_LISTS, "reference_texts")
+"""Every field that editcli reads; others are kept and passed on."""
 
 
 @dataclass(frozen=True, slots=True)

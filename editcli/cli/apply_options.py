@@ -145,15 +145,7 @@ def run_options(command: Any) -> Any:
         option(
             "--dry-run", is_flag=True, env=False, section="Run", help="Check everything, print the plan, write nothing."
         ),
-        option("--limit", type=COUNT, section="Run", help="Take only the first N edits."),
-        option(
-            "--on-error",
-            type=click.Choice(ON_ERROR),
-            default="stop",
-            show_default=True,
-            section="Run",
-            help="What to do with an edit that cannot be used: stop before writing anything, or skip and list it.",
-        ),
+        reading_options,
         option("--checkpoint-every", type=COUNT, metavar="N", section="Run", help="Save the state every N batches."),
         option(
             "--stop-if",
@@ -177,6 +169,22 @@ def run_options(command: Any) -> Any:
             "--eval-every", type=COUNT, metavar="N", section="Run", help="Measure what is retained every N batches."
         ),
         option("--diagnose-every", type=COUNT, metavar="N", section="Run", help="Look at spectra every N batches."),
+    )
+
+
+def reading_options(command: Any) -> Any:
+    """Add which edits of a file to take."""
+    return _stack(
+        command,
+        option("--limit", type=COUNT, section="Run", help="Take only the first N edits."),
+        option(
+            "--on-error",
+            type=click.Choice(ON_ERROR),
+            default="stop",
+            show_default=True,
+            section="Run",
+            help="What to do with an edit that cannot be used: stop before writing anything, or skip and list it.",
+        ),
     )
 
 

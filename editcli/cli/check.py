@@ -1,0 +1,41 @@
+"""``editcli check``: validate an edits file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from editcli.cli.apply_options import COUNT, code_options, source_options
+from editcli.cli.common import App, Command, json_option, option, print_json
+from editcli.cli.settings import config_option
+from editcli.formats import load_formats
+
+UNUSABLE = 2
+"""Exit code when an edit was refused, as for any unusable input file."""
+
+
+@click.command(cls=Command)
+@click.argument("edits", metavar="EDITS.jsonl")
+@source_options
+@code_options
+@option("--limit", type=COUNT, section="Run", help="Check only the first N edits.")
+@json_option
+@config_option
+@click.pass_obj
+def check(app: App, /, edits: str, as_json: bool, **values: Any) -> int:
+    """Check EDITS.jsonl against a model's tokenizer, without loading its weights.
+
+    Shows for every edit the token at which it is written and the target's tokens, and what looks like a mistake.
+    Refuses what apply would refuse; the exit code is then 2.
+    """
+    from editcli.checking import check as run
+
+    report = run(edits, formats=load_formats(app.plugins), reporter=app.reporter, **values)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        from editcli.render_eval import check_table
+
+        app.show(check_table(report))
+    return UNUSABLE if report.rejected else 0

@@ -1,0 +1,58 @@
+"""``editcli eval``: measure edits on a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from editcli.cli.apply_options import COUNT, code_options, device_options, reading_options
+from editcli.cli.common import App, Command, CommaSeparated, json_option, option, print_json, split_commas
+from editcli.cli.settings import config_option
+
+METRICS_HELP = (
+    "counterfact, zsre, knowedit, fluency, consistency; repeat it. [default: what the records have fields for]"
+)
+BASE_HELP = (
+    "Measure the base as well, and what the edits cost in general ability. A run knows its base: a bare --base, after "
+    "the arguments, is enough; else --base=MODEL."
+)
+
+
+@click.command(cls=Command)
+@click.argument("model", metavar="MODEL")
+@click.argument("edits", metavar="EDITS.jsonl")
+@option("--base", is_flag=False, flag_value="own", env=False, metavar="[MODEL]", section="Measure", help=BASE_HELP)
+@option(
+    "--metrics",
+    multiple=True,
+    type=CommaSeparated(),
+    callback=split_commas,
+    metavar="NAME",
+    section="Measure",
+    help=METRICS_HELP,
+)
+@option("--sample", type=COUNT, metavar="N", section="Measure", help="Measure N edits, drawn by --seed, not all.")
+@option("--text", metavar="FILE", section="Measure", help="Text for --base. [default: the bundled held-out text]")
+@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Measure", help="Random seed.")
+@reading_options
+@device_options
+@code_options
+@option("--out", env=False, metavar="FILE", section="Output", help="Write every edit's raw numbers as JSON lines.")
+@json_option
+@config_option
+@click.pass_obj
+def eval_(app: App, /, as_json: bool, **values: Any) -> None:
+    """Measure the edits of EDITS.jsonl on MODEL, a folder or hub id: nothing is changed.
+
+    Every number stands under its protocol's name; one whose fields the file does not have is null.
+    """
+    from editcli.measurement import EvalRecipe, measure
+
+    found = measure(EvalRecipe(**values), app.plugins, app.reporter)
+    if as_json:
+        print_json(found.to_json())
+        return
+    from editcli.render_eval import evaluation_table
+
+    app.show(evaluation_table(found))
