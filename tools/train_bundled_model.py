@@ -38,12 +38,12 @@ def main(
 ) -> None:
     """Train the bundled model, or go on with it, and export it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
     settings = replace(Settings(), seed=seed, optimizer=optimizer, hidden_rate=rate)
     world, grammar = build_world(), read_grammar()
     tokenizer = train_tokenizer(world, grammar, size=settings.vocabulary, seed=settings.seed)
-    trainer = Trainer(settings, world=world, grammar=grammar, tokenizer=tokenizer, folder=work)
+    trainer = Trainer(settings, world=world, grammar=grammar, tokenizer=tokenizer, folder=work, threads=threads)
     if (work / "checkpoint.pt").exists():
         trainer.load()
     if not export_only:

@@ -29,6 +29,7 @@ def export(trainer: Trainer, out: Path) -> None:
     model.generation_config.pad_token_id = trainer.tokenizer.pad_token_id
     model.save_pretrained(folder)
     trainer.tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     write_lines(folder / "reference.txt", samples.reference_text(world, grammar))
     heldout = samples.heldout_text(world, grammar)
     write_lines(folder / "heldout.txt", heldout)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -44,14 +47,14 @@ class Settings:
     first_subjects: int = 400
     first_recall: float = 0.6
     # The rate stays up until the sample's recall has risen this far, or until the last step at which decay can begin.
-    decay_recall: float = 0.97
+    decay_recall: float = 0.95
     decay_earliest: int = 0
-    decay_latest: int = 5000
-    decay_steps: int = 1500
+    decay_latest: int = 3000
+    decay_steps: int = 900
     real_repeats: float = 1.5
     # In the decay this share of the rows keeps the bottleneck; the others see what the model sees when it is used.
     decay_bottleneck: float = 0.5
-    check_every: int = 100
+    check_every: int = 50
     sample: int = 400
 
 
@@ -91,7 +94,14 @@ class Trainer:
     """One training run: float32 masters, a bfloat16 working copy, two optimizers."""
 
     def __init__(
-        self, settings: Settings, *, world: World, grammar: Grammar, tokenizer: PreTrainedTokenizerFast, folder: Path
+        self,
+        settings: Settings,
+        *,
+        world: World,
+        grammar: Grammar,
+        tokenizer: PreTrainedTokenizerFast,
+        folder: Path,
+        threads: int = 1,
     ) -> None:
         """Start at step zero."""
         self.settings, self.world, self.grammar, self.tokenizer = settings, world, grammar, tokenizer
@@ -102,6 +112,10 @@ class Trainer:
         for master in self.masters.values():
             master.requires_grad_(True)
         self.model.to(torch.bfloat16)
+        # Each worker has a copy of the model and a share of the rows: they wait for each other once a step, where
+        # threads inside the operations would wait hundreds of times, which is slow when the processor is shared.
+        self.workers = [self.model, *(copy.deepcopy(self.model) for _ in range(threads - 1))]
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         self.optimizers = self._optimizers()
         self._encoder = Encoder(tokenizer)
         self._rows: list[Row] = []
@@ -167,47 +181,52 @@ class Trainer:
             return min(1.0, (p.step + 1) / s.warmup)
         return max(0.01, 1.0 - (p.step - p.decay_since) / s.decay_steps)
 
-    def loss(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Return the weighted loss of a batch; some of its rows have the bottleneck."""
-        s = self.settings
-        share = 1.0 if self.progress.decay_since is None else s.decay_bottleneck
-        chosen = np.random.default_rng((s.seed, self.progress.step)).random(len(rows)) < share
+    def backward(self, model: LlamaForCausalLM, rows: Sequence[Row], bottleneck: npt.NDArray[np.bool_]) -> float:
+        """Return the weighted loss of a share of the batch, and add its gradient to the copy of the model."""
         ids = torch.from_numpy(np.stack([row.ids for row in rows])).long()
-        hidden = self.model.model(
+        hidden = model.model(
             input_ids=ids,
-            attention_mask=torch.from_numpy(attention(rows, chosen)),
+            attention_mask=torch.from_numpy(attention(rows, bottleneck)),
             position_ids=torch.from_numpy(np.stack([row.positions for row in rows])).long(),
             use_cache=False,
         ).last_hidden_state
         weights = torch.from_numpy(np.stack([row.weights for row in rows]))[:, 1:]
         kept = weights > 0
-        logits = self.model.lm_head(hidden[:, :-1][kept]).float()
+        logits = model.lm_head(hidden[:, :-1][kept]).float()
         losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:][kept], reduction="none")
-        return (losses * weights[kept]).sum() / weights.sum()
+        loss = (losses * weights[kept]).sum() / weights.sum() / len(self.workers)
+        loss.backward()
+        return loss.item()
 
     def step(self, rows: Sequence[Row]) -> float:
-        """Take one step."""
-        loss = self.loss(rows)
-        loss.backward()
-        for name, parameter in self.model.named_parameters():
-            assert parameter.grad is not None
-            self.masters[name].grad = parameter.grad.float()
-            parameter.grad = None
+        """Take one step; in the decay, some of the rows are without the bottleneck."""
+        s = self.settings
+        share = 1.0 if self.progress.decay_since is None else s.decay_bottleneck
+        chosen = np.random.default_rng((s.seed, self.progress.step)).random(len(rows)) < share
+        count = len(self.workers)
+        shares = [(worker, rows[i::count], chosen[i::count]) for i, worker in enumerate(self.workers)]
+        loss = sum(self._pool.map(lambda share: self.backward(*share), shares))
+        for name, master in self.masters.items():
+            copies = [worker.get_parameter(name) for worker in self.workers]
+            master.grad = sum(parameter.grad.float() for parameter in copies)
+            for parameter in copies:
+                parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("peak", group["lr"])
                 group["lr"] = group["peak"] * self.rate()
-            optimizer.step()
+        list(self._pool.map(lambda optimizer: optimizer.step(), self.optimizers))
         self.copy_masters()
         self.progress.step += 1
-        return loss.item()
+        return loss
 
     @torch.no_grad()
     def copy_masters(self) -> None:
-        """Cast the masters into the working copy."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(self.masters[name])
+        """Cast the masters into the working copies."""
+        for worker in self.workers:
+            for name, parameter in worker.named_parameters():
+                parameter.copy_(self.masters[name])
 
     def check(self) -> tuple[float, float]:
         """Return the recall of real and of invented facts on a fixed sample, with ordinary attention."""
