@@ -43,7 +43,8 @@ def _lines(report: RunReport, recipe: Recipe, provenance: Mapping[str, Any]) -> 
     yield ""
     method = " + ".join((report.editor, *report.stabilizers))
     yield f"Facts were rewritten inside the weights with [editcli](https://pypi.org/project/editcli/) ({method})."
-    yield from ("", "```", command_line(recipe), "```", "", "## Measured", "", "| figure | before | after |", "|---|---|---|")
+    yield from ("", "```", command_line(recipe), "```", "", "## Measured", "")
+    yield from ("| figure | before | after |", "|---|---|---|")
     efficacy = report.efficacy
     for name in ("efficacy_accuracy", "efficacy_success"):
         yield f"| {name} | {_cell(efficacy.get('before'), name)} | {_cell(efficacy.get('retained'), name)} |"
@@ -59,9 +60,9 @@ def _lines(report: RunReport, recipe: Recipe, provenance: Mapping[str, Any]) -> 
     yield from ("", "## Options in force", "", "```json")
     yield json.dumps({"targets": provenance["targets"], **provenance["options"]}, indent=2)
     yield from ("```", "", "## Known limits", "")
-    yield "The edits are associations at the subject's last token: paraphrases that name the subject otherwise, and facts"
-    yield "that follow from the edited ones, may still be answered as before. Everything was measured on the prompts of the"
-    yield "edits file only; general ability was not. `editcli/run.json` has the full record."
+    yield "The edits are associations at the subject's last token: paraphrases that name the subject otherwise, and"
+    yield "facts that follow from the edited ones, may still be answered as before. Everything was measured on the"
+    yield "prompts of the edits file only; general ability was not. `editcli/run.json` has the full record."
 
 
 def _cell(figures: Mapping[str, Any] | None, name: str) -> str:

@@ -76,8 +76,8 @@ class Checkpoint:
             return (SINGLE,)
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):
             raise ModelError(
-                f"{self.folder} has its weights only as pickle files, which editcli never opens; convert it to safetensors "
-                "first (load it with transformers where you trust it, then save_pretrained)"
+                f"{self.folder} has its weights only as pickle files, which editcli never opens; convert it to "
+                "safetensors first (load it with transformers where you trust it, then save_pretrained)"
             )
         raise ModelError(f"{self.folder} has no {SINGLE} and no {INDEX}; is it a Hugging Face model folder?")
 

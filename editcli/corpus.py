@@ -37,7 +37,8 @@ def open_corpus(spec: str | None, loaded: LoadedModel, *, max_length: int, seed:
         bundled = bundled_folder() / "reference.txt"
         spec = str(bundled) if loaded.source.folder == bundled_folder() and bundled.is_file() else SELF
     if spec == SELF:
-        return Corpus(SELF, f"self:{seed}:{_SELF_LENGTH}", lambda: _self_rows(loaded, min(max_length, _SELF_LENGTH), seed))
+        length = min(max_length, _SELF_LENGTH)
+        return Corpus(SELF, f"self:{seed}:{length}", lambda: _self_rows(loaded, length, seed))
     if spec.startswith("hf:"):
         texts, identity = _dataset_texts(spec), spec
     else:

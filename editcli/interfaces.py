@@ -217,14 +217,15 @@ class Component(ABC):
     def __init__(self, options: Any = None):
         self.options: Any = options if options is not None else self.Options()
 
-    def prepare(self, session: Session) -> None:
+    # The methods below are hooks with a useful default, so they are neither abstract nor more than a docstring.
+    def prepare(self, session: Session) -> None:  # noqa: B027
         """Measure whatever the method needs on the unedited model; called once, before the first write."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors that a resumed run needs to go on as if unbroken."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:  # noqa: B027
         """Take back what ``state_dict`` returned; called instead of ``prepare``."""
 
     def record(self) -> dict[str, Any]:
@@ -250,9 +251,7 @@ class Editor(Component):
         """
         return session.values(requests) if self.needs_values else None
 
-    def problem(
-        self, session: Session, site: Site, requests: Sequence[EditRequest], values: Values | None
-    ) -> Problem:
+    def problem(self, session: Session, site: Site, requests: Sequence[EditRequest], values: Values | None) -> Problem:
         """Return what ``site`` is asked to write, on the model as written so far."""
         if values is None:
             raise TypeError(f"{type(self).__name__} computes no values, so it must override problem()")
@@ -268,6 +267,12 @@ class Editor(Component):
 
 class Stabilizer(Component):
     """Keeps a stream of edits from wrecking the model. Override what you need; the defaults are the identity."""
+
+    @classmethod
+    def acts_on_values_alone(cls) -> bool:
+        """Tell whether target values are all that this stabilizer acts on, so that it needs an editor with values."""
+        updates = cls.stabilize_update is not Stabilizer.stabilize_update
+        return not updates and cls.stabilize_weight is Stabilizer.stabilize_weight
 
     def stabilize_values(self, values: Values, session: Session) -> Values:
         """Return the values that shall be written instead."""

@@ -98,7 +98,7 @@ def open_model(
     place = choose_device(device)
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,
             dtype=choose_dtype(dtype, config, place),

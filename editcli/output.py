@@ -72,10 +72,10 @@ def to_stored(weight: Tensor, entry: TensorEntry, dtype: torch.dtype, *, transpo
 
 
 def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verified:
-    """Reopen ``out`` and compare every tensor with the base; raise :class:`ModelError` on any difference not planned."""
+    """Reopen ``out`` and compare every tensor with the base; :class:`ModelError` on a difference not planned."""
     written = Checkpoint(out)
     if set(written.names()) != set(base.names()):
-        raise ModelError(f"the saved model in {out} does not have the base's tensors; the disk may be faulty, save again")
+        raise ModelError(f"the model saved in {out} lacks tensors of the base; the disk may be faulty, save again")
     changed, unchanged = [], []
     for name, entry in base.entries.items():
         same = _same_bytes(base.folder, entry, out, written.entries[name])

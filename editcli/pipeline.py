@@ -72,4 +72,4 @@ def commit(session: ModelSession, editor: Editor, requests: Sequence[EditRequest
 def refuse_nonfinite(site: Site, update: Update) -> None:
     """Raise :class:`GuardError` when an update holds a number that is not finite."""
     if not (bool(update.left.isfinite().all()) and bool(update.right.isfinite().all())):
-        raise GuardError(f"stopped by nonfinite: the update of {site.module} is not finite; the last good state is kept")
+        raise GuardError(f"stopped by nonfinite: the update of {site.module}; the last good state is kept")

@@ -114,9 +114,7 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> Planned:
     checkpoint = Checkpoint(source.folder)
     families = brought_families(plugins)
     config = load_config(source, trust_remote_code=recipe.trust_remote_code)
-    tokens = load_tokens(
-        source, config, chat_template=recipe.chat_template, trust_remote_code=recipe.trust_remote_code
-    )
+    tokens = load_tokens(source, config, chat_template=recipe.chat_template, trust_remote_code=recipe.trust_remote_code)
     architecture = resolve(skeleton(config, recipe.trust_remote_code), families)
     preset = load_preset(config, architecture)
     settings = merge(preset.settings, recipe.settings)
@@ -225,7 +223,8 @@ def check_disk(out: Path, needed: int) -> None:
     """Refuse to start when the output cannot fit."""
     free = shutil.disk_usage(_existing(out)).free
     if free < needed:
-        raise StateError(f"{out} needs about {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; choose another --out")
+        sizes = f"{needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free"
+        raise StateError(f"{out} needs about {sizes}; choose another --out")
 
 
 def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:

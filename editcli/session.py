@@ -90,7 +90,7 @@ class ModelSession:
     def second_moment(self, site: Site) -> Tensor:
         """Return Cov = E[k k^T], (d_in, d_in) float64, of the unedited model."""
         if self.written:
-            raise StatisticsError(f"{site.module}: statistics belong to the unedited model, and an edit was written already")
+            raise StatisticsError(f"{site.module}: statistics belong to the unedited model, but it was edited already")
         if self._second_moment is None:
             raise StatisticsError(f"{site.module}: this session was opened without reference-text statistics")
         if site not in self._moments:
@@ -180,7 +180,7 @@ class ModelSession:
 
     @contextmanager
     def read_out(self, stabilizers: Sequence[Stabilizer]) -> Iterator[Mapping[Site, Tensor]]:
-        """Hold the weights as they are saved, after every stabilizer's read-out; the stream's own come back at the end."""
+        """Hold the weights as they are saved, after every stabilizer's read-out; afterwards the stream's own again."""
         before = self.masters()
         try:
             for site in self.sites:
@@ -249,7 +249,7 @@ class ModelSession:
     def _at_output(self, site: Site, own: Tensor, wanted: Tensor) -> Tensor:
         """Turn a change of the residual stream, (d, n), into a change of the projection's output ``own``.
 
-        Behind a norm only the direction of the output counts: u* = (norm(u) + R) / gamma, brought back to the size of u.
+        Behind a norm only the direction of the output counts: u* = (norm(u) + R) / gamma, brought to the size of u.
         """
         architecture = self.loaded.architecture
         norm = architecture.mlp_norm(site.layer)

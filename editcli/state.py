@@ -116,12 +116,12 @@ class RunFolder:
     def read_snapshot(self) -> Snapshot:
         """Read the snapshot; raise :class:`StateError` when it is missing, damaged or of another format."""
         if not self.state.is_file():
-            raise StateError(f"{self.out} has no {self.state.name}, so there is nothing to resume from; start a new run")
+            raise StateError(f"{self.out} has no {self.state.name}: there is nothing to resume from; start a new run")
         try:
             data = self.state.read_bytes()
             tensors, metadata = load(data), _metadata(data)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise StateError(f"{self.state} is damaged ({error}); restore it from a backup or start a new run") from error
+            raise StateError(f"{self.state} is damaged ({error}); restore a backup or start a new run") from error
         if metadata.get("format") != str(FORMAT):
             raise StateError(
                 f"{self.state} has format {metadata.get('format')!r}, this editcli reads format {FORMAT}; "

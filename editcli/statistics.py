@@ -104,10 +104,13 @@ class SecondMoments:
                 missing = [s for s in {*self._wanted, site} if not self.is_cached(s)]
                 self.compute(sorted(missing, key=lambda s: s.layer))
             found = self._computed.pop(site)
-        device = self.loaded.architecture.projection(site.layer).weight.device
+        device = self._weight(site).device
         # Single precision on disk and in memory alike: a cached run then equals the run that filled the cache.
         moment = found.float()
         return moment.to(device).double() if _has_double(device) else moment.double()
+
+    def _weight(self, site: Site) -> Tensor:
+        return self.loaded.architecture.projection(site.layer).get_parameter("weight")
 
     def is_cached(self, site: Site) -> bool:
         """Tell whether a site's second moment can be read instead of computed."""
@@ -115,8 +118,7 @@ class SecondMoments:
 
     def tokens_for(self, site: Site) -> int:
         """Return how many tokens are read for a site."""
-        width = max(self.loaded.architecture.projection(site.layer).weight.shape)
-        return self.options.tokens or self.options.tokens_per_dim * int(width)
+        return self.options.tokens or self.options.tokens_per_dim * self.loaded.architecture.shape(site.layer)[1]
 
     def identity(self, site: Site) -> Identity:
         """Return everything that a site's second moment depends on."""
@@ -135,7 +137,7 @@ class SecondMoments:
         """Read the corpus once and compute the second moments of ``sites``; store them in the cache."""
         total = max(self.tokens_for(site) for site in sites)
         self.reporter.note(
-            f"Computing second moments of {len(sites)} sites on {total:,} tokens of {self.corpus.name}; kept for next time"
+            f"Computing second moments of {len(sites)} sites on {total:,} tokens of {self.corpus.name}, once"
         )
         moments = self._accumulate(sites, total)
         for site, moment in moments.items():
@@ -161,7 +163,7 @@ class SecondMoments:
                 advance(sum(len(row.ids) for row in batch))
                 total -= sum(len(row.ids) for row in batch)
         if total > 0:
-            self.reporter.warn(f"the corpus {self.corpus.name} ended {total:,} tokens early; second moments are less exact")
+            self.reporter.warn(f"the corpus {self.corpus.name} ended {total:,} tokens early: statistics are less exact")
         read = max(self.tokens_for(site) for site in sites) - total
         if read <= 0:
             raise StatisticsError(f"the corpus {self.corpus.name} holds no text of at least two tokens")
@@ -208,7 +210,7 @@ class SecondMoments:
         metadata, tensors = _open(self.file)
         models = json.loads(metadata.get("models", "{}"))
         if site.module not in models:
-            raise StatisticsError(f"{self.file} has no statistics for {site.module}; compute them with: editcli stats compute")
+            raise StatisticsError(f"{self.file} has nothing on {site.module}; compute it with: editcli stats compute")
         if models[site.module] != self.identity(site).model:
             raise StatisticsError(
                 f"{self.file} was made for another model (its weights up to {site.module} differ from "

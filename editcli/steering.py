@@ -187,6 +187,7 @@ class Steering:
         options = {"attention_mask": mask, "position_ids": places, "past_key_values": cache, "use_cache": True}
         run(self.loaded.model, ids, **options)
         # Copies, so that the part of the cache behind the lookup tokens can be freed.
-        kept = tuple((item.keys[..., :past, :].clone(), item.values[..., :past, :].clone()) for item in cache.layers)
+        layers: Any = cache.layers
+        kept = tuple((item.keys[..., :past, :].clone(), item.values[..., :past, :].clone()) for item in layers)
         lookup = torch.zeros(len(texts), dtype=torch.long, device=device)
         return Layout(ids, ids[:, past:], lookup, mask, places[:, past:], kept)

@@ -267,6 +267,25 @@ def live_batches(entries: Sequence[Entry]) -> list[Entry]:
     return live
 
 
+def remaining(stream: Stream, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
+    """Return the edits that a resumed stream has not applied yet.
+
+    A file that starts with what was applied goes on after it; any other file is appended whole, unless it repeats
+    edits of the stream, which is a mistake that would go unnoticed.
+    """
+    done = stream.position.requests
+    if consume(START, requests[: len(done)]) == stream.position.consumed:
+        return requests[len(done) :]
+    known = {request.id for request in done}
+    repeated = next((request for request in requests if request.id in known), None)
+    if repeated is not None:
+        raise StateError(
+            f"{repeated.file}:{repeated.line}: the edit {repeated.id!r} is in the stream already, but this file does "
+            "not start with what was applied; resume with the original file, or give new edits ids of their own"
+        )
+    return requests
+
+
 def _body(report: BatchReport) -> dict[str, Any]:
     sites = [
         {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "update_norm": s.update_norm}

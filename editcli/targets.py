@@ -164,9 +164,7 @@ class _Optimiser:
         advance(len(active))
         return self.initial + delta, self.initial, self.written, loss
 
-    def _adam(
-        self, delta: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], active: Tensor, step: int
-    ) -> None:
+    def _adam(self, delta: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], active: Tensor, step: int) -> None:
         """Take one Adam step on the active rows of ``delta`` and project them into the ball of clamp * ||h||."""
         first_beta, second_beta = ADAM_BETAS
         mean = moments[0][active].lerp(gradient, 1 - first_beta)
@@ -186,7 +184,7 @@ class _Optimiser:
         essences = [(place, row) for place, row in enumerate(rows) if row.is_essence]
         columns = self.steering.columns
         heads = [(place, column) for place, row in told for column in columns(row, row.text.predicting)]
-        heads += [(place, *columns(row, [row.text.lookup])) for place, row in essences]
+        heads += [(place, columns(row, [row.text.lookup])[0]) for place, row in essences]
         device = self.initial.device
         return _Block(
             layout=self.steering.layout.select(torch.tensor(chosen), max(map(self.steering.width, rows))),
@@ -198,9 +196,7 @@ class _Optimiser:
             essence_edit=torch.tensor([local[row.edit] for _, row in essences], device=device),
         )
 
-    def _loss(
-        self, block: _Block, delta: Tensor, active: Tensor, before: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _loss(self, block: _Block, delta: Tensor, active: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return each active edit's loss, (n,), and its log-probabilities at the essence prompt, (n, vocabulary)."""
         shift = self._shift(delta, self.written[active])
         logits = self.steering.logits(block.layout, shift[block.edit], block.head).to(delta.device)
