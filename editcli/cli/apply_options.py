@@ -43,7 +43,7 @@ def device_options(command: Any) -> Any:
             default="auto",
             show_default=True,
             section="Model",
-            help="Type to run in; auto is float32 on a CPU, else the checkpoint's own. Edited matrices are float32 anyway.",
+            help="Type to run in; auto is float32 on a CPU, else the checkpoint's. Edited matrices are float32 anyway.",
         ),
     )
 
