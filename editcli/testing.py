@@ -108,6 +108,7 @@ TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "stablelm-parallel": ("stablelm", {**_GROUPED, "use_parallel_residual": True}),
     "falcon": ("falcon", {**_FALCON, "parallel_attn": False, "multi_query": False}),
     "falcon-parallel": ("falcon", {**_FALCON, "parallel_attn": True, "multi_query": True}),
+    "falcon-alibi": ("falcon", {**_FALCON, "parallel_attn": False, "multi_query": False, "alibi": True}),
     "falcon-new": ("falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "granite": (
         "granite",

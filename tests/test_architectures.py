@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,12 @@ from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, TINY, tiny_config, tin
 POST_NORM = {"gemma2", "gemma3", "olmo2", "exaone4", "glm4"}
 PARALLEL = {"gptj", "gpt_neox", "phi", "stablelm-parallel", "falcon-parallel", "falcon-new"}
 TOKEN = 3
+
+
+@functools.cache
+def shared_model(name: str) -> PreTrainedModel:
+    """Return one model for all tests that only look at it."""
+    return tiny_model(name)
 
 
 def tensor_of(output: Any) -> Tensor:
@@ -57,12 +64,12 @@ def run(model: PreTrainedModel, *modules: nn.Module) -> list[Tensor]:
 
 @pytest.fixture(scope="module", params=TINY)
 def architecture(request: pytest.FixtureRequest) -> Architecture:
-    return resolve(tiny_model(request.param))
+    return resolve(shared_model(request.param))
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_tiny_family_has_a_row(name: str) -> None:
-    assert resolve(tiny_model(name)).family in FAMILIES
+    assert resolve(shared_model(name)).family in FAMILIES
 
 
 def test_every_row_has_a_tiny_family() -> None:
@@ -114,7 +121,7 @@ def test_an_offset_on_the_projection_arrives_in_the_stream(architecture: Archite
 
 @pytest.mark.parametrize("name", TINY)
 def test_norms_scales_and_parallel_blocks(name: str) -> None:
-    found = resolve(tiny_model(name))
+    found = resolve(shared_model(name))
     assert (found.mlp_norm(0) is not None) == (name in POST_NORM)
     assert found.residual_scale(0) == (0.5 if name == "granite" else 1.0)
     assert found.parallel == (name in PARALLEL)
@@ -124,7 +131,7 @@ def test_norms_scales_and_parallel_blocks(name: str) -> None:
 def test_skeleton_has_the_same_sites_and_no_memory(name: str) -> None:
     model = skeleton(tiny_config(name))
     assert all(parameter.is_meta for parameter in model.parameters())
-    bare, loaded = resolve(model), resolve(tiny_model(name))
+    bare, loaded = resolve(model), resolve(shared_model(name))
     for layer in range(LAYERS):
         assert bare.site(layer) == loaded.site(layer)
         assert bare.shape(layer) == loaded.shape(layer)
@@ -156,7 +163,7 @@ def test_a_family_with_wrong_paths_is_an_error_that_names_it() -> None:
 class TestUnknownFamilies:
     @pytest.mark.parametrize("name", [name for name in TINY if name not in {*POST_NORM, "granite"}])
     def test_discovery_agrees_with_the_table(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = tiny_model(name)
+        model = shared_model(name)
         known = resolve(model)
         monkeypatch.setattr("editcli.architectures.FAMILIES", ())
         found = resolve(model)
@@ -166,7 +173,7 @@ class TestUnknownFamilies:
 
     @pytest.mark.parametrize("name", ["gemma2", "olmo2", "granite"])
     def test_what_is_not_a_plain_sum_is_refused(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = tiny_model(name)
+        model = shared_model(name)
         monkeypatch.setattr("editcli.architectures.FAMILIES", ())
         with pytest.raises(ModelError, match="do not simply add their MLP's output"):
             resolve(model)

@@ -18,7 +18,7 @@ from transformers.configuration_utils import PretrainedConfig
 from editcli.apply import apply
 from editcli.architectures import Family
 from editcli.checkpoint import Checkpoint
-from editcli.edits import read_edits
+from editcli.edits import EditRequest, read_edits
 from editcli.errors import ModelError
 from editcli.forward import first, tapped
 from editcli.hookspecs import hookimpl
@@ -51,6 +51,9 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "alphaedit": {"l2": 1e-6, "threshold_kind": "relative", "nullspace_threshold": 0.5},
     "ultraedit": {"lr": 1e-3},
 }
+
+PREFIXES = ("Bob. ", "The river in London is. ")
+"""Contexts of different length, so that lookup tokens stand at different places of one batch."""
 
 
 @pytest.fixture(autouse=True)
@@ -176,15 +179,20 @@ class TestEveryFamily:
         """The optimiser runs upper layers and head alone; scaling, soft-capping and biases must still be in force."""
         loaded = opened(base)
         requests = read_edits(shared / "facts.jsonl").requests
-        values = ModelSession(loaded, (1,), options=TargetOptions(steps=1, prefixes=0)).values(requests)
-        texts = loaded.tokens.encode([loaded.tokens.locate(r, r.target_new) for r in requests])
-        losses = []
-        for text in texts:
-            with torch.no_grad():
-                logits = loaded.model(input_ids=torch.tensor([text.ids])).logits[0]
-            told = logits[list(text.predicting)].log_softmax(dim=1)
-            losses.append(-told.gather(1, torch.tensor(text.target_ids)[:, None]).mean())
-        torch.testing.assert_close(values.loss, torch.stack(losses), rtol=1e-4, atol=1e-4)
+        session = ModelSession(loaded, (1,), options=TargetOptions(steps=1), prefixes=PREFIXES)
+        losses = [
+            torch.stack([surprise(loaded, request.in_context(context)) for context in ("", *PREFIXES)]).mean()
+            for request in requests
+        ]
+        torch.testing.assert_close(session.values(requests).loss, torch.stack(losses), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def surprise(loaded: LoadedModel, request: EditRequest) -> Tensor:
+    """Return the mean negative log-probability of the target's tokens, from one pass over one text."""
+    (text,) = loaded.tokens.encode([loaded.tokens.locate(request, request.target_new)])
+    logits = loaded.model(input_ids=torch.tensor([text.ids])).logits[0, list(text.predicting)]
+    return -logits.log_softmax(dim=1).gather(1, torch.tensor(text.target_ids)[:, None]).mean()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "falcon-new"])
