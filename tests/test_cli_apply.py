@@ -49,9 +49,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
     chooser = random.Random(0)
-    words = (
-        ["The", "capital", "city", "of", "France", "Italy", "Spain", "Greece", "river", "Bob", "Ann", "Smith", "plays", "works", "lives", "wrote", "born", "in", "by"]
-    )
+    words = sorted({word for edit in EDITS for value in edit.values() for word in str(value).split() if word.isalpha()})
     text = [" ".join(chooser.choices(words, k=40)) for _ in range(20)]
     (tmp_path / "corpus.txt").write_text("\n".join(text))
     return tmp_path
