@@ -127,7 +127,7 @@ class Collector:
         first = self._places.get(request.id)
         if first is not None:
             raise request.refusal(f"id {request.id!r} was already used on {first}")
-        self._places[request.id] = f"line {request.line}" if request.line is not None else request.file
+        self._places[request.id] = request.line_name
         self.requests.append(request)
 
     def _refuse(self, error: RequestError) -> None:
@@ -204,8 +204,8 @@ def _conflicts(requests: Iterable[EditRequest]) -> Iterator[str]:
         earlier = seen.get((request.prompt, request.subject))
         if earlier is not None and earlier.target_new != request.target_new:
             yield (
-                f"{request.file}:{request.line}: {request.prompt!r} was already given the target "
-                f"{earlier.target_new!r} on line {earlier.line}; the later one wins"
+                f"{request.place}: {request.prompt!r} was already given the target "
+                f"{earlier.target_new!r} on {earlier.line_name}; the later one wins"
             )
         seen[request.prompt, request.subject] = request
 

@@ -20,6 +20,7 @@ that metric's mean. :mod:`editcli.scoring` does the scoring.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, harmonic_mean
@@ -73,11 +74,14 @@ class Outcome:
     generations: tuple[Generation, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the raw numbers as a JSON object: one line of ``eval --out``."""
+        """Return the raw numbers as a JSON object: one line of ``eval --out``. What is not finite becomes null."""
         record = asdict(self)
         for group in _GROUPS:
             for line, answer in zip(record[group], getattr(self, group), strict=True):
                 line["success"] = answer.success
+                for name in ("logprob", "rival_logprob"):
+                    # A wrecked model answers with NaN, which JSON does not know.
+                    line[name] = line[name] if math.isfinite(line[name] or 0) else None
         return record
 
 

@@ -65,6 +65,16 @@ class EditRequest:
         """Character offset, in :attr:`prompt`, just past the subject."""
         return len(self.before) + len(self.subject)
 
+    @property
+    def place(self) -> str:
+        """Where the request was read, as error messages name it."""
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+    @property
+    def line_name(self) -> str:
+        """Where in its file the request was read: a line, or an element of an array as part of the file's name."""
+        return self.file if self.line is None else f"line {self.line}"
+
     def in_context(self, prefix: str) -> EditRequest:
         """Return the same request with ``prefix`` written before its prompt."""
         return replace(self, before=prefix + self.before)

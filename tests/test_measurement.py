@@ -1,0 +1,138 @@
+"""``eval``: what is measured on a saved folder equals what is measured in memory; nulls, samples, raw numbers, base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import editcli_formats
+from editcli.__main__ import main
+from editcli.edits import read_edits
+from editcli.errors import ModelError, OptionError
+from editcli.evaluation import evaluate
+from editcli.measurement import EvalRecipe, measure, sample
+from editcli.model import open_model, resolve_model
+from editcli.plugins import Plugins
+from editcli.testing import tiny_model_folder
+
+SUBJECTS = ("France", "Italy", "Spain", "Greece", "London", "Rome")
+RECORDS = [
+    {
+        "id": subject,
+        "prompt": "The capital of {} is",
+        "subject": subject,
+        "target_new": "Tokyo",
+        "target_true": "Berlin",
+        "paraphrase_prompts": [f"The city of {subject} is", f"{subject} has the capital"],
+        "neighborhood_prompts": ["The capital of Germany is"],
+    }
+    for subject in SUBJECTS
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return tiny_model_folder(folder / "edited", seed=1), tiny_model_folder(folder / "base", seed=2)
+
+
+@pytest.fixture
+def edits(tmp_path: Path) -> str:
+    path = tmp_path / "edits.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return str(path)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text("The capital city of France is Paris\n\nAnn wrote it\n")
+    return str(path)
+
+
+@pytest.fixture
+def plugins() -> Plugins:
+    plugins = Plugins()
+    plugins.register(editcli_formats, "formats")
+    return plugins
+
+
+def test_a_saved_folder_measures_as_the_model_in_memory(models: tuple[Path, Path], edits: str, plugins: Plugins):
+    found = measure(EvalRecipe(model=str(models[0]), edits=edits, device="cpu"), plugins)
+    loaded = open_model(resolve_model(models[0]), device="cpu")
+    assert found.evaluation == evaluate(loaded, read_edits(edits).requests)
+
+
+def test_foreign_records_are_measured_as_they_stand(models: tuple[Path, Path], tmp_path: Path, plugins: Plugins):
+    path = tmp_path / "zsre.jsonl"
+    record = {"subject": "Ann", "src": "Who is Ann?", "alt": "Bob", "answers": ["Smith"], "loc": "who", "loc_ans": "It"}
+    path.write_text(json.dumps(record))
+    found = measure(EvalRecipe(model=str(models[0]), edits=str(path), device="cpu"), plugins).to_json()
+    assert found["zsre"]["locality"] is not None
+    assert found["generalization_success"] is None
+
+
+def test_a_sample_is_the_same_for_the_same_seed(edits: str):
+    requests = read_edits(edits).requests
+    chosen = sample(requests, 3, seed=1)
+    assert chosen == sample(requests, 3, seed=1)
+    assert any(sample(requests, 3, seed=seed) != chosen for seed in range(2, 6))
+    assert [r.line for r in chosen] == sorted(r.line or 0 for r in chosen)
+    assert sample(requests, 99, seed=1) == requests == sample(requests, None, seed=1)
+
+
+def test_the_base_is_measured_beside_the_model(
+    models: tuple[Path, Path], edits: str, text: str, capsys: pytest.CaptureFixture[str]
+):
+    edited, base = map(str, models)
+    code = main(["eval", edited, edits, f"--base={base}", "--text", text, "--device", "cpu", "--json"])
+    assert code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["base"]["model"] == base
+    assert found["base"]["efficacy_success"] is not None
+    assert found["drift"]["kl"] > 0
+    assert found["drift"]["tokens"] > 5
+
+
+def test_raw_numbers_are_written(models: tuple[Path, Path], edits: str, tmp_path: Path):
+    out = tmp_path / "raw.jsonl"
+    code = main(["eval", str(models[0]), edits, "--out", str(out), "--sample", "4", "--device", "cpu", "-q"])
+    assert code == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 4
+    assert {line["id"] for line in lines} < set(SUBJECTS)
+    assert lines[0]["paraphrases"][1]["rival_logprob"] < 0
+
+
+def test_the_table_names_every_metric(models: tuple[Path, Path], edits: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", str(models[0]), edits, "--metrics", "counterfact,zsre", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("efficacy_success", "generalization_accuracy", "specificity_success", "score", "zsre locality"):
+        assert name in shown
+
+
+def test_bad_settings_are_refused(models: tuple[Path, Path], edits: str, plugins: Plugins, tmp_path: Path):
+    model = str(models[0])
+    with pytest.raises(OptionError, match="--base"):
+        EvalRecipe(model=model, edits=edits, text="text.txt")
+    with pytest.raises(OptionError, match="does not exist"):
+        EvalRecipe(model=model, edits=edits, out=str(tmp_path / "none" / "raw.jsonl"))
+    with pytest.raises(OptionError, match="did you mean 'zsre'"):
+        measure(EvalRecipe(model=model, edits=edits, metrics=("zsr",)), plugins)
+    with pytest.raises(ModelError, match=r"records no base; pass the base as --base=MODEL"):
+        measure(EvalRecipe(model=model, edits=edits, base="own"), plugins)
+    with pytest.raises(OptionError, match="cannot be read"):
+        measure(EvalRecipe(model=model, edits=edits, base=model, text=str(tmp_path / "none.txt")), plugins)
+
+
+def test_bad_edits_stop_or_are_left_out(models: tuple[Path, Path], edits: str, capsys: pytest.CaptureFixture[str]):
+    with Path(edits).open("a") as file:
+        file.write('{"prompt": "no subject"}\n')
+    arguments: list[Any] = ["eval", str(models[0]), edits, "--device", "cpu", "--json"]
+    assert main(arguments) == 2
+    assert "edits.jsonl:7: " in capsys.readouterr().err
+    assert main([*arguments, "--on-error", "skip"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rejected"]) == 1
