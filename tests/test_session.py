@@ -1,0 +1,133 @@
+"""Keys, residuals and weights of a session against plain forward passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from editcli.errors import StatisticsError
+from editcli.forward import first, tapped
+from editcli.interfaces import Update, Values
+from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.request import from_record
+from editcli.session import ModelSession, generate_prefixes
+from editcli.targets import TargetOptions
+from editcli.testing import tiny_model_folder
+
+PREFIXES = ("Bob. ", "The river in London is. ")
+FACTS = [("The capital of {} is", "France"), ("{} works as a", "Ann Smith"), ("In Spain, {} wrote the", "Bob")]
+REQUESTS = [from_record({"id": s, "prompt": p, "subject": s, "target_new": "Rome"}) for p, s in FACTS]
+
+
+@pytest.fixture(params=["llama", "gpt2", "gpt2-square"])
+def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> LoadedModel:
+    family, _, square = request.param.partition("-")
+    return open_model(resolve_model(tiny_model_folder(tmp_path / "model", family, square=bool(square))))
+
+
+def session(loaded: LoadedModel, layers: tuple[int, ...] = (1, 2)) -> ModelSession:
+    return ModelSession(loaded, layers, options=TargetOptions(prefixes=2), prefixes=PREFIXES)
+
+
+def random_values(loaded: LoadedModel, count: int) -> Values:
+    size = loaded.architecture.shape(0)[0]
+    draw = torch.Generator().manual_seed(0)
+    target, initial, written = (torch.randn(size, count, generator=draw) for _ in range(3))
+    return Values(target=target, initial=initial, written=written, dropped={}, loss=torch.zeros(count))
+
+
+def seen_at_lookup(loaded: LoadedModel, text: str, subject: str, module: torch.nn.Module, *, output: bool) -> Tensor:
+    """Run the whole text and read a module's input or output at the subject's last token."""
+    batch = loaded.tokens.tokenizer(text, return_offsets_mapping=True)
+    end = text.rindex(subject) + len(subject)  # A prefix may name the subject too.
+    place = max(i for i, (a, b) in enumerate(batch["offset_mapping"]) if a < end and b > end - len(subject))
+    found: list[Tensor] = []
+
+    def see(owner: object, entered: Tensor, produced: object) -> None:
+        found.append(first(produced) if output else entered)
+
+    with torch.no_grad(), tapped(module, see):
+        loaded.model(input_ids=torch.tensor([batch["input_ids"]]), use_cache=False)
+    return found[0].reshape(len(batch["input_ids"]), -1)[place]
+
+
+def test_keys_are_the_mean_of_the_bare_and_the_prefixed_prompts(loaded: LoadedModel) -> None:
+    own = session(loaded)
+    for site in own.sites:
+        keys = own.keys(REQUESTS, site)
+        projection = loaded.architecture.projection(site.layer)
+        for column, request in enumerate(REQUESTS):
+            texts = [prefix + request.prompt for prefix in ("", *PREFIXES)]
+            bare, *prefixed = (seen_at_lookup(loaded, t, request.subject, projection, output=False) for t in texts)
+            expected = (bare + torch.stack(prefixed).mean(dim=0)) / 2
+            torch.testing.assert_close(keys[:, column], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_residual_is_spread_over_the_sites_that_remain(loaded: LoadedModel) -> None:
+    own, values = session(loaded), random_values(loaded, len(REQUESTS))
+    block = loaded.architecture.block(2)
+    h = torch.stack([seen_at_lookup(loaded, r.prompt, r.subject, block, output=True) for r in REQUESTS], dim=1)
+    for site, remaining in zip(own.sites, (2, 1), strict=True):
+        residual = own.residual(REQUESTS, site, values)
+        torch.testing.assert_close(residual, (values.target - h) / remaining, rtol=1e-4, atol=1e-4)
+
+
+def test_writing_adds_left_times_right_in_the_models_orientation(loaded: LoadedModel) -> None:
+    own = session(loaded)
+    site = own.sites[0]
+    rows, columns = loaded.architecture.shape(site.layer)
+    before = own.weight(site).clone()
+    key = own.keys(REQUESTS, site)[:, 0]
+    update = Update(left=torch.randn(rows, 2), right=torch.randn(columns, 2))
+    projection = loaded.architecture.projection(site.layer)
+    read = REQUESTS[0]
+    was = seen_at_lookup(loaded, read.prompt, read.subject, projection, output=True)
+    k = seen_at_lookup(loaded, read.prompt, read.subject, projection, output=False)
+    own.write(site, update)
+    assert key.shape == (columns,)
+    torch.testing.assert_close(own.weight(site), before + update.left @ update.right.T)
+    now = seen_at_lookup(loaded, read.prompt, read.subject, projection, output=True)
+    torch.testing.assert_close(now - was, update.left @ (update.right.T @ k), rtol=1e-3, atol=1e-4)
+
+
+def test_restoring_gives_back_the_same_weights_and_the_baseline_never_moves(loaded: LoadedModel) -> None:
+    own = session(loaded)
+    site = own.sites[0]
+    before, base = own.masters(), own.baseline(site)
+    torch.testing.assert_close(before[site], base, rtol=0, atol=0)
+    rows, columns = base.shape
+    own.write(site, Update(torch.ones(rows, 1), torch.ones(columns, 1)))
+    torch.testing.assert_close(own.baseline(site), base, rtol=0, atol=0)
+    own.restore(before)
+    torch.testing.assert_close(own.weight(site), base, rtol=0, atol=0)
+    stored = loaded.architecture.projection(site.layer).weight
+    torch.testing.assert_close(stored.T if site.transposed else stored, base, rtol=0, atol=0)
+
+
+def test_statistics_are_refused_after_the_first_write(loaded: LoadedModel) -> None:
+    own = ModelSession(loaded, (1,), prefixes=(), second_moment=lambda site: torch.eye(3))
+    site = own.sites[0]
+    assert own.second_moment(site).shape == (3, 3)
+    own.write(site, Update(torch.zeros(own.weight(site).shape[0], 1), torch.zeros(own.weight(site).shape[1], 1)))
+    with pytest.raises(StatisticsError, match="belong to the unedited model"):
+        own.second_moment(site)
+
+
+def test_a_half_precision_file_is_what_the_model_holds(tmp_path: Path) -> None:
+    loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", dtype="bfloat16")))
+    own = session(loaded)
+    site = own.sites[0]
+    own.write(site, Update(torch.full((own.weight(site).shape[0], 1), 1e-3), torch.ones(own.weight(site).shape[1], 1)))
+    held = loaded.architecture.projection(site.layer).weight
+    assert held.dtype == torch.float32
+    torch.testing.assert_close(held, own.weight(site).to(torch.bfloat16).float(), rtol=0, atol=0)
+
+
+def test_prefixes_depend_on_the_seed_alone(loaded: LoadedModel) -> None:
+    first_run, again, other = (generate_prefixes(loaded, TargetOptions(), seed=seed) for seed in (1, 1, 2))
+    assert first_run == again != other
+    assert [text.split()[0].rstrip(".") for text in first_run if text[0] == "T"]
+    assert all(text.endswith(". ") and "{" not in text for text in first_run)
