@@ -1,0 +1,131 @@
+"""What is written to the output folder, byte by byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from editcli.checkpoint import Checkpoint, file_digest
+from editcli.errors import ModelError
+from editcli.output import side_files, to_stored, verify, write_model
+from editcli.testing import tiny_model_folder
+
+NAME = "model.layers.1.mlp.down_proj.weight"
+
+
+def edited(base: Checkpoint) -> dict[str, torch.Tensor]:
+    return {NAME: base.read(NAME) + 1}
+
+
+@pytest.fixture(params=[1, 3])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    folder = tiny_model_folder(tmp_path / "base", shards=request.param)
+    (folder / "extra.txt").write_text("kept", encoding="utf-8")
+    return Checkpoint(folder)
+
+
+def test_only_the_bytes_of_the_changed_tensors_are_new(base: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_model(base, out, edited(base))
+    entry = base.entries[NAME]
+    for name in base.files:
+        old, new = (base.folder / name).read_bytes(), (out / name).read_bytes()
+        assert len(old) == len(new)
+        differ = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+        assert all(name == entry.file and entry.start <= i < entry.stop for i in differ)
+    for path in side_files(base.folder):
+        assert file_digest(path) == file_digest(out / path.name)
+    assert verify(base, out, edited(base)).changed == (NAME,)
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_another_dtype_is_written_for_the_changed_tensors_only(base: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in edited(base).items()}
+    write_model(base, out, tensors)
+    stored = {key: value for file in Checkpoint(out).files for key, value in load_file(out / file).items()}
+    assert stored[NAME].dtype == torch.bfloat16
+    assert {key for key, value in stored.items() if value.dtype != torch.float32} == {NAME}
+    assert verify(base, out, tensors).changed == (NAME,)
+
+
+def test_a_flipped_bit_anywhere_is_found(base: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_model(base, out, edited(base))
+    for name in ("model.layers.0.self_attn.q_proj.weight", NAME):
+        entry = base.entries[name]
+        data = bytearray((out / entry.file).read_bytes())
+        data[entry.start] ^= 1
+        (out / entry.file).write_bytes(bytes(data))
+        with pytest.raises(ModelError, match=name):
+            verify(base, out, edited(base))
+        data[entry.start] ^= 1
+        (out / entry.file).write_bytes(bytes(data))
+
+
+def test_nothing_changed_is_an_error(base: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    same = {NAME: base.read(NAME)}
+    write_model(base, out, same)
+    with pytest.raises(ModelError, match="nothing changed"):
+        verify(base, out, same)
+
+
+def test_transposed_weights_are_stored_as_they_were(tmp_path: Path) -> None:
+    base = Checkpoint(tiny_model_folder(tmp_path / "base", "gpt2"))
+    name = base.tensor_for("transformer.h.1.mlp.c_proj.weight")
+    weight = base.read(name).T
+    assert torch.equal(to_stored(weight, base.entries[name], torch.float32, transposed=True), base.read(name))
+    with pytest.raises(ModelError, match="stored as"):
+        to_stored(weight, base.entries[name], torch.float32, transposed=False)
+
+
+class TestCheckpoint:
+    def test_reads_what_the_library_reads(self, base: Checkpoint) -> None:
+        for file in base.files:
+            for name, tensor in load_file(base.folder / file).items():
+                assert torch.equal(base.read(name), tensor)
+                assert base.shape(name) == tuple(tensor.shape)
+
+    def test_pickled_weights_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(ModelError, match="pickle files"):
+            Checkpoint(tmp_path).names()
+
+    def test_an_empty_folder_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="Hugging Face"):
+            Checkpoint(tmp_path).names()
+
+    @pytest.mark.parametrize("shard", ["../stolen.safetensors", "/etc/passwd", "a/b.safetensors", ".."])
+    def test_a_shard_outside_the_folder_is_refused(self, shard: str, tmp_path: Path) -> None:
+        import json
+
+        (tmp_path / "stolen.safetensors").write_bytes(b"")
+        folder = tmp_path / "model"
+        folder.mkdir()
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}), encoding="utf-8")
+        with pytest.raises(ModelError, match="not a plain file name"):
+            Checkpoint(folder).names()
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"\xff" * 64,
+            (1 << 60).to_bytes(8, "little") + b"{}",
+            (2).to_bytes(8, "little") + b"[]",
+            (64).to_bytes(8, "little") + b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}  ',
+            (62).to_bytes(8, "little") + b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [-9, 4]}}',
+        ],
+    )
+    def test_a_damaged_or_hostile_header_is_one_sentence(self, data: bytes, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").write_bytes(data)
+        with pytest.raises(ModelError, match=r"model\.safetensors"):
+            Checkpoint(tmp_path).names()

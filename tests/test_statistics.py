@@ -1,0 +1,206 @@
+"""Second moments against a plain pass, and the cache that must never serve another model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from editcli.errors import StatisticsError
+from editcli.forward import tapped
+from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.report import Silent
+from editcli.statistics import SecondMoments, StatisticsOptions
+from editcli.testing import tiny_model_folder
+
+TEXT = [
+    "The capital city of France is Paris",
+    "Bob works",
+    "In Spain the river is by the tower",
+    "Ann lives in Rome",
+] * 9
+
+
+class Listener(Silent):
+    """Remembers phases, notes and warnings."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.told: list[str] = []
+
+    @contextmanager
+    def phase(self, name: str, total: int, unit: str = "") -> Iterator[object]:
+        self.phases.append(name)
+        yield lambda count: None
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+    warn = note
+
+
+def opened(folder: Path) -> LoadedModel:
+    return open_model(resolve_model(folder))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(TEXT), encoding="utf-8")
+    return path
+
+
+def moments(loaded: LoadedModel, corpus: Path | str, cache: Path, **choices: object) -> SecondMoments:
+    options = StatisticsOptions(**{"tokens": 120, "batch_tokens": 32, **choices})  # pyright: ignore[reportArgumentType]
+    return SecondMoments(loaded, options=options, corpus=str(corpus), cache=cache, reporter=Listener())
+
+
+def sites(loaded: LoadedModel, *layers: int):
+    return [loaded.architecture.site(layer) for layer in layers]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_equals_the_mean_outer_product_of_the_keys(family: str, corpus: Path, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model", family))
+    found = moments(loaded, corpus, tmp_path / "cache")
+    found.plan(sites(loaded, 0, 2))
+    for site in sites(loaded, 0, 2):
+        keys: list[torch.Tensor] = []
+
+        def see(owner: object, entered: torch.Tensor, output: object, keys: list[torch.Tensor] = keys) -> None:
+            keys.append(entered.detach().reshape(-1, entered.shape[-1]).double())
+
+        read = 0
+        for text in TEXT:
+            ids = loaded.tokens.tokenizer(text)["input_ids"][: 120 - read]
+            read += len(ids)
+            with torch.no_grad(), tapped(loaded.architecture.projection(site.layer), see):
+                loaded.model(input_ids=torch.tensor([ids]))
+            if read >= 120:
+                break
+        stacked = torch.cat(keys)
+        assert len(stacked) == 120
+        torch.testing.assert_close(found(site), stacked.T @ stacked / 120, rtol=1e-4, atol=1e-6)
+        assert found(site).dtype == torch.float64
+
+
+def test_sites_that_were_planned_are_computed_in_one_pass(corpus: Path, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    found = moments(loaded, corpus, tmp_path / "cache")
+    found.plan(sites(loaded, 0, 1, 2))
+    for site in sites(loaded, 0, 1, 2):
+        found(site)
+    assert isinstance(found.reporter, Listener)
+    assert found.reporter.phases == ["Second moments"]
+
+
+def test_the_cache_gives_the_same_bytes_without_computing(corpus: Path, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    (site,) = sites(loaded, 1)
+    computed = moments(loaded, corpus, tmp_path / "cache")(site)
+    again = moments(loaded, corpus, tmp_path / "cache")
+    torch.testing.assert_close(again(site), computed, rtol=0, atol=0)
+    assert isinstance(again.reporter, Listener)
+    assert again.reporter.phases == []
+
+
+@pytest.mark.parametrize("change", ["weights", "corpus", "tokens", "max_length"])
+def test_whatever_a_moment_depends_on_is_in_its_key(change: str, corpus: Path, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    (site,) = sites(loaded, 1)
+    before = moments(loaded, corpus, tmp_path / "cache")
+    before(site)
+    choices: dict[str, object] = {}
+    if change == "weights":
+        loaded = opened(tiny_model_folder(tmp_path / "other" / "model", seed=1))
+    elif change == "corpus":
+        corpus.write_text("\n".join(reversed(TEXT)), encoding="utf-8")
+    else:
+        choices[change] = 60 if change == "tokens" else 5
+    assert not moments(loaded, corpus, tmp_path / "cache", **choices).is_cached(site)
+
+
+def test_layers_above_the_site_do_not_matter(corpus: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model_folder(tmp_path / "model")
+    loaded = opened(folder)
+    low, high = sites(loaded, 0, 2)
+    found = moments(loaded, corpus, tmp_path / "cache")
+    before = [found.identity(site).fingerprint for site in (low, high)]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    changed = moments(opened(folder), corpus, tmp_path / "cache")
+    after = [changed.identity(site).fingerprint for site in (low, high)]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
+def test_a_statistics_file_of_another_model_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """Same shape, same folder name, other weights: the published tools accept such a file silently."""
+    loaded = opened(tiny_model_folder(tmp_path / "a" / "model"))
+    (site,) = sites(loaded, 1)
+    found = moments(loaded, corpus, tmp_path / "cache")
+    found.save(tmp_path / "stats.safetensors", [site])
+    own = SecondMoments(loaded, corpus=str(corpus), file=tmp_path / "stats.safetensors", cache=tmp_path / "none")
+    torch.testing.assert_close(own(site), found(site), rtol=0, atol=0)
+    other = opened(tiny_model_folder(tmp_path / "b" / "model", seed=1))
+    wrong = SecondMoments(other, corpus=str(corpus), file=tmp_path / "stats.safetensors", cache=tmp_path / "none")
+    with pytest.raises(StatisticsError, match="was made for another model"):
+        wrong(site)
+    with pytest.raises(StatisticsError, match="has nothing on"):
+        own(sites(loaded, 2)[0])
+
+
+def test_text_of_the_models_own_needs_no_file_and_repeats(tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    (site,) = sites(loaded, 1)
+    first = moments(loaded, "self", tmp_path / "one")(site)
+    again = moments(loaded, "self", tmp_path / "two")(site)
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert bool((torch.linalg.eigvalsh(first) > -1e-9).all())
+
+
+def test_sequences_stay_short_whatever_context_the_model_claims(tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model", max_position_embeddings=131072))
+    corpus = tmp_path / "long.txt"
+    corpus.write_text(" ".join(TEXT * 40), encoding="utf-8")
+    longest = 0
+
+    def see(owner: object, entered: torch.Tensor, output: object) -> None:
+        nonlocal longest
+        longest = max(longest, entered.shape[1])
+
+    with tapped(loaded.architecture.block(0), see):
+        moments(loaded, corpus, tmp_path / "cache", tokens=3000, max_length=512, batch_tokens=600)(sites(loaded, 1)[0])
+    assert longest == 512
+
+
+def test_a_corpus_that_ends_early_is_said(corpus: Path, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    found = moments(loaded, corpus, tmp_path / "cache", tokens=100_000)
+    found(sites(loaded, 1)[0])
+    assert isinstance(found.reporter, Listener)
+    assert any("ended" in text and "early" in text for text in found.reporter.told)
+
+
+def test_a_damaged_cache_file_is_named(corpus: Path, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    found = moments(loaded, corpus, tmp_path / "cache")
+    (site,) = sites(loaded, 1)
+    found(site)
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(StatisticsError, match=path.name):
+        moments(loaded, corpus, tmp_path / "cache")(site)
+
+
+@pytest.mark.parametrize("spec", ["nowhere.txt", "hf:some/dataset"])
+def test_a_corpus_that_cannot_be_had_is_one_sentence(spec: str, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    with pytest.raises(StatisticsError, match="nowhere.txt|datasets"):
+        moments(loaded, spec, tmp_path / "cache")(sites(loaded, 1)[0])
