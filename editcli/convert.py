@@ -57,16 +57,17 @@ class Conversion:
         }
 
 
-def convert(source: str | Path, formats: Sequence[Format], *, skip_bad: bool = False) -> Conversion:
-    """Read ``source`` (``-`` is standard input) with the format that knows each record; with one format, by that one.
+def convert(
+    source: str | Path, formats: Sequence[Format] = (), *, form: Format | None = None, skip_bad: bool = False
+) -> Conversion:
+    """Read ``source`` (``-`` is standard input) with ``form``, else with whichever of ``formats`` knows each record.
 
     Raises :class:`RequestError` at the first unusable record, unless ``skip_bad``. A record of an array is named by its
     index, counted from 0, as in ``facts.json[12]``.
     """
     name = "<stdin>" if str(source) == "-" else str(source)
     data = read_bytes(source, name)
-    chosen = [_Only(formats[0])] if len(formats) == 1 else list(formats)
-    collected = Collector(skip_bad=skip_bad, formats=chosen)
+    collected = Collector(skip_bad=skip_bad, formats=formats, form=form)
     count = 0
     for load, file, line in _records(data, name):
         count += 1
@@ -76,16 +77,6 @@ def convert(source: str | Path, formats: Sequence[Format], *, skip_bad: bool = F
     edits = collected.result(name, hashlib.sha256(data).hexdigest())
     distinct = {(request.prompt, request.subject, request.target_new) for request in edits.requests}
     return Conversion(count, edits, len(edits.requests) - len(distinct))
-
-
-class _Only:
-    """A format that was asked for by name: it is given every record, and says itself what is wrong with one."""
-
-    def __init__(self, form: Format):
-        self.name, self.read = form.name, form.read
-
-    def sniff(self, record: Mapping[str, Any]) -> bool:
-        return True
 
 
 def _records(data: bytes, name: str) -> Iterator[tuple[Callable[[], Mapping[str, Any]], str, int | None]]:

@@ -12,10 +12,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 from editcli.errors import RequestError
 from editcli.request import EditRequest, Neighbor, from_record, kind_of
+
+if TYPE_CHECKING:
+    from editcli.formats import Format
 
 __all__ = [
     "MAX_LINE_BYTES",
@@ -23,7 +26,6 @@ __all__ = [
     "EditFile",
     "EditRequest",
     "Neighbor",
-    "RecordFormat",
     "from_record",
     "parse_line",
     "read_edits",
@@ -46,24 +48,12 @@ class EditFile:
     warnings: tuple[str, ...]
 
 
-class RecordFormat(Protocol):
-    """What reading needs of an :class:`editcli.formats.Format`."""
-
-    name: ClassVar[str]
-
-    def sniff(self, record: Mapping[str, Any]) -> bool:
-        """Return whether this format's records look like ``record``."""
-
-    def read(self, record: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-        """Yield objects of the edits schema."""
-
-
 def read_edits(
     source: str | Path,
     *,
     skip_bad: bool = False,
     limit: int | None = None,
-    formats: Sequence[RecordFormat] = (),
+    formats: Sequence[Format] = (),
 ) -> EditFile:
     """Read an edits file, or standard input for ``-``; records that one of ``formats`` knows are read by it.
 
@@ -92,10 +82,13 @@ def is_array(data: bytes) -> bool:
 class Collector:
     """Gathers requests from records one by one: refuses bad ones and repeated ids, or collects the refusals."""
 
-    def __init__(self, *, skip_bad: bool, limit: int | None = None, formats: Sequence[RecordFormat] = ()):
+    def __init__(
+        self, *, skip_bad: bool, limit: int | None = None, formats: Sequence[Format] = (), form: Format | None = None
+    ):
+        """Read records of our schema and those that one of ``formats`` knows, or every record with ``form``."""
         self.requests: list[EditRequest] = []
         self.rejected: list[RequestError] = []
-        self._skip_bad, self._limit, self._formats = skip_bad, limit, formats
+        self._skip_bad, self._limit, self._formats, self._form = skip_bad, limit, formats, form
         self._places: dict[str, str] = {}
 
     @property
@@ -106,7 +99,9 @@ class Collector:
     def add(self, load: Callable[[], Mapping[str, Any]], *, file: str, line: int | None) -> None:
         """Take the edits of one record, which ``load`` returns or refuses."""
         try:
-            records = list(_translate(load(), self._formats, file=file, line=line))
+            record = load()
+            form = self._form or _recognise(record, self._formats, file=file, line=line)
+            records = [record] if form is None else translate(record, form, file=file, line=line)
         except RequestError as error:
             return self._refuse(error)
         for record in records:
@@ -136,19 +131,16 @@ class Collector:
         self.rejected.append(error)
 
 
-def _translate(
-    record: Mapping[str, Any], formats: Sequence[RecordFormat], *, file: str, line: int | None
-) -> Iterable[Mapping[str, Any]]:
+def _recognise(record: Mapping[str, Any], formats: Sequence[Format], *, file: str, line: int | None) -> Format | None:
+    """Return the format that knows a record, None for one of our schema."""
     known = [form for form in formats if form.sniff(record)]
-    if not known:
-        return [record]
     if len(known) > 1:
         names = " and ".join(form.name for form in known)
         raise RequestError(f"this record looks like {names}; use 'editcli convert --from'", file=file, line=line)
-    return translate(record, known[0], file=file, line=line)
+    return known[0] if known else None
 
 
-def translate(record: Mapping[str, Any], form: RecordFormat, *, file: str, line: int | None) -> list[Mapping[str, Any]]:
+def translate(record: Mapping[str, Any], form: Format, *, file: str, line: int | None) -> list[Mapping[str, Any]]:
     """Return what ``form`` makes of a record; raise :class:`RequestError` when it is not one of that format."""
     try:
         return list(form.read(record))

@@ -62,7 +62,7 @@ def test_a_bad_record_is_named_by_its_index(tmp_path: Path):
 def test_a_format_asked_for_by_name_says_what_is_wrong(tmp_path: Path):
     path = array(tmp_path / "facts.json", GOOD)
     with pytest.raises(RequestError, match="not a usable counterfact record"):
-        convert(path, [find_format("counterfact", FORMATS)])
+        convert(path, form=find_format("counterfact", FORMATS))
 
 
 def test_repeated_edits_are_counted(tmp_path: Path):

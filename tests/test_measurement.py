@@ -136,3 +136,29 @@ def test_bad_edits_stop_or_are_left_out(models: tuple[Path, Path], edits: str, c
     assert "edits.jsonl:7: " in capsys.readouterr().err
     assert main([*arguments, "--on-error", "skip"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rejected"]) == 1
+
+
+@pytest.fixture
+def run(models: tuple[Path, Path], edits: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of ours on the base model."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    out = tmp_path / "out"
+    # Too little text for an exact second moment, but enough for any change at all.
+    chosen = ["--layers", "1-2", "--corpus", text, "--editor", "ft"]
+    quick = ["-o", "targets.steps=5", "-o", "targets.prefixes=0", "-q"]
+    assert main(["apply", edits, "--model", str(models[1]), "--out", str(out), "--device", "cpu", *chosen, *quick]) == 0
+    return out
+
+
+def test_a_run_measures_as_it_reported_and_knows_its_base(
+    run: Path, models: tuple[Path, Path], edits: str, text: str, capsys: pytest.CaptureFixture[str]
+):
+    capsys.readouterr()
+    assert main(["eval", str(run), edits, "--base", "--text", text, "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    report = json.loads((run / "editcli" / "run.json").read_text())
+    for when, measured in (("retained", found), ("before", found["base"])):
+        for name, value in report["efficacy"][when].items():
+            assert measured[name] == pytest.approx(value, abs=1e-5), (when, name)
+    assert Path(found["base"]["model"]) == models[1].resolve()
+    assert found["drift"]["perplexity"] != found["drift"]["perplexity_base"]

@@ -43,8 +43,8 @@ def convert(
     if as_json and out is None:
         raise click.UsageError("--json prints a report on standard output; pass --out for the edits")
     formats = load_formats(app.plugins)
-    chosen = formats if form is None else (find_format(form, formats),)
-    done = run(file, chosen, skip_bad=on_error == "skip")
+    chosen = None if form is None else find_format(form, formats)
+    done = run(file, formats, form=chosen, skip_bad=on_error == "skip")
     for text in (*done.edits.warnings, *(f"left out: {error}" for error in done.edits.rejected)):
         app.reporter.warn(text)
     if not done.edits.requests:
