@@ -65,7 +65,7 @@ def run_page(found: Inspection) -> str:
         record=history.record,
         tiles=_tiles(history.record),
         charts=[_figure(chart) for chart in history_charts(history)],
-        spectra=[_figure(chart) for chart in (*norm_charts(found), *spectrum_charts(found))],
+        spectra=[_figure(chart) for chart in (*_level_charts(found), *spectrum_charts(found))],
         rows=rows[:MAX_ROWS],
         hidden=max(0, len(rows) - MAX_ROWS),
         counts={word: count for word, count in counts.items() if count},
@@ -123,14 +123,20 @@ def _figure(chart: Chart) -> dict[str, Any]:
     return {"title": chart.title, "svg": Markup(inline_svg(chart))}
 
 
+def _level_charts(found: Inspection) -> list[Chart]:
+    """Return the charts over layers that compare with the base; R_n and drift have curves of their own."""
+    return [chart for chart in norm_charts(found) if len(chart.series) > 1]
+
+
 def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return the summary as (name, value, remark)."""
     edits, efficacy = record.get("edits") or {}, record.get("efficacy") or {}
     tiles = [("edits written", _number(edits.get("applied")), f"{_number(edits.get('rejected'))} rejected")]
     for when in ("before", "immediate", "retained"):
         figures = efficacy.get(when) or {}
-        remark = f"success {_number(figures.get('efficacy_success'))}"
-        tiles.append((f"efficacy {when}", _number(figures.get("efficacy_accuracy")), remark))
+        if figures:
+            remark = f"success {_number(figures.get('efficacy_success'))}"
+            tiles.append((f"efficacy {when}", _number(figures.get("efficacy_accuracy")), remark))
     for name in ("generalization", "specificity"):
         figures = record.get(name) or {}
         accuracy = figures.get("accuracy") or {}

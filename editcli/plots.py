@@ -27,7 +27,7 @@ COLOURS = ("#3366aa", "#c2571a", "#2b8a5f", "#9a4fb0", "#b58900", "#b0305c", "#2
 """Colours of the curves in a file; the page replaces them by variables, so that they follow light and dark."""
 INK, GRID, FAINT = "#20262e", "#d5dae1", "#8f98a3"
 _DASHES = ("-", "--", ":", "-.")
-_WIDTH, _HEIGHT = 4.6, 3.1
+_WIDTH, _HEIGHT = 4.2, 2.9
 """Inches; narrow enough that a chart is readable on a phone without zooming."""
 
 
@@ -78,7 +78,7 @@ def draw(charts: Sequence[Chart], form: str) -> bytes:
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for place, chart in zip(axes, charts, strict=False):
             _draw(place, chart)
-            place.set_title(chart.title, loc="left", fontsize=9, fontweight="bold", color=INK)
+            place.set_title(chart.title, loc="left", fontsize=10, fontweight="bold", color=INK)
         for place in axes[len(charts) :]:
             place.set_axis_off()
         return _save(figure, form)
@@ -130,7 +130,7 @@ def _style() -> Iterator[None]:
         "svg.fonttype": "none",
         "svg.hashsalt": "editcli",
         "text.parse_math": False,
-        "font.size": 8,
+        "font.size": 9,
         "axes.edgecolor": GRID,
         "axes.labelcolor": INK,
         "text.color": INK,
@@ -165,7 +165,7 @@ def _draw(axes: Axes, chart: Chart) -> None:
     if chart.x == "layer":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(chart.series) > 1:
-        axes.legend(loc="best", frameon=False, fontsize=7, ncols=2 if len(chart.series) > 4 else 1)
+        axes.legend(loc="best", frameon=False, fontsize=8, ncols=2 if len(chart.series) > 4 else 1)
 
 
 def _draw_series(axes: Axes, series: Series, number: int) -> None:

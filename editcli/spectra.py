@@ -108,9 +108,14 @@ def spectral_norm(
     """Return sigma_1 and its relative error."""
     device = _capable(device)
     if method == "exact" or (method == "auto" and min(matrix.shape) <= NORM_LIMIT):
-        values, _, _ = _decompose(matrix.to(device, torch.float64), vectors=False)
+        values = singular_values(matrix, device=device)
         return (float(values[0]) if len(values) else 0.0), 0.0
     return krylov.estimate_largest(matrix.to(device, torch.float32))
+
+
+def singular_values(matrix: Tensor, *, device: torch.device | None = None) -> Tensor:
+    """Return all singular values, descending, float64 on the CPU; exact, whatever the size."""
+    return _decompose(matrix.to(_capable(device), torch.float64), vectors=False)[0].cpu()
 
 
 def spectrum(

@@ -9,10 +9,11 @@ from editcli.plugins import Plugins
 
 COMMANDS = {
     "apply": ("editcli.cli.apply:apply", "Edit a model: the main job."),
-    "eval": ("editcli.cli.eval:eval_", "Measure edits on a model: efficacy, generalization, specificity, ..."),
-    "check": ("editcli.cli.check:check", "Check an edits file against a model's tokenizer, without loading weights."),
+    "eval": ("editcli.cli.eval:eval_", "Measure edits: efficacy, generalization, specificity, ability."),
+    "check": ("editcli.cli.check:check", "Validate edits against a model's tokenizer; loads no weights."),
     "convert": ("editcli.cli.convert:convert", "Turn other tools' edit files into ours."),
     "inspect": ("editcli.cli.inspect:inspect", "Show what can be edited, and whether an edited model is healthy."),
+    "diff": ("editcli.cli.diff:diff", "Show which tensors differ, by how much, and what both models say."),
     "report": ("editcli.cli.report:report", "Write one self-contained page about a run."),
     "plugins": ("editcli.cli.plugins:plugins", "Show what is installed, from where, with which options and paper."),
     "stats": ("editcli.cli.stats:stats", "Compute and show the reference-text statistics of a model."),

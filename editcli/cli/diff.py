@@ -1,0 +1,65 @@
+"""``editcli diff``: how an edited model differs from its base."""
+
+from __future__ import annotations
+
+import click
+
+from editcli.cli.common import App, Command, json_option, option, print_json
+from editcli.cli.settings import config_option
+
+
+@click.command(cls=Command)
+@click.argument("base")
+@click.argument("edited")
+@option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", section="Generation", help="What do both say? Repeatable."
+)
+@option(
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    section="Generation",
+    help="Tokens to write after each prompt.",
+)
+@option(
+    "--ranks/--no-ranks",
+    default=True,
+    show_default=True,
+    section="Comparison",
+    help="Find the numerical rank of each difference.",
+)
+@option("--device", default="auto", show_default=True, section="Run", help="Where to compute.")
+@json_option
+@config_option
+@click.pass_obj
+def diff(
+    app: App,
+    /,
+    base: str,
+    edited: str,
+    prompts: tuple[str, ...],
+    tokens: int,
+    ranks: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Show which tensors of EDITED differ from BASE and by how much, and what both say to the same prompts.
+
+    The checkpoints are compared tensor by tensor; models are loaded, one after the other, only for --prompt.
+    """
+    # Torch takes seconds to import, so it waits until the command line has been read.
+    from editcli import diffs
+    from editcli.model import choose_device
+    from editcli.planning import brought_families
+
+    found = diffs.diff(base, edited, ranks=ranks, device=choose_device(device), reporter=app.reporter)
+    if prompts:
+        families = brought_families(app.plugins)
+        found = diffs.speak(found, prompts, tokens=tokens, device=device, families=families, reporter=app.reporter)
+    if as_json:
+        print_json(found.to_json())
+        return
+    from editcli.render_diff import diff_view
+
+    app.show(diff_view(found))
