@@ -1,4 +1,4 @@
-"""The published procedure for one edit, written out plainly: what :mod:`editcli.targets` must equal, and is timed against.
+"""The published procedure for one edit, plainly: what :mod:`editcli.targets` must equal, and is timed against.
 
 Full texts through all layers in float32, one edit after the other, torch's own Adam and softmax.
 """

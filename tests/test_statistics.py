@@ -202,5 +202,5 @@ def test_a_damaged_cache_file_is_named(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["nowhere.txt", "hf:some/dataset"])
 def test_a_corpus_that_cannot_be_had_is_one_sentence(spec: str, tmp_path: Path) -> None:
     loaded = opened(tiny_model_folder(tmp_path / "model"))
-    with pytest.raises(StatisticsError, match="nowhere.txt|datasets"):
+    with pytest.raises(StatisticsError, match=r"nowhere\.txt|datasets"):
         moments(loaded, spec, tmp_path / "cache")(sites(loaded, 1)[0])
