@@ -27,7 +27,7 @@ _FLAT = (
 
 def evaluation_table(found: Measurement) -> RenderableType:
     """Draw one row for each metric, the base beside the model where it was measured."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=_title(found), title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
     if found.base_evaluation is not None:
         table.add_column("base", justify="right")
@@ -37,7 +37,8 @@ def evaluation_table(found: Measurement) -> RenderableType:
     for name, value in metric_rows(found.evaluation):
         cells = [] if base is None else [_number(base.get(name))]
         table.add_row(name, *cells, _number(value), _over(name, found.evaluation.counts))
-    return Group(table, *_drift_lines(found), Text(_LEGEND, style="dim"))
+    title = Text(f"{found.edits:,} edits of {found.edits_file} on {found.model}", style="bold")
+    return Group(title, table, *_drift_lines(found), Text(_LEGEND, style="dim"))
 
 
 def metric_rows(evaluation: Evaluation) -> Iterator[tuple[str, float | None]]:
@@ -74,10 +75,6 @@ _LEGEND = (
     "accuracy: the greedy answer is right; success: the wanted answer is more probable than its rival; "
     "-: the records have no field for it."
 )
-
-
-def _title(found: Measurement) -> str:
-    return f"{found.edits:,} edits of {found.edits_file} on {found.model}"
 
 
 def _prompt(edit: CheckedEdit) -> Text:
