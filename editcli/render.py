@@ -74,6 +74,8 @@ class RichReporter:
         return progress
 
     def _leave(self, progress: Progress, task: TaskID) -> None:
+        # Drawn once more, so that even the shortest phase is seen as done and not as never begun.
+        progress.refresh()
         progress.remove_task(task)
         self._open -= 1
         if self._open == 0:
