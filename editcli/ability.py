@@ -60,7 +60,7 @@ def general_drift(
     if total == 0:
         raise ModelError("there is no text to measure general ability on; pass another one with --text")
     sums = torch.zeros(3, dtype=torch.float64)
-    with (reporter or Silent()).phase("drift", total, "tokens") as advance:
+    with (reporter or Silent()).phase("Comparing with the base", total, "tokens") as advance:
         for chunk in chunks(rows, budget=batch_tokens):
             batch = [rows[index] for index in chunk]
             sums += _batch_sums(edited, base, batch)

@@ -78,7 +78,7 @@ def check(
     file = read_edits(edits, skip_bad=True, limit=limit, formats=formats)
     checked: list[CheckedEdit] = []
     rejected = list(file.rejected)
-    with (reporter or Silent()).phase("check", len(file.requests), "edits") as advance:
+    with (reporter or Silent()).phase("Checking", len(file.requests), "edits") as advance:
         for request in file.requests:
             try:
                 checked.append(check_edit(request, tokens))

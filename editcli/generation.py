@@ -54,7 +54,7 @@ def generate(
     unique = list(dict.fromkeys(prompts))
     rows = loaded.tokens.encode([Text(prompt, None, None) for prompt in unique])
     written: dict[str, Generation] = {}
-    with (reporter or Silent()).phase("generate", len(unique), "texts") as advance:
+    with (reporter or Silent()).phase("Generating", len(unique), "texts") as advance:
         for batch in _same_length(rows, max(1, batch_tokens // (tokens + 1))):
             names = [unique[index] for index in batch]
             sources = [_generator(prompt, seed) for prompt in names]

@@ -58,7 +58,7 @@ def score(
     unique = list(dict.fromkeys(probes))
     rows = encode_probes(loaded.tokens, unique)
     results: dict[Probe, ProbeScore] = {}
-    with (reporter or Silent()).phase("score", len(rows), "prompts") as advance:
+    with (reporter or Silent()).phase("Scoring", len(rows), "prompts") as advance:
         for batch in chunks(rows, budget=batch_tokens):
             scores = _score_batch(loaded, [rows[index] for index in batch])
             results.update(zip((unique[index] for index in batch), scores, strict=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import editcli_formats
+from editcli.__main__ import main
 from editcli.convert import convert
 from editcli.edits import read_edits
 from editcli.errors import RequestError
@@ -83,3 +84,43 @@ def test_unreadable_files_are_refused(tmp_path: Path, content: str, reason: str)
 def test_a_missing_file_is_refused(tmp_path: Path):
     with pytest.raises(RequestError, match="cannot be read"):
         convert(tmp_path / "nothing.json", FORMATS)
+
+
+def test_the_command_writes_to_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = array(tmp_path / "facts.json", GOOD, {**GOOD, "alt": ""})
+    assert main(["convert", str(path), "--from", "zsre"]) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()
+    assert json.loads(line)["target_new"] == "copper"
+    assert "left out: " in captured.err
+    assert "2 records became 1 edits, 1 refused" in captured.err
+
+
+def test_the_command_writes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path, out = array(tmp_path / "facts.json", GOOD), tmp_path / "edits.jsonl"
+    arguments = ["convert", str(path), "--out", str(out), "--json"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["edits"] == 1
+    assert len(read_edits(out).requests) == 1
+    assert main(arguments) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["--from", "zsr"], 1, "did you mean 'zsre'"),
+        (["--from", "counterfact"], 1, "no record is usable"),
+        (["--on-error", "stop", "--from", "counterfact"], 2, "not a usable counterfact record"),
+        (["--json"], 2, "pass --out"),
+        (["--out", "missing/edits.jsonl"], 1, "cannot write missing/edits.jsonl"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, reason: str
+):
+    assert main(["convert", str(array(tmp_path / "facts.json", GOOD)), *arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert reason in captured.err.splitlines()[-1]

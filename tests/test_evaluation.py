@@ -211,3 +211,10 @@ def test_harmonic_mean():
     assert harmonic([1.0, None]) is None
     assert harmonic([]) is None
     assert not math.isnan(harmonic([1.0]) or 0)
+
+
+def test_a_wrecked_models_numbers_are_written_as_null():
+    outcome = Outcome("a", efficacy=(answer(math.nan, -math.inf),))
+    line = json.loads(json.dumps(outcome.to_json(), allow_nan=False))
+    assert line["efficacy"][0]["logprob"] is line["efficacy"][0]["rival_logprob"] is None
+    assert line["efficacy"][0]["success"] is False

@@ -21,7 +21,7 @@ _USED = (
 
 
 class CounterFact(Format):
-    """CounterFact as published with ROME: one nested ``requested_rewrite`` a record."""
+    """CounterFact as published with ROME: one nested requested_rewrite a record."""
 
     name = "counterfact"
     reference = "arXiv:2202.05262"

@@ -13,7 +13,7 @@ _USED = ("id", "case_id", "prompt", "subject", "target_new", "ground_truth", *_O
 
 
 class EasyEdit(Format):
-    """EasyEdit's flat records: ``ground_truth``, ``rephrase_prompt``, ``locality_prompt`` beside prompt and subject."""
+    """EasyEdit's flat records: ground_truth, rephrase_prompt, locality_prompt beside prompt and subject."""
 
     name = "easyedit"
     reference = "arXiv:2308.07269"

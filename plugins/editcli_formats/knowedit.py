@@ -13,7 +13,7 @@ _USED = ("id", "case_id", "prompt", "subject", "target_new", "ground_truth", "re
 
 
 class KnowEdit(Format):
-    """KnowEdit (wiki_recent, wiki_counterfact, zsRE): ``locality`` and ``portability`` as objects of named axes.
+    """KnowEdit (wiki_recent, wiki_counterfact, zsRE): locality and portability as objects of named axes.
 
     Of several accepted answers the first is taken.
     """

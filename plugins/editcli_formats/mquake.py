@@ -11,7 +11,7 @@ from editcli_formats.fields import answered, filled, identifier, texts
 
 
 class MQuake(Format):
-    """MQuAKE: a list of rewrites a record; its multi-hop questions go to the record's last edit, as ``portability``.
+    """MQuAKE: a list of rewrites a record; its multi-hop questions go to the record's last edit, as portability.
 
     The edits of record 7 get the ids ``7-1``, ``7-2`` and so on; the record's number is kept as ``case_id``.
     """

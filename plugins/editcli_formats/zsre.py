@@ -12,7 +12,7 @@ _USED = ("id", "case_id", "src", "subject", "alt", "answers", "rephrase", "loc",
 
 
 class ZsRE(Format):
-    """zsRE as MEND published it: ``src`` is edited to answer ``alt``; ``loc`` is an unrelated question.
+    """zsRE as MEND published it: src is edited to answer alt; loc is an unrelated question.
 
     The true answer is the first of ``answers``. (Some published runs write that one, as a correction; then swap them.)
     """
