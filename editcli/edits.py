@@ -145,7 +145,7 @@ def translate(record: Mapping[str, Any], form: Format, *, file: str, line: int |
     try:
         return list(form.read(record))
     # A record that only looks like the format fails in the reader with one of these.
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise RequestError(f"not a usable {form.name} record: {reason}", file=file, line=line) from error
 

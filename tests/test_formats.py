@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import editcli_formats
-from editcli.edits import read_edits
+from editcli.edits import Collector, read_edits
 from editcli.errors import PluginError, RequestError
 from editcli.formats import Format, find_format, load_formats
 from editcli.hookspecs import hookimpl
@@ -269,3 +271,25 @@ def test_what_is_no_format_breaks_its_plugin_alone():
     plugins.register(plugin(Colons), "good")
     assert [form.name for form in load_formats(plugins)] == ["colons"]
     assert "not a named subclass of Format" in plugins.broken["bad"]
+
+
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=3), st.just("Grey Heron"))
+keys = st.sampled_from(["prompt", "ground_truth", "str", "subject", "target_new", "target_true"])
+nested = st.recursive(scalars, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(keys, inner, max_size=3))
+
+
+@given(st.sampled_from(sorted(RECORDS)), st.data())
+def test_nothing_but_refusals_escapes(name: str, data: st.DataObject):
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(RECORDS[name])), nested, max_size=3))
+    formats = tuple(brought() for brought in editcli_formats.editcli_formats())
+    collected = Collector(skip_bad=True, formats=formats)
+    collected.add(lambda: {**RECORDS[name], **changes}, file="facts.jsonl", line=1)
+    assert collected.requests or collected.rejected
+
+
+def test_records_nested_too_deeply_are_refused(file: Any, formats: tuple[Format, ...]):
+    deep: Any = "oak"
+    for _ in range(900):
+        deep = [deep]
+    edits = read_edits(file({**EASYEDIT, "ground_truth": deep}), formats=formats, skip_bad=True)
+    assert len(edits.requests) + len(edits.rejected) == 1
