@@ -1,0 +1,10 @@
+"""Norms of every batch's updates, as an editcli plugin."""
+
+from editcli.hookspecs import hookimpl
+
+
+@hookimpl
+def editcli_diagnostics():
+    from editcli_norms.diagnostic import Norms
+
+    return [Norms]

@@ -1,0 +1,57 @@
+"""Norms of a batch's updates, from their low-rank factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from editcli.interfaces import Diagnostic, Session, Site, Update
+from editcli.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Norms(Diagnostic):
+    """Watch what each batch adds: its norm against the base's weight, and in how many directions it points.
+
+    With D = left right^T the singular values of D are those of an (n, n) matrix, so W is not touched. An effective
+    rank near 1 says that all edits of the batch push the same way, which is how a stream begins to collapse. R_n and
+    drift themselves are in every journal line.
+    """
+
+    name: ClassVar[str] = "norms"
+    reference: ClassVar[str] = "Roy and Vetterli (2007), effective rank"
+
+    @dataclass(frozen=True)
+    class Options:
+        """Where looking closely becomes too dear."""
+
+        most: int = option(512, "skip the effective rank of updates with more columns than this")
+
+    def observe(self, session: Session, updates: Mapping[Site, Update]) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for site, update in updates.items():
+            figures[f"update_norm_share/layer {site.layer}"] = update.norm() / float(session.baseline(site).norm())
+            if update.left.shape[1] <= self.options.most:
+                figures[f"update_rank/layer {site.layer}"] = effective_rank(update)
+        return figures
+
+
+def effective_rank(update: Update) -> float:
+    """Return exp(entropy of sigma / sum sigma) of left right^T; 0 for an update of zeros."""
+    values = _singular_values(update)
+    total = float(values.sum())
+    if total <= 0:
+        return 0.0
+    shares = values[values > 0] / total
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def _singular_values(update: Update) -> Tensor:
+    import torch  # The factors decide the device; only the decompositions need the module.
+
+    left = torch.linalg.qr(update.left, mode="r").R
+    right = torch.linalg.qr(update.right, mode="r").R
+    return torch.linalg.svdvals((left @ right.T).double())

@@ -1,0 +1,10 @@
+"""Spectra of the edited weights during a run, as an editcli plugin."""
+
+from editcli.hookspecs import hookimpl
+
+
+@hookimpl
+def editcli_diagnostics():
+    from editcli_spectra.diagnostic import Spectra
+
+    return [Spectra]

@@ -1,0 +1,58 @@
+"""Spectra of the edited weights, every so many batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from editcli.interfaces import Diagnostic, Session, Site, Update
+from editcli.options import option
+
+
+class Spectra(Diagnostic):
+    """Watch how the spectrum of each edited weight changes against the base's.
+
+    Growth of the spectral norm says that a few directions take over, a falling effective rank that the others lose
+    their share. Decomposing a weight is dear, so nothing is computed unless ``every`` is set (``--diagnose-every``).
+    """
+
+    name: ClassVar[str] = "spectra"
+    reference: ClassVar[str] = "Roy and Vetterli (2007), effective rank"
+
+    @dataclass(frozen=True)
+    class Options:
+        """How often to look."""
+
+        every: int = option(0, "look after every so many batches; 0 is never")
+
+        def __post_init__(self) -> None:
+            if self.every < 0:
+                raise ValueError("every must be at least 0")
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        self._batches = 0
+        self._bases: dict[Site, tuple[float, float]] = {}
+
+    def observe(self, session: Session, updates: Mapping[Site, Update]) -> dict[str, float]:
+        self._batches += 1
+        if not self.options.every or self._batches % self.options.every:
+            return {}
+        figures: dict[str, float] = {}
+        for site in session.sites:
+            growth, share = self._shares(session, site)
+            figures[f"spectral_growth/layer {site.layer}"] = growth
+            figures[f"effective_rank_share/layer {site.layer}"] = share
+        return figures
+
+    def _shares(self, session: Session, site: Site) -> tuple[float, float]:
+        """Return sigma_1 and the effective rank of the weight, relative to the base's."""
+        from editcli.spectra import spectrum  # Imports torch, which listing plugins must not.
+
+        if site not in self._bases:
+            base = spectrum(session.baseline(site), device=session.device)
+            self._bases[site] = base.spectral, base.effective_rank
+        found = spectrum(session.weight(site), device=session.device)
+        spectral, rank = self._bases[site]
+        return found.spectral / spectral, found.effective_rank / rank
