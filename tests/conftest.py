@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+# Tools and benchmarks are tested but not installed. At the end of the path, so that editcli itself is the installed one.
+sys.path.append(str(Path(__file__).parent.parent))
 # Two threads that fight for one core made the tests of a numerical program many times slower than one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Libraries read these when they are imported, which is before any fixture runs.
