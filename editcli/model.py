@@ -20,6 +20,7 @@ import transformers
 from editcli.architectures import Architecture, Family, resolve
 from editcli.checkpoint import Checkpoint
 from editcli.errors import ModelError
+from editcli.offload import device_of
 from editcli.tokens import Tokens
 
 BUNDLED = "bundled"
@@ -56,7 +57,7 @@ class LoadedModel:
     @cached_property
     def input_device(self) -> torch.device:
         """Where token ids belong: the device of the input embedding."""
-        return self.model.get_input_embeddings().weight.device
+        return device_of(self.model.get_input_embeddings())
 
 
 def bundled_folder() -> Path:

@@ -13,6 +13,7 @@ from editcli.architectures import Architecture, Family, resolve, skeleton
 from editcli.checkpoint import Checkpoint
 from editcli.edits import EditFile, EditRequest, read_edits
 from editcli.errors import OptionError, RequestError, StateError
+from editcli.formats import load_formats
 from editcli.guards import Guard, parse_guards
 from editcli.interfaces import Component, Editor, Site, Stabilizer
 from editcli.model import ModelSource, bundled_folder, load_config, load_tokens, resolve_model
@@ -106,7 +107,8 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> Planned:
     """Check everything that needs no weights: names, options, edits, folders, disk space."""
     recipe.check(plugins)
     guards = parse_guards(recipe.stop_if)
-    file = read_edits(recipe.edits, skip_bad=recipe.on_error == "skip", limit=recipe.limit)
+    skip = recipe.on_error == "skip"
+    file = read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
     for warning in file.warnings:
         reporter.warn(warning)
     source = resolve_model(recipe.model, revision=recipe.revision)
@@ -121,7 +123,7 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> Planned:
     editor = component(plugins, "editor", recipe.editor or preset.editor or DEFAULT_EDITOR, settings)
     stabilizers = tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers)
     sites = choose_sites(recipe, preset, architecture, checkpoint, editor)
-    requests, rejected, total = usable(file, tokens, skip_bad=recipe.on_error == "skip")
+    requests, rejected, total = usable(file, tokens, skip_bad=skip)
     model_bytes = needed_bytes(checkpoint)
     shapes = tuple(architecture.shape(site.layer) for site in sites)
     planned = Planned(

@@ -20,6 +20,7 @@ from editcli.errors import StatisticsError
 from editcli.forward import chunks, first, positions, run, tapped
 from editcli.interfaces import Gradients, Site, Stabilizer, Update, Values
 from editcli.model import LoadedModel
+from editcli.offload import device_of, read_weight, replace_weight
 from editcli.report import Reporter, Silent
 from editcli.targets import TargetOptions
 from editcli.tokens import Encoded
@@ -69,7 +70,7 @@ class ModelSession:
     @property
     def device(self) -> torch.device:
         """Where the last edited layer lives."""
-        return self._projection(self.sites[-1]).weight.device
+        return device_of(self._projection(self.sites[-1]))
 
     def weight(self, site: Site) -> Tensor:
         """Return the current W, (d_out, d_in) float32."""
@@ -167,10 +168,8 @@ class ModelSession:
         self.written = True
         master = weight.to(device=self._masters[site].device, dtype=torch.float32)
         self._masters[site] = master
-        parameter = self._projection(site).weight
         cast = master.to(self.save_dtype(site))
-        with torch.no_grad():
-            parameter.copy_(cast.T if site.transposed else cast)
+        replace_weight(self._projection(site), cast.T if site.transposed else cast)
 
     def restore(self, masters: Mapping[Site, Tensor]) -> None:
         """Put back weights that :meth:`masters` returned earlier."""
@@ -205,10 +204,7 @@ class ModelSession:
         return self.loaded.architecture.projection(site.layer)
 
     def _loaded_weight(self, site: Site) -> Tensor:
-        weight = self._projection(site).weight.detach()
-        if weight.is_meta:
-            stored = self.loaded.checkpoint.read(self.stored_name(site))
-            weight = stored
+        weight = read_weight(self._projection(site))
         return (weight.T if site.transposed else weight).float().clone(memory_format=torch.contiguous_format)
 
     def _lookup_rows(self, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Encoded]:

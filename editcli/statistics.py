@@ -28,6 +28,7 @@ from editcli.files import write_safetensors
 from editcli.forward import chunks, run, tapped
 from editcli.interfaces import Site
 from editcli.model import LoadedModel
+from editcli.offload import device_of
 from editcli.options import option
 from editcli.report import Reporter, Silent
 from editcli.tokens import Encoded
@@ -104,13 +105,10 @@ class SecondMoments:
                 missing = [s for s in {*self._wanted, site} if not self.is_cached(s)]
                 self.compute(sorted(missing, key=lambda s: s.layer))
             found = self._computed.pop(site)
-        device = self._weight(site).device
+        device = device_of(self.loaded.architecture.projection(site.layer))
         # Single precision on disk and in memory alike: a cached run then equals the run that filled the cache.
         moment = found.float()
         return moment.to(device).double() if _has_double(device) else moment.double()
-
-    def _weight(self, site: Site) -> Tensor:
-        return self.loaded.architecture.projection(site.layer).get_parameter("weight")
 
     def is_cached(self, site: Site) -> bool:
         """Tell whether a site's second moment can be read instead of computed."""

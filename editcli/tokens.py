@@ -50,6 +50,8 @@ class Text:
     text: str
     subject: tuple[int, int] | None
     target: tuple[int, int] | None
+    joint: int = 0
+    """Characters between prompt and target: a model that is asked the prompt has to say them too."""
 
 
 class Tokens:
@@ -75,12 +77,13 @@ class Tokens:
         if target is None:
             return Text(prompt, subject, None)
         text, start = self.join(prompt, target)
-        return Text(text, subject, (start, start + len(target.strip())))
+        return Text(text, subject, (start, len(text)), start - len(prompt))
 
     def continue_with(self, prompt: str, target: str) -> Text:
         """Return a plain prompt followed by ``target``, with the target's span."""
-        text, start = self.join(self._render(prompt)[0], target)
-        return Text(text, None, (start, start + len(target.strip())))
+        prompt = self._render(prompt)[0]
+        text, start = self.join(prompt, target)
+        return Text(text, None, (start, len(text)), start - len(prompt))
 
     def join(self, prompt: str, target: str) -> tuple[str, int]:
         """Write ``target`` after ``prompt``; return the text and the offset where the target starts.
@@ -161,6 +164,9 @@ class Tokens:
 def _place(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
     subject = _overlapping(offsets, text.subject)
     target = _overlapping(offsets, text.target)
+    if target and text.target is not None:
+        # Some tokenizers give the space in front of a number or a rare capital a token of its own.
+        target = _overlapping(offsets, (text.target[0] - text.joint, text.target[1]))
     span = range(target[0], target[-1] + 1) if target else range(0)
     return Encoded(tuple(ids), subject[-1] if subject else -1, span, tuple(ids[span.start : span.stop]))
 

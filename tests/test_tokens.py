@@ -50,6 +50,16 @@ def test_a_target_gets_one_space_unless_there_is_one() -> None:
     assert tokens.join("The capital is ", "Rome") == ("The capital is Rome", 15)
 
 
+def test_a_space_with_a_token_of_its_own_belongs_to_the_target() -> None:
+    """A model that is asked the bare prompt has to say that space, so it is optimised and scored."""
+    tokens = Tokens(tiny_tokenizer())
+    fact = request("The capital of {} is", "France", "1984")
+    (encoded,) = tokens.encode([tokens.locate(fact, "1984")])
+    (bare,) = tokens.encode([tokens.locate(fact)])
+    assert tokens.decode(encoded.target_ids) == " 1984"
+    assert encoded.ids == (*bare.ids, *encoded.target_ids)
+
+
 def test_a_tokenizer_that_drops_spaces_gets_none() -> None:
     tokenizer = tiny_tokenizer()
     from tokenizers import Regex, normalizers

@@ -1,0 +1,42 @@
+"""Read and replace a projection's weight, also where accelerate keeps it elsewhere until the layer runs."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device on which a module computes."""
+    weight = module.get_parameter("weight")
+    return torch.device(_hook(module).execution_device) if weight.is_meta else weight.device
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    """Return a module's weight as the model holds it, on the device on which the module computes."""
+    weight = module.get_parameter("weight").detach()
+    return _hook(module).weights_map["weight"].to(device_of(module)) if weight.is_meta else weight
+
+
+def replace_weight(module: nn.Module, value: Tensor) -> None:
+    """Replace a module's weight, cast to the dtype in which the model holds it."""
+    weight = module.get_parameter("weight")
+    if not weight.is_meta:
+        with torch.no_grad():
+            weight.copy_(value)
+        return
+    hook = _hook(module)
+    # The map may be shared by the whole model or lie on disk; the new weight only goes in front of it.
+    own = {"weight": value.to(device="cpu", dtype=weight.dtype).contiguous()}
+    hook.weights_map = ChainMap(own, getattr(hook.weights_map, "parents", None) or hook.weights_map)
+
+
+def _hook(module: nn.Module) -> Any:
+    """Return accelerate's hook on an offloaded module."""
+    hook: Any = module._hf_hook
+    # Several hooks on one module come wrapped; the one with the weights is what counts.
+    inner = [part for part in getattr(hook, "hooks", (hook,)) if getattr(part, "weights_map", None) is not None]
+    return inner[0]

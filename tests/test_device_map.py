@@ -1,0 +1,59 @@
+"""A model spread over several places is edited like one in one place: part of it in memory, part of it offloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from editcli.interfaces import Problem, Update
+from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.request import from_record
+from editcli.session import ModelSession
+from editcli.targets import TargetOptions
+from editcli.testing import LAYERS, tiny_model_folder
+
+FACTS = [("The capital of {} is", "France"), ("{} works as a", "Ann Smith"), ("In Spain, {} wrote the", "Bob")]
+REQUESTS = [from_record({"id": s, "prompt": p, "subject": s, "target_new": "Rome"}) for p, s in FACTS]
+
+
+def spread(folder: Path, *, offloaded: set[int]) -> LoadedModel:
+    """Open a tiny llama with some blocks left in the checkpoint's files until they run."""
+    places: dict[str, Any] = {f"model.layers.{i}": "disk" if i in offloaded else "cpu" for i in range(LAYERS)}
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    return open_model(resolve_model(folder), device_map={**places, **rest})
+
+
+def edited(loaded: LoadedModel) -> list[torch.Tensor]:
+    """Write one batch into layers 1 and 2, and return the weights and what the model says afterwards."""
+    session = ModelSession(loaded, (1, 2), options=TargetOptions(steps=4, lr=0.1, prefixes=2), seed=3)
+    values = session.values(REQUESTS)
+    for site in session.sites:
+        problem = Problem(site, session.keys(REQUESTS, site), session.residual(REQUESTS, site, values))
+        session.write(site, Update(problem.residual, problem.keys))
+    ids = loaded.tokens.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return [*session.masters().values(), loaded.model(input_ids=ids).logits]
+
+
+@pytest.mark.parametrize("offloaded", [{2, 3}, {0, 1}, {1}, {0, 1, 2, 3}])
+def test_editing_a_spread_model_equals_editing_it_whole(offloaded: set[int], tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path / "model")
+    whole, parts = edited(open_model(resolve_model(folder))), edited(spread(folder, offloaded=offloaded))
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_an_offloaded_weight_can_be_replaced_again_and_again(tmp_path: Path) -> None:
+    loaded = spread(tiny_model_folder(tmp_path / "model"), offloaded={1})
+    session = ModelSession(loaded, (1,), prefixes=())
+    (site,) = session.sites
+    before = session.masters()
+    for value in (1.0, 2.0):
+        session.set_weight(site, torch.full_like(before[site], value))
+        seen = ModelSession(loaded, (1,), prefixes=()).weight(site)
+        assert bool((seen == value).all())
+    session.restore(before)
+    torch.testing.assert_close(ModelSession(loaded, (1,), prefixes=()).weight(site), session.baseline(site))
