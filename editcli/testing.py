@@ -9,6 +9,7 @@ that are lively enough for an edit to matter: activations of order one, biases a
         folder = tiny_model_folder(tmp_path / "model", "gpt2", seed=1)
 
 The same arguments give the same bytes, whatever the global random state. The families are the rows of :data:`TINY`.
+:class:`EditorContract` and :class:`StabilizerContract` are test classes to inherit from: what every method has to hold.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PretrainedConfig
+
+from editcli.contracts import EditorContract as EditorContract
+from editcli.contracts import StabilizerContract as StabilizerContract
 
 HIDDEN, INTERMEDIATE, LAYERS, POSITIONS = 16, 40, 4, 256
 """Sizes of every tiny model; hidden and intermediate differ, so that a transposed weight cannot go unnoticed."""

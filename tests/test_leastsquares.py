@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from editcli.errors import NumericalError
-from editcli.leastsquares import InverseGram, invert, ridge
+from editcli.leastsquares import InverseGram, invert, ridge, working_dtype
 from editcli.report import Silent
 
 CPU = torch.device("cpu")
@@ -152,3 +152,28 @@ def test_ridge_is_the_solve_with_the_identity():
     keys, residual = random(7, 4), random(5, 4, seed=1)
     expected = residual @ keys.T @ torch.linalg.inv(torch.eye(7, dtype=torch.float64) + keys @ keys.T)
     torch.testing.assert_close(ridge(keys, residual, site="block.0", reporter=Silent()).dense(), expected)
+
+
+def test_matrices_are_double_on_a_cpu_and_single_elsewhere():
+    assert working_dtype(CPU) == torch.float64
+    assert working_dtype(torch.device("meta")) == torch.float32
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e5])
+def test_float32_updates_are_as_accurate_as_their_conditioning_allows(condition):
+    """Units of very different scale, correlated, over a stream: no false alarm, and an error that is explained."""
+    size = 60
+    basis = torch.linalg.qr(random(size, size)).Q
+    root = (
+        torch.logspace(2, -2, size, dtype=torch.float64)[:, None]
+        * basis
+        * torch.logspace(0, -math.log10(condition) / 2, size, dtype=torch.float64)
+    )
+    exact = inverting(size * root @ root.T)
+    single = InverseGram(exact.matrix.float(), "block.0")
+    for seed in range(20):
+        keys, residual = root @ random(size, 5, seed=seed), random(4, 5, seed=seed)
+        expected = exact.solve(keys, residual).dense()
+        error = single.solve(keys.float(), residual).dense().double() - expected
+        assert error.norm() <= 1e-7 * condition * expected.norm()
+        exact, single = exact.downdated(keys), single.downdated(keys.float())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -61,10 +60,6 @@ class Revive(Stabilizer):
             for site in session.sites:
                 self._protected[site.module] = self._protect(session.baseline(site), session)
                 advance(1)
-
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
-        """Decompose again: the base weights do not change, so nothing needs to be saved."""
-        self.prepare(session)
 
     def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
         kept = self._basis(problem.site, session)
