@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from pathlib import Path
 
 import pytest
 
-# Tools and benchmarks are tested but not installed. At the end of the path, so that editcli itself is the installed one.
+# Tools and benchmarks are tested but not installed; last on the path, so that editcli itself is the installed one.
 sys.path.append(str(Path(__file__).parent.parent))
 # Two threads that fight for one core made the tests of a numerical program many times slower than one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,3 +38,27 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
     monkeypatch.delenv("NO_COLOR", raising=False)
     return home
+
+
+@pytest.fixture(scope="session")
+def corpus_text() -> str:
+    """Text with enough variety for the second moments of a tiny model to be invertible."""
+    names = ["France", "Italy", "Spain", "Greece", "Bob", "Ann", "Smith", "Rome", "London"]
+    words = [
+        "The",
+        "capital",
+        "city",
+        "river",
+        "of",
+        "in",
+        "by",
+        "was",
+        "is",
+        "plays",
+        "works",
+        "lives",
+        "born",
+        *names,
+    ]
+    chooser = random.Random(0)
+    return "\n".join(" ".join(chooser.choices(words, k=40)) for _ in range(20))

@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import os
-import random
 import shutil
 import sys
 from pathlib import Path
@@ -43,15 +42,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus_text: str) -> Path:
     """A working folder with an edits file and a corpus; syncing files to disk is left out to save time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
-    chooser = random.Random(0)
-    words = sorted({word for edit in EDITS for value in edit.values() for word in str(value).split() if word.isalpha()})
-    text = [" ".join(chooser.choices(words, k=40)) for _ in range(20)]
-    (tmp_path / "corpus.txt").write_text("\n".join(text))
+    (tmp_path / "corpus.txt").write_text(corpus_text)
     return tmp_path
 
 
