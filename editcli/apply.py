@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 
 from editcli import planning
 from editcli.card import model_card
-from editcli.checkpoint import Checkpoint
+from editcli.checkpoint import Checkpoint, file_digest
+from editcli.clock import Clock
 from editcli.edits import EditRequest
 from editcli.errors import GuardError, ModelError, StateError
 from editcli.evaluation import Evaluation, evaluate
@@ -30,39 +30,18 @@ from editcli.output import CARD, Verified, to_stored, verify, write_model
 from editcli.planning import Plan, Planned
 from editcli.plugins import Plugins
 from editcli.recipe import Recipe
-from editcli.report import Rejection, Reporter, RunReport, Silent
-from editcli.session import ModelSession
+from editcli.recovery import Recovered, recover, remaining
+from editcli.rejections import Rejections
+from editcli.report import Reporter, RunReport, Silent
+from editcli.session import ModelSession, PilotSource
+from editcli.stack import Stack
 from editcli.state import RunFolder
 from editcli.statistics import SecondMoments
-from editcli.stream import Stack, Stream, remaining
+from editcli.stream import Stream
 
-PHASES = ("load", "prepare", "targets", "solve", "eval", "save", "total")
-
-DONE, STOPPED, INTERRUPTED = "done", "stopped", "interrupted"
+RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
 TRIAL_EDITS = 16
 """Edits whose targets a dry run optimises to estimate the time."""
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds spent in each phase of a run."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def spent(self, phase: str) -> Iterator[None]:
-        """Add the time of a ``with`` block to ``phase``."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - started
-
-    def rounded(self) -> dict[str, float]:
-        """Return all phases and the total so far."""
-        total = time.perf_counter() - self.started
-        return {phase: round(spent, 3) for phase, spent in {**self.seconds, "total": total}.items()}
 
 
 def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> RunReport:
@@ -72,8 +51,8 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) ->
     with clock.spent("load"):
         planned = planning.check(recipe, plugins, reporter)
     folder = RunFolder(recipe.folder)
-    with _writing(recipe), _tidy(folder), folder.locked():
-        return _Run(planned, folder, plugins, reporter, clock).go()
+    with writing(recipe.folder), folder.locked():
+        return Run(planned, folder, plugins, reporter, clock).go()
 
 
 def plan(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> Plan:
@@ -132,48 +111,37 @@ def _open(planned: Planned) -> LoadedModel:
 
 
 @contextmanager
-def _writing(recipe: Recipe) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     """Turn a full disk or a missing permission into one sentence."""
     try:
         yield
     except OSError as error:
-        place, reason = error.filename or recipe.folder, error.strerror or str(error)
+        place, reason = error.filename or out, error.strerror or str(error)
         raise StateError(f"cannot write {place}: {reason}; free some space or choose another --out") from error
 
 
-@contextmanager
-def _tidy(folder: RunFolder) -> Iterator[None]:
-    """Leave no output folder behind when a new run fails before its first batch."""
-    existed = folder.out.exists()
-    try:
-        yield
-    except BaseException:
-        if not existed and not folder.journal.exists():
-            shutil.rmtree(folder.out, ignore_errors=True)
-        raise
-
-
-class _Run:
-    """One run of ``apply``, in the order of its methods."""
+class Run:
+    """One run of ``apply``, in the order of its methods; :meth:`begin` decides what is written."""
 
     def __init__(self, planned: Planned, folder: RunFolder, plugins: Plugins, reporter: Reporter, clock: Clock):
         self.planned, self.folder, self.plugins = planned, folder, plugins
         self.recipe, self.reporter, self.clock = planned.recipe, reporter, clock
         self.status, self.verdict = DONE, None
+        self.recovered = self._recover()
+        self.rejections = Rejections(folder, planned)
 
     def go(self) -> RunReport:
         """Load, edit, save, report."""
         self._announce()
-        with self.clock.spent("load"):
-            self.loaded = _open(self.planned)
-            fingerprint = self.loaded.checkpoint.fingerprint()
-            self.provenance = provenance(self.planned, self.plugins, fingerprint, self.loaded.input_device)
-        before = self._evaluate(self.planned.requests)
+        self.open()
+        todo = self.todo()
+        before = self._evaluate([*self.done, *(request for batch in todo for request in batch)])
         with self.clock.spent("prepare"):
             stream = self._stream()
-            requests = self._begin(stream)
+            self.begin(stream)
+        self.read = len(stream.position.requests) + sum(map(len, todo)) + len(self.rejections.all)
         with Interrupts(self.reporter) as interrupts:
-            self._edit(stream, requests, interrupts)
+            self._edit(stream, todo, interrupts)
         stream.save()
         if self.status == INTERRUPTED:
             report = self._report(stream, before, None, stream.session.masters())
@@ -182,6 +150,73 @@ class _Run:
             self.reporter.note(f"Interrupted after {step} batches; add --resume to the same command to go on")
             return report
         return self._finish(stream, before)
+
+    @property
+    def done(self) -> Sequence[EditRequest]:
+        """The edits that an earlier run left in force."""
+        return self.recovered.requests if self.recovered else ()
+
+    def open(self) -> None:
+        """Load the model."""
+        with self.clock.spent("load"):
+            self.loaded = _open(self.planned)
+            fingerprint = self.loaded.checkpoint.fingerprint()
+            self.provenance = provenance(self.planned, self.plugins, fingerprint, self.loaded.input_device)
+
+    def todo(self) -> list[Sequence[EditRequest]]:
+        """Return the batches to write: what an undo left to be written again, then what was not read yet."""
+        requests, size = self.planned.requests, self.planned.batch_size
+        if self.recovered:
+            requests = remaining(self.recovered, requests)
+        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        return [*(self.recovered.redo if self.recovered else ()), *batches]
+
+    def begin(self, stream: Stream) -> None:
+        """Start the stream, or go on with the one in the folder."""
+        if self.recovered is None:
+            stream.prepare()
+            if self.recipe.overwrite:
+                _remove_old(self.folder)
+            stream.begin()
+        else:
+            self._compare_versions()
+            lost = stream.resume(self.recovered)
+            if lost:
+                self.reporter.note(f"{lost} batches since the last snapshot are done again")
+        self.mark_running()
+
+    def mark_running(self) -> None:
+        """Say in the run's record that its model folder is not up to date; keep its figures so far."""
+        record = self._old_record() if self.recovered else {}
+        running = {"status": RUNNING, "recipe": self.recipe.to_json(), "provenance": self.provenance}
+        self.folder.write_record({**record, **running})
+        self.rejections.write()
+
+    def _recover(self) -> Recovered | None:
+        """Read the stream that is to be gone on with; None for a new one."""
+        if self.recipe.resume and self.folder.is_run:
+            return recover(self.folder)
+        if self.folder.is_run and not self.recipe.overwrite:
+            raise StateError(f"another process has made a run in {self.folder.out} meanwhile; choose another --out")
+        return None
+
+    def _old_record(self) -> dict[str, Any]:
+        try:
+            return self.folder.read_record()
+        except StateError as error:
+            # Nothing that a stream needs is in this file alone, and the end of the run writes it anew.
+            self.reporter.warn(f"{error}; it is written anew")
+            return {}
+
+    def _compare_versions(self) -> None:
+        """Warn where another version may round differently than the one that began the stream."""
+        old = self._old_record().get("provenance", {})
+        for what in ("versions", "plugins", "device"):
+            if what in old and old[what] != self.provenance[what]:
+                self.reporter.warn(
+                    f"this run was made with other {what} ({old[what]}, now {self.provenance[what]}); what is written "
+                    "from here on may differ in its last digits"
+                )
 
     def _announce(self) -> None:
         planned = self.planned
@@ -211,9 +246,9 @@ class _Run:
             self.loaded,
             planned.layers,
             options=planned.targets,
-            prefixes=self.folder.read_snapshot().settings["prefixes"] if recipe.resume else None,
+            prefixes=self.recovered.snapshot.settings["prefixes"] if self.recovered else None,
             second_moment=moments,
-            pilots=planning.pilot_source(planned.requests),
+            pilots=self.pilots(),
             save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
             reporter=self.reporter,
             seed=recipe.seed,
@@ -224,14 +259,18 @@ class _Run:
             session,
             Stack(planned.editor, planned.stabilizers, tuple(diagnostics)),
             self.folder,
-            settings=self._settings(session),
+            settings=self._settings(session, moments),
             guards=planned.guards,
             measure=self._efficacy if recipe.evaluate else None,
             retained=self._efficacy if recipe.evaluate and needs_retained(planned.guards) else None,
             checkpoint_every=recipe.checkpoint_every,
         )
 
-    def _settings(self, session: ModelSession) -> dict[str, Any]:
+    def pilots(self) -> PilotSource:
+        """Return what components calibrate on."""
+        return planning.pilot_source(self.planned.requests)
+
+    def _settings(self, session: ModelSession, moments: SecondMoments) -> dict[str, Any]:
         """Return what must be the same for a resumed stream to be the same stream."""
         planned = self.planned
         return {
@@ -242,31 +281,19 @@ class _Run:
             "targets": self.provenance["targets"],
             "layers": list(planned.layers),
             "seed": self.recipe.seed,
+            "tokenizer": _tokenizer_digest(self.loaded),
+            "reference": _reference(moments),
+            "save_dtype": self.recipe.save_dtype,
             "dtype": str(next(self.loaded.model.parameters()).dtype),
             "chat_template": self.recipe.chat_template,
             "prefixes": list(session.prefixes),
         }
 
-    def _begin(self, stream: Stream) -> Sequence[EditRequest]:
-        """Start or resume the stream; return the edits that are still to be applied."""
-        if self.recipe.resume:
-            stream.resume()
-            return remaining(stream, self.planned.requests)
-        if self.recipe.overwrite:
-            _remove_old(self.folder)
-        stream.start()
-        record = {"status": "running", "recipe": self.recipe.to_json(), "provenance": self.provenance}
-        self.folder.write_record(record)
-        return self.planned.requests
-
-    def _edit(self, stream: Stream, requests: Sequence[EditRequest], interrupts: Interrupts) -> None:
-        size = self.planned.batch_size
-        with self.reporter.phase("Editing", len(requests), "edits") as advance:
-            for start in range(0, len(requests), size):
+    def _edit(self, stream: Stream, batches: Sequence[Sequence[EditRequest]], interrupts: Interrupts) -> None:
+        with self.reporter.phase("Editing", sum(map(len, batches)), "edits") as advance:
+            for batch in batches:
                 if interrupts.asked:
-                    self.status = INTERRUPTED
-                    return
-                batch = requests[start : start + size]
+                    break
                 try:
                     report = stream.apply(batch)
                 except GuardError as error:
@@ -275,6 +302,8 @@ class _Run:
                 for phase, seconds in report.seconds.items():
                     self.clock.seconds[phase] += seconds
                 advance(len(batch))
+        if interrupts.asked:
+            self.status = INTERRUPTED
 
     def _finish(self, stream: Stream, before: Evaluation | None) -> RunReport:
         """Save the model as it is read out, verify the folder, write the record and the card."""
@@ -286,7 +315,7 @@ class _Run:
             report = self._report(stream, before, after, weights)
         for name in verified.unchanged if verified else ():
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
-        self._write_rejected(report.rejected)
+        self.rejections.write(report.rejected)
         write_bytes(self.folder.out / CARD, model_card(report, self.recipe, self.provenance).encode())
         self._write_record(report)
         if self.verdict:
@@ -321,29 +350,46 @@ class _Run:
     def _report(
         self, stream: Stream, before: Evaluation | None, after: Evaluation | None, weights: Mapping[Site, torch.Tensor]
     ) -> RunReport:
-        seconds, out = self.clock.rounded(), str(self.folder.out)
-        ending = Ending(self.status, self.verdict, before, after, weights, seconds, out)
+        ending = Ending(
+            status=self.status,
+            verdict=self.verdict,
+            before=before,
+            after=after,
+            weights=weights,
+            seconds=self.clock.rounded(),
+            out=str(self.folder.out),
+            read=self.read,
+            rejected=self.rejections.all,
+        )
         return report_run(self.planned, stream, ending)
 
     def _write_record(self, report: RunReport) -> None:
         record = {**report.to_json(), "recipe": self.recipe.to_json(), "provenance": self.provenance}
         self.folder.write_record(record)
 
-    def _write_rejected(self, rejected: Sequence[Rejection]) -> None:
-        lines = [json.dumps({"id": r.id, "line": r.line, "reason": r.reason}, ensure_ascii=False) for r in rejected]
-        write_bytes(self.folder.rejected, "".join(f"{line}\n" for line in lines).encode())
-
 
 def _remove_old(folder: RunFolder) -> None:
-    """Remove an old run's files; the lock stays, since this process holds it."""
-    for path in folder.out.iterdir():
+    """Remove an old run's files, its state last; the lock stays, since this process holds it."""
+    state = (folder.lock, folder.state, folder.journal, folder.record)
+    for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
         if path.is_dir() and path != folder.folder:
             shutil.rmtree(path)
-        elif path.is_file():
+        elif path.is_file() and path not in state:
             path.unlink()
-    for path in (folder.journal, folder.state, folder.record, folder.rejected):
+    for path in (folder.record, folder.state, folder.journal):
         path.unlink(missing_ok=True)
-    shutil.rmtree(folder.updates, ignore_errors=True)
+
+
+def _tokenizer_digest(loaded: LoadedModel) -> str:
+    path = loaded.source.folder / "tokenizer.json"
+    return file_digest(path) if path.is_file() else ""
+
+
+def _reference(moments: SecondMoments) -> dict[str, Any]:
+    """Return what the second moments depend on besides the model."""
+    if moments.file is not None:
+        return {"file": file_digest(moments.file)}
+    return {"corpus": moments.corpus.identity, "options": asdict(moments.options)}
 
 
 def _statistics_file(text: str) -> Path:

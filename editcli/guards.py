@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from editcli.errors import GuardError, OptionError, near_miss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -38,7 +42,9 @@ class Guard:
         return f"{self.figure}{self.relation}{self.limit:g}"
 
     def check(self, figure: str, value: float, *, where: str) -> None:
-        """Raise :class:`GuardError` when ``value`` of ``figure`` meets the condition."""
+        """Raise :class:`GuardError` when ``value`` of ``figure`` meets the condition, or is no number at all."""
+        if math.isnan(value):
+            raise GuardError(f"stopped by {NONFINITE}: {figure} is not a number {where}; the last good state is kept")
         if figure == self.figure and _OPERATORS[self.relation](value, self.limit):
             raise GuardError(f"stopped by {self}: {figure} would be {value:.4g} {where}; the last good state is kept")
 
@@ -63,6 +69,12 @@ def _parse(text: str) -> Guard:
     if not math.isfinite(limit):
         raise OptionError(f"--stop-if {text!r}: the limit must be finite")
     return Guard(figure, relation, limit)
+
+
+def refuse_nonfinite(what: str, tensors: Iterable[Tensor], *, where: str) -> None:
+    """Raise :class:`GuardError` when a tensor holds a number that is not finite."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise GuardError(f"stopped by {NONFINITE}: {what} is not finite {where}; the last good state is kept")
 
 
 def needs_retained(guards: Sequence[Guard]) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from editcli.checkpoint import read_raw_header
 from editcli.errors import EditError, StateError
+from editcli.recovery import live_batches
 from editcli.state import Entry, RunFolder
-from editcli.stream import live_batches
 
 
 @dataclass(frozen=True, slots=True)

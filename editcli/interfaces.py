@@ -225,8 +225,12 @@ class Component(ABC):
         """Return the tensors that a resumed run needs to go on as if unbroken."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:  # noqa: B027
-        """Take back what ``state_dict`` returned; called instead of ``prepare``."""
+    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+        """Take back what ``state_dict`` returned; called instead of ``prepare``, also on the unedited model.
+
+        The default, for a component without state, prepares it again.
+        """
+        self.prepare(session)
 
     def record(self) -> dict[str, Any]:
         """Return the figures of this component that belong in ``run.json``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -22,7 +23,9 @@ class Interrupts:
         # Python lets only the main thread handle signals; elsewhere the caller's own handlers stay in force.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+                # Whoever started us in the background with signals ignored wants them ignored.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(
@@ -33,9 +36,12 @@ class Interrupts:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         self._restore()
-        self._reporter.note("Stopping after this batch; once more to stop at once (the last snapshot stays whole)")
+        # The signal may have come while the same stream was being written to, which Python refuses; better no note.
+        with suppress(RuntimeError):
+            self._reporter.note("Stopping after this batch; once more to stop at once (the last snapshot stays whole)")
 
     def _restore(self) -> None:
         while self._before:
             number, handler = self._before.popitem()
-            signal.signal(number, handler)
+            # None stands for a handler that was not set from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -35,20 +35,24 @@ class Ending:
     """The weights as saved."""
     seconds: Mapping[str, float]
     out: str
+    read: int
+    """Edits that were read from the run's files, whatever became of them."""
+    rejected: Sequence[Rejection]
+    """Edits of the files that could not be used."""
 
 
 def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
     """Return the report of a run, over all batches that are in force."""
     dropped = {edit: why for report in stream.reports for edit, why in report.dropped.items()}
     lines = {request.id: request.line for request in stream.position.requests}
-    rejected = [*planned.rejected, *(Rejection(edit, why, lines.get(edit)) for edit, why in dropped.items())]
+    rejected = [*ending.rejected, *(Rejection(edit, why, lines.get(edit)) for edit, why in dropped.items())]
     before, after = ending.before, ending.after
     return RunReport(
         status=ending.status,
         model=planned.source.name,
         editor=planned.editor.name,
         stabilizers=tuple(part.name for part in planned.stabilizers),
-        read=len(planned.file.requests) + len(planned.file.rejected),
+        read=ending.read,
         applied=len(stream.position.requests) - len(dropped),
         rejected=tuple(rejected),
         efficacy={

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from editcli.edits import EditRequest
-from editcli.errors import GuardError
+from editcli.guards import refuse_nonfinite
 from editcli.interfaces import Editor, Problem, Site, Stabilizer, Update
 from editcli.session import ModelSession
 
@@ -47,12 +47,14 @@ def edit_batch(
         problems: dict[Site, Problem] = {}
         updates: dict[Site, Update] = {}
         for site in session.sites:
-            problem = editor.problem(session, site, requests, values)
+            problem = _recordable(editor.problem(session, site, requests, values))
+            refuse_nonfinite("what is to be written", [problem.keys, problem.residual], where=f"at {site.module}")
             update = editor.solve(problem)
             for stabilizer in stabilizers:
                 update = stabilizer.stabilize_update(update, problem, session)
-            # Rounded once, so that the recorded factors reproduce the weight exactly.
-            update = Update(left=update.left.float(), right=update.right.float())
+            # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
+            update = Update(left=update.left.float().contiguous(), right=update.right.float().contiguous())
+            refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
             check(site, update)
             session.write(site, update)
             problems[site], updates[site] = problem, update
@@ -64,12 +66,11 @@ def edit_batch(
     return Written(problems, updates, dropped, seconds)
 
 
+def _recordable(problem: Problem) -> Problem:
+    """Return a problem as a segment holds it: single precision, contiguous."""
+    return Problem(problem.site, problem.keys.float().contiguous(), problem.residual.float().contiguous())
+
+
 def commit(session: ModelSession, editor: Editor, requests: Sequence[EditRequest], written: Written) -> None:
     """Let the editor advance its state by a batch that is kept."""
     editor.remember(session, requests, list(written.problems.values()))
-
-
-def refuse_nonfinite(site: Site, update: Update) -> None:
-    """Raise :class:`GuardError` when an update holds a number that is not finite."""
-    if not (bool(update.left.isfinite().all()) and bool(update.right.isfinite().all())):
-        raise GuardError(f"stopped by nonfinite: the update of {site.module}; the last good state is kept")

@@ -193,7 +193,7 @@ def usable(
             if not skip_bad:
                 raise
             rejected.append(Rejection(id=request.id, reason=error.reason, line=error.line))
-    if not requests:
+    if not requests and rejected:
         first = rejected[0]
         raise RequestError(
             f"no edit is usable; the first was refused because {first.reason}", file=file.source, line=first.line
@@ -208,9 +208,9 @@ def check_output(recipe: Recipe, source: ModelSource) -> None:
         raise StateError(f"{out} is a file; choose another --out")
     if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:
         raise StateError(f"{out} holds the base model itself; choose another --out")
-    if recipe.resume and not run.is_run:
+    if recipe.resume and not (run.is_run or run.is_fresh):
         raise StateError(f"{out} is not a run of editcli, so there is nothing to resume; leave out --resume")
-    if not recipe.resume and out.is_dir() and any(out.iterdir()):
+    if not recipe.resume and out.is_dir() and any(out.iterdir()) and not run.is_fresh:
         if not recipe.overwrite:
             hint = "--resume continues it, --overwrite replaces it" if run.is_run else "choose another --out"
             raise StateError(f"{out} exists and is not empty; {hint}")

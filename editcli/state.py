@@ -10,23 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from editcli.checkpoint import file_digest
 from editcli.edits import EditRequest, from_record
 from editcli.errors import RequestError, StateError
-from editcli.files import sync_folder, write_bytes, write_json, write_safetensors
+from editcli.files import is_leftover, sync_folder, tensor_bytes, write_bytes, write_json, write_safetensors
 from editcli.interfaces import Problem, Site, Update
 
 FORMAT = 1
+_ROWS, _MIX = 256, 0x9E3779B97F4A7C15 - 2**64
+"""Rows that are summed at once, and an odd number whose multiples spread over all 64 bits."""
 START = "0" * 64
 """What the first journal line names as its predecessor."""
 
@@ -73,32 +77,56 @@ class RunFolder:
         self.updates = self.folder / "updates"
         self.record = self.folder / "run.json"
         self.rejected = self.folder / "rejected.jsonl"
+        self.lock = self.folder / ".lock"
 
     @property
     def is_run(self) -> bool:
         """Whether this is an output folder of ours."""
         return self.record.is_file() or self.journal.is_file() or self.state.is_file()
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether a run was begun here and was killed before it kept anything."""
+        if self.is_run or not self.folder.is_dir() or set(_kept(self.out)) != {self.folder}:
+            return False
+        return set(_kept(self.folder)) <= {self.lock, self.updates} and not set(_kept(self.updates))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run's lock; raise :class:`StateError` when another process does.
 
-        The lock is the operating system's, so it ends with its process however that ends: there is no stale lock.
+        The lock is the operating system's, so it ends with its process however that ends: there is no stale lock. An
+        output folder that is made here is removed again when the block fails before the journal was begun.
         """
+        created = not self.out.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
+        lock = FileLock(self.lock)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise StateError(f"{self.out} is in use by another editcli process; wait for it or stop it") from error
         try:
+            self._sweep()
             yield
+        except BaseException:
+            if created and not self.journal.exists():
+                shutil.rmtree(self.out, ignore_errors=True)
+            raise
         finally:
             lock.release()
+
+    def _sweep(self) -> None:
+        """Remove the unfinished files of a process that was killed."""
+        for folder in (self.out, self.folder, self.updates):
+            for path in folder.glob(".*"):
+                if is_leftover(path):
+                    path.unlink()
 
     def create(self) -> None:
         """Make the folders of a new run."""
         self.updates.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.folder)
+        sync_folder(self.out)
 
     def write_snapshot(self, snapshot: Snapshot) -> None:
         """Write the snapshot atomically; its tensors are hashed so that a flipped bit is found on reading."""
@@ -110,16 +138,14 @@ class RunFolder:
             "settings": json.dumps(snapshot.settings, sort_keys=True),
             "line": snapshot.line,
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
-        write_safetensors(self.state, tensors, {**metadata, "sha256": _digest(tensors, metadata)})
+        write_safetensors(self.state, snapshot.tensors, {**metadata, "sha256": _digest(snapshot.tensors, metadata)})
 
     def read_snapshot(self) -> Snapshot:
         """Read the snapshot; raise :class:`StateError` when it is missing, damaged or of another format."""
         if not self.state.is_file():
             raise StateError(f"{self.out} has no {self.state.name}: there is nothing to resume from; start a new run")
         try:
-            data = self.state.read_bytes()
-            tensors, metadata = load(data), _metadata(data)
+            tensors, metadata = _load(self.state)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise StateError(f"{self.state} is damaged ({error}); restore a backup or start a new run") from error
         if metadata.get("format") != str(FORMAT):
@@ -129,7 +155,9 @@ class RunFolder:
             )
         stated = metadata.pop("sha256", "")
         if stated != _digest(tensors, metadata):
-            raise StateError(f"{self.state} is damaged: its content does not match its hash; start a new run")
+            raise StateError(
+                f"{self.state} is damaged: its content does not match its hash; restore a backup or start a new run"
+            )
         return Snapshot(
             step=int(metadata["step"]),
             sequence=int(metadata["sequence"]),
@@ -149,58 +177,89 @@ class RunFolder:
         """Write the factors of one batch; return the segment's name and sha256."""
         tensors: dict[str, Tensor] = {}
         for site, update in updates.items():
-            tensors[f"{site.module}.keys"] = problems[site].keys.float()
+            tensors[f"{site.module}.keys"] = problems[site].keys
+            tensors[f"{site.module}.residual"] = problems[site].residual
             tensors[f"{site.module}.left"] = update.left
             tensors[f"{site.module}.right"] = update.right
         name = f"{sequence:06d}.safetensors"
-        records = json.dumps([request.to_json() for request in requests], ensure_ascii=False)
-        data = write_safetensors(self.updates / name, tensors, {"format": str(FORMAT), "edits": records})
-        return name, hashlib.sha256(data).hexdigest()
+        metadata = {
+            "format": str(FORMAT),
+            "edits": json.dumps([request.to_json() for request in requests], ensure_ascii=False),
+            "places": json.dumps([[request.file, request.line] for request in requests], ensure_ascii=False),
+        }
+        return name, write_safetensors(self.updates / name, tensors, metadata)
 
     def read_segment(self, entry: Entry) -> tuple[list[EditRequest], dict[str, Tensor]]:
         """Read one batch's edits and factors; raise :class:`StateError` unless it is what the journal says."""
-        path = self.updates / str(entry.segment)
+        path = self._checked_segment(entry)
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise StateError(f"cannot read {path}, which the journal names: {error.strerror or error}") from error
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise StateError(f"{path} is damaged: its content does not match the journal; restore it from a backup")
-        try:
-            records = json.loads(_metadata(data)["edits"])
-            return [from_record(record, file=str(path)) for record in records], load(data)
-        except (SafetensorError, ValueError, KeyError, RequestError) as error:
+            tensors, metadata = _load(path)
+            return _requests(metadata), tensors
+        except (SafetensorError, OSError, ValueError, KeyError, RequestError) as error:
             raise StateError(f"{path} cannot be read: {error}") from error
 
+    def read_requests(self, entry: Entry) -> list[EditRequest]:
+        """Read one batch's edits without its factors; raise as :meth:`read_segment` does."""
+        path = self._checked_segment(entry)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return _requests(dict(file.metadata() or {}))
+        except (SafetensorError, OSError, ValueError, KeyError, RequestError) as error:
+            raise StateError(f"{path} cannot be read: {error}") from error
+
+    def _checked_segment(self, entry: Entry) -> Path:
+        path = self.updates / str(entry.segment)
+        try:
+            found = file_digest(path)
+        except OSError as error:
+            raise StateError(f"cannot read {path}, which the journal names: {error.strerror or error}") from error
+        if found != entry.sha256:
+            raise StateError(f"{path} is damaged: its content does not match the journal; restore it from a backup")
+        return path
+
     def append(self, line: str) -> None:
-        """Append one line to the journal and make it durable."""
+        """Append one line to the journal and make it durable; a line that does not fit is taken back."""
         new = not self.journal.exists()
         with self.journal.open("ab") as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            size = file.tell()
+            try:
+                file.write(line.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                # A part of a line would swallow the next one; what cannot be cut now is cut on resuming.
+                with suppress(OSError):
+                    os.truncate(self.journal, size)
+                raise
         if new:
             sync_folder(self.folder)
 
-    def read_journal(self) -> list[tuple[Entry, str]]:
-        """Return the journal's good lines with their text; a torn last line is left out.
+    def journal_bytes(self) -> list[bytes]:
+        """Return the journal's complete lines, unchecked: what follows the last line feed is the tear of a crash."""
+        return self.journal.read_bytes().split(b"\n")[:-1] if self.journal.is_file() else []
 
-        Raises :class:`StateError` when a line before the last is damaged: then history itself is in doubt.
+    def read_journal(self) -> list[tuple[Entry, str]]:
+        """Return the journal's lines with their text; a torn last line is left out.
+
+        Raises :class:`StateError` when a line is damaged or does not follow the one before it.
         """
-        if not self.journal.is_file():
-            return []
-        lines = self.journal.read_bytes().split(b"\n")
-        # A line counts only with its line feed; what follows the last one is the torn tail of a crash.
-        return list(_chain(lines[:-1], self.journal))
+        return self.check_lines(self.journal_bytes())
+
+    def check_lines(self, lines: Sequence[bytes]) -> list[tuple[Entry, str]]:
+        """Parse journal lines and check their chain; raises as :meth:`read_journal` does."""
+        return list(_chain(lines, self.journal))
 
     def cut_journal(self, keep: Sequence[str]) -> None:
-        """Rewrite the journal with the given lines only."""
-        write_bytes(self.journal, b"".join(line.encode() + b"\n" for line in keep))
+        """Rewrite the journal with the given lines only, unless it holds just these."""
+        data = b"".join(line.encode() + b"\n" for line in keep)
+        if not self.journal.is_file() or self.journal.read_bytes() != data:
+            write_bytes(self.journal, data)
 
-    def drop_unnamed_segments(self, named: Sequence[str]) -> None:
+    def drop_unnamed_segments(self, named: Iterable[str]) -> None:
         """Remove segments that no journal line names: a crash came before their line was written."""
+        known = set(named)
         for path in self.updates.glob("*.safetensors"):
-            if path.name not in named:
+            if path.name not in known:
                 path.unlink()
 
     def write_record(self, record: Mapping[str, Any]) -> None:
@@ -249,6 +308,8 @@ def _chain(lines: Sequence[bytes], path: Path) -> Iterator[tuple[Entry, str]]:
             linked = fields.pop("previous") == _line_digest(previous)
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(f"{path}:{number} is damaged ({error}); restore it from a backup") from error
+        if entry.sequence != number:
+            raise StateError(f"{path}:{number} is damaged: it is numbered {entry.sequence}; restore it from a backup")
         if not linked:
             raise StateError(f"{path}:{number} does not follow the line before it: the journal was changed; restore it")
         yield entry, text
@@ -259,17 +320,45 @@ def _line_digest(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest() if line else START
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    import torch
+def weights_digest(weights: Iterable[Tensor]) -> str:
+    """Return a checksum of float32 matrices that tells every difference in their bits but for accidents of 2^-64.
 
+    It is a sum of integers modulo 2^64, so it is the same on every device and in every order of summation.
+    """
+    total = 0
+    for number, weight in enumerate(weights, start=1):
+        bits = weight.contiguous().view(torch.int32)
+        columns = torch.arange(1, bits.shape[1] + 1, device=bits.device) * _MIX
+        # A few rows at a time, since the 64-bit copies take twice the room of the matrix.
+        for start in range(0, len(bits), _ROWS):
+            sums = (bits[start : start + _ROWS].long() * columns).sum(dim=1).cpu()
+            total += int((sums * torch.arange(start + 1, start + len(sums) + 1) * (_MIX + 2 * number)).sum())
+    return f"{total % 2**64:016x}"
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    length = int.from_bytes(data[:8], "little")
-    return dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a file's tensors and metadata; the tensors own their memory, aligned as torch aligns its own."""
+    with safe_open(path, framework="pt") as file:
+        # Kernels may round differently on unaligned memory, and a mapped file could change under us.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+def _requests(metadata: Mapping[str, str]) -> list[EditRequest]:
+    if metadata.get("format") != str(FORMAT):
+        raise ValueError(f"it has format {metadata.get('format')!r}, this editcli reads format {FORMAT}")
+    records, places = json.loads(metadata["edits"]), json.loads(metadata["places"])
+    return [from_record(record, file=file, line=line) for record, (file, line) in zip(records, places, strict=True)]
+
+
+def _kept(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder but for unfinished files."""
+    return (path for path in folder.glob("*") if not is_leftover(path))

@@ -7,58 +7,39 @@ not hold is done again, with the same result.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from editcli.batch import BatchReport, body_of, finite, report_of
 from editcli.edits import EditRequest
 from editcli.errors import StateError
-from editcli.guards import Guard
-from editcli.interfaces import Component, Diagnostic, Editor, Site, Stabilizer, Update
-from editcli.pipeline import Written, commit, edit_batch, refuse_nonfinite
+from editcli.guards import Guard, refuse_nonfinite
+from editcli.interfaces import Editor, Problem, Site, Update
+from editcli.pipeline import Written, commit, edit_batch
+from editcli.recovery import BATCH, UNDO, Recovered, recover
 from editcli.report import SiteReport
 from editcli.session import ModelSession
-from editcli.state import START, Entry, RunFolder, Snapshot, consume, journal_line
+from editcli.stack import Stack
+from editcli.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest
 
 CHECKPOINT_SHARE = 0.05
 """Largest share of a run's time that snapshots may take when their spacing is left to the program."""
 
+_REPLACED: Mapping[str, str] = {
+    "base": "from a base model whose files have changed since",
+    "tokenizer": "with a tokenizer that has changed since",
+    "reference": "with other reference text or statistics",
+}
+"""What to say of settings that are hashes."""
+
 Measure = Callable[[Sequence[EditRequest]], Mapping[str, float | None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """The components of a run, in the order in which they act."""
-
-    editor: Editor
-    stabilizers: tuple[Stabilizer, ...] = ()
-    diagnostics: tuple[Diagnostic, ...] = ()
-
-    @property
-    def stateful(self) -> Mapping[str, Component]:
-        """The components whose state is saved, by name."""
-        return {part.name: part for part in (self.editor, *self.stabilizers)}
-
-    def prepare(self, session: ModelSession) -> None:
-        """Let every component measure the unedited model."""
-        for part in (self.editor, *self.stabilizers, *self.diagnostics):
-            part.prepare(session)
-        session.forget_moments()
-
-
-@dataclass(frozen=True, slots=True)
-class BatchReport:
-    """One batch that was kept."""
-
-    step: int
-    edits: tuple[str, ...]
-    dropped: Mapping[str, str]
-    sites: tuple[SiteReport, ...]
-    metrics: Mapping[str, Any]
-    seconds: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -92,105 +73,180 @@ class Stream:
         checkpoint_every: int | None = None,
     ):
         self.session, self.stack, self.folder = session, stack, folder
-        self.settings, self.guards = dict(settings), tuple(guards)
+        # As they will be read back, so that a tuple does not differ from the list that JSON makes of it.
+        self.settings, self.guards = json.loads(json.dumps(dict(settings))), tuple(guards)
         self.measure, self.retained, self.checkpoint_every = measure, retained, checkpoint_every
         self.position = Position()
         self.reports: list[BatchReport] = []
+        self._ids: set[str] = set()
         self._base_norms = {site: float(session.baseline(site).norm()) for site in session.sites}
+        self._whole = True
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
 
     def start(self) -> None:
         """Calibrate every component on the unedited model and write the first snapshot."""
+        self.prepare()
+        self.begin()
+
+    def prepare(self) -> None:
+        """Calibrate every component on the unedited model."""
         self.stack.prepare(self.session)
+
+    def begin(self) -> None:
+        """Write the first snapshot of a prepared stream."""
         self.folder.create()
         self.save()
 
     def apply(self, requests: Sequence[EditRequest]) -> BatchReport:
         """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is kept."""
+        self._refuse(requests)
         before = self.session.masters()
         step = self.position.step + 1
         reports: dict[Site, SiteReport] = {}
 
         def check(site: Site, update: Update) -> None:
-            refuse_nonfinite(site, update)
-            reports[site] = self._site_report(site, update)
+            reports[site] = self._site_report(site, update, where=_where(site.module, requests))
             for guard in self.guards:
                 for figure in ("ratio", "drift"):
                     guard.check(figure, getattr(reports[site], figure), where=_where(site.module, requests))
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.session.seed * 1_000_003 + step)
+        with self._seeded(step):
             written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
             try:
                 metrics = self._measure(requests)
-                commit(self.session, self.stack.editor, requests, written)
             except BaseException:
                 self.session.restore(before)
                 raise
+            # From here on a failure leaves weights, editor and journal apart; what is on disk stays whole.
+            self._whole = False
+            commit(self.session, self.stack.editor, requests, written)
         report = BatchReport(
             step=step,
             edits=tuple(request.id for request in requests),
             dropped=written.dropped,
             sites=tuple(reports.values()),
-            metrics={**metrics, **self._observe(written)},
+            metrics=finite({**metrics, **self._observe(written)}),
             seconds=written.seconds,
         )
         self._record(requests, written, report)
+        self._whole = True
         return report
 
     def save(self) -> None:
         """Write a snapshot of the stream as it stands."""
-        if self._saved_step == self.position.step:
-            return
-        self._snapshot(self.position)
+        self._refuse(())
+        if self._saved_step != self.position.step:
+            self._snapshot(self.position)
 
-    def resume(self) -> list[str]:
-        """Go on from the last snapshot; return the journal lines that had to be cut because no snapshot holds them.
+    def resume(self, recovered: Recovered | None = None) -> int:
+        """Go on from the last snapshot; return how many batches of the journal it does not hold and are cut.
 
         Raises :class:`StateError` when snapshot, journal and this stream's settings do not fit together.
         """
-        snapshot = self.folder.read_snapshot()
+        recovered = recovered or recover(self.folder)
+        snapshot = recovered.snapshot
         self._check_settings(snapshot.settings)
-        lines = self.folder.read_journal()
-        kept = [(entry, line) for entry, line in lines if entry.sequence <= snapshot.sequence]
-        cut = [line for entry, line in lines if entry.sequence > snapshot.sequence]
-        texts = [line for _, line in kept]
-        if snapshot.line and (not texts or texts[-1] != snapshot.line):
-            # The crash came after the snapshot and before its journal line, which the snapshot carries.
-            texts.append(snapshot.line)
-        self.folder.create()
-        self.folder.cut_journal(texts)
-        entries = [entry for entry, _ in self.folder.read_journal()]
-        if (entries[-1].sequence if entries else 0) != snapshot.sequence:
-            raise StateError(f"{self.folder.journal} lacks lines that the snapshot has; restore it from a backup")
-        self.folder.drop_unnamed_segments([str(entry.segment) for entry in entries])
-        self._restore(snapshot, live_batches(entries))
-        return cut
-
-    def _restore(self, snapshot: Snapshot, batches: Sequence[Entry]) -> None:
-        tensors = snapshot.tensors
+        self._settle(recovered)
+        # Components may measure the unedited model again, so the weights come last.
+        self.stack.load_state(snapshot.tensors, self.session)
         for site in self.session.sites:
-            self.session.set_weight(site, tensors[f"master/{site.module}"])
-        for name, part in self.stack.stateful.items():
-            prefix = f"component/{name}/"
-            state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-            part.load_state_dict(state, self.session)
-        requests = [request for entry in batches for request in self.folder.read_segment(entry)[0]]
-        if consume(START, requests) != snapshot.consumed:
-            raise StateError(f"{self.folder.updates} does not hold the edits that the snapshot counts; restore it")
-        self.position = Position(snapshot.step, snapshot.sequence, snapshot.consumed, snapshot.line, requests)
-        self.reports = [_report_of(entry) for entry in batches]
+            master = snapshot.tensors[f"master/{site.module}"].to(self.session.weight(site).device)
+            # A weight that was never written stays as it was loaded, not as it would be saved.
+            if not torch.equal(master, self.session.weight(site)):
+                self.session.set_weight(site, master)
+        self._take(recovered.live, recovered.requests)
+        self.position = Position(
+            snapshot.step, snapshot.sequence, snapshot.consumed, snapshot.line, list(recovered.requests)
+        )
         self._saved_step = snapshot.step
+        return recovered.lost
+
+    def rewind(self, recovered: Recovered, step: int, *, removed: Mapping[str, str], redo: Sequence[int]) -> bool:
+        """Rebuild the stream as it was after ``step`` batches, from the base and the recorded factors, and record it.
+
+        ``removed`` (id to digest) is never to be written again, ``redo`` (journal sequences) is to be written again by
+        whoever goes on. Returns False when this machine rounds differently from the one that made the run.
+        """
+        self._check_settings(recovered.snapshot.settings)
+        self._settle(recovered)
+        self.stack.load_state(recovered.snapshot.tensors, self.session, afresh=self.stack.editor)
+        live, exact = recovered.live[:step], True
+        requests: list[EditRequest] = []
+        with self.session.reporter.phase("Replaying", len(live), "batches") as advance:
+            for entry in live:
+                batch, tensors = self.folder.read_segment(entry)
+                self._replay(entry.step, batch, tensors)
+                exact &= entry.body["weights"] == weights_digest(self.session.masters().values())
+                requests += batch
+                advance(1)
+        sequence, consumed = recovered.snapshot.sequence + 1, consume(START, requests)
+        body = {"removed": dict(removed), "redo": list(redo), "undone": len(recovered.live) - step}
+        entry = Entry(sequence, UNDO, step, tuple(removed), None, None, consumed, body)
+        line = journal_line(entry, recovered.snapshot.line)
+        self.position = Position(step, sequence, consumed, line, requests)
+        self._take(live, requests)
+        self._snapshot(self.position)
+        self.folder.append(line)
+        return exact
+
+    def _replay(self, step: int, requests: Sequence[EditRequest], tensors: Mapping[str, Tensor]) -> None:
+        """Write a recorded batch again, with the same operations on the same numbers as the first time."""
+        editor, session = self.stack.editor, self.session
+        remembers = type(editor).remember is not Editor.remember
+        problems: list[Problem] = []
+        with self._seeded(step):
+            if remembers and not editor.needs_values:
+                # Such an editor measures here what it remembers later.
+                editor.values(session, requests)
+            for site in session.sites:
+                keys, residual, left, right = (
+                    tensors[f"{site.module}.{name}"].to(session.weight(site).device)
+                    for name in ("keys", "residual", "left", "right")
+                )
+                session.write(site, Update(left, right))
+                problems.append(Problem(site, keys, residual))
+            if remembers:
+                editor.remember(session, requests, problems)
+
+    @contextmanager
+    def _seeded(self, step: int) -> Iterator[None]:
+        """Give each step random numbers of its own, and the caller's back afterwards."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.session.seed * 1_000_003 + step) % 2**63)
+            yield
+
+    def _refuse(self, requests: Sequence[EditRequest]) -> None:
+        if not self._whole:
+            raise StateError(f"a batch of the stream in {self.folder.out} failed half-way; open it again and resume")
+        seen = set(self._ids)
+        for request in requests:
+            if request.id in seen:
+                raise request.refusal(f"the id {request.id!r} is in the stream already; give every edit its own")
+            seen.add(request.id)
+
+    def _settle(self, recovered: Recovered) -> None:
+        """Make the folder hold what was recovered and nothing else."""
+        self.folder.create()
+        self.folder.cut_journal(recovered.lines)
+        self.folder.drop_unnamed_segments(str(entry.segment) for entry in recovered.entries)
+
+    def _take(self, live: Sequence[Entry], requests: Sequence[EditRequest]) -> None:
+        self.reports = [report_of(entry) for entry in live]
+        self._ids = {request.id for request in requests}
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
         for name in sorted({*saved, *self.settings}):
-            if saved.get(name) != self.settings.get(name):
-                raise StateError(
-                    f"{self.folder.out} was made with {name} = {_short(saved.get(name))}, not "
-                    f"{_short(self.settings.get(name))}; resume with the same, or start a new run in another --out"
-                )
+            mine, theirs = self.settings.get(name), saved.get(name)
+            if mine == theirs:
+                continue
+            if name in _REPLACED:
+                raise StateError(f"{self.folder.out} was made {_REPLACED[name]}; put it back, or start a new run")
+            raise StateError(
+                f"{self.folder.out} was made with {name} = {_difference(theirs, mine)}, not "
+                f"{_difference(mine, theirs)}; resume with the same, or start a new run in another --out"
+            )
 
     def _measure(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
@@ -213,9 +269,11 @@ class Stream:
             figures.update(diagnostic.observe(self.session, written.updates))
         return {"diagnostics": figures} if figures else {}
 
-    def _site_report(self, site: Site, update: Update) -> SiteReport:
-        """Return what a site's figures will be once ``update`` is written."""
+    def _site_report(self, site: Site, update: Update, *, where: str) -> SiteReport:
+        """Return what a site's figures will be once ``update`` is written; raises when a weight is not finite."""
         weight = torch.addmm(self.session.weight(site), update.left.to(self.session.weight(site)), update.right.T)
+        # As it would be saved: half precision overflows long before a master does.
+        refuse_nonfinite("the weight", [weight.to(self.session.save_dtype(site))], where=where)
         change = weight - self.session.baseline(site)
         base = self._base_norms[site]
         return SiteReport(
@@ -230,7 +288,8 @@ class Stream:
         sequence = self.position.sequence + 1
         segment, digest = self.folder.write_segment(sequence, requests, written.problems, written.updates)
         consumed = consume(self.position.consumed, requests)
-        entry = Entry(sequence, "batch", report.step, report.edits, segment, digest, consumed, _body(report))
+        body = {**body_of(report), "weights": weights_digest(self.session.masters().values())}
+        entry = Entry(sequence, BATCH, report.step, report.edits, segment, digest, consumed, body)
         line = journal_line(entry, self.position.line)
         position = Position(report.step, sequence, consumed, line, [*self.position.requests, *requests])
         if self._due(report.step):
@@ -238,6 +297,7 @@ class Stream:
         self.folder.append(line)
         self.position = position
         self.reports.append(report)
+        self._ids.update(report.edits)
 
     def _due(self, step: int) -> bool:
         if self.checkpoint_every is not None:
@@ -247,65 +307,12 @@ class Stream:
     def _snapshot(self, position: Position) -> None:
         started = time.monotonic()
         tensors = {f"master/{site.module}": weight for site, weight in self.session.masters().items()}
-        for name, part in self.stack.stateful.items():
-            tensors |= {f"component/{name}/{key}": value for key, value in part.state_dict().items()}
+        tensors |= self.stack.state()
         self.folder.write_snapshot(
             Snapshot(position.step, position.sequence, position.consumed, tensors, self.settings, position.line)
         )
         self._saved_step, self._saved_at = position.step, time.monotonic()
         self._save_cost = self._saved_at - started
-
-
-def live_batches(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the batches that are in force: an undo line takes back what came after its step."""
-    live: list[Entry] = []
-    for entry in entries:
-        if entry.kind == "batch":
-            live.append(entry)
-        elif entry.kind == "undo":
-            live = [batch for batch in live if batch.step <= entry.step]
-    return live
-
-
-def remaining(stream: Stream, requests: Sequence[EditRequest]) -> Sequence[EditRequest]:
-    """Return the edits that a resumed stream has not applied yet.
-
-    A file that starts with what was applied goes on after it; any other file is appended whole, unless it repeats
-    edits of the stream, which is a mistake that would go unnoticed.
-    """
-    done = stream.position.requests
-    if consume(START, requests[: len(done)]) == stream.position.consumed:
-        return requests[len(done) :]
-    known = {request.id for request in done}
-    repeated = next((request for request in requests if request.id in known), None)
-    if repeated is not None:
-        raise StateError(
-            f"{repeated.file}:{repeated.line}: the edit {repeated.id!r} is in the stream already, but this file does "
-            "not start with what was applied; resume with the original file, or give new edits ids of their own"
-        )
-    return requests
-
-
-def _body(report: BatchReport) -> dict[str, Any]:
-    sites = [
-        {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "update_norm": s.update_norm}
-        for s in report.sites
-    ]
-    body = {"sites": sites, "metrics": report.metrics, "dropped": report.dropped}
-    return {**body, "seconds": {name: round(value, 6) for name, value in report.seconds.items()}}
-
-
-def _report_of(entry: Entry) -> BatchReport:
-    body = entry.body
-    sites = tuple(SiteReport(**site) for site in body.get("sites", ()))
-    return BatchReport(
-        step=entry.step,
-        edits=entry.edits,
-        dropped=body.get("dropped", {}),
-        sites=sites,
-        metrics=body.get("metrics", {}),
-        seconds=body.get("seconds", {}),
-    )
 
 
 def _where(module: str, requests: Sequence[EditRequest]) -> str:
@@ -317,6 +324,12 @@ def _named(requests: Sequence[EditRequest]) -> str:
     return f"edit {ids[0]}" if len(ids) == 1 else f"edits {ids[0]} to {ids[-1]}"
 
 
-def _short(value: Any) -> str:
+def _difference(value: Any, other: Any) -> str:
+    """Return a setting in short; of nested ones only what differs."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        value = {key: item for key, item in value.items() if key not in other or other[key] != item}
+        if len(value) == 1:
+            (key,) = value
+            return f"{key}: {_difference(value[key], other.get(key))}"
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
