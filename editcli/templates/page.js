@@ -5,7 +5,9 @@
   var count = document.getElementById("count");
   if (!box) { return; }
   var rows = Array.prototype.map.call(document.querySelectorAll("#edits tbody tr"), function (row) {
-    return { row: row, text: row.textContent.toLowerCase(), outcome: row.getAttribute("data-outcome") };
+    // Figures are left out: "7" should find edit 7, not every norm with a 7 in it.
+    var words = Array.prototype.map.call(row.querySelectorAll("td:not(.n)"), function (cell) { return cell.textContent; });
+    return { row: row, text: words.join(" ").toLowerCase(), outcome: row.getAttribute("data-outcome") };
   });
   var waiting = 0;
   function apply() {
