@@ -7,7 +7,10 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -295,3 +298,42 @@ def test_a_device_that_is_not_there_is_refused(apply: Any) -> None:
 
 def test_core_options_are_checked_too(apply: Any) -> None:
     assert "did you mean 'steps'" in refused(apply("-o", "targets.step=3"), code=1)
+
+
+def test_an_interrupted_run_exits_with_130_and_goes_on_to_the_same_bytes(apply: Any, models: dict[str, Path]) -> None:
+    lines = [json.dumps({**EDITS[0], "id": str(n), "subject": f"France {n}"}) for n in range(16)]
+    Path("many.jsonl").write_text("\n".join(lines) + "\n")
+    options = ("--batch-size", "1", "--no-eval", "--stabilizer", "nas")
+    assert apply(*options, "--out", "whole", edits="many.jsonl").code == 0
+
+    arguments = [
+        "many.jsonl",
+        "--model",
+        str(models["llama"]),
+        "--corpus",
+        "corpus.txt",
+        *QUICK,
+        *options,
+        "--out",
+        "cut",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "editcli", "apply", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    journal = Path("cut/editcli/journal.jsonl")
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert json.loads(Path("cut/editcli/run.json").read_text())["status"] == "interrupted"
+    assert 2 <= journal.read_bytes().count(b"\n") < 16
+
+    done = apply(*options, "--out", "cut", "--resume", edits="many.jsonl")
+    assert done.code == 0
+    assert "16 of 16 edits applied" in done.out
+    assert weights("cut") == weights("whole")
