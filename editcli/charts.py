@@ -35,7 +35,7 @@ class Chart:
     log: bool = False
     reference: float | None = None
     """A horizontal line, for instance the value before the first edit."""
-    limits: tuple[float, float] | None = None
+    limits: tuple[float | None, float | None] = (None, None)
     """Lowest and highest y, where they are known beforehand."""
 
     @property
@@ -52,7 +52,13 @@ def history_charts(history: History) -> list[Chart]:
         Chart("Drift per site", "edits", "||W_n - W_0|| / ||W_0||", _per_site(history, "drift", edits)),
         Chart("Efficacy", "edits", "share of edits", tuple(_efficacies(history, edits)), limits=(-0.03, 1.03)),
         Chart("Update norm per batch", "edits", "||D||_F", _per_site(history, "update_norm", edits)),
-        Chart("Time per batch", "edits", "seconds", (_curve("seconds", history, edits, lambda b: b.seconds),)),
+        Chart(
+            "Time per batch",
+            "edits",
+            "seconds",
+            (_curve("seconds", history, edits, lambda b: b.seconds),),
+            limits=(0, None),
+        ),
         *_diagnostic_charts(history, edits),
     ]
     return [chart for chart in charts if not chart.empty]

@@ -60,7 +60,7 @@ def run_page(found: Inspection) -> str:
     counts = {word: sum(row.outcome == word for row in rows) for word in MEANINGS}
     return _render(
         "run.html.j2",
-        title=f"{history.record.get('model') or found.model}, edited",
+        title=f"{Path(history.record.get('model') or found.model).name}, edited",
         found=found,
         record=history.record,
         tiles=_tiles(history.record),

@@ -144,7 +144,7 @@ def _style() -> Iterator[None]:
 
 
 def _draw(axes: Axes, chart: Chart) -> None:
-    from matplotlib.ticker import LogFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if chart.reference is not None:
         axes.axhline(chart.reference, color=FAINT, linewidth=0.8, linestyle=":")
@@ -152,10 +152,10 @@ def _draw(axes: Axes, chart: Chart) -> None:
         _draw_series(axes, series, number)
     if chart.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
-    if chart.limits is not None:
-        axes.set_ylim(*chart.limits)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(*chart.limits)
     axes.set_xlabel(chart.x)
     axes.set_ylabel(chart.y)
     axes.grid(True, color=GRID, linewidth=0.6)

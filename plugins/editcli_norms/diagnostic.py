@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from editcli.interfaces import Diagnostic, Session, Site, Update
 from editcli.options import option
@@ -30,10 +30,17 @@ class Norms(Diagnostic):
 
         most: int = option(512, "skip the effective rank of updates with more columns than this")
 
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        self._bases: dict[Site, float] = {}
+
     def observe(self, session: Session, updates: Mapping[Site, Update]) -> dict[str, float]:
         figures: dict[str, float] = {}
         for site, update in updates.items():
-            figures[f"update_norm_share/layer {site.layer}"] = update.norm() / float(session.baseline(site).norm())
+            # The base's weight may have to be read from its file, which is too dear for every batch.
+            if site not in self._bases:
+                self._bases[site] = float(session.baseline(site).norm())
+            figures[f"update_norm_share/layer {site.layer}"] = update.norm() / self._bases[site]
             if update.left.shape[1] <= self.options.most:
                 figures[f"update_rank/layer {site.layer}"] = effective_rank(update)
         return figures
