@@ -8,7 +8,7 @@ the literature uses the names, not taken from a published formula.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,8 +68,7 @@ class Spectrum:
 
     def k(self, tau: float) -> int:
         """Return the smallest k whose leading values hold the share ``tau`` of the sum of sigma (arXiv:2601.11042)."""
-        reached = torch.cumsum(self.values, 0) >= tau * self.nuclear * (1 - 1e-12)
-        return int(reached.to(torch.uint8).argmax()) + 1 if bool(reached.any()) else len(self.values)
+        return _leading_count(self.values, self.nuclear, tau)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ def spectral_norm(
 
 def singular_values(matrix: Tensor, *, device: torch.device | None = None) -> Tensor:
     """Return all singular values, descending, float64 on the CPU; exact, whatever the size."""
-    return _decompose(matrix.to(_capable(device), torch.float64), vectors=False)[0].cpu()
+    return _values(matrix.to(_capable(device), torch.float64)).cpu()
 
 
 def spectrum(
@@ -131,12 +130,14 @@ def spectrum(
     norm = frobenius(matrix)
     if not is_exact(matrix, method=method, device=device):
         return _estimate(matrix.to(device, torch.float32), norm, tau, vectors)
-    values, left, right = _decompose(matrix.to(device, torch.float64), vectors=True)
+    wide = matrix.to(device, torch.float64)
+    values, left, right = _decompose(
+        wide, lambda values: max(vectors, _leading_count(values, float(values.sum()), tau))
+    )
     nuclear = float(values.sum())
     shares = values / nuclear if nuclear > 0 else values
     entropy = float(torch.special.entr(shares).sum())
-    found = Spectrum(norm, values.cpu(), nuclear, entropy, left, right, exact=True, error=0.0)
-    return _trim(found, max(vectors, found.k(tau)))
+    return Spectrum(norm, values.cpu(), nuclear, entropy, left.cpu(), right.cpu(), exact=True, error=0.0)
 
 
 def similarity(base: Spectrum, edited: Spectrum, k: int) -> Similarity:
@@ -174,24 +175,35 @@ def is_exact(matrix: Tensor, *, method: Method, device: torch.device) -> bool:
     return min(matrix.shape) <= (EXACT_LIMIT if device.type == "cpu" else EXACT_LIMIT_ACCELERATED)
 
 
-def _decompose(matrix: Tensor, *, vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all singular values (and vectors) of a float64 matrix, through the small Gram matrix where safe."""
+def _decompose(matrix: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all singular values of a float64 matrix, and as many vectors of each side as ``count`` says of them.
+
+    The small Gram matrix is used where that is safe: it costs a fraction of a full decomposition.
+    """
     tall = matrix.shape[0] >= matrix.shape[1]
     gram = matrix.T @ matrix if tall else matrix @ matrix.T
-    if vectors:
-        squares, basis = torch.linalg.eigh(gram)
-    else:
-        squares, basis = torch.linalg.eigvalsh(gram), gram
+    squares, basis = torch.linalg.eigh(gram)
+    if not len(squares) or squares[0] <= _GRAM_LIMIT * squares[-1]:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        wanted = count(values)
+        return values, left[:, :wanted], right.T[:, :wanted]
+    values = squares.sqrt().flip(0)
+    small = basis.flip(1)[:, : count(values)]
+    large = (matrix if tall else matrix.T) @ small / values[: small.shape[1]]
+    return (values, large, small) if tall else (values, small, large)
+
+
+def _values(matrix: Tensor) -> Tensor:
+    """Return all singular values of a float64 matrix, descending."""
+    squares = torch.linalg.eigvalsh(matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T)
     if len(squares) and squares[0] > _GRAM_LIMIT * squares[-1]:
-        values, small = squares.sqrt().flip(0), basis.flip(1)
-        if not vectors:
-            return values, gram, gram
-        other = (matrix @ small if tall else matrix.T @ small) / values
-        return (values, other, small) if tall else (values, small, other)
-    if not vectors:
-        return torch.linalg.svdvals(matrix), gram, gram
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return values, left, right.T
+        return squares.sqrt().flip(0)
+    return torch.linalg.svdvals(matrix)
+
+
+def _leading_count(values: Tensor, nuclear: float, tau: float) -> int:
+    reached = torch.cumsum(values, 0) >= tau * nuclear * (1 - 1e-12)
+    return int(reached.to(torch.uint8).argmax()) + 1 if bool(reached.any()) else len(values)
 
 
 def _estimate(matrix: Tensor, norm: float, tau: float, vectors: int) -> Spectrum:
@@ -203,17 +215,12 @@ def _estimate(matrix: Tensor, norm: float, tau: float, vectors: int) -> Spectrum
     while count < size and float(top.values.sum()) < tau * sums.nuclear:
         count = min(size, 2 * count)
         top = krylov.leading(matrix, count)
+    values = top.values.cpu()
+    kept = max(vectors, _leading_count(values, sums.nuclear, tau))
+    # Cloned, so that the rest of the iteration's storage can go.
+    left, right = (side[:, :kept].cpu().clone() for side in (top.left, top.right))
     error = max(top.error, sums.error)
-    found = Spectrum(norm, top.values.cpu(), sums.nuclear, sums.entropy, top.left, top.right, exact=False, error=error)
-    return _trim(found, max(vectors, found.k(tau)))
-
-
-def _trim(found: Spectrum, count: int) -> Spectrum:
-    """Keep ``count`` vectors of each side, on the CPU, without holding on to the rest of their storage."""
-    left, right = (side[:, :count].cpu().clone() for side in (found.left, found.right))
-    return Spectrum(
-        found.frobenius, found.values, found.nuclear, found.entropy, left, right, exact=found.exact, error=found.error
-    )
+    return Spectrum(norm, values, sums.nuclear, sums.entropy, left, right, exact=False, error=error)
 
 
 def _capable(device: torch.device | None) -> torch.device:
