@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -24,10 +22,10 @@ from editcli.files import write_bytes
 from editcli.guards import needs_retained
 from editcli.interfaces import Site
 from editcli.interrupts import Interrupts
-from editcli.model import LoadedModel, open_model
+from editcli.model import LoadedModel
 from editcli.outcome import Ending, efficacy, provenance, report_run
 from editcli.output import CARD, Verified, to_stored, verify, write_model
-from editcli.planning import Plan, Planned
+from editcli.planning import Planned
 from editcli.plugins import Plugins
 from editcli.recipe import Recipe
 from editcli.recovery import Recovered, recover, remaining
@@ -40,8 +38,6 @@ from editcli.statistics import SecondMoments
 from editcli.stream import Stream
 
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
-TRIAL_EDITS = 16
-"""Edits whose targets a dry run optimises to estimate the time."""
 
 
 def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> RunReport:
@@ -53,61 +49,6 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) ->
     folder = RunFolder(recipe.folder)
     with writing(recipe.folder), folder.locked():
         return Run(planned, folder, plugins, reporter, clock).go()
-
-
-def plan(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> Plan:
-    """Return what :func:`apply` would do; writes nothing. One small batch of targets is timed for the estimate."""
-    reporter = reporter or Silent()
-    planned = planning.check(recipe, plugins, reporter)
-    seconds = _measured_seconds(planned, reporter) if planned.editor.needs_values else None
-    statistics = sum(8 * columns * columns for _, columns in planned.shapes)
-    return Plan(
-        model=planned.source.name,
-        preset=planned.preset.name,
-        label=planned.preset.label,
-        editor=planned.editor.name,
-        stabilizers=tuple(part.name for part in planned.stabilizers),
-        edits=len(planned.requests),
-        rejected=planned.rejected,
-        batches=math.ceil(len(planned.requests) / planned.batch_size),
-        batch_size=planned.batch_size,
-        sites=tuple(
-            {"module": site.module, "layer": site.layer, "shape": list(shape)}
-            for site, shape in zip(planned.sites, planned.shapes, strict=True)
-        ),
-        tokens=planned.target_tokens,
-        bytes={
-            "model": planned.model_bytes,
-            "masters": planned.state_bytes,
-            "statistics": statistics,
-            "disk": planned.model_bytes + planned.state_bytes,
-        },
-        seconds=seconds,
-        out=str(recipe.folder),
-        warnings=planned.file.warnings,
-    )
-
-
-def _measured_seconds(planned: Planned, reporter: Reporter) -> float:
-    loaded = _open(planned)
-    session = ModelSession(loaded, planned.layers, options=planned.targets, reporter=reporter, seed=planned.recipe.seed)
-    sample = planned.requests[:TRIAL_EDITS]
-    started = time.perf_counter()
-    session.values(sample)
-    return (time.perf_counter() - started) * len(planned.requests) / len(sample)
-
-
-def _open(planned: Planned) -> LoadedModel:
-    recipe = planned.recipe
-    return open_model(
-        planned.source,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        families=planned.families,
-        chat_template=recipe.chat_template,
-        trust_remote_code=recipe.trust_remote_code,
-    )
 
 
 @contextmanager
@@ -128,7 +69,7 @@ class Run:
         self.recipe, self.reporter, self.clock = planned.recipe, reporter, clock
         self.status, self.verdict = DONE, None
         self.recovered = self._recover()
-        self.rejections = Rejections(folder, planned)
+        self.rejections = Rejections(folder, planned, self.edits_file)
 
     def go(self) -> RunReport:
         """Load, edit, save, report."""
@@ -147,9 +88,14 @@ class Run:
             report = self._report(stream, before, None, stream.session.masters())
             self._write_record(report)
             step = stream.position.step
-            self.reporter.note(f"Interrupted after {step} batches; add --resume to the same command to go on")
+            self.reporter.note(f"Interrupted after {step} batches; 'editcli apply' with --resume goes on")
             return report
         return self._finish(stream, before)
+
+    @property
+    def edits_file(self) -> str | None:
+        """The name of the file that is read."""
+        return self.planned.file.source
 
     @property
     def done(self) -> Sequence[EditRequest]:
@@ -159,7 +105,7 @@ class Run:
     def open(self) -> None:
         """Load the model."""
         with self.clock.spent("load"):
-            self.loaded = _open(self.planned)
+            self.loaded = planning.open_planned(self.planned)
             fingerprint = self.loaded.checkpoint.fingerprint()
             self.provenance = provenance(self.planned, self.plugins, fingerprint, self.loaded.input_device)
 
@@ -179,7 +125,7 @@ class Run:
                 _remove_old(self.folder)
             stream.begin()
         else:
-            self._compare_versions()
+            self.compare_versions()
             lost = stream.resume(self.recovered)
             if lost:
                 self.reporter.note(f"{lost} batches since the last snapshot are done again")
@@ -188,9 +134,17 @@ class Run:
     def mark_running(self) -> None:
         """Say in the run's record that its model folder is not up to date; keep its figures so far."""
         record = self._old_record() if self.recovered else {}
-        running = {"status": RUNNING, "recipe": self.recipe.to_json(), "provenance": self.provenance}
+        began = {**self.provenance["edits"], "limit": self.recipe.limit}
+        self.provenance["pilots"] = record.get("provenance", {}).get("pilots", began)
+        running = {"status": RUNNING, "recipe": self._portable_recipe(), "provenance": self.provenance}
         self.folder.write_record({**record, **running})
         self.rejections.write()
+
+    def _portable_recipe(self) -> dict[str, Any]:
+        """Return the recipe with the files that an undo needs named from the root."""
+        record = self.recipe.to_json()
+        files = {name: record[name] for name in ("corpus", "stats") if record[name]}
+        return {**record, **{name: str(Path(file).absolute()) for name, file in files.items() if Path(file).is_file()}}
 
     def _recover(self) -> Recovered | None:
         """Read the stream that is to be gone on with; None for a new one."""
@@ -208,7 +162,7 @@ class Run:
             self.reporter.warn(f"{error}; it is written anew")
             return {}
 
-    def _compare_versions(self) -> None:
+    def compare_versions(self) -> None:
         """Warn where another version may round differently than the one that began the stream."""
         old = self._old_record().get("provenance", {})
         for what in ("versions", "plugins", "device"):
@@ -311,7 +265,7 @@ class Run:
         with stream.session.read_out(self.planned.stabilizers) as weights:
             after = self._evaluate(applied) if applied else None
             with self.clock.spent("save"):
-                verified = self._save(stream.session, weights) if applied else None
+                verified = self._save(stream.session, weights) if applied else self._save_base()
             report = self._report(stream, before, after, weights)
         for name in verified.unchanged if verified else ():
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
@@ -334,6 +288,12 @@ class Run:
             verified = verify(Checkpoint(self.planned.source.folder), self.folder.out, tensors)
             advance(1)
         return verified
+
+    def _save_base(self) -> None:
+        """Put the base's weights where an undo took everything back; a run that never saved any gets none."""
+        base = self.loaded.checkpoint
+        if all((self.folder.out / name).is_file() for name in base.files):
+            write_model(base, self.folder.out, {})
 
     def _evaluate(self, requests: Sequence[EditRequest]) -> Evaluation | None:
         if not self.recipe.evaluate:
@@ -364,7 +324,7 @@ class Run:
         return report_run(self.planned, stream, ending)
 
     def _write_record(self, report: RunReport) -> None:
-        record = {**report.to_json(), "recipe": self.recipe.to_json(), "provenance": self.provenance}
+        record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
         self.folder.write_record(record)
 
 

@@ -16,7 +16,7 @@ from editcli.errors import OptionError, RequestError, StateError
 from editcli.formats import load_formats
 from editcli.guards import Guard, parse_guards
 from editcli.interfaces import Component, Editor, Site, Stabilizer
-from editcli.model import ModelSource, bundled_folder, load_config, load_tokens, resolve_model
+from editcli.model import LoadedModel, ModelSource, bundled_folder, load_config, load_tokens, open_model, resolve_model
 from editcli.options import build, merge
 from editcli.output import needed_bytes
 from editcli.plugins import Plugins
@@ -103,12 +103,15 @@ class Plan:
         return record
 
 
-def check(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> Planned:
-    """Check everything that needs no weights: names, options, edits, folders, disk space."""
+def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFile | None = None) -> Planned:
+    """Check everything that needs no weights: names, options, edits, folders, disk space.
+
+    ``file`` stands for the edits where they come from elsewhere than a file; it may be empty.
+    """
     recipe.check(plugins)
     guards = parse_guards(recipe.stop_if)
     skip = recipe.on_error == "skip"
-    file = read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
+    file = file or read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
     for warning in file.warnings:
         reporter.warn(warning)
     source = resolve_model(recipe.model, revision=recipe.revision)
@@ -148,6 +151,20 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> Planned:
     )
     check_disk(recipe.folder, model_bytes + 2 * planned.state_bytes)
     return planned
+
+
+def open_planned(planned: Planned) -> LoadedModel:
+    """Load the model of a plan."""
+    recipe = planned.recipe
+    return open_model(
+        planned.source,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        device_map=recipe.device_map,
+        families=planned.families,
+        chat_template=recipe.chat_template,
+        trust_remote_code=recipe.trust_remote_code,
+    )
 
 
 def component(plugins: Plugins, kind: str, name: str, settings: Any) -> Any:

@@ -31,8 +31,10 @@ class Recovered:
     """Journal lines after the snapshot: batches that have to be done again."""
     requests: tuple[EditRequest, ...]
     """The edits in force, in order."""
-    redo: tuple[tuple[EditRequest, ...], ...]
+    waiting: tuple[Entry, ...]
     """Batches that an undo took out of the way and that were not written again yet."""
+    redo: tuple[tuple[EditRequest, ...], ...]
+    """What is left to be written of each of them."""
 
     @property
     def live(self) -> list[Entry]:
@@ -63,9 +65,16 @@ def recover(folder: RunFolder) -> Recovered:
     requests = tuple(request for entry in live_batches(entries) for request in folder.read_requests(entry))
     if consume(START, requests) != snapshot.consumed:
         raise StateError(f"{folder.updates} does not hold the edits that the snapshot counts; restore it from a backup")
-    redo = tuple(batch for entry in _pending(entries) if (batch := _rest(folder, entry, removed_edits(entries))))
-    lost = len(found) - len(kept)
-    return Recovered(snapshot, entries, tuple(text for _, text in checked), max(lost, 0), requests, redo)
+    waiting = tuple(_pending(entries))
+    return Recovered(
+        snapshot=snapshot,
+        entries=entries,
+        lines=tuple(text for _, text in checked),
+        lost=max(len(found) - len(kept), 0),
+        requests=requests,
+        waiting=waiting,
+        redo=tuple(_rest(folder, entry, removed_edits(entries)) for entry in waiting),
+    )
 
 
 def live_batches(entries: Sequence[Entry]) -> list[Entry]:

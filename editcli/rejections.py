@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 
 class Rejections:
-    """Keeps ``rejected.jsonl``: one line per edit, with the file and line it came from and the reason."""
+    """Keeps ``rejected.jsonl``: one line per edit, with the file and line it came from and the reason.
 
-    def __init__(self, folder: RunFolder, planned: Planned):
-        self._folder, self._file = folder, planned.file.source
+    ``file`` is the one that is read now; None when none is, so that all lines stay.
+    """
+
+    def __init__(self, folder: RunFolder, planned: Planned, file: str | None):
+        self._folder, self._file = folder, file
         self._here = planned.rejected
         self._earlier = self._of_other_files() if planned.recipe.resume else []
 

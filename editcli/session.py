@@ -38,6 +38,10 @@ class PilotSource:
     requests: tuple[EditRequest, ...]
     origin: str
 
+    def first(self, count: int) -> Sequence[EditRequest]:
+        """Return up to ``count`` of the edits."""
+        return self.requests[:count]
+
 
 class ModelSession:
     """Implements :class:`editcli.interfaces.Session`, plus the writing that components may not do."""
@@ -106,7 +110,7 @@ class ModelSession:
         """Return up to ``count`` edits to calibrate on, and where they came from."""
         if self._pilots is None:
             return (), "none"
-        return self._pilots.requests[:count], self._pilots.origin
+        return self._pilots.first(count), self._pilots.origin
 
     def values(self, requests: Sequence[EditRequest], *, prefixed: bool = True) -> Values:
         """Optimise target values for a batch on the current model."""

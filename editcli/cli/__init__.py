@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": ("editcli.cli.inspect:inspect", "Show what can be edited, and whether an edited model is healthy."),
     "diff": ("editcli.cli.diff:diff", "Show which tensors differ, by how much, and what both models say."),
     "report": ("editcli.cli.report:report", "Write one self-contained page about a run."),
+    "undo": ("editcli.cli.undo:undo", "Take back the last batches of a run, or single edits."),
     "plugins": ("editcli.cli.plugins:plugins", "Show what is installed, from where, with which options and paper."),
     "stats": ("editcli.cli.stats:stats", "Compute and show the reference-text statistics of a model."),
 }

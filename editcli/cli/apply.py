@@ -39,7 +39,7 @@ def apply(context: click.Context, /, assignments: tuple[str, ...], dry_run: bool
 
 def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.
-    from editcli.apply import plan
+    from editcli.dryrun import plan
 
     outcome = plan(recipe, app.plugins, app.reporter)
     if as_json:
