@@ -36,7 +36,10 @@ class AlphaEdit(InverseGramEditor):
     class Options:
         """What counts as unused, and how strongly the update is kept small."""
 
-        l2: float = option(10.0, "weight L2 of keeping the update small")
+        l2: float = option(10.0, "weight L2 of keeping the update small, against ||P k||^2 of an edit's key")
+        l2_kind: Literal["absolute", "relative"] = option(
+            "absolute", "relative: in units of the mean ||P k||^2 on reference text, which no model's scale changes"
+        )
         nullspace_threshold: float = option(2e-2, "what counts as unused; its meaning is threshold_kind")
         threshold_kind: Literal["absolute", "relative"] = option(
             "absolute",
@@ -56,11 +59,14 @@ class AlphaEdit(InverseGramEditor):
         from editcli.leastsquares import InverseGram, double, eigh
 
         values, vectors = eigh(double(session.second_moment(site), session.device), site=site.module)
-        null = vectors[:, self._unused(values)]
+        unused = self._unused(values)
+        null = vectors[:, unused]
         self.ranks[site.module] = rank = null.shape[1]
         self._check_rank(rank, values, site)
         session.reporter.note(f"{site.module}: edits may use {rank} of {len(values)} directions")
-        matrix = null @ null.T / self.options.l2
+        # The mean of ||P k||^2 on reference text is trace(P Cov), the sum of the eigenvalues that P keeps.
+        unit = float(values[unused].sum()) if self.options.l2_kind == "relative" else 1.0
+        matrix = null @ null.T / (self.options.l2 * max(unit, 1e-30))
         return InverseGram.of(matrix, site=site.module, device=session.device, reporter=session.reporter)
 
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:

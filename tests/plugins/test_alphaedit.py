@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import OptionError
+from editcli.interfaces import Problem
 from editcli_alphaedit.editor import AlphaEdit
 
 
@@ -57,6 +58,18 @@ def test_relative_threshold_does_not_depend_on_the_scale(session, monkeypatch):
     monkeypatch.setattr(session, "second_moment", lambda site: 1e6 * moment(site))
     scaled.prepare(session)
     assert plain.ranks == scaled.ranks == {site.module: session.small for site in session.sites}
+
+
+def test_relative_l2_does_not_depend_on_the_scale_of_the_keys(session, monkeypatch, close):
+    options = AlphaEdit.Options(threshold_kind="relative", nullspace_threshold=0.01, l2=0.5, l2_kind="relative")
+    plain, scaled, site = AlphaEdit(options), AlphaEdit(options), session.sites[0]
+    plain.prepare(session)
+    moment = session.second_moment
+    monkeypatch.setattr(session, "second_moment", lambda site: 100 * moment(site))
+    scaled.prepare(session)
+    keys, residual = session.random("k", size=(session.shape[1], 3)), session.random("r", size=(session.shape[0], 3))
+    once, again = (e.solve(Problem(site, k, residual)).dense() for e, k in ((plain, keys), (scaled, 10 * keys)))
+    close(10 * again, once)
 
 
 @pytest.mark.parametrize(("threshold", "change"), [(1e-9, "raise"), (1e9, "lower")])
