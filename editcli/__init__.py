@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from editcli.architectures import Family as Family
     from editcli.edits import EditRequest as EditRequest
     from editcli.edits import read_edits as read_edits
     from editcli.errors import EditError as EditError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from editcli.errors import RequestError as RequestError
     from editcli.errors import StateError as StateError
     from editcli.errors import StatisticsError as StatisticsError
+    from editcli.evaluation import evaluate as evaluate
+    from editcli.formats import Format as Format
     from editcli.hookspecs import hookimpl as hookimpl
     from editcli.interfaces import Component as Component
     from editcli.interfaces import Diagnostic as Diagnostic
@@ -30,16 +33,25 @@ if TYPE_CHECKING:
     from editcli.interfaces import Stabilizer as Stabilizer
     from editcli.interfaces import Update as Update
     from editcli.interfaces import Values as Values
+    from editcli.model import open_model as open_model
+    from editcli.model import resolve_model as resolve_model
+    from editcli.library import EditStream as EditStream
     from editcli.options import option as option
     from editcli.plugins import load_plugins as load_plugins
     from editcli.recipe import Recipe as Recipe
     from editcli.report import RunReport as RunReport
+    from editcli.session import ModelSession as ModelSession
+    from editcli.stream import Stream as Stream
 
 API_VERSION = 1
 """Version of the plugin interface; it grows when a plugin written for the one before would break."""
 
 _HOMES = {
-    "editcli.edits": ("EditRequest", "read_edits"),
+    "editcli.architectures": ("Family",),
+    "editcli.edits": (
+        "EditRequest",
+        "read_edits",
+    ),
     "editcli.errors": (
         "EditError",
         "GuardError",
@@ -51,6 +63,8 @@ _HOMES = {
         "StateError",
         "StatisticsError",
     ),
+    "editcli.evaluation": ("evaluate",),
+    "editcli.formats": ("Format",),
     "editcli.hookspecs": ("hookimpl",),
     "editcli.interfaces": (
         "Component",
@@ -63,10 +77,17 @@ _HOMES = {
         "Update",
         "Values",
     ),
+    "editcli.model": (
+        "open_model",
+        "resolve_model",
+    ),
+    "editcli.library": ("EditStream",),
     "editcli.options": ("option",),
     "editcli.plugins": ("load_plugins",),
     "editcli.recipe": ("Recipe",),
     "editcli.report": ("RunReport",),
+    "editcli.session": ("ModelSession",),
+    "editcli.stream": ("Stream",),
 }
 """Where each public name lives."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -22,6 +23,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``editcli`` and return its exit code."""
     _quieten_libraries()
+    _accept_any_text()
     app: App | None = None
     try:
         app = App(load_plugins())
@@ -78,6 +80,12 @@ def _warn_broken(app: App) -> None:
     for name, reason in app.plugins.broken.items():
         first_line = " ".join(reason.split())
         click.echo(f"warning: plugin {name!r} could not be loaded and is left out: {first_line}", err=True)
+
+
+def _accept_any_text() -> None:
+    """Write what a stream cannot encode, such as a file name that is not UTF-8, as an escape instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _quieten_libraries() -> None:

@@ -177,3 +177,10 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_quiet_and_verbose_work_before_and_after_the_command() -> None:
     for arguments in (["-q", "plugins"], ["plugins", "-q"], ["-v", "plugins"], ["plugins", "--verbose"]):
         assert run(*arguments).returncode == 0
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    (tmp_path / "facts.jsonl").write_text('{"prompt": "{} is", "subject": "\u6771\u4eac", "target_new": "Rome"}')
+    done = run("check", str(tmp_path / "facts.jsonl"), PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u6771" in done.stdout

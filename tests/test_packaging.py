@@ -18,6 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+import editcli
 from editcli import API_VERSION, __version__
 from editcli.cli import COMMANDS, build_cli
 from editcli.cli.common import App
@@ -73,6 +74,19 @@ def test_the_version_is_the_packages_and_in_the_changelog() -> None:
     assert __version__ == PROJECT["version"]
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert API_VERSION == 1
+
+
+def test_every_public_name_can_be_imported_and_is_known_to_type_checkers() -> None:
+    tree = ast.parse((ROOT / "editcli" / "__init__.py").read_text(encoding="utf-8"))
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    declared = {(node.module, node.names[0].asname) for node in checked.body if isinstance(node, ast.ImportFrom)}
+    served = {(module, name) for module, names in editcli._HOMES.items() for name in names}
+    assert declared == served
+    for _, name in served:
+        assert getattr(editcli, name) is not None
+        assert name in dir(editcli)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = editcli.no_such_name
 
 
 def test_ci_runs_the_readmes_own_commands() -> None:

@@ -141,7 +141,7 @@ def test_a_broken_plugin_is_left_out_and_says_why(site: Path, code: str, reason:
 def test_a_misspelt_hook_is_refused_when_it_is_registered() -> None:
     plugins = Plugins()
     with pytest.raises(PluginError, match="editcli_stabilisers"):
-        plugins.register(plugin(editcli_stabilisers=list), "misspelt")
+        plugins.register(plugin(editcli_stabilisers=lambda: [Other]), "misspelt")
     plugins.register(plugin(editcli_editors=lambda: [Other]), "other")
     assert "other" in plugins.all("editor")
 
