@@ -40,7 +40,10 @@ class EditRow:
 
 def edit_rows(history: History) -> Iterator[EditRow]:
     """Yield every edit in the order in which it was written, then those that were not."""
-    refused = {str(line.get("id")): line for line in read_lines(history.folder.rejected)}
+    rejected = read_lines(history.folder.rejected)
+    # A line without a file tells of an edit that was read and then given up; an unusable line of a file is no edit,
+    # and its id may be the very id that made it unusable.
+    refused = {str(line.get("id")): line for line in rejected if line.get("file") is None}
     answers = {str(line.get("id")): line for line in read_lines(history.folder.folder / FILE)}
     norms = {edit.id: edit.norm for edit in history.top_edits(None)}
     records = history.requests()
@@ -50,9 +53,10 @@ def edit_rows(history: History) -> Iterator[EditRow]:
             outcome = REJECTED if refusal else _outcome(answers.get(name))
             note = str(refusal["reason"]) if refusal else _note(answers.get(name))
             yield _row(name, records.get(name, {}), batch.step, norms.get(name), outcome, note)
-    for name, line in refused.items():
-        place = f"line {line['line']}: " if line.get("line") else ""
-        yield _row(name, {}, None, None, REJECTED, place + str(line.get("reason", "")))
+    for line in (*refused.values(), *(line for line in rejected if line.get("file") is not None)):
+        place = ":".join(str(line[key]) for key in ("file", "line") if line.get(key) is not None)
+        note = f"{place}: {line.get('reason', '')}" if place else str(line.get("reason", ""))
+        yield _row(str(line.get("id") or ""), {}, None, None, REJECTED, note)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -128,19 +128,22 @@ def test_outcomes(make_run, tmp_path):
     ]
     (run / "editcli" / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{torn")
     (run / "editcli" / "rejected.jsonl").write_text(
-        '{"id": "e4", "line": 5, "reason": "its value was too long"}\n{"id": "x", "line": 9, "reason": "bad JSON"}\n'
+        '{"id": "e4", "line": 5, "reason": "its value was too long", "file": null}\n'
+        '{"id": "e0", "line": 9, "reason": "id used before", "file": "facts.jsonl"}\n'
+        '{"id": null, "line": 12, "reason": "bad JSON", "file": "facts.jsonl"}\n'
     )
-    rows = {row.id: row for row in edit_rows(read_history(run))}
-    assert list(rows) == ["e0", "e1", "e2", "e3", "e4", "e5", "x"]
-    words = [row.outcome for row in rows.values()]
-    assert words == ["answered", "likelier", "missed", "written", "rejected", "written", "rejected"]
+    found = list(edit_rows(read_history(run)))
+    assert [row.id for row in found] == ["e0", "e1", "e2", "e3", "e4", "e5", "e0", ""]
+    words = [row.outcome for row in found]
+    assert words == ["answered", "likelier", "missed", "written", "rejected", "written", "rejected", "rejected"]
+    rows = {row.id: row for row in found[:6]}
     assert rows["e1"].note == "1/2 paraphrases answered"
     assert rows["e4"].note == "its value was too long"
-    assert rows["x"].note == "line 9: bad JSON"
+    assert [row.note for row in found[6:]] == ["facts.jsonl:9: id used before", "facts.jsonl:12: bad JSON"]
     assert (rows["e5"].prompt, rows["e5"].true, rows["e5"].step) == ("Person 5 lives in", "Rome", 2)
     page = page_of(run, tmp_path / "page.html")
     assert "answered (1)" in page
-    assert "rejected (2)" in page
+    assert "rejected (3)" in page
 
 
 def test_a_run_that_just_began_has_a_page(make_run, tmp_path):
