@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from editcli.interfaces import Stabilizer as Stabilizer
     from editcli.interfaces import Update as Update
     from editcli.interfaces import Values as Values
+    from editcli.library import EditStream as EditStream
     from editcli.model import open_model as open_model
     from editcli.model import resolve_model as resolve_model
-    from editcli.library import EditStream as EditStream
     from editcli.options import option as option
     from editcli.plugins import load_plugins as load_plugins
     from editcli.recipe import Recipe as Recipe

@@ -68,6 +68,7 @@ class Run:
         self.planned, self.folder, self.plugins = planned, folder, plugins
         self.recipe, self.reporter, self.clock = planned.recipe, reporter, clock
         self.status, self.verdict = DONE, None
+        self.read = 0
         self.recovered = self._recover()
         self.rejections = Rejections(folder, planned, self.edits_file)
 
@@ -78,7 +79,7 @@ class Run:
         todo = self.todo()
         before = self._evaluate([*self.done, *(request for batch in todo for request in batch)])
         with self.clock.spent("prepare"):
-            stream = self._stream()
+            stream = self.stream()
             self.begin(stream)
         self.read = len(stream.position.requests) + sum(map(len, todo)) + len(self.rejections.all)
         with Interrupts(self.reporter) as interrupts:
@@ -90,7 +91,7 @@ class Run:
             step = stream.position.step
             self.reporter.note(f"Interrupted after {step} batches; 'editcli apply' with --resume goes on")
             return report
-        return self._finish(stream, before)
+        return self.finish(stream, before)
 
     @property
     def edits_file(self) -> str | None:
@@ -185,7 +186,8 @@ class Run:
                     f"{part.name} acts on target values, and {planned.editor.name} has none: it changes nothing here"
                 )
 
-    def _stream(self) -> Stream:
+    def stream(self) -> Stream:
+        """Return the stream of this run, neither started nor resumed."""
         recipe, planned = self.recipe, self.planned
         moments = SecondMoments(
             self.loaded,
@@ -259,7 +261,7 @@ class Run:
         if interrupts.asked:
             self.status = INTERRUPTED
 
-    def _finish(self, stream: Stream, before: Evaluation | None) -> RunReport:
+    def finish(self, stream: Stream, before: Evaluation | None) -> RunReport:
         """Save the model as it is read out, verify the folder, write the record and the card."""
         applied = stream.position.requests
         with stream.session.read_out(self.planned.stabilizers) as weights:

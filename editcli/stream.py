@@ -80,7 +80,8 @@ class Stream:
         self.reports: list[BatchReport] = []
         self._ids: set[str] = set()
         self._base_norms = {site: float(session.baseline(site).norm()) for site in session.sites}
-        self._whole = True
+        self.whole = True
+        """False once a batch failed half-way: memory and folder then differ, and the folder is right."""
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
@@ -101,6 +102,8 @@ class Stream:
 
     def apply(self, requests: Sequence[EditRequest]) -> BatchReport:
         """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is kept."""
+        if not requests:
+            raise StateError("there is no edit in this batch")
         self._refuse(requests)
         before = self.session.masters()
         step = self.position.step + 1
@@ -120,7 +123,7 @@ class Stream:
                 self.session.restore(before)
                 raise
             # From here on a failure leaves weights, editor and journal apart; what is on disk stays whole.
-            self._whole = False
+            self.whole = False
             commit(self.session, self.stack.editor, requests, written)
         report = BatchReport(
             step=step,
@@ -131,7 +134,7 @@ class Stream:
             seconds=written.seconds,
         )
         self._record(requests, written, report)
-        self._whole = True
+        self.whole = True
         return report
 
     def save(self) -> None:
@@ -218,7 +221,7 @@ class Stream:
             yield
 
     def _refuse(self, requests: Sequence[EditRequest]) -> None:
-        if not self._whole:
+        if not self.whole:
             raise StateError(f"a batch of the stream in {self.folder.out} failed half-way; open it again and resume")
         seen = set(self._ids)
         for request in requests:
