@@ -15,7 +15,6 @@ from editcli.cli.settings import config_option
 @option(
     "-o",
     "--output",
-    "target",
     type=click.Path(path_type=Path),
     default=Path("report.html"),
     show_default=True,
@@ -49,7 +48,7 @@ def report(
     app: App,
     /,
     run: str,
-    target: Path,
+    output: Path,
     base: str | None,
     spectra: bool,
     tau: float,
@@ -67,7 +66,7 @@ def report(
     from editcli.planning import brought_families
     from editcli.verdict import parse_thresholds
 
-    check_page(target)
+    check_page(output)
     found = inspect(
         run,
         wanted=Wanted(norms=True, spectral=spectra, tau=tau, thresholds=parse_thresholds(thresholds)),
@@ -76,5 +75,5 @@ def report(
         families=brought_families(app.plugins),
         reporter=app.reporter,
     )
-    write_page(target, run_page(found))
-    app.reporter.note(f"Written to {target}")
+    write_page(output, run_page(found))
+    app.reporter.note(f"Written to {output}")

@@ -332,6 +332,19 @@ def test_the_page_fits_and_follows_the_theme(make_run, tmp_path, browser, width,
 
 
 @needs_browser
+def test_print_is_black_on_white_without_controls(make_run, tmp_path, browser):
+    target = tmp_path / "page.html"
+    page_of(make_run(people(4)), target, "--no-spectra")
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.devtools("Emulation.setEmulatedMedia", media="print", features=dark)
+    browser.open(target)
+    assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.run("return getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+    assert browser.run("return document.getElementById('search').offsetParent") is None
+    browser.devtools("Emulation.setEmulatedMedia", media="", features=[])
+
+
+@needs_browser
 def test_two_thousand_edits_are_light_and_quick(make_run, tmp_path, browser):
     target = tmp_path / "page.html"
     page_of(make_run(people(2000), batch=10, scale=0.01), target)
