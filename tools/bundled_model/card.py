@@ -28,7 +28,7 @@ and writes only short plain sentences.
 | parameters | $parameters |
 | tokenizer | byte-level BPE, $vocabulary tokens, trained on the same text; begin token before every text |
 | weights | bfloat16 |
-| training | $steps steps of $tokens tokens, $minutes minutes on two processor cores |
+| training | $steps steps of $tokens tokens, $minutes minutes on two processor cores that were shared with other work |
 
 ## Measured
 

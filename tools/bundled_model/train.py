@@ -49,8 +49,8 @@ class Settings:
     # The rate stays up until the sample's recall has risen this far, or until the last step at which decay can begin.
     decay_recall: float = 0.95
     decay_earliest: int = 0
-    decay_latest: int = 3000
-    decay_steps: int = 900
+    decay_latest: int = 750
+    decay_steps: int = 800
     real_repeats: float = 1.5
     # In the decay this share of the rows keeps the bottleneck; the others see what the model sees when it is used.
     decay_bottleneck: float = 0.5
