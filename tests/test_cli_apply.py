@@ -96,7 +96,7 @@ def test_a_run_leaves_an_ordinary_folder_and_ends_with_a_table(
     assert weights() != weights(models[family])
     loaded = AutoModelForCausalLM.from_pretrained("facts-edited", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained("facts-edited", local_files_only=True)
-    assert loaded.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=1).numel()
+    assert loaded(tokenizer("The capital of France is", return_tensors="pt").input_ids).logits.isfinite().all()
 
 
 def test_json_is_one_document_and_equals_the_record(apply: Any) -> None:
