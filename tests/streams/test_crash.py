@@ -1,0 +1,159 @@
+"""Killing a stream at any moment, filling its disk, cutting its files: what is finished later is what never broke."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from editcli.recovery import recover
+from editcli.state import RunFolder
+
+FAULTS = """
+import os, pathlib, signal
+left = {call}
+def strikes():
+    global left
+    left -= 1
+    return left == 0
+def strike():
+    {strike}
+class Torn:
+    # A file whose write may end in the middle.
+    def __init__(self, file): self._file = file
+    def __getattr__(self, name): return getattr(self._file, name)
+    def __enter__(self): return self
+    def __exit__(self, *error): self._file.close()
+    def write(self, data):
+        if strikes():
+            self._file.write(bytes(data)[: len(data) // 2])
+            self._file.flush()
+            strike()
+        return self._file.write(data)
+def faulty(real):
+    def call(*arguments, **options):
+        if strikes():
+            strike()
+        return real(*arguments, **options)
+    return call
+os.fsync = faulty(lambda descriptor: None)
+os.replace = faulty(os.replace)
+os.fdopen = (lambda real: lambda *arguments: Torn(real(*arguments)))(os.fdopen)
+def open_file(path, mode="r", *arguments, real=pathlib.Path.open, **options):
+    file = real(path, mode, *arguments, **options)
+    return Torn(file) if mode == "ab" else file
+pathlib.Path.open = open_file
+"""
+"""A prelude: the n-th of all writes, syncs and renames is where it strikes."""
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+FULL = "import errno; raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
+
+
+def faults(call: int, strike: str) -> str:
+    return FAULTS.format(call=call, strike=strike)
+
+
+@pytest.mark.parametrize("stack", ["memit", "alphaedit", "rlsedit"])
+def test_a_stream_killed_again_and_again_ends_as_if_unbroken(
+    shop: Any, finished: Callable[[str], Path], helpers: Any, stack: str
+) -> None:
+    chooser, kills = random.Random(stack), 0
+    # What a run does at its end is few of its calls, so the last kills are aimed at it.
+    for call in [*(chooser.randint(1, 40) for _ in range(5)), *(chooser.randint(1, 12) for _ in range(3))]:
+        ended = shop.apply("out", *helpers.STACKS[stack], *helpers.again(shop, "out"), prelude=faults(call, KILL))
+        assert ended.code in (0, -9), ended.err
+        kills += ended.code == -9
+    ended = shop.apply("out", *helpers.STACKS[stack], "--resume")
+    assert ended.code == 0, ended.err
+    assert kills >= 7
+    helpers.same_stream(shop.folder / "out", finished(stack))
+    assert not list((shop.folder / "out").rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("call", [1, 5, 12, 20, 28, 40, 55])
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    shop: Any, finished: Callable[[str], Path], helpers: Any, call: int
+) -> None:
+    ended = shop.apply("out", *helpers.STACKS["memit"], prelude=faults(call, FULL))
+    assert ended.code == 1
+    assert "No space left on device" in ended.err.splitlines()[-1]
+    assert "Traceback" not in ended.err
+    ended = shop.apply("out", *helpers.STACKS["memit"], *helpers.again(shop, "out"))
+    assert ended.code == 0, ended.err
+    helpers.same_stream(shop.folder / "out", finished("memit"))
+
+
+def test_a_run_killed_before_its_first_snapshot_is_no_obstacle(
+    shop: Any, finished: Callable[[str], Path], helpers: Any
+) -> None:
+    prelude = f"import os, signal\nfrom editcli.stream import Stream\nStream.begin = lambda self: {KILL}"
+    for arguments in ((), ("--resume",)):
+        assert shop.apply("out", *helpers.STACKS["memit"], prelude=prelude).code == -9
+        assert shop.apply("out", *helpers.STACKS["memit"], *arguments).code == 0
+        helpers.same_stream(shop.folder / "out", finished("memit"))
+        shutil.rmtree(shop.folder / "out")
+
+
+def test_a_kill_is_mended_by_a_process_of_its_own(shop: Any, finished: Callable[[str], Path], helpers: Any) -> None:
+    prelude = helpers.STOP_AFTER.format(step=2, signal="SIGKILL")
+    assert shop.apply("out", *helpers.STACKS["rlsedit"], prelude=prelude).code == -9
+    command = shop.command("out", *helpers.STACKS["rlsedit"], "--resume")
+    subprocess.run([sys.executable, "-m", "editcli", *command], cwd=shop.folder, check=True, capture_output=True)
+    helpers.same_stream(shop.folder / "out", finished("rlsedit"))
+
+
+def test_batches_after_the_last_snapshot_are_done_again(
+    shop: Any, finished: Callable[[str], Path], helpers: Any
+) -> None:
+    prelude = helpers.STOP_AFTER.format(step=3, signal="SIGKILL")
+    spaced = ("--checkpoint-every", "100")
+    assert shop.apply("out", *helpers.STACKS["alphaedit"], *spaced, prelude=prelude).code == -9
+    recovered = recover(RunFolder(shop.folder / "out"))
+    assert (recovered.snapshot.step, recovered.lost) == (0, 3)
+    assert shop.apply("out", *helpers.STACKS["alphaedit"], *spaced, "--resume").code == 0
+    helpers.same_stream(shop.folder / "out", finished("alphaedit"))
+
+
+def test_a_kill_while_an_old_run_is_overwritten_can_be_repeated(
+    shop: Any, finished: Callable[[str], Path], helpers: Any
+) -> None:
+    shutil.copytree(finished("memit"), shop.folder / "out")
+    prelude = (
+        "import os, pathlib, signal\n"
+        "def unlink(path, *rest, real=pathlib.Path.unlink, **options):\n"
+        f"    {KILL} if path.name == 'model.safetensors' else real(path, *rest, **options)\n"
+        "pathlib.Path.unlink = unlink"
+    )
+    assert shop.apply("out", *helpers.STACKS["rlsedit"], "--overwrite", prelude=prelude).code == -9
+    assert shop.apply("out", *helpers.STACKS["rlsedit"], "--overwrite").code == 0
+    helpers.same_stream(shop.folder / "out", finished("rlsedit"))
+
+
+def test_a_second_process_is_refused_and_the_first_is_unharmed(
+    shop: Any, finished: Callable[[str], Path], helpers: Any
+) -> None:
+    wait = (
+        "import pathlib, time\nfrom editcli.stream import Stream\n"
+        "def apply(self, requests, real=Stream.apply):\n"
+        "    pathlib.Path('begun').touch()\n"
+        "    while not pathlib.Path('go').exists(): time.sleep(0.01)\n"
+        "    return real(self, requests)\n"
+        "Stream.apply = apply"
+    )
+    first = shop.start(*shop.command("out", *helpers.STACKS["memit"]), prelude=wait)
+    while not (shop.folder / "begun").exists():
+        pass
+    for arguments in (("--resume",), ("--overwrite",)):
+        second = shop.apply("out", *helpers.STACKS["memit"], *arguments)
+        assert second.code == 1
+        assert "in use by another editcli process" in second.err
+    (shop.folder / "go").touch()
+    assert first.wait().code == 0
+    helpers.same_stream(shop.folder / "out", finished("memit"))
