@@ -21,7 +21,7 @@ from editcli.model import ModelSource, load_config, resolve_model
 from editcli.presets import Preset, load_preset
 from editcli.report import Reporter, Silent
 from editcli.spectra import Method, Similarity
-from editcli.verdict import UNKNOWN, Thresholds, Verdict, judge, parse_thresholds, worst
+from editcli.verdict import FINE, UNKNOWN, Thresholds, Verdict, judge, parse_thresholds, worst
 
 BASE_TOLERANCE = 0.02
 """Relative difference of R_n, recorded against measured, above which the base must be another model."""
@@ -92,6 +92,8 @@ class SiteInspection:
     drift: float | None = None
     similarity: Similarity | None = None
     verdict: Verdict = UNKNOWN
+    since: tuple[int, str] | None = None
+    """The batch from which on the site is no longer fine, counted from 1, and its first edit; None when it is."""
 
     @property
     def ratio(self) -> float | None:
@@ -168,7 +170,8 @@ def inspect(
     with reporter.phase("inspect", len(layers), "sites") as advance:
         sites = []
         for layer in layers:
-            sites.append(reader.site(layer, in_preset=layer in preset.layers))
+            site = reader.site(layer, in_preset=layer in preset.layers)
+            sites.append(_dated(site, history, wanted.thresholds))
             advance(1)
     if base is None and history is not None and before is not None:
         _warn_of_other_base(history, sites, before, reporter)
@@ -305,6 +308,14 @@ def _verdict(thresholds: Thresholds, now: Figures, base: Figures, drift: float |
     )
 
 
+def _dated(site: SiteInspection, history: History | None, thresholds: Thresholds) -> SiteInspection:
+    """Add the batch since which a site is no longer fine."""
+    if history is None or site.verdict.word in (None, FINE):
+        return site
+    batch = history.since(site.site.module, thresholds)
+    return site if batch is None else replace(site, since=(batch.step, batch.edits[0]))
+
+
 def _nonfinite(bare: SiteInspection) -> SiteInspection:
     return replace(bare, verdict=judge(Thresholds(), ratio=math.nan))
 
@@ -340,6 +351,7 @@ def _site_json(site: SiteInspection) -> dict[str, Any]:
         "in_preset": site.in_preset,
         "verdict": site.verdict.word,
         "reasons": list(site.verdict.reasons),
+        "since": site.since and {"step": site.since[0], "edit": site.since[1]},
         "error": None if now is None else max(now.error, base.error if base else 0.0),
         "singular_values": list(now.values) if now and now.values else None,
         "base_spectral": base and base.spectral,

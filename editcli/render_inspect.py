@@ -167,7 +167,8 @@ def _head(found: Inspection) -> Text:
 
 
 def _reasons(site: SiteInspection) -> Text:
-    return Text(f"layer {site.site.layer} is {site.verdict.word}: {'; '.join(site.verdict.reasons)}")
+    text = f"layer {site.site.layer} is {site.verdict.word}: {'; '.join(site.verdict.reasons)}"
+    return Text(text + (f"; no longer fine since batch {site.since[0]} (edit {site.since[1]})" if site.since else ""))
 
 
 def _notes(found: Inspection) -> Iterator[str]:

@@ -265,6 +265,25 @@ def test_the_tables_say_what_matters(make_run):
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+def test_it_is_known_since_which_edit_a_site_is_not_fine(make_run):
+    run = make_run(scale=0.35)
+    found = inspect(run, wanted=NORMS)
+    for site in found.sites:
+        words = [
+            judge(Thresholds(), ratio=ratio, drift=drift).word
+            for ratio, drift in zip(
+                *(found.history.series(site.site.module, name) for name in ("ratio", "drift")), strict=True
+            )
+        ]
+        fine = words.count("fine")
+        assert words == ["fine"] * fine + words[fine:]
+        expected = (fine + 1, f"e{2 * fine}") if fine < len(words) else None
+        assert site.since == expected
+    assert any(site.since for site in found.sites)
+    assert "no longer fine since batch" in " ".join(run_cli("inspect", run, "--norms").stdout.split())
+    assert inspect(make_run(scale=1e-4, name="calm"), wanted=NORMS).sites[0].since is None
+
+
 def test_thresholds_can_be_changed(make_run):
     run = make_run(scale=3.0)
     limits = [f"collapsing_{name}=1e9" for name in ("ratio", "drift", "spectral")]
