@@ -182,7 +182,7 @@ def choose_sites(
     recipe: Recipe, preset: Preset, architecture: Architecture, checkpoint: Checkpoint, editor: Editor
 ) -> tuple[Site, ...]:
     """Return the sites to edit: the layers asked for, else the preset's; only the last for a single-site editor."""
-    layers = recipe.layers or preset.layers
+    layers = recipe.layers or preset.layers_for(editor.name)
     if not layers:
         raise OptionError(f"the model has only {architecture.layers} layers, too few to guess sites; pass --layers")
     if max(layers) >= architecture.layers:

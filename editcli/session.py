@@ -281,8 +281,11 @@ def generate_prefixes(loaded: LoadedModel, options: TargetOptions, *, seed: int)
         ids = loaded.tokens.tokenizer(start, return_tensors="pt")["input_ids"].to(loaded.input_device)
         for _ in range(options.prefix_tokens):
             logits = loaded.model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
-            # A special token would end the text, or vanish from it when it is decoded.
-            logits[loaded.tokens.tokenizer.all_special_ids] = float("-inf")
+            # A special token would end the text, or vanish from it when it is decoded. Some tokenizers have more of
+            # them than the model has logits.
+            logits[
+                [special for special in loaded.tokens.tokenizer.all_special_ids if special < len(logits)]
+            ] = -torch.inf
             # Sampling from the ten likeliest keeps the prefixes readable; on the CPU it is the same on every device.
             best = torch.topk(logits, k=min(10, len(logits)))
             choice = torch.multinomial(torch.softmax(best.values, dim=0), 1, generator=generator)

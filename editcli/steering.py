@@ -145,7 +145,8 @@ class Steering:
             seen["block"], seen["example"] = first(output), output
 
         def see_mlp(module: Any, entered: Tensor, output: Any) -> None:
-            seen["mlp"] = first(output)
+            # A copy, because some parallel blocks add the attention's output to this very tensor.
+            seen["mlp"] = first(output).clone()
 
         with ExitStack() as stack:
             stack.enter_context(tapped(architecture.mlp(self.layer), see_mlp))

@@ -138,6 +138,8 @@ class _Optimiser:
         self.initial, self.written = self.steering.at_lookup()[bare], self.steering.outputs[bare]
         # Where a norm stands between delta and the stream, delta is measured against what it is added to.
         self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
+        # In front of a norm the length of what delta is added to is arbitrary, so steps are taken relative to it.
+        self.unit = torch.ones_like(self.length) if self.norm is None else self.length / self.initial.shape[1] ** 0.5
 
     def run(self, advance: Callable[[int], None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (target, initial, written, loss), the first three (n, d)."""
@@ -171,7 +173,8 @@ class _Optimiser:
         square = moments[1][active].mul(second_beta).addcmul(gradient, gradient, value=1 - second_beta)
         moments[0][active], moments[1][active] = mean, square
         denominator = (square / (1 - second_beta**step)).sqrt() + ADAM_EPSILON
-        moved = delta[active] - self.options.lr * (mean / (1 - first_beta**step)) / denominator
+        rate = self.options.lr * self.unit[active][:, None]
+        moved = delta[active] - rate * (mean / (1 - first_beta**step)) / denominator
         bound = self.options.clamp * self.length[active]
         delta[active] = moved * (bound / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
 

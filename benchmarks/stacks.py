@@ -1,0 +1,152 @@
+"""Every editor with every stabilizer on the bundled model: what 200 edits do.
+
+``python -m benchmarks.stacks`` edits the first 200 facts of the sample stream with each stack, in batches of 100, prints
+a table and writes benchmarks/results/stacks.json and a Markdown table for the documentation. Stacks that are already in
+the JSON file are not run again, so the command can be stopped and repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from editcli.edits import EditRequest, read_edits
+from editcli.errors import EditError
+from editcli.evaluation import evaluate
+from editcli.guards import refuse_nonfinite
+from editcli.interfaces import Site, Stabilizer, Update
+from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.options import build, merge
+from editcli.pipeline import commit, edit_batch
+from editcli.planning import component, pilot_source
+from editcli.plugins import Plugins, load_plugins
+from editcli.presets import load_preset
+from editcli.session import ModelSession
+from editcli.statistics import SecondMoments
+from editcli.targets import TargetOptions
+
+STREAM = Path(__file__).parents[1] / "sample_edits" / "stream.jsonl"
+EDITORS = ("memit", "alphaedit", "rlsedit", "rome", "ft", "ultraedit")
+STABILIZERS = ("", "nas", "revive", "rect", "prune", "clip", "nas+revive")
+COLUMNS = ("efficacy", "generalization", "specificity", "ratio")
+
+Settings = Mapping[str, Mapping[str, Any]]
+
+
+class StackBench:
+    """A loaded model whose edits are taken back after every stack."""
+
+    def __init__(self, loaded: LoadedModel, plugins: Plugins, *, corpus: str | None = None):
+        self.loaded, self.plugins = loaded, plugins
+        self.moments = SecondMoments(loaded, corpus=corpus)
+
+    def run(
+        self,
+        stack: Sequence[str],
+        edits: Sequence[EditRequest],
+        *,
+        batch: int,
+        layers: Sequence[int],
+        settings: Settings,
+    ) -> dict[str, Any]:
+        """Edit in batches, an editor's name before its stabilizers', and measure everything at the end."""
+        started = time.perf_counter()
+        editor = component(self.plugins, "editor", stack[0], settings)
+        stabilizers = [component(self.plugins, "stabilizer", name, settings) for name in stack[1:]]
+        session = ModelSession(
+            self.loaded,
+            layers[-1:] if editor.single_site else layers,
+            options=build(TargetOptions, settings.get("targets", {}), owner="targets"),
+            second_moment=self.moments,
+            pilots=pilot_source(edits),
+        )
+        before = session.masters()
+        try:
+            for part in (editor, *stabilizers):
+                part.prepare(session)
+            for start in range(0, len(edits), batch):
+                chosen = edits[start : start + batch]
+                written = edit_batch(session, editor, stabilizers, chosen, _finite)
+                commit(session, editor, chosen, written)
+            return {**self._measure(session, stabilizers, edits), "seconds": time.perf_counter() - started}
+        finally:
+            session.restore(before)
+
+    def _measure(
+        self, session: ModelSession, stabilizers: Sequence[Stabilizer], edits: Sequence[EditRequest]
+    ) -> dict[str, Any]:
+        with session.read_out(stabilizers) as weights:
+            found = evaluate(self.loaded, edits, metrics=("counterfact",))
+            ratios = [float(weight.norm() / session.baseline(site).norm()) for site, weight in weights.items()]
+        return {
+            "efficacy": found.efficacy_accuracy,
+            "generalization": found.generalization_accuracy,
+            "specificity": found.specificity_accuracy,
+            "efficacy_success": found.efficacy_success,
+            "specificity_success": found.specificity_success,
+            "ratio": max(ratios),
+        }
+
+
+def _finite(site: Site, update: Update) -> None:
+    refuse_nonfinite(f"the update of {site.module}", (update.left, update.right), where="in this benchmark")
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Return the results as a Markdown table."""
+    lines = ["| stack | efficacy | generalization | specificity | largest R_n | seconds |", "|---|---|---|---|---|---|"]
+    for stack, row in results.items():
+        if "error" in row:
+            lines.append(f"| {stack} | {row['error']} | | | | |")
+        else:
+            cells = " | ".join(f"{row[name]:.2f}" for name in COLUMNS)
+            lines.append(f"| {stack} | {cells} | {row['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+@click.command()
+@click.option("--model", help="A folder; the bundled model by default.")
+@click.option("--edits", default=200, show_default=True)
+@click.option("--batch", default=100, show_default=True)
+@click.option("--editor", "editors", multiple=True, default=EDITORS, show_default=True)
+@click.option("--file", "stream", type=click.Path(path_type=Path), default=STREAM, show_default=False)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path(__file__).parent / "results" / "stacks.json",
+    show_default=False,
+)
+def main(model: str | None, edits: int, batch: int, editors: tuple[str, ...], stream: Path, out: Path) -> None:
+    """Run every stack that is not in the results yet, and print the table."""
+    loaded, plugins = open_model(resolve_model(model)), load_plugins()
+    preset = load_preset(loaded.model.config, loaded.architecture)
+    bench = StackBench(loaded, plugins)
+    requests = read_edits(stream, limit=edits).requests
+    results: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for editor in editors:
+        for names in STABILIZERS:
+            stack = [editor, *filter(None, names.split("+"))]
+            title = " + ".join(stack)
+            if title in results:
+                continue
+            # One edit at a time is what ROME is; the others are compared at the same batch size.
+            size = 1 if editor == "rome" else batch
+            try:
+                row = bench.run(stack, requests, batch=size, layers=preset.layers, settings=merge(preset.settings))
+                results[title] = {"batch": size, **row}
+            except EditError as error:
+                results[title] = {"error": str(error)}
+            out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+            click.echo(f"{title}: {results[title]}")
+    out.with_suffix(".md").write_text(markdown(results), "utf-8")
+    click.echo(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
