@@ -30,7 +30,18 @@ class Stack:
         """Let every component measure the unedited model."""
         for part in self.parts.values():
             part.prepare(session)
+        self.settle(session)
         session.forget_moments()
+
+    def settle(self, session: ModelSession) -> None:
+        """Have every component hold its state in the layout in which a resumed run will find it.
+
+        Kernels round differently on a transposed matrix, so a stream that is resumed would part from one that was not.
+        """
+        for part in self.parts.values():
+            state = part.state_dict()
+            if not all(tensor.is_contiguous() for tensor in state.values()):
+                part.load_state_dict({key: tensor.contiguous() for key, tensor in state.items()}, session)
 
     def state(self) -> dict[str, Tensor]:
         """Return the state of all components."""
@@ -48,4 +59,5 @@ class Stack:
                 part.prepare(session)
             else:
                 part.load_state_dict(state, session)
+        self.settle(session)
         session.forget_moments()

@@ -125,6 +125,7 @@ class Stream:
             # From here on a failure leaves weights, editor and journal apart; what is on disk stays whole.
             self.whole = False
             commit(self.session, self.stack.editor, requests, written)
+            self.stack.settle(self.session)
         report = BatchReport(
             step=step,
             edits=tuple(request.id for request in requests),
@@ -212,6 +213,7 @@ class Stream:
                 problems.append(Problem(site, keys, residual))
             if remembers:
                 editor.remember(session, requests, problems)
+                self.stack.settle(session)
 
     @contextmanager
     def _seeded(self, step: int) -> Iterator[None]:
