@@ -160,6 +160,10 @@ class Session(Protocol):
         """Return Cov = E[k k^T], (d_in, d_in) float64, of the unedited model; raises after the first write."""
         ...
 
+    def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return Cov's eigenvalues (d_in,), ascending, and eigenvectors (d_in, d_in) in float64; cached on disk."""
+        ...
+
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
         """Return K, (d_in, n): each edit's key averaged over the bare prompt and the mean of the prefixed ones."""
         ...

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from editcli import gradients, targets
+from editcli.decompositions import Decompositions
 from editcli.edits import EditRequest
 from editcli.errors import StatisticsError
 from editcli.forward import chunks, first, positions, run, tapped
@@ -56,6 +58,7 @@ class ModelSession:
         second_moment: SecondMoment | None = None,
         pilots: PilotSource | None = None,
         save_dtype: torch.dtype | None = None,
+        cache: Path | None = None,
         reporter: Reporter | None = None,
         seed: int = 0,
     ):
@@ -65,6 +68,7 @@ class ModelSession:
         self.sites = tuple(loaded.architecture.site(layer) for layer in self.layers)
         self.prefixes = tuple(generate_prefixes(loaded, self.options, seed=seed) if prefixes is None else prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
+        self._decompose = Decompositions(cache, self.reporter)
         self._masters: dict[Site, Tensor] = {site: self._loaded_weight(site) for site in self.sites}
         self._moments: dict[Site, Tensor] = {}
         self._baselines: dict[Site, Tensor] = {}
@@ -101,6 +105,10 @@ class ModelSession:
         if site not in self._moments:
             self._moments[site] = self._second_moment(site)
         return self._moments[site]
+
+    def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return the ascending eigenvalues and the eigenvectors of Cov in float64, from the cache when it has them."""
+        return self._decompose(self.second_moment(site), site, device_of(self._projection(site)))
 
     def forget_moments(self) -> None:
         """Drop the second moments from memory once every component is prepared."""

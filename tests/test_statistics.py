@@ -13,6 +13,7 @@ from editcli.errors import StatisticsError
 from editcli.forward import tapped
 from editcli.model import LoadedModel, open_model, resolve_model
 from editcli.report import Silent
+from editcli.session import ModelSession
 from editcli.statistics import SecondMoments, StatisticsOptions
 from editcli.testing import tiny_model_folder
 
@@ -197,6 +198,27 @@ def test_a_damaged_cache_file_is_named(corpus: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(StatisticsError, match=path.name):
         moments(loaded, corpus, tmp_path / "cache")(site)
+
+
+def test_a_decomposition_is_cached_by_the_content_of_its_moment(corpus: Path, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    (site,) = sites(loaded, 1)
+    found = moments(loaded, corpus, tmp_path / "cache")
+
+    def session(moment: SecondMoments) -> ModelSession:
+        return ModelSession(loaded, (1,), prefixes=(), second_moment=moment, cache=tmp_path / "cache")
+
+    values, vectors = session(found).decomposition(site)
+    torch.testing.assert_close((vectors * values) @ vectors.T, found(site), rtol=1e-5, atol=1e-7)
+    again = session(moments(loaded, corpus, tmp_path / "cache")).decomposition(site)
+    assert all(torch.equal(one, other) for one, other in zip((values, vectors), again, strict=True))
+    assert len(list((tmp_path / "cache").glob("eigen-*"))) == 1
+    session(moments(loaded, corpus, tmp_path / "cache", tokens=60)).decomposition(site)
+    (old, new) = sorted((tmp_path / "cache").glob("eigen-*"))
+    old.write_bytes(b"damaged")
+    new.write_bytes(b"damaged")
+    with pytest.raises(StatisticsError, match="delete it"):
+        session(found).decomposition(site)
 
 
 @pytest.mark.parametrize("spec", ["nowhere.txt", "hf:some/dataset"])

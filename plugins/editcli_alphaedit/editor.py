@@ -56,9 +56,9 @@ class AlphaEdit(InverseGramEditor):
         """rank(P) of each site by module name."""
 
     def prior(self, session: Session, site: Site) -> InverseGram:
-        from editcli.leastsquares import InverseGram, double, eigh
+        from editcli.leastsquares import InverseGram
 
-        values, vectors = eigh(double(session.second_moment(site), session.device), site=site.module)
+        values, vectors = session.decomposition(site)
         unused = self._unused(values)
         null = vectors[:, unused]
         self.ranks[site.module] = rank = null.shape[1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from editcli.edits import EditRequest
 from editcli.interfaces import Editor, Gradients, Problem, Site, SiteGradients, Stabilizer, Update, Values
+from editcli.leastsquares import eigh
 from editcli.report import Silent
 
 SHAPES = [(6, 11), (11, 6), (8, 8)]
@@ -63,6 +64,9 @@ class FakeSession:
         values = 1 + self.random("values", site.layer, size=(size,)).sigmoid()
         values[: self.small] *= 1e-3
         return (basis * values) @ basis.T
+
+    def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
+        return eigh(self.second_moment(site), site=site.module)
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
         size = (self.shape[1],)
