@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from editcli.edits import EditRequest
-from editcli.errors import NumericalError
+from editcli.errors import ModelError, NumericalError
 from editcli.forward import positions
 from editcli.interfaces import Values
 from editcli.model import LoadedModel
@@ -80,15 +80,34 @@ def optimise(
     rows = _rows(loaded, requests, prefixes)
     parts: list[tuple[list[int], tuple[Tensor, Tensor, Tensor, Tensor]]] = []
     with reporter.phase(label, len(requests), "edits") as advance:
-        for edits in _micro_batches(rows, options.batch_tokens):
-            optimiser = _Optimiser(loaded, [rows[edit] for edit in edits], layer, options)
-            parts.append((edits, optimiser.run(advance)))
+        pending = _micro_batches(rows, options.batch_tokens)[::-1]
+        while pending:
+            edits = pending.pop()
+            try:
+                optimiser = _Optimiser(loaded, [rows[edit] for edit in edits], layer, options)
+                parts.append((edits, optimiser.run(advance)))
+            except torch.OutOfMemoryError as error:
+                pending += _halves(edits, loaded, layer, reporter, error)
     order = torch.tensor([edit for edits, _ in parts for edit in edits])
     back = torch.argsort(order)
     columns = zip(*(values for _, values in parts), strict=True)
     target, initial, written, loss = (torch.cat(column, dim=0)[back] for column in columns)
     _check_finite(target, requests, loaded, layer)
     return Values(target=target.T, initial=initial.T, written=written.T, dropped={}, loss=loss)
+
+
+def _halves(
+    edits: list[int], loaded: LoadedModel, layer: int, reporter: Reporter, error: torch.OutOfMemoryError
+) -> list[list[int]]:
+    """Split a micro-batch that did not fit; edits are independent, so the result stays the same."""
+    if len(edits) == 1:
+        site = loaded.architecture.site(layer).module
+        raise ModelError(f"one edit does not fit the memory at {site}; use a smaller --dtype or --device") from error
+    middle = len(edits) // 2
+    reporter.note(
+        f"{len(edits)} edits at a time do not fit the memory: going on with {middle}; see targets.batch_tokens"
+    )
+    return [edits[middle:], edits[:middle]]
 
 
 def _check_finite(target: Tensor, requests: Sequence[EditRequest], loaded: LoadedModel, layer: int) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from editcli.edits import EditRequest
+from editcli.errors import ModelError
 from editcli.model import LoadedModel, open_model, resolve_model
 from editcli.reference import PlainTarget, plain_target
 from editcli.report import Silent
 from editcli.request import from_record
+from editcli.steering import Layout, Steering
 from editcli.targets import TargetOptions, optimise
 from editcli.testing import tiny_model_folder
 
@@ -72,6 +74,30 @@ def test_a_batch_equals_one_at_a_time(loaded: LoadedModel) -> None:
 def test_micro_batches_change_nothing(loaded: LoadedModel) -> None:
     whole, small = batch(loaded, requests()), batch(loaded, requests(), replace(OPTIONS, batch_tokens=1))
     torch.testing.assert_close(whole[0], small[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_that_does_not_fit_is_halved(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = batch(loaded, requests())
+    rows_of_two = 2 * (2 + len(PREFIXES))
+    gather = Steering.logits
+
+    def small(self: Steering, layout: Layout, shift: Tensor, head: tuple[Tensor, Tensor]) -> Tensor:
+        if len(layout.ids) > rows_of_two:
+            raise torch.OutOfMemoryError("made up")
+        return gather(self, layout, shift, head)
+
+    monkeypatch.setattr(Steering, "logits", small)
+    for one, other in zip(whole, batch(loaded, requests()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_one_edit_that_does_not_fit_is_one_sentence(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> Tensor:
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(Steering, "logits", full)
+    with pytest.raises(ModelError, match="one edit does not fit the memory"):
+        batch(loaded, requests())
 
 
 def test_an_edit_that_is_done_stops_and_keeps_its_delta(loaded: LoadedModel) -> None:
