@@ -218,7 +218,8 @@ class Run:
             settings=self._settings(session, moments),
             guards=planned.guards,
             measure=self._efficacy if recipe.evaluate else None,
-            retained=self._efficacy if recipe.evaluate and needs_retained(planned.guards) else None,
+            retained=self._retained if self._watches_retention else None,
+            retained_every=1 if needs_retained(planned.guards) else recipe.eval_every or 1,
             checkpoint_every=recipe.checkpoint_every,
         )
 
@@ -309,6 +310,20 @@ class Run:
         found = self._evaluate(bare)
         return {} if found is None else efficacy(found)
 
+    @property
+    def _watches_retention(self) -> bool:
+        asked = self.recipe.eval_every is not None or needs_retained(self.planned.guards)
+        return self.recipe.evaluate and asked
+
+    def _retained(self, requests: Sequence[EditRequest]) -> Mapping[str, float | int | None]:
+        """Measure a fixed sample of the edits so far: always the same ones, as far as they have been applied."""
+        chosen = retention_sample(self.planned.requests, self.recipe.seed)
+        known = {request.id for request in self.planned.requests}
+        # A resumed run may have been given another file: edits that it does not know are always asked.
+        asked = [request for request in requests if request.id in chosen or request.id not in known]
+        found = self._evaluate(asked) if asked else None
+        return {} if found is None else {**{name: getattr(found, name) for name in RETAINED}, "edits": len(asked)}
+
     def _report(
         self, stream: Stream, before: Evaluation | None, after: Evaluation | None, weights: Mapping[Site, torch.Tensor]
     ) -> RunReport:
@@ -328,6 +343,12 @@ class Run:
     def _write_record(self, report: RunReport) -> None:
         record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
         self.folder.write_record(record)
+
+
+def retention_sample(requests: Sequence[EditRequest], seed: int) -> frozenset[str]:
+    """Return the ids of the edits whose retention is followed along a stream."""
+    ids = [request.id for request in requests]
+    return frozenset(random.Random(seed).sample(ids, min(SAMPLED_EDITS, len(ids))))
 
 
 def _remove_old(folder: RunFolder) -> None:

@@ -57,7 +57,8 @@ class Stream:
     """Applies batches to a session and records them in a run folder.
 
     ``settings`` is what must be the same when the stream is resumed. ``measure`` gives the figures of a batch after it
-    was written (its immediate efficacy), ``retained`` those of all edits so far; both may be None.
+    was written (its immediate efficacy), ``retained`` those of all edits so far,
+    asked every ``retained_every`` batches; both may be None.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class Stream:
         guards: Sequence[Guard] = (),
         measure: Measure | None = None,
         retained: Measure | None = None,
+        retained_every: int = 1,
         checkpoint_every: int | None = None,
     ):
         self.session, self.stack, self.folder = session, stack, folder
         # As they will be read back, so that a tuple does not differ from the list that JSON makes of it.
         self.settings, self.guards = json.loads(json.dumps(dict(settings))), tuple(guards)
-        self.measure, self.retained, self.checkpoint_every = measure, retained, checkpoint_every
+        self.measure, self.retained, self.retained_every = measure, retained, retained_every
+        self.checkpoint_every = checkpoint_every
         self.position = Position()
         self.reports: list[BatchReport] = []
         self._ids: set[str] = set()
@@ -258,7 +261,7 @@ class Stream:
         if self.measure is not None:
             metrics["immediate"] = dict(self.measure(requests))
             self._guard("efficacy", metrics["immediate"].get("efficacy_success"), requests)
-        if self.retained is not None:
+        if self.retained is not None and (self.position.step + 1) % self.retained_every == 0:
             metrics["retained"] = dict(self.retained([*self.position.requests, *requests]))
             self._guard("retained", metrics["retained"].get("efficacy_success"), requests)
         return metrics

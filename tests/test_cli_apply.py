@@ -196,6 +196,17 @@ def test_a_guard_stops_with_exit_code_3(apply: Any) -> None:
     assert json.loads(Path("facts-edited/editcli/run.json").read_text())["status"] == "stopped"
 
 
+def test_retention_is_followed_along_the_stream(apply: Any) -> None:
+    done = apply("--batch-size", "1", "--eval-every", "2", "--json")
+    assert done.code == 0
+    lines = Path("facts-edited/editcli/journal.jsonl").read_text().splitlines()
+    measured = [json.loads(line)["metrics"].get("retained") for line in lines]
+    assert measured[0] is None
+    assert measured[1]["edits"] == 2
+    assert measured[1]["efficacy_accuracy"] is not None
+    assert measured[2] is None
+
+
 def test_an_existing_folder_is_refused(apply: Any) -> None:
     Path("facts-edited").mkdir()
     Path("facts-edited/precious.txt").write_text("mine")

@@ -96,7 +96,7 @@ def method_options(command: Any) -> Any:
             help="Layers to edit, such as 4-8 or 4-8,10. [default: the preset's]",
         ),
         option(
-            "--batch-size", "-b", type=COUNT, section="Method", help="Edits written at once. [default: all that fit]"
+            "--batch-size", "-b", type=COUNT, section="Method", help="Edits written at once. [default: 100; 1 for rome]"
         ),
         option(
             "-o",
