@@ -31,6 +31,7 @@ from editcli.recipe import Recipe
 from editcli.recovery import Recovered, recover, remaining
 from editcli.rejections import Rejections
 from editcli.report import Reporter, RunReport, Silent
+from editcli.retention import METRICS, sampled
 from editcli.session import ModelSession, PilotSource
 from editcli.stack import Stack
 from editcli.state import RunFolder
@@ -317,12 +318,9 @@ class Run:
 
     def _retained(self, requests: Sequence[EditRequest]) -> Mapping[str, float | int | None]:
         """Measure a fixed sample of the edits so far: always the same ones, as far as they have been applied."""
-        chosen = retention_sample(self.planned.requests, self.recipe.seed)
-        known = {request.id for request in self.planned.requests}
-        # A resumed run may have been given another file: edits that it does not know are always asked.
-        asked = [request for request in requests if request.id in chosen or request.id not in known]
+        asked = sampled(requests, self.planned.requests, self.recipe.seed)
         found = self._evaluate(asked) if asked else None
-        return {} if found is None else {**{name: getattr(found, name) for name in RETAINED}, "edits": len(asked)}
+        return {} if found is None else {**{name: getattr(found, name) for name in METRICS}, "edits": len(asked)}
 
     def _report(
         self, stream: Stream, before: Evaluation | None, after: Evaluation | None, weights: Mapping[Site, torch.Tensor]
@@ -343,12 +341,6 @@ class Run:
     def _write_record(self, report: RunReport) -> None:
         record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
         self.folder.write_record(record)
-
-
-def retention_sample(requests: Sequence[EditRequest], seed: int) -> frozenset[str]:
-    """Return the ids of the edits whose retention is followed along a stream."""
-    ids = [request.id for request in requests]
-    return frozenset(random.Random(seed).sample(ids, min(SAMPLED_EDITS, len(ids))))
 
 
 def _remove_old(folder: RunFolder) -> None:
