@@ -140,18 +140,22 @@ def model(tmp_path_factory: pytest.TempPathFactory, corpus_text: str) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shop_in(model: Path, server: subprocess.Popen[str]) -> Callable[[Path], Workshop]:
+    """Return a workshop in a folder."""
+    return lambda folder: Workshop(folder, model, server)
+
+
 @pytest.fixture
-def shop(tmp_path: Path, model: Path, server: subprocess.Popen[str]) -> Workshop:
+def shop(tmp_path: Path, shop_in: Callable[[Path], Workshop]) -> Workshop:
     """A workshop for one test."""
-    return Workshop(tmp_path, model, server)
+    return shop_in(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, model: Path, server: subprocess.Popen[str]
-) -> Callable[[str], Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, shop_in: Callable[[Path], Workshop]) -> Callable[[str], Path]:
     """Return the folder of an unbroken run of a stack, made when it is first asked for; not to be changed."""
-    shop = Workshop(tmp_path_factory.mktemp("finished"), model, server)
+    shop = shop_in(tmp_path_factory.mktemp("finished"))
     made: dict[str, Path] = {}
 
     def finished(stack: str) -> Path:

@@ -91,7 +91,7 @@ def without(edits: Sequence[dict[str, Any]], *ids: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("stack", ["alphaedit", "rlsedit"])
 def test_an_edit_in_the_middle_goes_and_what_followed_is_computed_again(shop: Any, helpers: Any, stack: str) -> None:
     """One edit a batch, so that the stream that never had the edit has the same batches."""
-    options = (*helpers.STACKS[stack], "--batch-size", "1", "-o", "nas.anchor=1")
+    options = (*helpers.STACKS[stack], "--batch-size", "1", "-o", "nas.anchor=5", "-o", "nas.guard=100")
     edits = helpers.EDITS[:5]
     shop.edits("facts.jsonl", edits)
     shop.edits("fewer.jsonl", without(edits, "Spain"))

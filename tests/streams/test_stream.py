@@ -1,0 +1,274 @@
+"""Going on with a stream: what it takes up, what must be the same, what it refuses; and the stream for programs."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import editcli
+from editcli.edits import from_record
+from editcli.errors import EditError, GuardError, NumericalError, RequestError, StateError
+from editcli.recovery import recover
+from editcli.state import RunFolder
+from editcli.stream import Stream
+
+ANCHORED = ("--editor", "rlsedit", "--stabilizer", "nas", "-o", "nas.anchor=5", "-o", "nas.guard=100")
+UNNAMED = [
+    {"prompt": "The river in {} is", "subject": name, "target_new": "Rome"} for name in ("Spain", "Italy", "Bob")
+]
+
+
+def record(out: Path) -> dict[str, Any]:
+    return json.loads((out / "editcli/run.json").read_text())
+
+
+def ids(out: Path) -> list[str]:
+    return [request.id for request in recover(RunFolder(out)).requests]
+
+
+def test_lines_added_to_the_file_are_picked_up(shop: Any, helpers: Any) -> None:
+    shop.edits("facts.jsonl", helpers.EDITS[:4])
+    out = shop.unbroken("out", *ANCHORED)
+    shop.edits("facts.jsonl", helpers.EDITS)
+    assert shop.apply("out", *ANCHORED, "--resume").code == 0
+    helpers.same_stream(out, shop.unbroken("once", *ANCHORED))
+    assert record(out)["edits"] == {"read": 8, "applied": 8, "rejected": 0}
+
+
+def test_another_file_is_appended_even_after_a_kill_in_its_middle(shop: Any, helpers: Any) -> None:
+    shop.edits("first.jsonl", UNNAMED[:2])
+    shop.edits("second.jsonl", [{**edit, "target_new": "Paris"} for edit in UNNAMED])
+    out = shop.unbroken("out", *ANCHORED, edits="first.jsonl")
+    killed = helpers.STOP_AFTER.format(step=2, signal="SIGKILL")
+    assert shop.apply("out", *ANCHORED, "--resume", edits="second.jsonl", prelude=killed).code == -9
+    assert record(out)["status"] == "running"
+    for edits in ("second.jsonl", "second.jsonl", "first.jsonl"):
+        assert shop.apply("out", *ANCHORED, "--resume", edits=edits).code == 0
+        assert ids(out) == ["line-1", "line-2", "second:line-1", "second:line-2", "second:line-3"]
+    assert record(out)["edits"] == {"read": 5, "applied": 5, "rejected": 0}
+    assert record(out)["status"] == "done"
+
+
+def test_a_file_that_was_changed_where_it_was_read_is_refused(shop: Any, helpers: Any) -> None:
+    shop.unbroken("out", *ANCHORED)
+    changed = [*helpers.EDITS[:2], {**helpers.EDITS[2], "target_new": "Athens"}, *helpers.EDITS[3:]]
+    for edits in (changed, [{**UNNAMED[0], "id": "new"}, *helpers.EDITS]):
+        shop.edits("facts.jsonl", edits)
+        ended = shop.apply("out", *ANCHORED, "--resume")
+        assert ended.code == 1
+        assert "is in the stream already, but this file does not start with what was applied" in ended.err
+
+
+def test_edits_that_cannot_be_used_are_counted_over_all_files(shop: Any, helpers: Any) -> None:
+    for name, edits in (("first.jsonl", helpers.EDITS[:2]), ("second.jsonl", helpers.EDITS[2:3])):
+        shop.edits(name, [*edits, {"id": "bad", "prompt": "{}", "subject": "", "target_new": "x"}])
+    options = (*ANCHORED, "--on-error", "skip")
+    out = shop.unbroken("out", *options, edits="first.jsonl")
+    for edits in ("first.jsonl", "second.jsonl", "second.jsonl"):
+        assert shop.apply("out", *options, "--resume", edits=edits).code == 0
+    assert record(out)["edits"] == {"read": 5, "applied": 3, "rejected": 2}
+    lines = [json.loads(line) for line in (out / "editcli/rejected.jsonl").read_text().splitlines()]
+    assert [(line["file"], line["line"]) for line in lines] == [("first.jsonl", 3), ("second.jsonl", 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--editor", "memit"), "made with editor = rlsedit, not memit"),
+        (("-o", "nas.anchor=2"), "options = nas: anchor: 5.0, not nas: anchor: 2.0"),
+        (("-o", "targets.steps=2"), "targets = steps: 1, not steps: 2"),
+        (("--layers", "1"), "made with layers = [1, 2], not [1]"),
+        (("--seed", "5"), "made with seed = 0, not 5"),
+        (("--save-dtype", "bfloat16"), "made with save_dtype = auto, not bfloat16"),
+        (("--dtype", "bfloat16"), "made with dtype = torch.float32, not torch.bfloat16"),
+        (("--corpus", "other.txt"), "made with other reference text or statistics"),
+    ],
+)
+def test_what_must_be_the_same_is_named(
+    shop: Any, anchored: Path, corpus_text: str, options: tuple[str, ...], said: str
+) -> None:
+    shutil.copytree(anchored, shop.folder / "out")
+    (shop.folder / "other.txt").write_text(f"{corpus_text} More.")
+    ended = shop.apply("out", *ANCHORED, "--resume", *options)
+    assert ended.code == 1
+    assert said in ended.err.splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def anchored(tmp_path_factory: pytest.TempPathFactory, shop_in: Callable[[Path], Any]) -> Path:
+    """A finished run of ANCHORED, not to be changed."""
+    return shop_in(tmp_path_factory.mktemp("anchored")).unbroken("out", *ANCHORED)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("model.safetensors", "from a base model whose files have changed since"),
+        ("tokenizer.json", "with a tokenizer that has changed since"),
+        (None, "there is no model folder"),
+    ],
+)
+def test_a_base_that_changed_is_refused_and_nothing_is_lost(
+    shop: Any, anchored: Path, model: Path, change: str | None, said: str
+) -> None:
+    shutil.copytree(anchored, shop.folder / "out")
+    before = {path: path.read_bytes() for path in (shop.folder / "out").rglob("*") if path.is_file()}
+    shop.model = shutil.copytree(model, shop.folder / "base")
+    if change is None:
+        (shop.folder / "base/corpus.txt").rename(shop.folder / "corpus.txt")
+        shutil.rmtree(shop.model)
+    elif change == "tokenizer.json":
+        path = shop.model / change
+        path.write_text(json.dumps(json.loads(path.read_text())))
+    else:
+        data = bytearray((shop.model / change).read_bytes())
+        data[-1] ^= 1
+        (shop.model / change).write_bytes(data)
+    ended = shop.apply("out", *ANCHORED, "--resume")
+    assert ended.code == 1
+    assert said in ended.err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in (shop.folder / "out").rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_record_is_written_anew(shop: Any, anchored: Path) -> None:
+    out = Path(shutil.copytree(anchored, shop.folder / "out"))
+    (out / "editcli/run.json").write_text("{")
+    ended = shop.apply("out", *ANCHORED, "--resume")
+    assert ended.code == 0
+    assert "it is written anew" in ended.err
+    assert record(out)["status"] == "done"
+
+
+def test_other_versions_are_warned_of(shop: Any, anchored: Path) -> None:
+    out = Path(shutil.copytree(anchored, shop.folder / "out"))
+    changed = record(out)
+    changed["provenance"]["versions"]["torch"] = "1.0"
+    (out / "editcli/run.json").write_text(json.dumps(changed))
+    assert "made with other versions" in shop.apply("out", *ANCHORED, "--resume").err
+
+
+def test_what_an_edit_says_survives_the_segment(tmp_path: Path) -> None:
+    run, chooser = RunFolder(tmp_path), random.Random(0)
+    run.create()
+    parts = ["{", "}", "{}", "a", " ", "ä", "\n"]
+    for _ in range(300):
+        prompt = "".join(chooser.choices(parts, k=chooser.randint(1, 6)))
+        try:
+            edit = from_record({"prompt": prompt, "subject": chooser.choice(parts), "target_new": "x"}, line=3)
+        except RequestError:
+            continue
+        assert from_record(edit.to_json()).digest == edit.digest
+
+
+# The stream for programs.
+
+EDITS = [{"id": name, "prompt": "The capital of {} is", "subject": name, "target_new": "Rome"} for name in "ABCDEF"]
+
+
+@pytest.fixture
+def choices(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a quick stream."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    targets = {"targets": {"steps": 1, "prefixes": 0}, "nas": {"anchor": 5.0, "guard": 100.0}}
+    common = {"model": str(model), "layers": (1, 2), "corpus": str(model / "corpus.txt"), "device": "cpu"}
+    return {**common, "editor": "rlsedit", "stabilizers": ("nas",), "settings": targets}
+
+
+def test_a_program_can_go_on_with_its_stream(choices: dict[str, Any], helpers: Any) -> None:
+    with editcli.EditStream("once", **choices) as stream:
+        for batch in (EDITS[:2], EDITS[2:5], EDITS[5:]):
+            assert stream.apply(batch).edits == tuple(edit["id"] for edit in batch)
+        assert stream.model.config.num_hidden_layers == 4
+    with editcli.EditStream("twice", **choices) as stream:
+        stream.apply(EDITS[:2])
+        with pytest.raises(StateError, match="in use"), editcli.EditStream("twice", **choices, overwrite=True):
+            pass
+    with editcli.EditStream("twice", **choices, resume=True) as stream:
+        assert [edit.id for edit in stream.edits] == ["A", "B"]
+        stream.apply(EDITS[2:5])
+        report = stream.save()
+        assert (report.applied, report.status) == (5, "done")
+        stream.apply(EDITS[5:])
+    helpers.same_stream(Path("once"), Path("twice"))
+    with pytest.raises(StateError, match="not open"):
+        stream.apply(EDITS)
+
+
+def test_a_program_that_fails_loses_nothing(choices: dict[str, Any]) -> None:
+    def program() -> None:
+        with editcli.EditStream("out", **choices) as stream:
+            stream.apply(EDITS[:3])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        program()
+    assert recover(RunFolder(Path("out"))).snapshot.step == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "error"),
+    [
+        ([], StateError),
+        (EDITS[:1], RequestError),
+        ([EDITS[3], EDITS[3]], RequestError),
+        ([{"prompt": "no place", "subject": "A", "target_new": "x"}], RequestError),
+    ],
+)
+def test_a_batch_that_cannot_be_used_changes_nothing(
+    choices: dict[str, Any], batch: list[dict[str, Any]], error: type[EditError]
+) -> None:
+    with editcli.EditStream("out", **choices) as stream:
+        stream.apply(EDITS[:2])
+        with pytest.raises(error):
+            stream.apply(batch)
+        stream.apply(EDITS[2:4])
+        assert [edit.id for edit in stream.edits] == ["A", "B", "C", "D"]
+
+
+def test_an_editor_that_fails_while_it_remembers_closes_the_stream(
+    choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from editcli_rlsedit.editor import RlsEdit
+
+    def half(self: RlsEdit, session: Any, requests: Any, problems: Any) -> None:
+        self.advance(problems[0].site, problems[0].keys)
+        raise NumericalError("lost", site=problems[1].site.module)
+
+    def program() -> None:
+        with editcli.EditStream("out", **choices) as stream:
+            stream.apply(EDITS[:2])
+            monkeypatch.setattr(RlsEdit, "remember", half)
+            with pytest.raises(NumericalError):
+                stream.apply(EDITS[2:4])
+            stream.apply(EDITS[4:])
+
+    with pytest.raises(StateError, match="failed half-way"):
+        program()
+    assert recover(RunFolder(Path("out"))).snapshot.step == 1
+
+
+def test_a_guard_leaves_a_program_its_stream(choices: dict[str, Any], helpers: Any) -> None:
+    with editcli.EditStream("out", **choices, stop_if=("drift>1e-9",)) as stream:
+        with pytest.raises(GuardError, match=r"drift>1e-09: drift would be .* at model.layers.1.mlp.down_proj"):
+            stream.apply(EDITS[:2])
+        assert stream.edits == ()
+    with editcli.EditStream("out", **choices, resume=True) as stream:
+        stream.apply(EDITS[:2])
+    with editcli.EditStream("never", **choices) as stream:
+        stream.apply(EDITS[:2])
+    helpers.same_stream(Path("out"), Path("never"))
+
+
+def test_figures_that_are_not_finite_reach_the_journal_as_null(
+    choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stream, "_observe", lambda self, written: {"diagnostics": {"wild": float("inf")}})
+    with editcli.EditStream("out", **choices) as stream:
+        assert stream.apply(EDITS[:2]).metrics["diagnostics"]["wild"] is None
