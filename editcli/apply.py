@@ -205,6 +205,7 @@ class Run:
             options=planned.targets,
             prefixes=self.recovered.snapshot.settings["prefixes"] if self.recovered else None,
             second_moment=moments,
+            cache=moments.cache,
             pilots=self.pilots(),
             save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
             reporter=self.reporter,
@@ -274,6 +275,8 @@ class Run:
         for name in verified.unchanged if verified else ():
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
         self.rejections.write(report.rejected)
+        if after is not None:
+            write_bytes(self.folder.outcomes, "".join(f"{line}\n" for line in after.raw_lines()).encode())
         write_bytes(self.folder.out / CARD, model_card(report, self.recipe, self.provenance).encode())
         self._write_record(report)
         if self.verdict:

@@ -10,9 +10,6 @@ from typing import Any
 
 from editcli.history import History
 
-FILE = "outcomes.jsonl"
-"""One line per edit in the run folder: the raw answers that the final evaluation measured."""
-
 ANSWERED, LIKELIER, MISSED, WRITTEN, REJECTED = "answered", "likelier", "missed", "written", "rejected"
 MEANINGS: Mapping[str, str] = {
     ANSWERED: "the edited model answers the prompt with the target",
@@ -44,7 +41,7 @@ def edit_rows(history: History) -> Iterator[EditRow]:
     # A line without a file tells of an edit that was read and then given up; an unusable line of a file is no edit,
     # and its id may be the very id that made it unusable.
     refused = {str(line.get("id")): line for line in rejected if line.get("file") is None}
-    answers = {str(line.get("id")): line for line in read_lines(history.folder.folder / FILE)}
+    answers = {str(line.get("id")): line for line in read_lines(history.folder.outcomes)}
     norms = {edit.id: edit.norm for edit in history.top_edits(None)}
     records = history.requests()
     for batch in history.batches:

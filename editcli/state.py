@@ -76,6 +76,7 @@ class RunFolder:
         self.state = self.folder / "state.safetensors"
         self.updates = self.folder / "updates"
         self.record = self.folder / "run.json"
+        self.outcomes = self.folder / "outcomes.jsonl"
         self.rejected = self.folder / "rejected.jsonl"
         self.lock = self.folder / ".lock"
 
