@@ -16,6 +16,7 @@ COMMANDS = {
     "diff": ("editcli.cli.diff:diff", "Show which tensors differ, by how much, and what both models say."),
     "report": ("editcli.cli.report:report", "Write one self-contained page about a run."),
     "undo": ("editcli.cli.undo:undo", "Take back the last batches of a run, or single edits."),
+    "bench": ("editcli.cli.bench:bench", "Compare stacks on one stream: what they retain, when they collapse."),
     "plugins": ("editcli.cli.plugins:plugins", "Show what is installed, from where, with which options and paper."),
     "stats": ("editcli.cli.stats:stats", "Compute and show the reference-text statistics of a model."),
 }

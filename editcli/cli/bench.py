@@ -1,0 +1,92 @@
+"""``editcli bench``: stacks side by side on one stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from editcli.cli.apply_options import COUNT, model_options
+from editcli.cli.common import App, Command, json_option, option, print_json
+from editcli.cli.settings import component_settings, config_option
+from editcli.recipe import Recipe
+
+STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
+
+
+@click.command(cls=Command)
+@option("--stacks", default=STACKS, show_default=True, section="Method", help="EDITOR+STABILIZER+..., with commas.")
+@option(
+    "--edits",
+    default="sample_edits/stream.jsonl",
+    show_default=True,
+    metavar="FILE",
+    section="Method",
+    help="The stream that every stack gets.",
+)
+@option("--batch-size", "-b", type=COUNT, default=100, show_default=True, section="Method", help="Edits at once.")
+@option("--until", type=COUNT, metavar="N", section="Method", help="Take only the first N edits.")
+@option(
+    "--option",
+    "-o",
+    "assignments",
+    multiple=True,
+    env=False,
+    metavar="NAME.KEY=VALUE",
+    section="Method",
+    help="Set an option of a method; repeat it.",
+)
+@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Method", help="Random seed.")
+@option(
+    "--every",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    metavar="N",
+    section="Output",
+    help="Measure what is retained every N batches.",
+)
+@option(
+    "--out",
+    default="bench",
+    show_default=True,
+    metavar="DIR",
+    section="Output",
+    help="Folder for one run per stack, bench.json and bench.png; a stopped bench goes on in it.",
+)
+@model_options
+@json_option
+@config_option
+@click.pass_context
+def bench(
+    context: click.Context,
+    /,
+    stacks: str,
+    assignments: tuple[str, ...],
+    until: int | None,
+    every: int,
+    as_json: bool,
+    **values: Any,
+) -> int:
+    """Run stacks of editor and stabilizers on one stream from one base, and compare what they retain.
+
+    Shows retained efficacy, generalization and specificity, the norm ratio R_n, the collapse point CP@60, and whether
+    early edits were overwritten. Without --model the bundled model is edited.
+    """
+    app: App = context.obj
+    recipe = Recipe(settings=component_settings(context, assignments), limit=until, eval_every=every, **values)
+    recipe.check(app.plugins)
+    # Torch takes seconds to import, so it waits until the command line has been found to make sense.
+    from editcli import bench as library
+
+    report = library.bench(recipe, library.parse_stacks(stacks, app.plugins), app.plugins, app.reporter)
+    from editcli.render_bench import bench_table, plot_bench
+
+    if plot_bench(report, Path(recipe.out) / "bench.png", app.reporter):
+        app.reporter.note(f"Curves: {Path(recipe.out) / 'bench.png'}")
+    if as_json:
+        print_json(report.to_json())
+    else:
+        app.show(bench_table(report))
+    return 0 if report.complete else 130

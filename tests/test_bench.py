@@ -1,0 +1,103 @@
+"""Stacks side by side: ordinary runs, put beside each other, gone on with where they were stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from editcli import bench as library
+from editcli.bench import bench, parse_stacks, read_curve
+from editcli.errors import OptionError, PluginError
+from editcli.plugins import Plugins, load_plugins
+from editcli.recipe import Recipe
+from editcli.render_bench import bench_charts, bench_table
+from editcli.state import RunFolder
+from editcli.testing import tiny_model_folder
+
+STACKS = (("memit",), ("rlsedit", "nas"))
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    return load_plugins()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    edits = tmp_path / "stream.jsonl"
+    places = ("France", "Spain", "Italy", "Greece", "London", "Berlin", "Tokyo", "Rome")
+    lines = [
+        {"id": place, "prompt": "The river in {} is", "subject": place, "target_new": "a", "target_true": "the"}
+        for place in places
+    ]
+    edits.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return Recipe(
+        edits=str(edits),
+        model=str(tiny_model_folder(tmp_path / "model")),
+        out=str(tmp_path / "bench"),
+        batch_size=2,
+        eval_every=1,
+        corpus="self",
+        settings={"targets": {"steps": 2, "prefixes": 1}, "nas": {"pilots": 4}, "statistics": {"tokens": 200}},
+    )
+
+
+def test_every_stack_is_a_run_on_the_same_edits(recipe: Recipe, plugins: Plugins) -> None:
+    report = bench(recipe, STACKS, plugins)
+    assert report.complete
+    assert [curve.stack for curve in report.curves] == ["memit", "rlsedit+nas"]
+    for curve in report.curves:
+        assert [point.edits for point in curve.points] == [2, 4, 6, 8]
+        assert len(curve.cohorts) == 4
+        assert all(0 <= share <= 1 for share in curve.cohorts)
+        record = RunFolder(Path(curve.out)).read_record()
+        last = curve.last
+        assert last is not None
+        assert last.figures["efficacy_success"] == record["efficacy"]["retained"]["efficacy_success"]
+        assert last.ratio == pytest.approx(max(site["ratio"] for site in record["sites"]), rel=1e-6)
+    assert json.loads((recipe.folder / "bench.json").read_text())["curves"][1]["stack"] == "rlsedit+nas"
+    bench_table(report)
+    assert not any(chart.empty for chart in bench_charts(report))
+
+
+def test_a_stopped_bench_goes_on_and_a_finished_stack_is_not_run_again(
+    recipe: Recipe, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench(recipe, STACKS[:1], plugins)
+    started: list[str] = []
+    real = library.apply
+
+    def counted(recipe: Recipe, *rest: Any) -> Any:
+        started.append(recipe.out)
+        return real(recipe, *rest)
+
+    monkeypatch.setattr(library, "apply", counted)
+    both = bench(recipe, STACKS, plugins)
+    assert started == [str(recipe.folder / "rlsedit+nas")]
+    assert both.curves[0] == whole.curves[0]
+
+
+def test_the_collapse_point_is_where_retained_success_first_falls(
+    recipe: Recipe, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench(recipe, STACKS[:1], plugins)
+    found = read_curve("memit", recipe.folder / "memit")
+    success = [point.figures["efficacy_success"] for point in found.points]
+    for limit in (-1.0, 2.0):
+        monkeypatch.setattr(library, "COLLAPSE", limit)
+        curve = read_curve("memit", recipe.folder / "memit")
+        fallen = [point.edits for point, value in zip(found.points, success, strict=True) if (value or 0) < limit]
+        assert curve.collapse == (fallen[0] if fallen else None)
+
+
+def test_stacks_are_read_and_checked(plugins: Plugins) -> None:
+    assert parse_stacks("memit, memit+nas+revive,memit", plugins) == (("memit",), ("memit", "nas", "revive"))
+    with pytest.raises(PluginError, match="did you mean 'memit'"):
+        parse_stacks("memti", plugins)
+    with pytest.raises(PluginError, match="is a editor|is an editor|not a stabilizer"):
+        parse_stacks("memit+rome", plugins)
+    with pytest.raises(OptionError, match="cannot read the stack"):
+        parse_stacks("memit++nas", plugins)
