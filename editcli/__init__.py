@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from editcli.plugins import load_plugins as load_plugins
     from editcli.recipe import Recipe as Recipe
     from editcli.report import RunReport as RunReport
-    from editcli.session import ModelSession as ModelSession
-    from editcli.stream import Stream as Stream
 
 API_VERSION = 1
 """Version of the plugin interface; it grows when a plugin written for the one before would break."""
@@ -77,6 +75,7 @@ _HOMES = {
         "Update",
         "Values",
     ),
+    "editcli.library": ("EditStream",),
     "editcli.model": (
         "open_model",
         "resolve_model",
@@ -86,8 +85,6 @@ _HOMES = {
     "editcli.plugins": ("load_plugins",),
     "editcli.recipe": ("Recipe",),
     "editcli.report": ("RunReport",),
-    "editcli.session": ("ModelSession",),
-    "editcli.stream": ("Stream",),
 }
 """Where each public name lives."""
 
