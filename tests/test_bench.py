@@ -30,7 +30,14 @@ def recipe(tmp_path: Path) -> Recipe:
     edits = tmp_path / "stream.jsonl"
     places = ("France", "Spain", "Italy", "Greece", "London", "Berlin", "Tokyo", "Rome")
     lines = [
-        {"id": place, "prompt": "The river in {} is", "subject": place, "target_new": "a", "target_true": "the"}
+        {
+            "id": place,
+            "prompt": "The river in {} is",
+            "subject": place,
+            "target_new": "a",
+            "target_true": "the",
+            "neighborhood_prompts": ["The tower in Paris is"],
+        }
         for place in places
     ]
     edits.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -97,7 +104,7 @@ def test_stacks_are_read_and_checked(plugins: Plugins) -> None:
     assert parse_stacks("memit, memit+nas+revive,memit", plugins) == (("memit",), ("memit", "nas", "revive"))
     with pytest.raises(PluginError, match="did you mean 'memit'"):
         parse_stacks("memti", plugins)
-    with pytest.raises(PluginError, match="is a editor|is an editor|not a stabilizer"):
+    with pytest.raises(PluginError, match="not a stabilizer"):
         parse_stacks("memit+rome", plugins)
     with pytest.raises(OptionError, match="cannot read the stack"):
         parse_stacks("memit++nas", plugins)
