@@ -88,7 +88,7 @@ def main(shape: str, device: str, batches: int, batch_size: int, layers: str, st
     work = steps * _floating_point_operations(session, sample_edits(batch_size)) * batches
     table = Table("figure", "value")
     for phase, seconds in spent.items():
-        table.add_row(f"{phase} [s per batch]", f"{seconds / batches:.3f}")
+        table.add_row(f"{phase}, seconds per batch", f"{seconds / batches:.3f}")
     table.add_row("edits per second", f"{edits_done / total:.2f}")
     table.add_row("targets, TFLOP/s", f"{work / spent['targets'] / 1e12:.2f}")
     table.add_row("share of the measured matrix rate", f"{work / spent['targets'] / rate:.3f}")
@@ -98,7 +98,7 @@ def main(shape: str, device: str, batches: int, batch_size: int, layers: str, st
 
 
 def _floating_point_operations(session: ModelSession, edits: list) -> float:
-    """Return the operations of one forward and backward pass over what targets compute again: 4 per weight and token."""
+    """Return the operations of one forward and backward pass over what is computed again: 4 per weight and token."""
     loaded, last = session.loaded, session.layers[-1]
     blocks = [loaded.architecture.block(layer) for layer in range(last + 1, loaded.architecture.layers)]
     weights = sum(parameter.numel() for block in blocks for parameter in block.parameters())

@@ -61,7 +61,7 @@ def main(repeats: int, out: Path | None, worker: str | None, base: Path | None) 
             {"ours": ours, "theirs": theirs}[worker](base, Path(folder))
             click.echo(f"{time.perf_counter() - started} {peak_memory()}")
         return
-    table = Table("way", "seconds", "peak memory [GB]")
+    table = Table("way", "seconds", "peak memory, GB")
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         random_model("llama-1b", dtype=torch.bfloat16).model.save_pretrained(base, max_shard_size="500MB")

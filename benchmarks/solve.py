@@ -26,7 +26,7 @@ from editcli.report import Silent
 @click.option("--out", type=click.Path(path_type=Path))
 def main(widths: tuple[int, ...], edits: int, rows: int, repeats: int, device: str, out: Path | None) -> None:
     """Time one batch's solve at several key widths."""
-    table = Table("d_in", "published solve [s]", "inverse Gram [s]", "with down-date [s]", "solve ratio")
+    table = Table("d_in", "published solve, s", "inverse Gram, s", "with down-date, s", "solve ratio")
     place = torch.device(device)
     kind = working_dtype(place)
     results = []

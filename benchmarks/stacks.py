@@ -1,8 +1,8 @@
 """Every editor with every stabilizer on the bundled model: what 200 edits do.
 
-``python -m benchmarks.stacks`` edits the first 200 facts of the sample stream with each stack, in batches of 100, prints
-a table and writes benchmarks/results/stacks.json and a Markdown table for the documentation. Stacks that are already in
-the JSON file are not run again, so the command can be stopped and repeated.
+``python -m benchmarks.stacks`` edits the first 200 facts of the sample stream with each stack, in batches of 100,
+prints a table and writes benchmarks/results/stacks.json, which ``benchmarks.document`` reads. Stacks that are already
+in that file are not run again, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -144,7 +144,6 @@ def main(model: str | None, edits: int, batch: int, editors: tuple[str, ...], st
                 results[title] = {"error": str(error)}
             out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
             click.echo(f"{title}: {results[title]}")
-    out.with_suffix(".md").write_text(markdown(results), "utf-8")
     click.echo(markdown(results))
 
 

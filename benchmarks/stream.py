@@ -51,7 +51,7 @@ def main(edits: int, batch_size: int, editor: str, stabilizers: tuple[str, ...],
         table.add_row(f"seconds: {phase}", f"{seconds:.1f}")
     table.add_row("edits per second", f"{edits / (report.seconds['targets'] + report.seconds['solve']):.2f}")
     table.add_row("last / first quarter", f"{flat:.3f}")
-    table.add_row("peak memory [GB]", f"{peak_memory() / 1e9:.2f}")
+    table.add_row("peak memory, GB", f"{peak_memory() / 1e9:.2f}")
     Console().print(table)
     result = {"edits": edits, "seconds": report.seconds, "last_over_first_quarter": flat, "peak_bytes": peak_memory()}
     write_result("stream", {**result, "batch_seconds": each}, out)
