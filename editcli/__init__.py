@@ -80,7 +80,6 @@ _HOMES = {
         "open_model",
         "resolve_model",
     ),
-    "editcli.library": ("EditStream",),
     "editcli.options": ("option",),
     "editcli.plugins": ("load_plugins",),
     "editcli.recipe": ("Recipe",),
