@@ -15,49 +15,12 @@ import pytest
 from editcli.recovery import recover
 from editcli.state import RunFolder
 
-FAULTS = """
-import os, pathlib, signal
-left = {call}
-def strikes():
-    global left
-    left -= 1
-    return left == 0
-def strike():
-    {strike}
-class Torn:
-    # A file whose write may end in the middle.
-    def __init__(self, file): self._file = file
-    def __getattr__(self, name): return getattr(self._file, name)
-    def __enter__(self): return self
-    def __exit__(self, *error): self._file.close()
-    def write(self, data):
-        if strikes():
-            self._file.write(bytes(data)[: len(data) // 2])
-            self._file.flush()
-            strike()
-        return self._file.write(data)
-def faulty(real):
-    def call(*arguments, **options):
-        if strikes():
-            strike()
-        return real(*arguments, **options)
-    return call
-os.fsync = faulty(lambda descriptor: None)
-os.replace = faulty(os.replace)
-os.fdopen = (lambda real: lambda *arguments: Torn(real(*arguments)))(os.fdopen)
-def open_file(path, mode="r", *arguments, real=pathlib.Path.open, **options):
-    file = real(path, mode, *arguments, **options)
-    return Torn(file) if mode == "ab" else file
-pathlib.Path.open = open_file
-"""
-"""A prelude: the n-th of all writes, syncs and renames is where it strikes."""
-
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-FULL = "import errno; raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
+KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
 
 def faults(call: int, strike: str) -> str:
-    return FAULTS.format(call=call, strike=strike)
+    """Return a prelude that strikes at the n-th write, sync or rename; the children find the module beside theirs."""
+    return f"import faults; faults.arm({call}, faults.{strike})"
 
 
 @pytest.mark.parametrize("stack", ["memit", "alphaedit", "rlsedit"])
@@ -67,7 +30,7 @@ def test_a_stream_killed_again_and_again_ends_as_if_unbroken(
     chooser, kills = random.Random(stack), 0
     # What a run does at its end is few of its calls, so the last kills are aimed at it.
     for call in [*(chooser.randint(1, 40) for _ in range(5)), *(chooser.randint(1, 12) for _ in range(3))]:
-        ended = shop.apply("out", *helpers.STACKS[stack], *helpers.again(shop, "out"), prelude=faults(call, KILL))
+        ended = shop.apply("out", *helpers.STACKS[stack], *helpers.again(shop, "out"), prelude=faults(call, "kill"))
         assert ended.code in (0, -9), ended.err
         kills += ended.code == -9
     ended = shop.apply("out", *helpers.STACKS[stack], "--resume")
@@ -81,7 +44,7 @@ def test_a_stream_killed_again_and_again_ends_as_if_unbroken(
 def test_a_full_disk_is_one_sentence_and_loses_nothing(
     shop: Any, finished: Callable[[str], Path], helpers: Any, call: int
 ) -> None:
-    ended = shop.apply("out", *helpers.STACKS["memit"], prelude=faults(call, FULL))
+    ended = shop.apply("out", *helpers.STACKS["memit"], prelude=faults(call, "fill"))
     assert ended.code == 1
     assert "No space left on device" in ended.err.splitlines()[-1]
     assert "Traceback" not in ended.err
@@ -93,7 +56,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
 def test_a_run_killed_before_its_first_snapshot_is_no_obstacle(
     shop: Any, finished: Callable[[str], Path], helpers: Any
 ) -> None:
-    prelude = f"import os, signal\nfrom editcli.stream import Stream\nStream.begin = lambda self: {KILL}"
+    prelude = f"from editcli.stream import Stream\ndef begin(self): {KILL}\nStream.begin = begin"
     for arguments in ((), ("--resume",)):
         assert shop.apply("out", *helpers.STACKS["memit"], prelude=prelude).code == -9
         assert shop.apply("out", *helpers.STACKS["memit"], *arguments).code == 0
@@ -128,7 +91,8 @@ def test_a_kill_while_an_old_run_is_overwritten_can_be_repeated(
     prelude = (
         "import os, pathlib, signal\n"
         "def unlink(path, *rest, real=pathlib.Path.unlink, **options):\n"
-        f"    {KILL} if path.name == 'model.safetensors' else real(path, *rest, **options)\n"
+        "    if path.name == 'model.safetensors': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    real(path, *rest, **options)\n"
         "pathlib.Path.unlink = unlink"
     )
     assert shop.apply("out", *helpers.STACKS["rlsedit"], "--overwrite", prelude=prelude).code == -9
