@@ -211,11 +211,10 @@ class Run:
             reporter=self.reporter,
             seed=recipe.seed,
         )
-        names = self.plugins.all("diagnostic")
-        diagnostics = [planning.component(self.plugins, "diagnostic", name, recipe.settings) for name in names]
+        diagnostics = planning.diagnostics(recipe, self.plugins)
         return Stream(
             session,
-            Stack(planned.editor, planned.stabilizers, tuple(diagnostics)),
+            Stack(planned.editor, planned.stabilizers, diagnostics),
             self.folder,
             settings=self._settings(session, moments),
             guards=planned.guards,

@@ -104,7 +104,9 @@ def factorise(gram: Tensor, rounding: float, *, site: str, reporter: Reporter, h
         raise NumericalError("the keys or the memory of past edits are not finite", site=site, condition=float("nan"))
     identity = torch.eye(gram.shape[0], dtype=gram.dtype)
     system = gram if hard else gram + identity
-    floor = max(rounding, torch.finfo(gram.dtype).tiny)
+    # Where keys repeat, the gram is singular, and the factorisation itself rounds by so much (Higham, 2002, ch. 10).
+    factorising = 8 * len(gram) * torch.finfo(gram.dtype).eps * float(gram.diagonal().abs().max())
+    floor = max(rounding, factorising, torch.finfo(gram.dtype).tiny)
     if int(torch.linalg.cholesky_ex(gram + floor * identity).info) != 0:
         raise NumericalError("the memory of past edits lost definiteness", site=site, condition=condition(system))
     factor, failed = torch.linalg.cholesky_ex(system)

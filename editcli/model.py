@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,15 +100,16 @@ def open_model(
     place = choose_device(device)
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            config=config,
-            dtype=choose_dtype(dtype, config, place),
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-            **options,
-        )
+        with _no_bars():
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=choose_dtype(dtype, config, place),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                **options,
+            )
     # Transformers and safetensors raise many kinds of errors for an unusable folder, all of them the user's to mend.
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
@@ -184,6 +186,18 @@ def _fetch(name: str, revision: str | None) -> Path:
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ModelError(f"cannot fetch {name} from the hub: {_first_line(error)}") from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off a stream that is not theirs to draw on."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

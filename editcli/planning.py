@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from editcli.edits import EditFile, EditRequest, read_edits
 from editcli.errors import OptionError, RequestError, StateError
 from editcli.formats import load_formats
 from editcli.guards import Guard, parse_guards
-from editcli.interfaces import Component, Editor, Site, Stabilizer
+from editcli.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
 from editcli.model import LoadedModel, ModelSource, bundled_folder, load_config, load_tokens, open_model, resolve_model
 from editcli.options import build, merge
 from editcli.output import needed_bytes
@@ -171,6 +172,16 @@ def component(plugins: Plugins, kind: str, name: str, settings: Any) -> Any:
     """Build an editor or stabilizer with its options."""
     found = plugins.find(kind, name).component
     return found(build(found.Options, settings.get(name, {}), owner=name))
+
+
+def diagnostics(recipe: Recipe, plugins: Plugins) -> tuple[Diagnostic, ...]:
+    """Build every installed diagnostic; ``--diagnose-every`` is the ``every`` of those that have such an option."""
+    settings = dict(recipe.settings)
+    for name, found in plugins.all("diagnostic").items():
+        asked = {field.name for field in dataclasses.fields(found.component.Options)}
+        if recipe.diagnose_every is not None and "every" in asked:
+            settings[name] = {"every": recipe.diagnose_every, **settings.get(name, {})}
+    return tuple(component(plugins, "diagnostic", name, settings) for name in plugins.all("diagnostic"))
 
 
 def brought_families(plugins: Plugins) -> tuple[Family, ...]:

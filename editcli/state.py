@@ -178,10 +178,10 @@ class RunFolder:
         """Write the factors of one batch; return the segment's name and sha256."""
         tensors: dict[str, Tensor] = {}
         for site, update in updates.items():
-            tensors[f"{site.module}.keys"] = problems[site].keys
-            tensors[f"{site.module}.residual"] = problems[site].residual
-            tensors[f"{site.module}.left"] = update.left
-            tensors[f"{site.module}.right"] = update.right
+            parts = {"keys": problems[site].keys, "residual": problems[site].residual}
+            for name, tensor in {**parts, "left": update.left, "right": update.right}.items():
+                # Copies, because an editor may use the keys themselves as a factor, and the format shares nothing.
+                tensors[f"{site.module}.{name}"] = tensor.clone()
         name = f"{sequence:06d}.safetensors"
         metadata = {
             "format": str(FORMAT),

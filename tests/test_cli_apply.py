@@ -207,6 +207,15 @@ def test_retention_is_followed_along_the_stream(apply: Any) -> None:
     assert measured[2] is None
 
 
+def test_spectra_are_looked_at_every_so_many_batches(apply: Any) -> None:
+    done = apply("--batch-size", "1", "--diagnose-every", "2", "--no-eval")
+    assert done.code == 0
+    assert "Loading weights" not in done.err
+    lines = Path("facts-edited/editcli/journal.jsonl").read_text().splitlines()
+    seen = [any("spectra" in name for name in json.loads(line)["metrics"]["diagnostics"]) for line in lines]
+    assert seen == [False, True, False]
+
+
 def test_an_existing_folder_is_refused(apply: Any) -> None:
     Path("facts-edited").mkdir()
     Path("facts-edited/precious.txt").write_text("mine")

@@ -65,4 +65,5 @@ def test_schema_and_reader_agree(record: dict[str, Any]):
     reason = refusal(record)
     # Half a surrogate pair is no text, and a subject's place is no matter of types: neither can be put in a schema.
     beyond = reason is not None and ("surrogate" in reason or "in the prompt" in reason)
-    assert VALIDATOR.is_valid(record) == (reason is None or beyond), reason
+    # The reader stops at the first thing that is wrong, so what else may be wrong with such a record is not known.
+    assert beyond or VALIDATOR.is_valid(record) == (reason is None), reason
