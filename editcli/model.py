@@ -7,6 +7,7 @@ be read tensor by tensor afterwards.
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,8 @@ def open_model(
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
     place = choose_device(device)
+    if device_map and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     try:
         with _no_bars():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from editcli.errors import ModelError
 from editcli.interfaces import Problem, Update
 from editcli.model import LoadedModel, open_model, resolve_model
 from editcli.request import from_record
@@ -44,6 +45,12 @@ def test_editing_a_spread_model_equals_editing_it_whole(offloaded: set[int], tmp
     whole, parts = edited(open_model(resolve_model(folder))), edited(spread(folder, offloaded=offloaded))
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_missing_accelerate_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'editcli\[sharding\]'"):
+        spread(tiny_model_folder(tmp_path / "model"), offloaded={1})
 
 
 def test_an_offloaded_weight_can_be_replaced_again_and_again(tmp_path: Path) -> None:
