@@ -4,7 +4,7 @@ Writes two sharded random Llama checkpoints of about ``--gib`` GiB each (bfloat1
 first as its base, each time in a process of its own, and prints the peak resident memory beside that of a process that
 only imports what inspect needs.
 
-    python benchmarks/inspect_memory.py --gib 2 --folder /tmp/inspect-memory
+    python benchmarks/inspect_memory.py --gib 2 --folder inspect-memory
 """
 
 from __future__ import annotations

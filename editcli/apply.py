@@ -276,7 +276,9 @@ class Run:
         self.rejections.write(report.rejected)
         if after is not None:
             write_bytes(self.folder.outcomes, "".join(f"{line}\n" for line in after.raw_lines()).encode())
-        write_bytes(self.folder.out / CARD, model_card(report, self.recipe, self.provenance).encode())
+        seen = stream.reports[-1].metrics.get("diagnostics", {}) if stream.reports else {}
+        card = model_card(report, self.recipe, self.provenance, diagnostics=seen)
+        write_bytes(self.folder.out / CARD, card.encode())
         self._write_record(report)
         if self.verdict:
             self.reporter.warn(self.verdict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterator, Mapping
@@ -9,35 +10,46 @@ from typing import Any
 
 from editcli.recipe import Recipe
 from editcli.report import RunReport
+from editcli.verdict import Thresholds, judge
+
+_NOT_REPEATED = ("edits", "settings", "out", "resume", "overwrite")
+"""Settings that say where a run is and not what it does."""
+_FLAGS = {"stabilizers": "stabilizer", "evaluate": "no-eval"}
 
 
-def model_card(report: RunReport, recipe: Recipe, provenance: Mapping[str, Any]) -> str:
+def model_card(
+    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], *, diagnostics: Mapping[str, float]
+) -> str:
     """Return the README.md of an edited model: what was done, with what, and what it measured."""
-    return "\n".join(_lines(report, recipe, provenance)) + "\n"
+    return "\n".join(_lines(report, recipe, provenance, diagnostics)) + "\n"
 
 
 def command_line(recipe: Recipe) -> str:
-    """Return the command that repeats a run."""
+    """Return the command that repeats a run, with every setting that is not the default."""
     parts = ["editcli", "apply", recipe.edits]
-    if recipe.model is not None:
-        parts += ["--model", recipe.model]
-    if recipe.editor is not None:
-        parts += ["--editor", recipe.editor]
-    for name in recipe.stabilizers:
-        parts += ["--stabilizer", name]
-    for name, value in (("--batch-size", recipe.batch_size), ("--limit", recipe.limit)):
-        parts += [name, str(value)] if value is not None else []
-    if recipe.layers is not None:
-        parts += ["--layers", ",".join(map(str, recipe.layers))]
-    if recipe.seed:
-        parts += ["--seed", str(recipe.seed)]
+    for setting in dataclasses.fields(Recipe):
+        value = getattr(recipe, setting.name)
+        if setting.name not in _NOT_REPEATED and value != setting.default:
+            parts += _arguments(setting.name, value)
     for section, settings in recipe.settings.items():
         for key, value in settings.items():
             parts += ["-o", f"{section}.{key}={value}"]
     return shlex.join(parts)
 
 
-def _lines(report: RunReport, recipe: Recipe, provenance: Mapping[str, Any]) -> Iterator[str]:
+def _arguments(name: str, value: Any) -> list[str]:
+    """Return one setting as it is written on the command line."""
+    flag = "--" + _FLAGS.get(name, name).replace("_", "-")
+    if name == "layers":
+        return [flag, ",".join(map(str, value))]
+    if isinstance(value, tuple):
+        return [text for one in value for text in (flag, str(one))]
+    return [flag] if isinstance(value, bool) else [flag, str(value)]
+
+
+def _lines(
+    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float]
+) -> Iterator[str]:
     yield from ("---", "library_name: transformers", "tags:", "- model-editing", "- editcli", "---", "")
     yield f"# {report.model}, with {report.applied} edited facts"
     yield ""
@@ -54,9 +66,13 @@ def _lines(report: RunReport, recipe: Recipe, provenance: Mapping[str, Any]) -> 
             accuracy = figures["accuracy"]
             yield f"| {name}_accuracy | {_cell(accuracy, 'before')} | {_cell(accuracy, 'after')} |"
     yield from ("", "## Edited matrices", "", "R_n is the norm against the base's, drift the norm of the change.", "")
-    yield from ("| module | R_n | drift | lost by the cast |", "|---|---|---|---|")
+    yield from ("| module | R_n | drift | lost by the cast | verdict |", "|---|---|---|---|---|")
     for site in report.sites:
-        yield f"| `{site.module}` | {site.ratio:.4f} | {site.drift:.4f} | {site.cast_loss:.1e} |"
+        word = judge(Thresholds(), ratio=site.ratio, drift=site.drift).word or "n/a"
+        yield f"| `{site.module}` | {site.ratio:.4f} | {site.drift:.4f} | {site.cast_loss:.1e} | {word} |"
+    if diagnostics:
+        yield from ("", "## Diagnostics of the last batch", "", "| figure | value |", "|---|---|")
+        yield from (f"| {name} | {value:.4g} |" for name, value in diagnostics.items())
     yield from ("", "## Options in force", "", "```json")
     yield json.dumps({"targets": provenance["targets"], **provenance["options"]}, indent=2)
     yield from ("```", "", "## Known limits", "")
