@@ -228,9 +228,9 @@ class Stream:
     def _refuse(self, requests: Sequence[EditRequest]) -> None:
         if not self.whole:
             raise StateError(f"a batch of the stream in {self.folder.out} failed half-way; open it again and resume")
-        seen = set(self._ids)
+        seen: set[str] = set()
         for request in requests:
-            if request.id in seen:
+            if request.id in self._ids or request.id in seen:
                 raise request.refusal(f"the id {request.id!r} is in the stream already; give every edit its own")
             seen.add(request.id)
 
