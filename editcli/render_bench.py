@@ -25,7 +25,7 @@ _COLUMNS = (
 _LEGEND = (
     "In percent, retained at the end on a fixed sample of the stream: eff. efficacy_accuracy, succ. efficacy_success, "
     "gen. and spec. accuracy. R_n: the largest of any site. CP@60: edits when efficacy_success first fell below 60 %. "
-    "early, late: share of the first and the last quarter's edits that is answered at the end."
+    "early, late: share of the first and the last quarter's edits that is answered at the end. s: seconds per edit."
 )
 
 
@@ -33,7 +33,7 @@ def bench_table(report: BenchReport) -> RenderableType:
     """Draw one row for each stack."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stack", no_wrap=True)
-    for heading in ("edits", *(short for short, _ in _COLUMNS), "R_n", "CP@60", "early", "late", "s/edit"):
+    for heading in ("edits", *(short for short, _ in _COLUMNS), "R_n", "CP@60", "early", "late", "s"):
         table.add_column(heading, justify="right")
     for curve in report.curves:
         table.add_row(*_cells(curve))
