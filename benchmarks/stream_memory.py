@@ -31,8 +31,11 @@ SITES_8B = 5
 @click.option("--batch-size", default=20, show_default=True)
 @click.option("--editor", default="memit", show_default=True)
 @click.option("--stabilizer", "stabilizers", multiple=True, default=("nas", "revive"), show_default=True)
+@click.option("--steps", type=int, help="Steps of each target's optimisation. [default: the preset's]")
 @click.option("--out", type=click.Path(path_type=Path))
-def main(edits: int, batch_size: int, editor: str, stabilizers: tuple[str, ...], out: Path | None) -> None:
+def main(
+    edits: int, batch_size: int, editor: str, stabilizers: tuple[str, ...], steps: int | None, out: Path | None
+) -> None:
     """Apply a stream and watch it."""
     watch = _Watch()
     with tempfile.TemporaryDirectory() as name:
@@ -43,6 +46,7 @@ def main(edits: int, batch_size: int, editor: str, stabilizers: tuple[str, ...],
             batch_size=batch_size,
             limit=edits,
             evaluate=False,
+            settings={} if steps is None else {"targets": {"steps": steps}},
             out=str(Path(name) / "out"),
         )
         watch.install()
