@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,8 +24,10 @@ from typing import Any
 import click
 import torch
 
+import editcli.apply
+import editcli.render_run  # noqa: F401 - imported once for all children.
 from benchmarks.common import write_result
-from editcli.__main__ import main as editcli
+from editcli.__main__ import main as run_editcli
 
 ROOT = Path(__file__).parents[1]
 FAULTS = runpy.run_path(str(ROOT / "tests" / "streams" / "faults.py"))
@@ -91,6 +94,7 @@ class _Soak:
         if self._weights("out") != wanted:
             sys.exit(f"{stack}: a stream that was killed differs from one that was not; see {out}")
         self.counts["byte-identical"] += 1
+        click.echo(f"{self.counts['killed']} killed, {self.counts['byte-identical']} streams byte-identical", err=True)
 
     def sizes(self, edits: int) -> dict[str, Any]:
         """Return what a run takes on disk, per edit and in all."""
@@ -113,12 +117,15 @@ class _Soak:
         if not child:
             code = 70
             try:
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, 1)
-                os.dup2(null, 2)
+                said = os.open(self.folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(said, 1)
+                os.dup2(said, 2)
                 prelude()
-                code = editcli(["apply", edits, *common, *QUICK, *self.options, *STACKS[stack], *resume])
+                code = run_editcli(["apply", edits, *common, *QUICK, *self.options, *STACKS[stack], *resume])
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         if moment is not None:
             time.sleep(moment)
@@ -131,7 +138,7 @@ class _Soak:
 
     def _require(self, code: int, wanted: int) -> None:
         if code != wanted:
-            sys.exit(f"a run ended with code {code}")
+            sys.exit(f"a run ended with code {code}:\n{(self.folder / 'said.txt').read_text()}")
 
 
 if __name__ == "__main__":
