@@ -21,9 +21,9 @@ from editcli.evaluation import evaluate
 from editcli.guards import refuse_nonfinite
 from editcli.interfaces import Site, Stabilizer, Update
 from editcli.model import LoadedModel, open_model, resolve_model
-from editcli.options import build, merge
+from editcli.options import build
 from editcli.pipeline import commit, edit_batch
-from editcli.planning import component, pilot_source
+from editcli.planning import component, pilot_source, settings_for
 from editcli.plugins import Plugins, load_plugins
 from editcli.presets import load_preset
 from editcli.session import ModelSession
@@ -138,7 +138,8 @@ def main(model: str | None, edits: int, batch: int, editors: tuple[str, ...], st
             # One edit at a time is what ROME is; the others are compared at the same batch size.
             size = 1 if editor == "rome" else batch
             try:
-                row = bench.run(stack, requests, batch=size, layers=preset.layers, settings=merge(preset.settings))
+                settings = settings_for(editor, preset, {}, plugins)
+                row = bench.run(stack, requests, batch=size, layers=preset.layers_for(editor), settings=settings)
                 results[title] = {"batch": size, **row}
             except EditError as error:
                 results[title] = {"error": str(error)}

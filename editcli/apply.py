@@ -54,9 +54,12 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) ->
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one sentence."""
+    """Turn a full disk, a missing permission or a full device into one sentence."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        what = "use a smaller --dtype or targets.batch_tokens, --device cpu or --device-map auto"
+        raise ModelError(f"the memory of the device is full; {what}") from error
     except OSError as error:
         place, reason = error.filename or out, error.strerror or str(error)
         raise StateError(f"cannot write {place}: {reason}; free some space or choose another --out") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from editcli.apply import DONE, INTERRUPTED, STOPPED, apply
-from editcli.errors import OptionError, StateError
+from editcli.errors import NumericalError, OptionError, StateError
 from editcli.files import write_json
 from editcli.history import History, read_history
 from editcli.outcomes import read_lines
@@ -26,6 +26,22 @@ COLLAPSE = 0.60
 """CP@60: a stack has collapsed once its retained efficacy_success is below this."""
 COHORTS = 4
 """Equal parts of the stream whose edits are compared at its end: were the early ones overwritten?"""
+FAILED = "failed"
+"""Status of a stack whose linear algebra broke down."""
+_DECIDING = (
+    "edits",
+    "model",
+    "revision",
+    "batch_size",
+    "layers",
+    "limit",
+    "seed",
+    "settings",
+    "dtype",
+    "eval_every",
+    "chat_template",
+)
+"""Settings that must be the same for an earlier run of a stack to count."""
 FIGURES = ("efficacy_success", "efficacy_accuracy", "generalization_accuracy", "specificity_accuracy")
 
 
@@ -71,7 +87,7 @@ class BenchReport:
     @property
     def complete(self) -> bool:
         """Whether every stack came to its end."""
-        return all(curve.status in (DONE, STOPPED) for curve in self.curves)
+        return all(curve.status != INTERRUPTED for curve in self.curves)
 
     def to_json(self) -> dict[str, Any]:
         """Return the documented JSON object."""
@@ -103,8 +119,13 @@ def bench(
         for names in stacks:
             title = "+".join(names)
             reporter.note(f"Stack {title}")
-            status = _run(_recipe_of(recipe, names), plugins, reporter)
-            curves.append(read_curve(title, recipe.folder / title))
+            try:
+                status = _run(_recipe_of(recipe, names), plugins, reporter)
+            except NumericalError as error:
+                # What one method cannot compute is a result of the bench, not its end.
+                reporter.warn(f"stack {title} failed: {error}")
+                status = FAILED
+            curves.append(replace(read_curve(title, recipe.folder / title), status=status))
             advance(1)
             if status == INTERRUPTED:
                 break
@@ -117,7 +138,7 @@ def read_curve(stack: str, out: Path) -> Curve:
     """Read one stack's curve from its run folder."""
     history = read_history(out)
     if history is None:
-        raise StateError(f"{out} holds no run of the stack {stack}; run the bench again")
+        return Curve(stack, FAILED, (), None, (), None, str(out))
     record, points = history.record, _points(history)
     success = [(point.edits, point.figures.get("efficacy_success")) for point in points]
     fallen = [edits for edits, value in success if value is not None and value < COLLAPSE]
@@ -147,9 +168,16 @@ def _recipe_of(recipe: Recipe, names: Sequence[str]) -> Recipe:
 
 
 def _run(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> str:
-    """Run or resume one stack; a stack that came to its end is not run again."""
-    status = RunFolder(recipe.folder).read_record().get("status")
-    return status if status in (DONE, STOPPED) else apply(recipe, plugins, reporter).status
+    """Run or resume one stack; a stack that came to its end as this recipe says is not run again."""
+    record = RunFolder(recipe.folder).read_record()
+    status = str(record.get("status"))
+    if status not in (DONE, STOPPED):
+        return apply(recipe, plugins, reporter).status
+    asked, made = recipe.to_json(), record.get("recipe", {})
+    other = [name for name in _DECIDING if asked[name] != made.get(name)]
+    if other:
+        raise StateError(f"{recipe.folder} was made with other {', '.join(other)}; choose another --out")
+    return status
 
 
 def _points(history: History) -> tuple[Point, ...]:

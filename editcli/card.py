@@ -12,8 +12,8 @@ from editcli.recipe import Recipe
 from editcli.report import RunReport
 from editcli.verdict import Thresholds, judge
 
-_NOT_REPEATED = ("edits", "settings", "out", "resume", "overwrite")
-"""Settings that say where a run is and not what it does."""
+_NOT_REPEATED = ("edits", "settings", "out", "overwrite")
+"""Settings that say where a run is and not what it does. A resumed run shows --resume: it continued a stream."""
 _FLAGS = {"stabilizers": "stabilizer", "evaluate": "no-eval"}
 
 

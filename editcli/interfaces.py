@@ -251,6 +251,8 @@ class Editor(Component):
     """False for an editor that optimises no target values; stabilizers of values then have nothing to act on."""
     single_site: ClassVar[bool] = False
     """True for an editor that writes the last site only (ROME)."""
+    suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings of other components that the papers use with this editor, ``{component: {option: value}}``."""
 
     def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
         """Optimise the batch's target values on the current model; called once per batch, before the first write.

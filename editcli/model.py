@@ -113,11 +113,16 @@ def open_model(
                 use_safetensors=True,
                 **options,
             )
+        if not device_map:
+            model = model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the model in {source.folder} does not fit the memory of {place}; use a smaller --dtype, --device cpu or "
+            "--device-map auto"
+        ) from error
     # Transformers and safetensors raise many kinds of errors for an unusable folder, all of them the user's to mend.
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
-    if not device_map:
-        model = model.to(place)
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokens, resolve(model, families), source)
 

@@ -8,22 +8,24 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from editcli.architectures import Architecture, Family, resolve, skeleton
 from editcli.checkpoint import Checkpoint
 from editcli.edits import EditFile, EditRequest, read_edits
 from editcli.errors import OptionError, RequestError, StateError
+from editcli.evaluation import questions
 from editcli.formats import load_formats
-from editcli.guards import Guard, parse_guards
+from editcli.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
 from editcli.model import LoadedModel, ModelSource, bundled_folder, load_config, load_tokens, open_model, resolve_model
 from editcli.options import build, merge
 from editcli.output import needed_bytes
 from editcli.plugins import Plugins
-from editcli.presets import Preset, load_preset
+from editcli.presets import Preset, Settings, load_preset
 from editcli.recipe import Recipe
 from editcli.report import Rejection, Reporter
+from editcli.scoring import encode_probes
 from editcli.session import PilotSource
 from editcli.state import RunFolder
 from editcli.statistics import StatisticsOptions
@@ -123,11 +125,13 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     tokens = load_tokens(source, config, chat_template=recipe.chat_template, trust_remote_code=recipe.trust_remote_code)
     architecture = resolve(skeleton(config, recipe.trust_remote_code), families)
     preset = load_preset(config, architecture)
-    settings = merge(preset.settings, recipe.settings)
-    editor = component(plugins, "editor", recipe.editor or preset.editor or DEFAULT_EDITOR, settings)
+    name = recipe.editor or preset.editor or DEFAULT_EDITOR
+    settings = settings_for(name, preset, recipe.settings, plugins)
+    editor = component(plugins, "editor", name, settings)
     stabilizers = tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers)
     sites = choose_sites(recipe, preset, architecture, checkpoint, editor)
-    requests, rejected, total = usable(file, tokens, skip_bad=skip)
+    requests, rejected, total = usable(file, tokens, skip_bad=skip, measured=recipe.evaluate)
+    check_guards(guards, requests, measured=recipe.evaluate)
     model_bytes = needed_bytes(checkpoint)
     shapes = tuple(architecture.shape(site.layer) for site in sites)
     planned = Planned(
@@ -166,6 +170,21 @@ def open_planned(planned: Planned) -> LoadedModel:
         chat_template=recipe.chat_template,
         trust_remote_code=recipe.trust_remote_code,
     )
+
+
+def settings_for(editor: str, preset: Preset, own: Settings, plugins: Plugins) -> dict[str, dict[str, Any]]:
+    """Merge what the editor's paper asks of other components, the preset and the user's own settings, weakest first."""
+    kind = cast("type[Editor]", plugins.find("editor", editor).component)
+    return merge(kind.suggests, preset.settings, own)
+
+
+def check_guards(guards: Sequence[Guard], requests: Sequence[EditRequest], *, measured: bool) -> None:
+    """Refuse a guard that could never fire: silence would look like safety."""
+    watched = [guard for guard in guards if guard.figure in BATCH_FIGURES]
+    if watched and not measured:
+        raise OptionError(f"--stop-if {watched[0]} has to measure; leave out --no-eval")
+    if watched and requests and not any(request.target_true for request in requests):
+        raise OptionError(f"--stop-if {watched[0]} compares with target_true, which no edit has; add it to the edits")
 
 
 def component(plugins: Plugins, kind: str, name: str, settings: Any) -> Any:
@@ -207,7 +226,7 @@ def choose_sites(
 
 
 def usable(
-    file: EditFile, tokens: Tokens, *, skip_bad: bool
+    file: EditFile, tokens: Tokens, *, skip_bad: bool, measured: bool
 ) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:
     """Return the edits that the tokenizer can place, what was rejected, and the number of tokens."""
     requests: list[EditRequest] = []
@@ -216,6 +235,8 @@ def usable(
     for request in file.requests:
         try:
             total += len(tokens.check(request).ids)
+            if measured:
+                check_questions(request, tokens)
             requests.append(request)
         except RequestError as error:
             if not skip_bad:
@@ -227,6 +248,14 @@ def usable(
             f"no edit is usable; the first was refused because {first.reason}", file=file.source, line=first.line
         )
     return tuple(requests), tuple(rejected), total
+
+
+def check_questions(request: EditRequest, tokens: Tokens) -> None:
+    """Raise :class:`RequestError` at the request's line when one of its prompts cannot be measured."""
+    try:
+        encode_probes(tokens, [probe for question in questions(request, ("counterfact",)) for probe in question.probes])
+    except RequestError as error:
+        raise request.refusal(error.reason) from error
 
 
 def check_output(recipe: Recipe, source: ModelSource) -> None:

@@ -69,9 +69,9 @@ class ModelSession:
         self.prefixes = tuple(generate_prefixes(loaded, self.options, seed=seed) if prefixes is None else prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
         self._decompose = Decompositions(cache, self.reporter)
-        self._masters: dict[Site, Tensor] = {site: self._loaded_weight(site) for site in self.sites}
         self._moments: dict[Site, Tensor] = {}
         self._baselines: dict[Site, Tensor] = {}
+        self._masters: dict[Site, Tensor] = {site: self._loaded_weight(site) for site in self.sites}
         self.written = False
         """True once anything was written: from then on nothing may be measured as if on the unedited model."""
 
@@ -87,7 +87,7 @@ class ModelSession:
     def baseline(self, site: Site) -> Tensor:
         """Return W_0, (d_out, d_in) float32, from the base checkpoint's files."""
         if site not in self._baselines:
-            stored = self.loaded.checkpoint.read(self.stored_name(site), device=self._masters[site].device)
+            stored = self.loaded.checkpoint.read(self.stored_name(site), device=device_of(self._projection(site)))
             # Kept as stored, so that a half-precision baseline costs half of a master.
             self._baselines[site] = stored.T.contiguous() if site.transposed else stored
         return self._baselines[site].float()
@@ -217,6 +217,9 @@ class ModelSession:
 
     def _loaded_weight(self, site: Site) -> Tensor:
         weight = read_weight(self._projection(site))
+        if weight.dtype.itemsize < self.loaded.checkpoint.dtype(self.stored_name(site)).itemsize:
+            # The file is more exact than what the model runs in, and the master is what will be saved.
+            return self.baseline(site).clone()
         return (weight.T if site.transposed else weight).float().clone(memory_format=torch.contiguous_format)
 
     def _lookup_rows(self, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Encoded]:

@@ -279,7 +279,8 @@ class Stream:
 
     def _site_report(self, site: Site, update: Update, *, where: str) -> SiteReport:
         """Return what a site's figures will be once ``update`` is written; raises when a weight is not finite."""
-        weight = torch.addmm(self.session.weight(site), update.left.to(self.session.weight(site)), update.right.T)
+        weight = self.session.weight(site)
+        weight = torch.addmm(weight, update.left.to(weight), update.right.to(weight).T)
         # As it would be saved: half precision overflows long before a master does.
         refuse_nonfinite("the weight", [weight.to(self.session.save_dtype(site))], where=where)
         change = weight - self.session.baseline(site)

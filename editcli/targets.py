@@ -92,7 +92,7 @@ def optimise(
     back = torch.argsort(order)
     columns = zip(*(values for _, values in parts), strict=True)
     target, initial, written, loss = (torch.cat(column, dim=0)[back] for column in columns)
-    _check_finite(target, requests, loaded, layer)
+    _check_finite(torch.cat([target, loss[:, None]], dim=1), requests, loaded, layer)
     return Values(target=target.T, initial=initial.T, written=written.T, dropped={}, loss=loss)
 
 
@@ -110,11 +110,12 @@ def _halves(
     return [edits[middle:], edits[:middle]]
 
 
-def _check_finite(target: Tensor, requests: Sequence[EditRequest], loaded: LoadedModel, layer: int) -> None:
-    bad = (~target.isfinite().all(dim=1)).nonzero().flatten().tolist()
+def _check_finite(figures: Tensor, requests: Sequence[EditRequest], loaded: LoadedModel, layer: int) -> None:
+    bad = (~figures.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         site = loaded.architecture.site(layer).module
-        reason = f"the target value of edit {requests[bad[0]].id!r} is not finite; lower targets.lr"
+        edit = requests[bad[0]].id
+        reason = f"the target value of edit {edit!r} or its loss is not finite; lower targets.lr or use --dtype float32"
         raise NumericalError(reason, site=site)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from editcli import bench as library
 from editcli.bench import bench, parse_stacks, read_curve
-from editcli.errors import OptionError, PluginError
+from editcli.errors import NumericalError, OptionError, PluginError, StateError
 from editcli.plugins import Plugins, load_plugins
 from editcli.recipe import Recipe
 from editcli.render_bench import bench_charts, bench_table
@@ -85,6 +86,29 @@ def test_a_stopped_bench_goes_on_and_a_finished_stack_is_not_run_again(
     both = bench(recipe, STACKS, plugins)
     assert started == [str(recipe.folder / "rlsedit+nas")]
     assert both.curves[0] == whole.curves[0]
+
+
+def test_an_earlier_bench_of_other_settings_does_not_count(recipe: Recipe, plugins: Plugins) -> None:
+    bench(recipe, STACKS[:1], plugins)
+    with pytest.raises(StateError, match="was made with other limit, seed"):
+        bench(replace(recipe, limit=4, seed=1), STACKS[:1], plugins)
+
+
+def test_a_stack_that_cannot_be_computed_does_not_end_the_bench(
+    recipe: Recipe, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = library.apply
+
+    def fails_first(recipe: Recipe, *rest: Any) -> Any:
+        if recipe.editor == "memit":
+            raise NumericalError("made up", site="here")
+        return real(recipe, *rest)
+
+    monkeypatch.setattr(library, "apply", fails_first)
+    report = bench(recipe, STACKS, plugins)
+    assert [curve.status for curve in report.curves] == ["failed", "done"]
+    assert report.curves[0].last is None
+    bench_table(report)
 
 
 def test_the_collapse_point_is_where_retained_success_first_falls(

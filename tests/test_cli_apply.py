@@ -216,6 +216,29 @@ def test_spectra_are_looked_at_every_so_many_batches(apply: Any) -> None:
     assert seen == [False, True, False]
 
 
+def test_a_guard_that_could_never_fire_is_refused(apply: Any, work: Path) -> None:
+    done = apply("--stop-if", "retained<0.6", "--no-eval")
+    assert done.code == 1
+    assert "has to measure; leave out --no-eval" in done.err
+    edit = {name: EDITS[0][name] for name in ("prompt", "subject", "target_new")}
+    (work / "facts.jsonl").write_text(json.dumps(edit))
+    done = apply("--stop-if", "efficacy<0.5")
+    assert done.code == 1
+    assert "compares with target_true, which no edit has" in done.err
+    assert not Path("facts-edited").exists()
+
+
+def test_a_prompt_that_cannot_be_measured_is_refused_at_its_line(apply: Any, work: Path) -> None:
+    long = {**EDITS[0], "id": "long", "paraphrase_prompts": ["river " * 400]}
+    with (work / "facts.jsonl").open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    done = apply()
+    assert done.code == 2
+    assert "facts.jsonl:4: " in done.err
+    assert not Path("facts-edited").exists()
+    assert apply("--on-error", "skip").code == 0
+
+
 def test_an_existing_folder_is_refused(apply: Any) -> None:
     Path("facts-edited").mkdir()
     Path("facts-edited/precious.txt").write_text("mine")

@@ -126,6 +126,15 @@ def test_a_half_precision_file_is_what_the_model_holds(tmp_path: Path) -> None:
     torch.testing.assert_close(held, own.weight(site).to(torch.bfloat16).float(), rtol=0, atol=0)
 
 
+def test_a_file_more_exact_than_the_model_keeps_its_digits(tmp_path: Path) -> None:
+    """A float32 checkpoint that runs in bfloat16 is saved as float32, so its masters must not be rounded."""
+    loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model")), dtype="bfloat16")
+    own = session(loaded)
+    for site in own.sites:
+        assert loaded.architecture.projection(site.layer).weight.dtype == torch.bfloat16
+        torch.testing.assert_close(own.weight(site), own.baseline(site), rtol=0, atol=0)
+
+
 def test_prefixes_depend_on_the_seed_alone(loaded: LoadedModel) -> None:
     first_run, again, other = (generate_prefixes(loaded, TargetOptions(), seed=seed) for seed in (1, 1, 2))
     assert first_run == again != other

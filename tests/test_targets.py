@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from editcli.edits import EditRequest
-from editcli.errors import ModelError
+from editcli.errors import ModelError, NumericalError
 from editcli.model import LoadedModel, open_model, resolve_model
 from editcli.reference import PlainTarget, plain_target
 from editcli.report import Silent
@@ -97,6 +97,13 @@ def test_one_edit_that_does_not_fit_is_one_sentence(loaded: LoadedModel, monkeyp
 
     monkeypatch.setattr(Steering, "logits", full)
     with pytest.raises(ModelError, match="one edit does not fit the memory"):
+        batch(loaded, requests())
+
+
+def test_a_loss_that_is_not_a_number_is_no_success(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Steering.logits
+    monkeypatch.setattr(Steering, "logits", lambda *args: real(*args) * torch.nan)
+    with pytest.raises(NumericalError, match="'France' or its loss is not finite"):
         batch(loaded, requests())
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from editcli.editors import InverseGramEditor
 from editcli.interfaces import Problem, Session, Site, Update
@@ -26,6 +27,7 @@ class Rome(InverseGramEditor):
     name: ClassVar[str] = "rome"
     reference: ClassVar[str] = "arXiv:2202.05262"
     single_site: ClassVar[bool] = True
+    suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {"nas": {"guard": 5.0}}
 
     @dataclass(frozen=True)
     class Options:

@@ -36,3 +36,15 @@ def test_two_edits_with_one_key_are_refused(fake_session, edit_batch, make_reque
         edit_batch(session, editor, make_requests("b", 1) * 2)
     assert caught.value.site == session.sites[-1].module
     assert caught.value.condition is not None
+
+
+def test_nas_has_the_guard_that_its_paper_uses_with_rome():
+    """Published: 5 anchors with ROME, 2 otherwise; what the user sets wins."""
+    from editcli.planning import settings_for
+    from editcli.plugins import load_plugins
+    from editcli.presets import all_presets
+
+    preset, plugins = all_presets()[0], load_plugins()
+    assert settings_for("rome", preset, {}, plugins)["nas"]["guard"] == 5.0
+    assert settings_for("rome", preset, {"nas": {"guard": 3.0}}, plugins)["nas"]["guard"] == 3.0
+    assert "nas" not in settings_for("memit", preset, {}, plugins)
