@@ -18,7 +18,7 @@ _FLAGS = {"stabilizers": "stabilizer", "evaluate": "no-eval"}
 
 
 def model_card(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], *, diagnostics: Mapping[str, float]
+    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], *, diagnostics: Mapping[str, float | None]
 ) -> str:
     """Return the README.md of an edited model: what was done, with what, and what it measured."""
     return "\n".join(_lines(report, recipe, provenance, diagnostics)) + "\n"
@@ -48,7 +48,7 @@ def _arguments(name: str, value: Any) -> list[str]:
 
 
 def _lines(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float]
+    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float | None]
 ) -> Iterator[str]:
     yield from ("---", "library_name: transformers", "tags:", "- model-editing", "- editcli", "---", "")
     yield f"# {report.model}, with {report.applied} edited facts"
@@ -72,13 +72,18 @@ def _lines(
         yield f"| `{site.module}` | {site.ratio:.4f} | {site.drift:.4f} | {site.cast_loss:.1e} | {word} |"
     if diagnostics:
         yield from ("", "## Diagnostics of the last batch", "", "| figure | value |", "|---|---|")
-        yield from (f"| {name} | {value:.4g} |" for name, value in diagnostics.items())
+        yield from (f"| {name} | {_figure(value)} |" for name, value in diagnostics.items())
     yield from ("", "## Options in force", "", "```json")
     yield json.dumps({"targets": provenance["targets"], **provenance["options"]}, indent=2)
     yield from ("```", "", "## Known limits", "")
     yield "The edits are associations at the subject's last token: paraphrases that name the subject otherwise, and"
     yield "facts that follow from the edited ones, may still be answered as before. Everything was measured on the"
     yield "prompts of the edits file only; general ability was not. `editcli/run.json` has the full record."
+
+
+def _figure(value: float | None) -> str:
+    """Write a figure; the journal keeps one that is not finite as null."""
+    return "n/a" if value is None else f"{value:.4g}"
 
 
 def _cell(figures: Mapping[str, Any] | None, name: str) -> str:
