@@ -137,7 +137,7 @@ def memory(result: Mapping[str, Any]) -> Iterator[str]:
     yield from ("## What a safe stream costs", "")
     yield f"2,000 edits in batches of {found['batch_size']}: resident memory {first / 1e9:.3f} GB after 500 edits and"
     yield f"{last / 1e9:.3f} GB after all; time per batch in the last quarter over the first"
-    yield f"{found['last_over_first_quarter']:.2f}; snapshots took {found['snapshot_share']:.1%} of the time and journal"
+    yield f"{found['last_over_first_quarter']:.2f}; snapshots took {found['snapshot_share']:.1%} of the time, journal"
     yield f"and segments {found['journal_share']:.1%}. On disk {found['bytes_per_edit'] / 1e3:.1f} kB per edit here,"
     yield f"{found['llama_3_8b_bytes_per_edit'] / 1e3:.0f} kB computed for a Llama-3-8B with five sites."
     yield from ("`python -m benchmarks.stream_memory`.", "")
@@ -146,7 +146,7 @@ def memory(result: Mapping[str, Any]) -> Iterator[str]:
 def soak(result: Mapping[str, Any]) -> Iterator[str]:
     """Describe the soak of killed streams."""
     yield from ("## Killed and resumed", "")
-    yield "`python -m benchmarks.soak` kills streams on the bundled model (memit, alphaedit and rlsedit, each with nas and"
+    yield "`python -m benchmarks.soak` kills streams on the bundled model (memit, alphaedit, rlsedit, each with nas and"
     yield "revive) at random moments and at random writes, syncs and renames, and resumes them until they are done."
     yield from ("", "```json", json.dumps(result["result"], indent=1), "```", "")
 
