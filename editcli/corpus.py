@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -126,8 +125,3 @@ def _sample(model: Any, begin: torch.Tensor, length: int, pad_id: int) -> torch.
         max_new_tokens=length - 1,
         pad_token_id=pad_id,
     )
-
-
-def text_identity(text: str) -> str:
-    """Return a short hash of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
