@@ -242,7 +242,7 @@ def test_an_editor_that_fails_while_it_remembers_closes_the_stream(
         raise NumericalError("lost", site=problems[1].site.module)
 
     def program() -> None:
-        with editcli.EditStream("out", **choices) as stream:
+        with editcli.EditStream("out", **choices, checkpoint_every=1) as stream:
             stream.apply(EDITS[:2])
             monkeypatch.setattr(RlsEdit, "remember", half)
             with pytest.raises(NumericalError):
