@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from editcli.architectures import resolve
 from editcli.edits import EditRequest, from_record
-from editcli.model import LoadedModel, ModelSource, bundled_folder, load_tokens, open_model, resolve_model
+from editcli.models.architectures import resolve
+from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, load_tokens, open_model, resolve_model
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "gpt2-124m": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import random_model, sample_edits, write_result
+from editcli.editing.leastsquares import InverseGram
+from editcli.editing.session import ModelSession
+from editcli.editing.targets import TargetOptions
 from editcli.interfaces import Problem
-from editcli.leastsquares import InverseGram
 from editcli.report import Silent
-from editcli.session import ModelSession
-from editcli.targets import TargetOptions
 
 
 def matrix_rate(device: torch.device, size: int) -> float:
@@ -54,7 +54,7 @@ def _now(device: torch.device) -> float:
 @click.option("--out", type=click.Path(path_type=Path))
 def main(shape: str, device: str, batches: int, batch_size: int, layers: str, steps: int, out: Path | None) -> None:
     """Edit a random model of a real shape and show where the time goes."""
-    from editcli.model import choose_device
+    from editcli.models.loading import choose_device
 
     place = choose_device(device)
     loaded = random_model(shape, device=str(place), dtype=torch.bfloat16)

@@ -19,8 +19,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import median, peak_memory, random_model, write_result
-from editcli.checkpoint import Checkpoint
-from editcli.output import verify, write_model
+from editcli.models.checkpoint import Checkpoint
+from editcli.runs.output import verify, write_model
 
 SITE = "model.layers.4.mlp.down_proj.weight"
 

@@ -24,8 +24,6 @@ from typing import Any
 import click
 import torch
 
-import editcli.apply
-import editcli.render_run  # noqa: F401 - imported once for all children.
 from benchmarks.common import write_result
 from editcli.__main__ import main as run_editcli
 

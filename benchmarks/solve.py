@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import median, timed, write_result
-from editcli.leastsquares import InverseGram, working_dtype
+from editcli.editing.leastsquares import InverseGram, working_dtype
 from editcli.report import Silent
 
 

@@ -15,20 +15,20 @@ from typing import Any
 
 import click
 
+from editcli.editing.pipeline import commit, edit_batch
+from editcli.editing.session import ModelSession
+from editcli.editing.targets import TargetOptions
 from editcli.edits import EditRequest, read_edits
 from editcli.errors import EditError
 from editcli.evaluation import evaluate
-from editcli.guards import refuse_nonfinite
 from editcli.interfaces import Site, Stabilizer, Update
-from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.options import build
-from editcli.pipeline import commit, edit_batch
-from editcli.planning import component, pilot_source, settings_for
 from editcli.plugins import Plugins, load_plugins
 from editcli.presets import load_preset
-from editcli.session import ModelSession
+from editcli.runs.guards import refuse_nonfinite
+from editcli.runs.planning import component, pilot_source, settings_for
 from editcli.statistics import SecondMoments
-from editcli.targets import TargetOptions
 
 STREAM = Path(__file__).parents[1] / "sample_edits" / "stream.jsonl"
 EDITORS = ("memit", "alphaedit", "rlsedit", "rome", "ft", "ultraedit")

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import peak_memory, write_result
-from editcli.apply import apply
 from editcli.plugins import load_plugins
 from editcli.recipe import Recipe
+from editcli.runs.apply import apply
 
 STREAM = Path(__file__).parents[1] / "sample_edits" / "stream.jsonl"
 

@@ -17,10 +17,10 @@ from typing import Any
 import click
 
 from benchmarks.common import SHAPES, write_result
-from editcli.apply import apply
 from editcli.plugins import load_plugins
 from editcli.recipe import Recipe
-from editcli.stream import Stream
+from editcli.runs.apply import apply
+from editcli.runs.stream import Stream
 
 EDITS = Path(__file__).parents[1] / "sample_edits" / "stream.jsonl"
 SITES_8B = 5

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import bundled, median, random_model, sample_edits, write_result
+from editcli.editing.reference import plain_target
+from editcli.editing.session import generate_prefixes
+from editcli.editing.targets import TargetOptions, optimise
 from editcli.edits import EditRequest
-from editcli.model import LoadedModel
-from editcli.reference import plain_target
+from editcli.models.loading import LoadedModel
 from editcli.report import Silent
-from editcli.session import generate_prefixes
-from editcli.targets import TargetOptions, optimise
 
 
 def seconds(loaded: LoadedModel, edits: Sequence[EditRequest], layer: int, options: TargetOptions, how: str) -> float:

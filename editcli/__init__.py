@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from editcli.architectures import Family as Family
     from editcli.edits import EditRequest as EditRequest
     from editcli.edits import read_edits as read_edits
     from editcli.errors import EditError as EditError
@@ -33,19 +32,20 @@ if TYPE_CHECKING:
     from editcli.interfaces import Stabilizer as Stabilizer
     from editcli.interfaces import Update as Update
     from editcli.interfaces import Values as Values
-    from editcli.library import EditStream as EditStream
-    from editcli.model import open_model as open_model
-    from editcli.model import resolve_model as resolve_model
+    from editcli.models.architectures import Family as Family
+    from editcli.models.loading import open_model as open_model
+    from editcli.models.loading import resolve_model as resolve_model
     from editcli.options import option as option
     from editcli.plugins import load_plugins as load_plugins
     from editcli.recipe import Recipe as Recipe
     from editcli.report import RunReport as RunReport
+    from editcli.runs.library import EditStream as EditStream
 
 API_VERSION = 1
 """Version of the plugin interface; it grows when a plugin written for the one before would break."""
 
 _HOMES = {
-    "editcli.architectures": ("Family",),
+    "editcli.models.architectures": ("Family",),
     "editcli.edits": (
         "EditRequest",
         "read_edits",
@@ -75,8 +75,8 @@ _HOMES = {
         "Update",
         "Values",
     ),
-    "editcli.library": ("EditStream",),
-    "editcli.model": (
+    "editcli.runs.library": ("EditStream",),
+    "editcli.models.loading": (
         "open_model",
         "resolve_model",
     ),

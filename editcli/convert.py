@@ -32,7 +32,7 @@ class Conversion:
     def write(self, path: Path) -> None:
         """Write the edits file, whole or not at all; raise :class:`StateError` when that is not possible."""
         # Writing safely is shared with tensors, and importing torch takes longer than most conversions.
-        from editcli.files import write_bytes
+        from editcli.runs.files import write_bytes
 
         try:
             write_bytes(path, "".join(f"{line}\n" for line in self.lines()).encode())

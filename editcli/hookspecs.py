@@ -38,7 +38,7 @@ def editcli_formats() -> Sequence[Any]:  # pyright: ignore[reportReturnType]
 
 @hookspec
 def editcli_architectures() -> Sequence[Any]:  # pyright: ignore[reportReturnType]
-    """Return model families (:class:`editcli.architectures.Family` objects)."""
+    """Return model families (:class:`editcli.models.architectures.Family` objects)."""
 
 
 @hookspec

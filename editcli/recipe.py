@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editcli.errors import OptionError, near_miss
-from editcli.guards import parse_guards
 from editcli.options import build
+from editcli.runs.guards import parse_guards
 
 if TYPE_CHECKING:
     from editcli.plugins import Plugins

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from editcli.ability import compare_logits, general_drift
 from editcli.errors import ModelError
-from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.evaluation.ability import compare_logits, general_drift
+from editcli.models.loading import LoadedModel, open_model, resolve_model
+from editcli.models.tokens import Tokens
 from editcli.testing import tiny_model_folder, tiny_tokenizer
-from editcli.tokens import Tokens
 
 Tiny = Callable[..., LoadedModel]
 TEXTS = ("The capital city of France is Paris and the river is located in the country", "Ann wrote", "It")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from editcli.architectures import FAMILIES, Architecture, Family, resolve, skeleton
 from editcli.errors import ModelError
+from editcli.models.architectures import FAMILIES, Architecture, Family, resolve, skeleton
 from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, TINY, tiny_config, tiny_model, vocabulary_size
 
 POST_NORM = {"gemma2", "gemma3", "olmo2", "exaone4", "glm4"}
@@ -165,7 +165,7 @@ class TestUnknownFamilies:
     def test_discovery_agrees_with_the_table(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = shared_model(name)
         known = resolve(model)
-        monkeypatch.setattr("editcli.architectures.FAMILIES", ())
+        monkeypatch.setattr("editcli.models.architectures.FAMILIES", ())
         found = resolve(model)
         assert found.mlp(1) is known.mlp(1)
         assert found.final_norm is known.final_norm
@@ -174,7 +174,7 @@ class TestUnknownFamilies:
     @pytest.mark.parametrize("name", ["gemma2", "olmo2", "granite"])
     def test_what_is_not_a_plain_sum_is_refused(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = shared_model(name)
-        monkeypatch.setattr("editcli.architectures.FAMILIES", ())
+        monkeypatch.setattr("editcli.models.architectures.FAMILIES", ())
         with pytest.raises(ModelError, match="do not simply add their MLP's output"):
             resolve(model)
 

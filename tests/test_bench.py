@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from editcli import bench as library
-from editcli.bench import bench, parse_stacks, read_curve
 from editcli.errors import NumericalError, OptionError, PluginError, StateError
 from editcli.plugins import Plugins, load_plugins
 from editcli.recipe import Recipe
-from editcli.render_bench import bench_charts, bench_table
-from editcli.state import RunFolder
+from editcli.render.bench import bench_charts, bench_table
+from editcli.runs import bench as library
+from editcli.runs.bench import bench, parse_stacks, read_curve
+from editcli.runs.state import RunFolder
 from editcli.testing import tiny_model_folder
 
 STACKS = (("memit",), ("rlsedit", "nas"))

@@ -7,9 +7,9 @@ import shlex
 import click
 import pytest
 
-from editcli.card import command_line
 from editcli.cli.apply import apply
 from editcli.recipe import Recipe
+from editcli.runs.card import command_line
 
 RECIPES = [
     Recipe(edits="facts.jsonl"),

@@ -32,9 +32,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipes:
         seen.append(recipe)
         return Outcome()
 
-    stand_in = types.ModuleType("editcli.dryrun")
+    stand_in = types.ModuleType("editcli.runs.dryrun")
     stand_in.plan = plan  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "editcli.dryrun", stand_in)
+    monkeypatch.setitem(sys.modules, "editcli.runs.dryrun", stand_in)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Recipe:

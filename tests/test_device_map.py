@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from editcli.editing.session import ModelSession
+from editcli.editing.targets import TargetOptions
 from editcli.errors import ModelError
 from editcli.interfaces import Problem, Update
-from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.request import from_record
-from editcli.session import ModelSession
-from editcli.targets import TargetOptions
 from editcli.testing import LAYERS, tiny_model_folder
 
 FACTS = [("The capital of {} is", "France"), ("{} works as a", "Ann Smith"), ("In Spain, {} wrote the", "Bob")]

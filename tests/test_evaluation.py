@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from editcli.architectures import resolve
 from editcli.edits import EditRequest, from_record
 from editcli.errors import OptionError, RequestError
 from editcli.evaluation import Answer, Outcome, evaluate, harmonic, summarize
-from editcli.model import LoadedModel, ModelSource
-from editcli.scoring import Probe, score
+from editcli.evaluation.scoring import Probe, score
+from editcli.models.architectures import resolve
+from editcli.models.loading import LoadedModel, ModelSource
+from editcli.models.tokens import Tokens
 from editcli.testing import tiny_model, tiny_tokenizer
-from editcli.tokens import Tokens
 
 FAMILIES = ("llama", "gpt2", "gemma2", "granite", "olmo2")
 """A plain family, one with absolute positions, one that caps its logits, one that scales them, one with extra norms."""

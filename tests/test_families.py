@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
 
-from editcli.apply import apply
-from editcli.architectures import Family
-from editcli.checkpoint import Checkpoint
+from editcli.editing.session import ModelSession
+from editcli.editing.targets import TargetOptions
 from editcli.edits import EditRequest, read_edits
 from editcli.errors import ModelError
-from editcli.forward import first, tapped
 from editcli.hookspecs import hookimpl
-from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.models.architectures import Family
+from editcli.models.checkpoint import Checkpoint
+from editcli.models.forward import first, tapped
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.plugins import Plugins, load_plugins
 from editcli.recipe import Recipe
 from editcli.report import RunReport
-from editcli.session import ModelSession
-from editcli.targets import TargetOptions
+from editcli.runs.apply import apply
 from editcli.testing import LAYERS, TINY, tiny_model_folder, tiny_tokenizer, vocabulary_size
 
 FACTS = (
@@ -270,7 +270,7 @@ def test_a_family_that_a_plugin_brings(shared: Path, tmp_path: Path, monkeypatch
             return [Family("mine", ("gemma2",), mlp_norm="post_feedforward_layernorm")]
 
     base = tiny_model_folder(tmp_path / "base", "gemma2")
-    monkeypatch.setattr("editcli.architectures.FAMILIES", ())
+    monkeypatch.setattr("editcli.models.architectures.FAMILIES", ())
     with pytest.raises(ModelError, match="do not simply add"):
         edit(base, tmp_path / "refused", shared, load_plugins())
     plugins = load_plugins()

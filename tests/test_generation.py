@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from editcli.generation import Generation, consistency, fluency, generate, ngram_entropy, text_entropy
-from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.evaluation.generation import Generation, consistency, fluency, generate, ngram_entropy, text_entropy
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.testing import tiny_model_folder
 
 PROMPTS = ("The capital of France", "Ann lives in London", "He", "The river of", "It was")

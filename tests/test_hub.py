@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from editcli.errors import ModelError
-from editcli.model import BUNDLED, bundled_folder, open_model, resolve_model
+from editcli.models.loading import BUNDLED, bundled_folder, open_model, resolve_model
 from editcli.testing import tiny_model_folder
 
 

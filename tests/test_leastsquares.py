@@ -5,8 +5,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from editcli.editing.leastsquares import InverseGram, invert, ridge, working_dtype
 from editcli.errors import NumericalError
-from editcli.leastsquares import InverseGram, invert, ridge, working_dtype
 from editcli.report import Silent
 
 CPU = torch.device("cpu")

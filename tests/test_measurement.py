@@ -13,8 +13,8 @@ from editcli.__main__ import main
 from editcli.edits import read_edits
 from editcli.errors import ModelError, OptionError
 from editcli.evaluation import evaluate
-from editcli.measurement import EvalRecipe, measure, sample
-from editcli.model import open_model, resolve_model
+from editcli.evaluation.measurement import EvalRecipe, measure, sample
+from editcli.models.loading import open_model, resolve_model
 from editcli.plugins import Plugins
 from editcli.testing import tiny_model_folder
 

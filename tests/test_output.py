@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from editcli.checkpoint import Checkpoint, file_digest
 from editcli.errors import ModelError
-from editcli.output import side_files, to_stored, verify, write_model
+from editcli.models.checkpoint import Checkpoint, file_digest
+from editcli.runs.output import side_files, to_stored, verify, write_model
 from editcli.testing import tiny_model_folder
 
 NAME = "model.layers.1.mlp.down_proj.weight"

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from editcli.architectures import resolve, skeleton
-from editcli.model import bundled_folder
+from editcli.editing.targets import TargetOptions
+from editcli.models.architectures import resolve, skeleton
+from editcli.models.loading import bundled_folder
 from editcli.options import build
 from editcli.plugins import Plugins, load_plugins
 from editcli.presets import Preset, Sizes, all_presets, guess, load_preset, sizes_of
 from editcli.recipe import check_section
-from editcli.targets import TargetOptions
 from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, tiny_config, tiny_model
 
 NAMES = ("bundled", "gpt-j-6b", "gpt2-xl", "llama-2-7b", "llama-3-8b", "llama-3.2-3b", "qwen2.5-7b")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from editcli.planning import Plan
 from editcli.render import RichReporter, rate
-from editcli.render_run import duration, plan_table, run_table, size
+from editcli.render.run import duration, plan_table, run_table, size
 from editcli.report import Rejection, RunReport, SiteReport
+from editcli.runs.planning import Plan
 
 
 def console(*, terminal: bool = False, width: int = 80) -> Console:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from editcli.editing.session import ModelSession, generate_prefixes
+from editcli.editing.targets import TargetOptions
 from editcli.errors import StatisticsError
-from editcli.forward import first, tapped
 from editcli.interfaces import Update, Values
-from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.models.forward import first, tapped
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.request import from_record
-from editcli.session import ModelSession, generate_prefixes
-from editcli.targets import TargetOptions
 from editcli.testing import tiny_model_folder
 
 PREFIXES = ("Bob. ", "The river in London is. ")

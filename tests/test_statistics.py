@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from editcli.editing.session import ModelSession
 from editcli.errors import StatisticsError
-from editcli.forward import tapped
-from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.models.forward import tapped
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.report import Silent
-from editcli.session import ModelSession
 from editcli.statistics import SecondMoments, StatisticsOptions
 from editcli.testing import tiny_model_folder
 

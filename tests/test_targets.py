@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from editcli.editing.reference import PlainTarget, plain_target
+from editcli.editing.steering import Layout, Steering
+from editcli.editing.targets import TargetOptions, optimise
 from editcli.edits import EditRequest
 from editcli.errors import ModelError, NumericalError
-from editcli.model import LoadedModel, open_model, resolve_model
-from editcli.reference import PlainTarget, plain_target
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.report import Silent
 from editcli.request import from_record
-from editcli.steering import Layout, Steering
-from editcli.targets import TargetOptions, optimise
 from editcli.testing import tiny_model_folder
 
 LAYER = 2

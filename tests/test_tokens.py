@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizer
 
 from editcli.edits import EditRequest
 from editcli.errors import ModelError, RequestError
+from editcli.models.tokens import Tokens
 from editcli.request import from_record
 from editcli.testing import CHAT_TEMPLATE, tiny_tokenizer
-from editcli.tokens import Tokens
 
 
 def request(prompt: str, subject: str, target: str = "Rome") -> EditRequest:

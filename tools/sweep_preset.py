@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.stacks import StackBench
+from editcli.editing.session import generate_prefixes
+from editcli.editing.targets import TargetOptions, optimise
 from editcli.edits import EditRequest, from_record, read_edits
-from editcli.model import LoadedModel, open_model, resolve_model
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.plugins import load_plugins
 from editcli.recipe import parse_layers
 from editcli.report import Silent
-from editcli.session import generate_prefixes
-from editcli.targets import TargetOptions, optimise
 from tools.bundled_model.stream import build_stream
 from tools.bundled_model.world import build_world
 

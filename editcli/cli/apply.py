@@ -39,26 +39,26 @@ def apply(context: click.Context, /, assignments: tuple[str, ...], dry_run: bool
 
 def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.
-    from editcli.dryrun import plan
+    from editcli.runs.dryrun import plan
 
     outcome = plan(recipe, app.plugins, app.reporter)
     if as_json:
         print_json(outcome.to_json())
     else:
-        from editcli.render_run import plan_table
+        from editcli.render.run import plan_table
 
         app.show(plan_table(outcome))
     return 0
 
 
 def _apply(recipe: Recipe, app: App, as_json: bool) -> int:
-    from editcli.apply import apply as run
+    from editcli.runs.apply import apply as run
 
     report = run(recipe, app.plugins, app.reporter)
     if as_json:
         print_json(report.to_json())
     else:
-        from editcli.render_run import run_table
+        from editcli.render.run import run_table
 
         app.show(run_table(report))
     return EXIT_CODES.get(report.status, 0)

@@ -78,10 +78,10 @@ def bench(
     recipe = Recipe(settings=component_settings(context, assignments), limit=until, eval_every=every, **values)
     recipe.check(app.plugins)
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.
-    from editcli import bench as library
+    from editcli.runs import bench as library
 
     report = library.bench(recipe, library.parse_stacks(stacks, app.plugins), app.plugins, app.reporter)
-    from editcli.render_bench import bench_table, plot_bench
+    from editcli.render.bench import bench_table, plot_bench
 
     if plot_bench(report, Path(recipe.out) / "bench.png", app.reporter):
         app.reporter.note(f"Curves: {Path(recipe.out) / 'bench.png'}")

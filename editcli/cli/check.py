@@ -29,13 +29,13 @@ def check(app: App, /, edits: str, as_json: bool, **values: Any) -> int:
     Shows for every edit the token at which it is written and the target's tokens, and what looks like a mistake.
     Refuses what apply would refuse; the exit code is then 2.
     """
-    from editcli.checking import check as run
+    from editcli.evaluation.checking import check as run
 
     report = run(edits, formats=load_formats(app.plugins), reporter=app.reporter, **values)
     if as_json:
         print_json(report.to_json())
     else:
-        from editcli.render_eval import check_table
+        from editcli.render.eval import check_table
 
         app.show(check_table(report))
     return UNUSABLE if report.rejected else 0

@@ -49,9 +49,9 @@ def diff(
     The checkpoints are compared tensor by tensor; models are loaded, one after the other, only for --prompt.
     """
     # Torch takes seconds to import, so it waits until the command line has been read.
-    from editcli import diffs
-    from editcli.model import choose_device
-    from editcli.planning import brought_families
+    from editcli.inspection import diffs
+    from editcli.models.loading import choose_device
+    from editcli.runs.planning import brought_families
 
     found = diffs.diff(base, edited, ranks=ranks, device=choose_device(device), reporter=app.reporter)
     if prompts:
@@ -60,6 +60,6 @@ def diff(
     if as_json:
         print_json(found.to_json())
         return
-    from editcli.render_diff import diff_view
+    from editcli.render.diff import diff_view
 
     app.show(diff_view(found))

@@ -47,12 +47,12 @@ def eval_(app: App, /, as_json: bool, **values: Any) -> None:
 
     Every number stands under its protocol's name; one whose fields the file does not have is null.
     """
-    from editcli.measurement import EvalRecipe, measure
+    from editcli.evaluation.measurement import EvalRecipe, measure
 
     found = measure(EvalRecipe(**values), app.plugins, app.reporter)
     if as_json:
         print_json(found.to_json())
         return
-    from editcli.render_eval import evaluation_table
+    from editcli.render.eval import evaluation_table
 
     app.show(evaluation_table(found))

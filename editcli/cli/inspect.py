@@ -62,9 +62,9 @@ def inspect(app: App, /, model: str | None, as_json: bool, plot: Path | None, **
     # Torch takes seconds to import, so it waits until the command line has been read.
     from editcli.inspection import inspect as run
     from editcli.inspection import wanted_from
-    from editcli.model import choose_device
-    from editcli.planning import brought_families
-    from editcli.plots import check_plot, plot_inspection
+    from editcli.models.loading import choose_device
+    from editcli.pages.plots import check_plot, plot_inspection
+    from editcli.runs.planning import brought_families
 
     check_plot(plot)
     found = run(
@@ -81,6 +81,6 @@ def inspect(app: App, /, model: str | None, as_json: bool, plot: Path | None, **
     if as_json:
         print_json(found.to_json())
         return
-    from editcli.render_inspect import inspection_view
+    from editcli.render.inspect import inspection_view
 
     app.show(inspection_view(found))

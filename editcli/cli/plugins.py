@@ -18,6 +18,6 @@ def plugins(app: App, /, name: str | None, as_json: bool) -> None:
     if as_json:
         print_json({"plugins": rows, "broken": app.plugins.broken if name is None else {}})
         return
-    from editcli.render_plugins import plugin_detail, plugins_table
+    from editcli.render.plugins import plugin_detail, plugins_table
 
     app.show(plugins_table(rows, app.plugins.broken) if name is None else plugin_detail(rows))

@@ -61,10 +61,10 @@ def report(
     """
     # Torch takes seconds to import, so it waits until the command line has been read.
     from editcli.inspection import Wanted, inspect
-    from editcli.model import choose_device
-    from editcli.page import check_page, run_page, write_page
-    from editcli.planning import brought_families
-    from editcli.verdict import parse_thresholds
+    from editcli.models.loading import choose_device
+    from editcli.pages.page import check_page, run_page, write_page
+    from editcli.runs.planning import brought_families
+    from editcli.runs.verdict import parse_thresholds
 
     check_page(output)
     found = inspect(

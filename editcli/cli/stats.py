@@ -37,11 +37,11 @@ def compute(
     context: click.Context, /, tokens: int | None, max_length: int | None, as_json: bool, **values: Any
 ) -> None:
     """Compute the second moments of MODEL that are not in the cache yet; without MODEL, of the bundled one."""
-    from editcli.moments import MomentsRecipe
-    from editcli.moments import compute as run
     from editcli.options import build
-    from editcli.planning import brought_families
+    from editcli.runs.planning import brought_families
     from editcli.statistics import StatisticsOptions
+    from editcli.statistics.moments import MomentsRecipe
+    from editcli.statistics.moments import compute as run
 
     given = {"tokens": tokens, "max_length": max_length}
     settings = {
@@ -61,8 +61,8 @@ def compute(
 @click.pass_obj
 def show(app: App, /, model: str | None, revision: str | None, as_json: bool) -> None:
     """List the second moments in the cache: those of MODEL, or of every model."""
-    from editcli.moments import show as run
-    from editcli.planning import brought_families
+    from editcli.runs.planning import brought_families
+    from editcli.statistics.moments import show as run
 
     _show(app, run(model, revision=revision, families=brought_families(app.plugins)), as_json)
 
@@ -71,6 +71,6 @@ def _show(app: App, report: Any, as_json: bool) -> None:
     if as_json:
         print_json(report.to_json())
         return
-    from editcli.render_moments import moments_table
+    from editcli.render.moments import moments_table
 
     app.show(moments_table(report))

@@ -36,8 +36,8 @@ def undo(
     after it. "editcli apply --resume" goes on from there; the journal keeps what was taken back.
     """
     # Torch takes seconds to import, so it waits until the command line has been read.
-    from editcli.undo import Undo, plan_undo
-    from editcli.undo import undo as take_back
+    from editcli.runs.undo import Undo, plan_undo
+    from editcli.runs.undo import undo as take_back
 
     request = Undo(run=run, batches=batches, to=to, edits=edits)
     if dry_run:
@@ -45,7 +45,7 @@ def undo(
         if as_json:
             print_json(plan.to_json())
         else:
-            from editcli.render_undo import undo_table
+            from editcli.render.undo import undo_table
 
             app.show(undo_table(plan))
         return 0
@@ -53,7 +53,7 @@ def undo(
     if as_json:
         print_json(report.to_json())
     else:
-        from editcli.render_run import run_table
+        from editcli.render.run import run_table
 
         app.show(run_table(report))
     return EXIT_CODES.get(report.status, 0)

@@ -35,7 +35,7 @@ import tomli
 from editcli.options import merge
 
 if TYPE_CHECKING:
-    from editcli.architectures import Architecture
+    from editcli.models.architectures import Architecture
 
 Settings = Mapping[str, Mapping[str, Any]]
 

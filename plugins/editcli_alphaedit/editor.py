@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from editcli.editors import InverseGramEditor
+from editcli.editing.editors import InverseGramEditor
 from editcli.edits import EditRequest
 from editcli.errors import OptionError
 from editcli.interfaces import Problem, Session, Site
@@ -15,7 +15,7 @@ from editcli.options import option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from editcli.leastsquares import InverseGram
+    from editcli.editing.leastsquares import InverseGram
 
 
 class AlphaEdit(InverseGramEditor):
@@ -56,7 +56,7 @@ class AlphaEdit(InverseGramEditor):
         """rank(P) of each site by module name."""
 
     def prior(self, session: Session, site: Site) -> InverseGram:
-        from editcli.leastsquares import InverseGram
+        from editcli.editing.leastsquares import InverseGram
 
         values, vectors = session.decomposition(site)
         unused = self._unused(values)

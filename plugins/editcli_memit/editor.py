@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from editcli.editors import InverseGramEditor
+from editcli.editing.editors import InverseGramEditor
 from editcli.interfaces import Session, Site
 from editcli.options import option
 
 if TYPE_CHECKING:
-    from editcli.leastsquares import InverseGram
+    from editcli.editing.leastsquares import InverseGram
 
 
 class Memit(InverseGramEditor):
@@ -45,7 +45,7 @@ class Memit(InverseGramEditor):
         return self.options.remember
 
     def prior(self, session: Session, site: Site) -> InverseGram:
-        from editcli.leastsquares import InverseGram
+        from editcli.editing.leastsquares import InverseGram
 
         gram = self.options.mom2_update_weight * session.second_moment(site)
         return InverseGram.inverting(

@@ -79,7 +79,7 @@ class UltraEdit(Editor):
         return Problem(site, keys=seen.inputs, residual=-self.options.lr * key.square().sum(dim=0) * gradient)
 
     def solve(self, problem: Problem) -> Update:
-        from editcli.leastsquares import ridge
+        from editcli.editing.leastsquares import ridge
 
         return ridge(problem.keys, problem.residual, site=problem.site.module, reporter=self._reporter)
 

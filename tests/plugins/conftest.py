@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from editcli.editing.leastsquares import eigh
 from editcli.edits import EditRequest
 from editcli.interfaces import Editor, Gradients, Problem, Site, SiteGradients, Stabilizer, Update, Values
-from editcli.leastsquares import eigh
 from editcli.report import Silent
 
 SHAPES = [(6, 11), (11, 6), (8, 8)]

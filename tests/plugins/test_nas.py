@@ -3,9 +3,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from editcli.editing.leastsquares import ridge
 from editcli.errors import NumericalError, OptionError, StateError
 from editcli.interfaces import Problem, Site, Update, Values
-from editcli.leastsquares import ridge
 from editcli.options import build
 from editcli.report import Silent
 from editcli_nas.stabilizer import Nas

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from editcli.edits import EditRequest, from_record
 from editcli.interfaces import Problem, Site, Update
-from editcli.state import START, Entry, RunFolder, consume, journal_line
+from editcli.runs.state import START, Entry, RunFolder, consume, journal_line
 from editcli.testing import tiny_model_folder
 
 LAYERS = (1, 2)

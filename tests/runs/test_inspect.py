@@ -20,9 +20,9 @@ from editcli.cli.common import App
 from editcli.errors import ModelError, OptionError
 from editcli.inspection import Wanted, inspect
 from editcli.plugins import Plugins
-from editcli.render_inspect import inspection_view, layer_ranges, sparkline
+from editcli.render.inspect import inspection_view, layer_ranges, sparkline
+from editcli.runs.verdict import Thresholds, judge, parse_thresholds, worst
 from editcli.testing import tiny_model_folder
-from editcli.verdict import Thresholds, judge, parse_thresholds, worst
 
 NORMS, SPECTRAL = Wanted(norms=True), Wanted(spectral=True, norms=True)
 SCHEMA = json.loads((files("editcli") / "schemas" / "inspect.schema.json").read_text("utf-8"))
@@ -111,7 +111,7 @@ def test_an_unchanged_model_is_fine(base):
 
 
 def test_the_bare_view_reads_no_weight(base, monkeypatch):
-    monkeypatch.setattr("editcli.checkpoint.Checkpoint.read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("editcli.models.checkpoint.Checkpoint.read", lambda *_: pytest.fail("a tensor was read"))
     found = inspect(base)
     assert (found.family, found.layers, len(found.sites)) == ("llama", 4, 4)
     assert found.preset.label == "guessed"
@@ -159,7 +159,7 @@ def test_the_edits_that_wrote_most_come_first(make_run):
 
 
 def test_a_batch_that_was_undone_is_no_part_of_the_history(make_run):
-    from editcli.state import Entry, journal_line
+    from editcli.runs.state import Entry, journal_line
 
     run = make_run()
     found = inspect(run, wanted=NORMS)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from editcli.apply import apply
-from editcli.diffs import diff
 from editcli.inspection import Wanted, inspect
-from editcli.outcomes import edit_rows
-from editcli.page import run_page
+from editcli.inspection.diffs import diff
+from editcli.pages.page import run_page
 from editcli.plugins import load_plugins
 from editcli.recipe import Recipe
+from editcli.runs.apply import apply
+from editcli.runs.outcomes import edit_rows
 from editcli.testing import tiny_model_folder
 
 FACTS = [

@@ -118,8 +118,8 @@ def test_values_are_escaped_everywhere(make_run, tmp_path):
 
 
 def test_outcomes(make_run, tmp_path):
-    from editcli.history import read_history
-    from editcli.outcomes import edit_rows
+    from editcli.runs.history import read_history
+    from editcli.runs.outcomes import edit_rows
 
     run = make_run(batch=3)
     answers = [{"exact": True, "success": True}, {"exact": False, "success": True}, {"exact": False, "success": False}]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from editcli.recovery import recover
-from editcli.state import RunFolder
+from editcli.runs.recovery import recover
+from editcli.runs.state import RunFolder
 from editcli.testing import tiny_model_folder
 
 PLACES = ("France", "Italy", "Spain", "Greece", "London", "Berlin", "Tokyo", "Paris")
@@ -38,7 +38,7 @@ QUICKER = ("-o", "targets.steps=1", "-o", "targets.prefixes=1", "-o", "targets.p
 
 STOP_AFTER = """
 import os, signal
-from editcli.stream import Stream
+from editcli.runs.stream import Stream
 def apply(self, requests, real=Stream.apply):
     report = real(self, requests)
     if report.step == {step}:

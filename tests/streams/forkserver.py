@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import transformers
 
-import editcli.library
-import editcli.render_run
-import editcli.undo  # noqa: F401 - imported once for all children.
+import editcli.render.run
+import editcli.runs.library
+import editcli.runs.undo  # noqa: F401 - imported once for all children.
 from editcli.__main__ import main
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from editcli.recovery import recover
-from editcli.state import RunFolder
+from editcli.runs.recovery import recover
+from editcli.runs.state import RunFolder
 
 KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
@@ -59,7 +59,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
 def test_a_run_killed_before_its_first_snapshot_is_no_obstacle(
     shop: Any, finished: Callable[[str], Path], helpers: Any
 ) -> None:
-    prelude = f"from editcli.stream import Stream\ndef begin(self): {KILL}\nStream.begin = begin"
+    prelude = f"from editcli.runs.stream import Stream\ndef begin(self): {KILL}\nStream.begin = begin"
     for arguments in ((), ("--resume",)):
         assert shop.apply("out", *helpers.STACKS["memit"], prelude=prelude).code == -9
         assert shop.apply("out", *helpers.STACKS["memit"], *arguments).code == 0
@@ -107,7 +107,7 @@ def test_a_second_process_is_refused_and_the_first_is_unharmed(
     shop: Any, finished: Callable[[str], Path], helpers: Any
 ) -> None:
     wait = (
-        "import pathlib, time\nfrom editcli.stream import Stream\n"
+        "import pathlib, time\nfrom editcli.runs.stream import Stream\n"
         "def apply(self, requests, real=Stream.apply):\n"
         "    pathlib.Path('begun').touch()\n"
         "    while not pathlib.Path('go').exists(): time.sleep(0.01)\n"

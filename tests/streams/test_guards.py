@@ -15,12 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from editcli.editing.pipeline import edit_batch
 from editcli.errors import GuardError, OptionError
-from editcli.guards import Guard, needs_retained, parse_guards, refuse_nonfinite
 from editcli.interfaces import Editor, Problem, Site, Update
-from editcli.pipeline import edit_batch
-from editcli.recovery import recover
-from editcli.state import RunFolder
+from editcli.runs.guards import Guard, needs_retained, parse_guards, refuse_nonfinite
+from editcli.runs.recovery import recover
+from editcli.runs.state import RunFolder
 
 
 @given(

@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 
-from editcli.interrupts import Interrupts
-from editcli.recovery import recover
 from editcli.report import Silent
-from editcli.state import RunFolder
+from editcli.runs.interrupts import Interrupts
+from editcli.runs.recovery import recover
+from editcli.runs.state import RunFolder
 
 TWICE = """
 import os, signal
-import editcli.stream
-def edit_batch(*arguments, real=editcli.stream.edit_batch):
+import editcli.runs.stream
+def edit_batch(*arguments, real=editcli.runs.stream.edit_batch):
     written = real(*arguments)
     if arguments[0].written and calls.append(1) is None and len(calls) == 2:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     return written
 calls = []
-editcli.stream.edit_batch = edit_batch
+editcli.runs.stream.edit_batch = edit_batch
 """
 
 

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from editcli.checkpoint import DTYPES
 from editcli.errors import EditError, StateError
-from editcli.files import write_safetensors
-from editcli.recovery import Recovered, recover
-from editcli.state import RunFolder, Snapshot, weights_digest
+from editcli.models.checkpoint import DTYPES
+from editcli.runs.files import write_safetensors
+from editcli.runs.recovery import Recovered, recover
+from editcli.runs.state import RunFolder, Snapshot, weights_digest
 
 ANY_TENSOR = st.builds(
     lambda dtype, shape, seed: torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed)).to(dtype),

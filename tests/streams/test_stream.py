@@ -14,9 +14,9 @@ import pytest
 import editcli
 from editcli.edits import from_record
 from editcli.errors import EditError, GuardError, NumericalError, RequestError, StateError
-from editcli.recovery import recover
-from editcli.state import RunFolder
-from editcli.stream import Stream
+from editcli.runs.recovery import recover
+from editcli.runs.state import RunFolder
+from editcli.runs.stream import Stream
 
 ANCHORED = ("--editor", "rlsedit", "--stabilizer", "nas", "-o", "nas.anchor=5", "-o", "nas.guard=100")
 UNNAMED = [

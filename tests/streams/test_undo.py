@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from editcli.errors import OptionError, StateError
-from editcli.recovery import recover
-from editcli.state import RunFolder
-from editcli.undo import Undo, plan_undo
+from editcli.runs.recovery import recover
+from editcli.runs.state import RunFolder
+from editcli.runs.undo import Undo, plan_undo
 
 STACKS = ("memit", "remembering", "alphaedit", "rlsedit", "ultraedit")
 
@@ -24,7 +24,7 @@ def stopped(shop: Any, helpers: Any) -> Callable[..., Path]:
 
     def stopped(stack: str, step: int) -> Path:
         prelude = (
-            "from editcli.errors import GuardError\nfrom editcli.stream import Stream\n"
+            "from editcli.errors import GuardError\nfrom editcli.runs.stream import Stream\n"
             "def apply(self, requests, real=Stream.apply):\n"
             f"    if self.position.step == {step}: raise GuardError('stopped')\n"
             "    return real(self, requests)\n"
@@ -127,7 +127,7 @@ def test_an_undo_that_is_killed_at_its_snapshot_happened_or_did_not(
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     calls = {"before": f"{kill}", "after": f"real(self, position); {kill}"}
     prelude = (
-        "from editcli.stream import Stream\n"
+        "from editcli.runs.stream import Stream\n"
         f"def snapshot(self, position, real=Stream._snapshot):\n    {calls[when]}\n"
         "Stream._snapshot = snapshot"
     )

@@ -1,0 +1,98 @@
+"""One forward and backward pass of the targets' cross-entropy, seen from the edited sites.
+
+For editors that optimise no target values (fine-tuning, UltraEdit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editcli.edits import EditRequest
+from editcli.interfaces import Gradients, Site, SiteGradients
+from editcli.models.forward import chunks, first, head_only_at, run, tapped
+from editcli.models.forward import positions as index_pairs
+from editcli.models.loading import LoadedModel
+from editcli.models.tokens import Encoded
+
+
+def measure(
+    loaded: LoadedModel,
+    sites: Sequence[Site],
+    requests: Sequence[EditRequest],
+    *,
+    every_position: bool,
+    trial: Mapping[Site, Tensor],
+    batch_tokens: int,
+) -> Gradients:
+    """Return the gradients of the summed losses with respect to the sites' outputs; see ``Session.gradients``."""
+    tokens = loaded.tokens
+    rows = [row.without_last() for row in tokens.encode([tokens.locate(r, r.target_new) for r in requests])]
+    wanted = [range(len(row.ids)) if every_position else row.predicting for row in rows]
+    losses: dict[int, Tensor] = {}
+    found: dict[Site, dict[int, tuple[Tensor, Tensor]]] = {site: {} for site in sites}
+    for group in chunks(rows, budget=batch_tokens):
+        texts = [rows[index] for index in group]
+        loss, seen = _one_pass(loaded, sites, texts, trial)
+        losses.update(zip(group, loss, strict=True))
+        for site, (inputs, gradients) in seen.items():
+            for place, edit in enumerate(group):
+                span = list(wanted[edit])
+                found[site][edit] = (inputs[place, span], gradients[place, span])
+    return Gradients(
+        loss=torch.stack([losses[edit] for edit in range(len(requests))]),
+        sites={site: _columns(found[site]) for site in sites},
+    )
+
+
+def _columns(found: Mapping[int, tuple[Tensor, Tensor]]) -> SiteGradients:
+    edits = sorted(found)
+    inputs = torch.cat([found[edit][0] for edit in edits])
+    owner = torch.cat([torch.full((len(found[edit][0]),), edit) for edit in edits])
+    gradients = torch.cat([found[edit][1] for edit in edits])
+    return SiteGradients(inputs=inputs.T, gradients=gradients.T, owner=owner.to(inputs.device))
+
+
+def _one_pass(
+    loaded: LoadedModel, sites: Sequence[Site], texts: Sequence[Encoded], trial: Mapping[Site, Tensor]
+) -> tuple[Tensor, dict[Site, tuple[Tensor, Tensor]]]:
+    """Return each row's loss and, for every site, its (rows, length, features) inputs and gradients."""
+    ids = loaded.tokens.pad(texts, loaded.input_device)
+    inputs: dict[Site, Tensor] = {}
+    outputs: dict[Site, Tensor] = {}
+
+    def see(site: Site) -> Any:
+        def hook(module: Any, entered: Tensor, output: Any) -> Any:
+            inputs[site] = entered.detach().reshape(*ids.shape, -1).float()
+            produced = first(output)
+            if site in trial:
+                weight = trial[site].to(entered)
+                produced = torch.nn.functional.linear(entered, weight, module.bias)
+            # An offset of zero is a leaf: its gradient is the gradient with respect to the output.
+            offset = torch.zeros_like(produced, dtype=torch.float32, requires_grad=True)
+            outputs[site] = offset
+            return produced + offset.to(produced.dtype)
+
+        return tapped(loaded.architecture.projection(site.layer), hook)
+
+    pairs = [(row, column) for row, text in enumerate(texts) for column in text.predicting]
+    head_rows, head_columns = index_pairs(pairs, ids.device)
+    with torch.enable_grad(), ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(see(site))
+        stack.enter_context(head_only_at(loaded.architecture.head, head_rows, head_columns))
+        logits = run(loaded.model, ids).logits[0].float()
+        target = torch.tensor([token for text in texts for token in text.target_ids], device=logits.device)
+        weight = torch.tensor([1.0 / len(text.target) for text in texts for _ in text.target], device=logits.device)
+        surprise = (torch.logsumexp(logits, dim=1) - logits.gather(1, target[:, None]).squeeze(1)) * weight
+        owner = torch.tensor([row for row, _ in pairs], device=logits.device)
+        loss = torch.zeros(len(texts), device=logits.device).index_add(0, owner, surprise)
+        gradients = torch.autograd.grad(loss.sum(), [outputs[site] for site in sites])
+    seen = {
+        site: (inputs[site], gradient.reshape(*ids.shape, -1)) for site, gradient in zip(sites, gradients, strict=True)
+    }
+    return loss.detach(), seen

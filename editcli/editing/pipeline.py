@@ -1,0 +1,76 @@
+"""The one loop that every batch of edits goes through, whatever editor and stabilizers take part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from editcli.editing.session import ModelSession
+from editcli.edits import EditRequest
+from editcli.interfaces import Editor, Problem, Site, Stabilizer, Update
+from editcli.runs.guards import refuse_nonfinite
+
+SiteCheck = Callable[[Site, Update], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one batch wrote: the problem and the update of each site, in the order they were written."""
+
+    problems: Mapping[Site, Problem]
+    updates: Mapping[Site, Update]
+    dropped: Mapping[str, str]
+    """Ids of edits that a stabilizer gave up, with the reason."""
+    seconds: Mapping[str, float]
+
+
+def edit_batch(
+    session: ModelSession,
+    editor: Editor,
+    stabilizers: Sequence[Stabilizer],
+    requests: Sequence[EditRequest],
+    check: SiteCheck,
+) -> Written:
+    """Write ``requests`` into the model; on any error the weights are what they were before.
+
+    The editor remembers later, through :func:`commit`, once the batch is known to be kept.
+    """
+    before = session.masters()
+    try:
+        started = time.perf_counter()
+        values = editor.values(session, requests)
+        if values is not None:
+            for stabilizer in stabilizers:
+                values = stabilizer.stabilize_values(values, session)
+        optimised = time.perf_counter()
+        problems: dict[Site, Problem] = {}
+        updates: dict[Site, Update] = {}
+        for site in session.sites:
+            problem = _recordable(editor.problem(session, site, requests, values))
+            refuse_nonfinite("what is to be written", [problem.keys, problem.residual], where=f"at {site.module}")
+            update = editor.solve(problem)
+            for stabilizer in stabilizers:
+                update = stabilizer.stabilize_update(update, problem, session)
+            # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
+            update = Update(left=update.left.float().contiguous(), right=update.right.float().contiguous())
+            refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+            check(site, update)
+            session.write(site, update)
+            problems[site], updates[site] = problem, update
+    except BaseException:
+        session.restore(before)
+        raise
+    dropped = {} if values is None else {requests[column].id: why for column, why in values.dropped.items()}
+    seconds = {"targets": optimised - started, "solve": time.perf_counter() - optimised}
+    return Written(problems, updates, dropped, seconds)
+
+
+def _recordable(problem: Problem) -> Problem:
+    """Return a problem as a segment holds it: single precision, contiguous."""
+    return Problem(problem.site, problem.keys.float().contiguous(), problem.residual.float().contiguous())
+
+
+def commit(session: ModelSession, editor: Editor, requests: Sequence[EditRequest], written: Written) -> None:
+    """Let the editor advance its state by a batch that is kept."""
+    editor.remember(session, requests, list(written.problems.values()))

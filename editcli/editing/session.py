@@ -1,0 +1,306 @@
+"""One model under edit: keys, residuals, values and weights, always (d_out, d_in).
+
+Edited weights live here as float32 masters. The model holds their cast to the dtype of the file that they will be saved
+to, so that what is evaluated is what is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from editcli.editing import gradients, targets
+from editcli.editing.decompositions import Decompositions
+from editcli.editing.targets import TargetOptions
+from editcli.edits import EditRequest
+from editcli.errors import StatisticsError
+from editcli.interfaces import Gradients, Site, Stabilizer, Update, Values
+from editcli.models.forward import chunks, first, positions, run, tapped
+from editcli.models.loading import LoadedModel
+from editcli.models.offload import device_of, read_weight, replace_weight
+from editcli.models.tokens import Encoded
+from editcli.report import Reporter, Silent
+
+PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
+"""What the generated prefixes start with, as in ROME's code."""
+
+SecondMoment = Callable[[Site], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PilotSource:
+    """Edits to calibrate on, and one line on where they come from."""
+
+    requests: tuple[EditRequest, ...]
+    origin: str
+
+    def first(self, count: int) -> Sequence[EditRequest]:
+        """Return up to ``count`` of the edits."""
+        return self.requests[:count]
+
+
+class ModelSession:
+    """Implements :class:`editcli.interfaces.Session`, plus the writing that components may not do."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        layers: Sequence[int],
+        *,
+        options: TargetOptions | None = None,
+        prefixes: Sequence[str] | None = None,
+        second_moment: SecondMoment | None = None,
+        pilots: PilotSource | None = None,
+        save_dtype: torch.dtype | None = None,
+        cache: Path | None = None,
+        reporter: Reporter | None = None,
+        seed: int = 0,
+    ):
+        self.loaded, self.layers, self.seed = loaded, tuple(sorted(layers)), seed
+        self.options = options or TargetOptions()
+        self.reporter: Reporter = reporter or Silent()
+        self.sites = tuple(loaded.architecture.site(layer) for layer in self.layers)
+        self.prefixes = tuple(generate_prefixes(loaded, self.options, seed=seed) if prefixes is None else prefixes)
+        self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
+        self._decompose = Decompositions(cache, self.reporter)
+        self._moments: dict[Site, Tensor] = {}
+        self._baselines: dict[Site, Tensor] = {}
+        self._masters: dict[Site, Tensor] = {site: self._loaded_weight(site) for site in self.sites}
+        self.written = False
+        """True once anything was written: from then on nothing may be measured as if on the unedited model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the last edited layer lives."""
+        return device_of(self._projection(self.sites[-1]))
+
+    def weight(self, site: Site) -> Tensor:
+        """Return the current W, (d_out, d_in) float32."""
+        return self._masters[site]
+
+    def baseline(self, site: Site) -> Tensor:
+        """Return W_0, (d_out, d_in) float32, from the base checkpoint's files."""
+        if site not in self._baselines:
+            stored = self.loaded.checkpoint.read(self.stored_name(site), device=device_of(self._projection(site)))
+            # Kept as stored, so that a half-precision baseline costs half of a master.
+            self._baselines[site] = stored.T.contiguous() if site.transposed else stored
+        return self._baselines[site].float()
+
+    def stored_name(self, site: Site) -> str:
+        """Return the checkpoint's name of a site's weight."""
+        return self.loaded.checkpoint.tensor_for(f"{site.module}.weight")
+
+    def second_moment(self, site: Site) -> Tensor:
+        """Return Cov = E[k k^T], (d_in, d_in) float64, of the unedited model."""
+        if self.written:
+            raise StatisticsError(f"{site.module}: statistics belong to the unedited model, but it was edited already")
+        if self._second_moment is None:
+            raise StatisticsError(f"{site.module}: this session was opened without reference-text statistics")
+        if site not in self._moments:
+            self._moments[site] = self._second_moment(site)
+        return self._moments[site]
+
+    def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return the ascending eigenvalues and the eigenvectors of Cov in float64, from the cache when it has them."""
+        return self._decompose(self.second_moment(site), site, device_of(self._projection(site)))
+
+    def forget_moments(self) -> None:
+        """Drop the second moments from memory once every component is prepared."""
+        self._moments.clear()
+
+    def pilots(self, count: int) -> tuple[Sequence[EditRequest], str]:
+        """Return up to ``count`` edits to calibrate on, and where they came from."""
+        if self._pilots is None:
+            return (), "none"
+        return self._pilots.first(count), self._pilots.origin
+
+    def values(self, requests: Sequence[EditRequest], *, prefixed: bool = True) -> Values:
+        """Optimise target values for a batch on the current model."""
+        label = "Optimising targets" if prefixed else "Measuring the anchor"
+        prefixes = self.prefixes if prefixed else ()
+        return targets.optimise(
+            self.loaded, requests, prefixes, self.layers[-1], self.options, self.reporter, label=label
+        )
+
+    def gradients(
+        self,
+        requests: Sequence[EditRequest],
+        *,
+        positions: Literal["target", "all"] = "target",
+        trial: Mapping[Site, Tensor] | None = None,
+    ) -> Gradients:
+        """Run one forward and backward pass of the targets' cross-entropy, on bare prompts; writes nothing."""
+        return gradients.measure(
+            self.loaded,
+            self.sites,
+            requests,
+            every_position=positions == "all",
+            trial=trial or {},
+            batch_tokens=self.options.batch_tokens,
+        )
+
+    def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
+        """Return K, (d_in, n): mean of the bare prompt's key and the mean key of the prefixed prompts."""
+        contexts = ("", *self.prefixes)
+        rows = self._lookup_rows(requests, contexts)
+        found = self.inputs_at_last(rows, site)
+        found = found.reshape(len(requests), len(contexts), -1)
+        keys = found[:, 0]
+        if self.prefixes:
+            keys = (keys + found[:, 1:].mean(dim=1)) / 2
+        return keys.T.contiguous()
+
+    def residual(self, requests: Sequence[EditRequest], site: Site, values: Values) -> Tensor:
+        """Return R, (d_out, n): what this site's output must gain, z minus h spread over the sites that remain."""
+        remaining = len(self.sites) - self.sites.index(site)
+        rows = self._lookup_rows(requests, ("",))
+        last = self._read_last(rows, self.loaded.architecture.block(self.layers[-1]), output=True)
+        goal = values.initial - self._joined(values.written) + self._joined(values.contribution)
+        share = (goal - last.T.to(goal.device)) / remaining
+        own = self._read_last(rows, self.loaded.architecture.mlp(site.layer), output=True).T.to(goal.device)
+        return self._at_output(site, own, share).to(self._masters[site].device)
+
+    def inputs_at_last(self, rows: Sequence[Encoded], site: Site) -> Tensor:
+        """Return the inputs of a site's projection at each row's last token, (rows, d_in) float32."""
+        return self._read_last(rows, self._projection(site), output=False)
+
+    def write(self, site: Site, update: Update) -> None:
+        """Add an update to a site's weight."""
+        master = self._masters[site]
+        self.set_weight(site, torch.addmm(master, update.left.to(master), update.right.to(master).T))
+
+    def set_weight(self, site: Site, weight: Tensor) -> None:
+        """Replace a site's weight, (d_out, d_in), in the master and in the model."""
+        self.written = True
+        master = weight.to(device=self._masters[site].device, dtype=torch.float32)
+        self._masters[site] = master
+        cast = master.to(self.save_dtype(site))
+        replace_weight(self._projection(site), cast.T if site.transposed else cast)
+
+    def restore(self, masters: Mapping[Site, Tensor]) -> None:
+        """Put back weights that :meth:`masters` returned earlier."""
+        for site, weight in masters.items():
+            if weight is not self._masters[site]:
+                self.set_weight(site, weight)
+
+    @contextmanager
+    def read_out(self, stabilizers: Sequence[Stabilizer]) -> Iterator[Mapping[Site, Tensor]]:
+        """Hold the weights as they are saved, after every stabilizer's read-out; afterwards the stream's own again."""
+        before = self.masters()
+        try:
+            for site in self.sites:
+                weight = before[site]
+                for stabilizer in stabilizers:
+                    weight = stabilizer.stabilize_weight(weight, site, self)
+                if weight is not before[site]:
+                    self.set_weight(site, weight)
+            yield self.masters()
+        finally:
+            self.restore(before)
+
+    def save_dtype(self, site: Site) -> torch.dtype:
+        """Return the dtype in which a site's weight will be saved."""
+        return self._save_dtype or self.loaded.checkpoint.dtype(self.stored_name(site))
+
+    def masters(self) -> Mapping[Site, Tensor]:
+        """Return all current weights; replaced, never changed in place, by later writes."""
+        return dict(self._masters)
+
+    def _projection(self, site: Site) -> Any:
+        return self.loaded.architecture.projection(site.layer)
+
+    def _loaded_weight(self, site: Site) -> Tensor:
+        weight = read_weight(self._projection(site))
+        if weight.dtype.itemsize < self.loaded.checkpoint.dtype(self.stored_name(site)).itemsize:
+            # The file is more exact than what the model runs in, and the master is what will be saved.
+            return self.baseline(site).clone()
+        return (weight.T if site.transposed else weight).float().clone(memory_format=torch.contiguous_format)
+
+    def _lookup_rows(self, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Encoded]:
+        """Return each request in each context, cut after its lookup token."""
+        tokens = self.loaded.tokens
+        texts = [tokens.locate(request.in_context(context)) for request in requests for context in contexts]
+        return [text.up_to_lookup() for text in tokens.encode(texts)]
+
+    @torch.no_grad()
+    def _read_last(self, rows: Sequence[Encoded], module: Any, *, output: bool) -> Tensor:
+        """Return a module's input or output at each row's last token, (rows, features) float32."""
+        parts: list[Tensor] = []
+        order: list[int] = []
+        for group in chunks(rows, budget=self.options.batch_tokens):
+            texts = [rows[index] for index in group]
+            ids = self.loaded.tokens.pad(texts, self.loaded.input_device)
+            parts.append(self._tap(module, ids, [(i, len(t.ids) - 1) for i, t in enumerate(texts)], output))
+            order += group
+        return torch.cat(parts)[torch.argsort(torch.tensor(order))]
+
+    def _tap(self, module: Any, ids: Tensor, places: Sequence[tuple[int, int]], output: bool) -> Tensor:
+        seen: list[Tensor] = []
+
+        def see(owner: Any, entered: Tensor, produced: Any) -> None:
+            hidden = first(produced) if output else entered
+            # Some families flatten (rows, tokens) inside their MLP; the order is the same either way.
+            hidden = hidden.reshape(*ids.shape, hidden.shape[-1])
+            seen.append(hidden[positions(places, hidden.device)].float())
+
+        with tapped(module, see, stop=True):
+            run(self.loaded.model, ids)
+        return seen[0]
+
+    def _joined(self, outputs: Tensor) -> Tensor:
+        """Return what MLP outputs of the last layer, (d, n), add to the residual stream."""
+        return _through(self.loaded.architecture.mlp_norm(self.layers[-1]), outputs)
+
+    def _at_output(self, site: Site, own: Tensor, wanted: Tensor) -> Tensor:
+        """Turn a change of the residual stream, (d, n), into a change of the projection's output ``own``.
+
+        Behind a norm only the direction of the output counts: u* = (norm(u) + R) / gamma, brought to the size of u.
+        """
+        architecture = self.loaded.architecture
+        norm = architecture.mlp_norm(site.layer)
+        if norm is None:
+            return wanted / architecture.residual_scale(site.layer)
+        gain = _through(norm, torch.ones_like(own[:, :1]))
+        direction = (_through(norm, own) + wanted) / gain
+        return direction * (own.norm(dim=0) / direction.norm(dim=0).clamp_min(1e-30)) - own
+
+
+def _through(norm: Any, columns: Tensor) -> Tensor:
+    """Apply a norm module to (d, n) columns in its own dtype; the identity without one."""
+    if norm is None:
+        return columns
+    weight = next(norm.parameters())
+    with torch.no_grad():
+        return norm(columns.T.to(weight)).T.to(columns)
+
+
+@torch.no_grad()
+def generate_prefixes(loaded: LoadedModel, options: TargetOptions, *, seed: int) -> list[str]:
+    """Generate the prefixes of section "target values": a few sampled words that end in a full stop and a space."""
+    starts = [PREFIX_STARTS[index % len(PREFIX_STARTS)] for index in range(options.prefixes)]
+    if not starts:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    prefixes = []
+    for start in starts:
+        ids = loaded.tokens.tokenizer(start, return_tensors="pt")["input_ids"].to(loaded.input_device)
+        for _ in range(options.prefix_tokens):
+            logits = loaded.model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
+            # A special token would end the text, or vanish from it when it is decoded. Some tokenizers have more of
+            # them than the model has logits.
+            logits[
+                [special for special in loaded.tokens.tokenizer.all_special_ids if special < len(logits)]
+            ] = -torch.inf
+            # Sampling from the ten likeliest keeps the prefixes readable; on the CPU it is the same on every device.
+            best = torch.topk(logits, k=min(10, len(logits)))
+            choice = torch.multinomial(torch.softmax(best.values, dim=0), 1, generator=generator)
+            ids = torch.cat([ids, best.indices[choice].to(ids.device)[None]], dim=1)
+        text = loaded.tokens.decode(ids[0].tolist())
+        prefixes.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". ")
+    return prefixes

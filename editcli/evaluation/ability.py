@@ -1,0 +1,109 @@
+"""How much of a model's general ability edits took: perplexity, and divergence from the base, on ordinary text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from editcli.errors import ModelError
+from editcli.evaluation.scoring import BATCH_TOKENS, logits_at
+from editcli.models.forward import chunks, positions
+from editcli.models.tokens import Encoded, Text, Tokens
+from editcli.report import Reporter, Silent
+
+if TYPE_CHECKING:
+    from editcli.models.loading import LoadedModel
+
+_FLOAT_ROWS = 256
+"""Rows of logits in float32 at a time. Every token needs its whole distribution here, hence small batches as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """General ability of an edited model beside its base, on the same text."""
+
+    perplexity: float
+    perplexity_base: float
+    kl: float
+    """Mean KL(base || edited) per token, in nats."""
+    tokens: int
+    """Tokens predicted."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a JSON object."""
+        return asdict(self)
+
+
+def general_drift(
+    edited: LoadedModel,
+    base: LoadedModel,
+    texts: Iterable[str],
+    *,
+    max_length: int = 512,
+    max_tokens: int = 20_000,
+    batch_tokens: int = BATCH_TOKENS // 4,
+    reporter: Reporter | None = None,
+) -> Drift:
+    """Compare two loaded models on about the first ``max_tokens`` tokens of ``texts``, cut to ``max_length``.
+
+    Raises :class:`ModelError` when the models do not share their tokens, or when there is no text.
+    """
+    if edited.tokens.tokenizer.get_vocab() != base.tokens.tokenizer.get_vocab():
+        raise ModelError("the edited model and the base have different tokenizers; pass the model that was edited")
+    rows = _rows(edited.tokens, texts, max_length=max_length, max_tokens=max_tokens)
+    total = sum(len(row.ids) - 1 for row in rows)
+    if total == 0:
+        raise ModelError("there is no text to measure general ability on; pass another one with --text")
+    sums = torch.zeros(3, dtype=torch.float64)
+    with (reporter or Silent()).phase("Comparing with the base", total, "tokens") as advance:
+        for chunk in chunks(rows, budget=batch_tokens):
+            batch = [rows[index] for index in chunk]
+            sums += _batch_sums(edited, base, batch)
+            advance(sum(len(row.ids) - 1 for row in batch))
+    nll, nll_base, kl = (sums / total).tolist()
+    # Rounding may leave a model that equals its base a hair below zero.
+    return Drift(math.exp(nll), math.exp(nll_base), max(kl, 0.0), total)
+
+
+def compare_logits(edited: Tensor, base: Tensor, wanted: Tensor) -> Tensor:
+    """Return the sums over n tokens of (NLL edited, NLL base, KL(base || edited)), nats, float64 on the CPU.
+
+    ``edited`` and ``base`` are (n, vocabulary) logits that predict ``wanted``, (n,).
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for rows in zip(edited.split(_FLOAT_ROWS), base.split(_FLOAT_ROWS), wanted.split(_FLOAT_ROWS), strict=True):
+        ours, theirs = (logits.to(edited.device).float().log_softmax(dim=1) for logits in rows[:2])
+        chosen = rows[2].to(edited.device)[:, None]
+        kl = (theirs.exp() * (theirs - ours)).sum()
+        sums += torch.stack([-ours.gather(1, chosen).sum(), -theirs.gather(1, chosen).sum(), kl]).double().cpu()
+    return sums
+
+
+def _batch_sums(edited: LoadedModel, base: LoadedModel, batch: Sequence[Encoded]) -> Tensor:
+    places = [(r, c) for r, row in enumerate(batch) for c in range(len(row.ids) - 1)]
+    logits = []
+    for loaded in (edited, base):
+        ids = loaded.tokens.pad(batch, loaded.input_device)
+        logits.append(logits_at(loaded, ids, *positions(places, ids.device)))
+    wanted = torch.tensor([batch[r].ids[c + 1] for r, c in places])
+    return compare_logits(logits[0], logits[1], wanted)
+
+
+def _rows(tokens: Tokens, texts: Iterable[str], *, max_length: int, max_tokens: int) -> list[Encoded]:
+    """Return the first ``max_tokens`` tokens of ``texts`` as rows of at most ``max_length``, at least two each."""
+    length = min(max_length, tokens.max_length or max_length)
+    rows: list[Encoded] = []
+    left = max_tokens
+    for text in texts:
+        ids = tokens.encode([Text(text, None, None)])[0].ids[:left]
+        pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+        rows += [Encoded(piece, -1, range(0)) for piece in pieces if len(piece) > 1]
+        left -= len(ids)
+        if left <= 0:
+            break
+    return rows

@@ -1,0 +1,148 @@
+"""Let a model write, and measure how it writes: fluency and consistency.
+
+Prompts of one token length are generated together, so nothing is padded and every family's own positions are right;
+the randomness of a prompt's text is its own, so neither order nor batching changes what is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from editcli.models.tokens import Encoded, Text
+from editcli.report import Reporter, Silent
+
+if TYPE_CHECKING:
+    from editcli.models.loading import LoadedModel
+
+TOKENS = 100
+"""Tokens written per prompt."""
+TOP_K = 5
+"""Sampling among the five most probable tokens, as in ROME's evaluation (arXiv:2202.05262)."""
+
+_WORDS = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a model wrote after a prompt."""
+
+    prompt: str
+    text: str
+
+
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    *,
+    tokens: int = TOKENS,
+    top_k: int = TOP_K,
+    seed: int = 0,
+    batch_tokens: int = 8192,
+    reporter: Reporter | None = None,
+) -> dict[str, Generation]:
+    """Continue each prompt by ``tokens`` tokens, or as many as the context holds; ``top_k=1`` is greedy."""
+    unique = list(dict.fromkeys(prompts))
+    rows = loaded.tokens.encode([Text(prompt, None, None) for prompt in unique])
+    written: dict[str, Generation] = {}
+    with (reporter or Silent()).phase("Generating", len(unique), "texts") as advance:
+        for batch in _same_length(rows, max(1, batch_tokens // (tokens + 1))):
+            names = [unique[index] for index in batch]
+            sources = [_generator(prompt, seed) for prompt in names]
+            count = min(tokens, (loaded.tokens.max_length or math.inf) - len(rows[batch[0]].ids))
+            ids = _continue(loaded, [rows[index].ids for index in batch], sources, top_k=top_k, count=int(count))
+            for prompt, row in zip(names, ids.tolist(), strict=True):
+                written[prompt] = Generation(prompt, loaded.tokens.decode(row))
+            advance(len(batch))
+    return written
+
+
+def fluency(texts: Mapping[str, Sequence[str]]) -> float | None:
+    """Return the mean entropy of all texts that have any (bits); None without texts."""
+    values = [value for group in texts.values() for text in group if (value := text_entropy(text)) is not None]
+    return fmean(values) if values else None
+
+
+def text_entropy(text: str) -> float | None:
+    """Return the mean of the words' bigram and trigram entropies, weighted 2/3 and 4/3 (bits); None below 3 words."""
+    words = _WORDS.findall(text)
+    if len(words) < 3:
+        return None
+    return (ngram_entropy(words, 2) * 2 / 3 + ngram_entropy(words, 3) * 4 / 3) / 2
+
+
+def ngram_entropy(items: Sequence[Hashable], length: int) -> float:
+    """Return the entropy of the distribution of n-grams of ``items``, in bits."""
+    counts = Counter(tuple(items[i : i + length]) for i in range(len(items) - length + 1))
+    total = sum(counts.values())
+    return -sum(count / total * math.log2(count / total) for count in counts.values())
+
+
+def consistency(texts: Mapping[str, Sequence[str]], references: Mapping[str, Sequence[str]]) -> float | None:
+    """Return the mean TF-IDF cosine between an edit's texts and its references; None where there are no references.
+
+    Document frequencies are counted over all reference texts; weights are (1 + ln((1 + n) / (1 + df))) per occurrence.
+    """
+    documents = [_terms(text) for group in references.values() for text in group]
+    spread = Counter(term for document in documents for term in document)
+    weights = {term: 1 + math.log((1 + len(documents)) / (1 + count)) for term, count in spread.items()}
+    pairs = [(texts[key], group) for key, group in references.items() if group and texts.get(key)]
+    return fmean(_cosine(_terms(*a), _terms(*b), weights) for a, b in pairs) if pairs else None
+
+
+def _terms(*texts: str) -> Counter[str]:
+    return Counter(word.lower() for text in texts for word in _WORDS.findall(text) if len(word) > 1)
+
+
+def _cosine(left: Mapping[str, int], right: Mapping[str, int], weights: Mapping[str, float]) -> float:
+    # Words that no reference contains have no weight, as in a vocabulary learnt from the references.
+    a = {term: count * weights[term] for term, count in left.items() if term in weights}
+    b = {term: count * weights[term] for term, count in right.items() if term in weights}
+    norms = math.hypot(*a.values()) * math.hypot(*b.values())
+    return sum(value * b[term] for term, value in a.items() if term in b) / norms if norms else 0.0
+
+
+def _same_length(rows: Sequence[Encoded], size: int) -> Iterator[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(len(row.ids), []).append(index)
+    for _, group in sorted(groups.items()):
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def _generator(prompt: str, seed: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@torch.no_grad()
+def _continue(
+    loaded: LoadedModel, ids: Iterable[Sequence[int]], sources: Sequence[torch.Generator], *, top_k: int, count: int
+) -> Tensor:
+    """Return the (n, count) token ids sampled after equally long rows of ids."""
+    step = torch.tensor([list(row) for row in ids], device=loaded.input_device)
+    written: list[Tensor] = []
+    cache: Any = None
+    for _ in range(count):
+        output = loaded.model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        chosen = _sample(output.logits[:, -1].float().cpu(), sources, top_k)
+        written.append(chosen)
+        step = chosen[:, None].to(loaded.input_device)
+    return torch.stack(written, dim=1) if written else torch.empty(len(sources), 0, dtype=torch.long)
+
+
+def _sample(logits: Tensor, sources: Sequence[torch.Generator], top_k: int) -> Tensor:
+    """Sample one of each row's ``top_k`` most probable tokens, (n,): the largest after adding Gumbel noise."""
+    best, tokens = logits.topk(min(top_k, logits.shape[1]), dim=1)
+    noise = torch.stack([torch.rand(best.shape[1], generator=source) for source in sources])
+    return tokens.gather(1, (best - noise.clamp_min(1e-20).log().neg().log()).argmax(1, keepdim=True))[:, 0]

@@ -1,0 +1,171 @@
+"""``eval``: measure edits on a saved model, and on its base beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editcli.edits import EditRequest, read_edits
+from editcli.errors import ModelError, OptionError
+from editcli.evaluation import Evaluation, evaluate
+from editcli.evaluation.ability import Drift, general_drift
+from editcli.formats import load_formats
+from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
+from editcli.report import Reporter, Silent
+from editcli.runs.history import read_history
+
+if TYPE_CHECKING:
+    from editcli.models.architectures import Family
+    from editcli.plugins import Plugins
+
+OWN_BASE = "own"
+"""As ``base``: the model that a run folder of ours was made from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRecipe:
+    """Everything that decides what ``eval`` measures; raises :class:`OptionError` when it makes no sense."""
+
+    model: str
+    edits: str
+    base: str | None = None
+    """A folder, a hub id, or :data:`OWN_BASE`; adds the base's metrics and the drift of general ability."""
+    metrics: tuple[str, ...] = ()
+    """Protocols of :data:`editcli.evaluation.METRICS`; empty means what the records have fields for."""
+    sample: int | None = None
+    """Measure so many edits, chosen by ``seed``, instead of all."""
+    limit: int | None = None
+    text: str | None = None
+    """Text file for the drift; default: the bundled held-out text."""
+    out: str | None = None
+    """JSONL file for the raw numbers of every edit."""
+    on_error: str = "stop"
+    seed: int = 0
+    device: str = "auto"
+    device_map: str | None = None
+    dtype: str = "auto"
+    chat_template: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.base is None:
+            raise OptionError("--text is what --base is measured on; pass both")
+        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
+            raise OptionError(f"the folder of --out {self.out} does not exist")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What ``eval`` found."""
+
+    model: str
+    edits_file: str
+    edits: int
+    evaluation: Evaluation
+    base: str | None = None
+    base_evaluation: Evaluation | None = None
+    drift: Drift | None = None
+    warnings: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the metrics as a JSON object; the raw numbers of single edits are in ``eval --out``."""
+        return {
+            "model": self.model,
+            "edits_file": self.edits_file,
+            "edits": self.edits,
+            "rejected": list(self.rejected),
+            **self.evaluation.to_json(),
+            "base": None
+            if self.base is None or self.base_evaluation is None
+            else {"model": self.base, **self.base_evaluation.to_json()},
+            "drift": None if self.drift is None else self.drift.to_json(),
+        }
+
+
+def measure(recipe: EvalRecipe, plugins: Plugins, reporter: Reporter | None = None) -> Measurement:
+    """Run ``recipe``; raises an :class:`~editcli.errors.EditError` in one sentence."""
+    reporter = reporter or Silent()
+    skip = recipe.on_error == "skip"
+    file = read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
+    for text in (*file.warnings, *(f"left out: {error}" for error in file.rejected)):
+        reporter.warn(text)
+    requests = sample(file.requests, recipe.sample, seed=recipe.seed)
+    source = resolve_model(recipe.model)
+    base_source = _base(recipe, source)
+    texts = list(_texts(recipe)) if base_source is not None else []
+    families = tuple(family for _, family in plugins.brought("editcli_architectures"))
+    loaded = _open(source, recipe, families)
+    evaluation = _evaluate(loaded, requests, recipe, reporter)
+    if recipe.out is not None:
+        _write_raw(Path(recipe.out), evaluation)
+    base = None if base_source is None else _open(base_source, recipe, families)
+    return Measurement(
+        model=source.name,
+        edits_file=file.source,
+        edits=len(requests),
+        evaluation=evaluation,
+        base=None if base_source is None else base_source.name,
+        base_evaluation=None if base is None else _evaluate(base, requests, recipe, reporter),
+        drift=None if base is None else general_drift(loaded, base, texts, reporter=reporter),
+        rejected=tuple(str(error) for error in file.rejected),
+    )
+
+
+def sample(requests: Sequence[EditRequest], count: int | None, *, seed: int) -> tuple[EditRequest, ...]:
+    """Return ``count`` of the requests in their order, the same for the same seed; all of them for None."""
+    if count is None or count >= len(requests):
+        return tuple(requests)
+    chosen = random.Random(seed).sample(range(len(requests)), count)
+    return tuple(requests[index] for index in sorted(chosen))
+
+
+def _evaluate(
+    loaded: LoadedModel, requests: Sequence[EditRequest], recipe: EvalRecipe, reporter: Reporter
+) -> Evaluation:
+    return evaluate(loaded, requests, metrics=recipe.metrics or None, seed=recipe.seed, reporter=reporter)
+
+
+def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family]) -> LoadedModel:
+    return open_model(
+        source,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        device_map=recipe.device_map,
+        families=families,
+        chat_template=recipe.chat_template,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
+    if recipe.base != OWN_BASE:
+        return None if recipe.base is None else resolve_model(recipe.base)
+    history = read_history(source.folder)
+    candidates = history.bases if history is not None else ()
+    for candidate in candidates:
+        try:
+            return resolve_model(candidate)
+        except ModelError:
+            continue
+    known = f"its base {candidates[0]} is not where it was" if candidates else "it records no base"
+    raise ModelError(f"{source.name}: {known}; pass the base as --base=MODEL")
+
+
+def _texts(recipe: EvalRecipe) -> Iterator[str]:
+    """Yield the paragraphs of the text to measure general ability on."""
+    path = Path(recipe.text).expanduser() if recipe.text is not None else bundled_folder() / "heldout.txt"
+    try:
+        content = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the text {path} cannot be read: {error}") from error
+    yield from (line for line in content.splitlines() if line.strip())
+
+
+def _write_raw(path: Path, evaluation: Evaluation) -> None:
+    from editcli.runs.files import write_bytes
+
+    write_bytes(path, "".join(f"{line}\n" for line in evaluation.raw_lines()).encode())

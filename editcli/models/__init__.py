@@ -1,0 +1,1 @@
+"""Models: where their parts are, how they are read, and their forward pass from one layer to another."""

@@ -1,0 +1,266 @@
+"""Where the editable matrices of a model are: the only module that knows names of modules.
+
+A family is a row of facts (:data:`FAMILIES`, or a plugin's ``editcli_architectures`` hook); :func:`resolve` finds the
+row of a model, or reads the facts off a regular module tree, and returns an :class:`Architecture`. What to know:
+
+- h, the residual stream after a layer, is that block's output, also where attention and MLP run in parallel.
+- m is the output of :meth:`Architecture.mlp`; it joins the stream as ``h = rest + residual_scale * mlp_norm(m)``.
+- Some blocks (Falcon) add to the MLP's output in place: whoever records m in a forward hook must clone it.
+- Some blocks (OPT) flatten batch and positions before the MLP: its input and output may be (batch * length, d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from editcli.errors import ModelError
+from editcli.interfaces import Site
+from editcli.models.discovery import discover
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a kind of model calls its parts.
+
+    ``blocks``, ``final_norm`` and ``head`` are paths from the model's root, ``mlp``, ``projection`` and ``mlp_norm``
+    are paths from a block. Where a block has no module for its MLP, its last linear map stands for it.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    """Values of ``model_type`` in ``config.json``."""
+    blocks: str = "model.layers"
+    mlp: str = "mlp"
+    projection: str = "mlp.down_proj"
+    mlp_norm: str | None = None
+    """Norm that is applied to the MLP's output before it joins the residual stream."""
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    parallel: bool | tuple[str, ...] = False
+    """Whether attention and MLP read the same stream; configuration keys, any of which says so, where that differs."""
+    residual_multiplier: str | None = None
+    """Configuration key of a factor on everything that joins the residual stream."""
+    refused: tuple[tuple[str, Any, str], ...] = ()
+    """Variants that cannot be edited: configuration key, its value, and what such a model does."""
+
+
+_GPT_STYLE: dict[str, Any] = {"blocks": "transformer.h", "final_norm": "transformer.ln_f"}
+
+FAMILIES: tuple[Family, ...] = (
+    Family("gpt2", ("gpt2",), projection="mlp.c_proj", **_GPT_STYLE),
+    Family("gptj", ("gptj",), projection="mlp.fc_out", parallel=True, **_GPT_STYLE),
+    Family("gpt_neo", ("gpt_neo",), projection="mlp.c_proj", **_GPT_STYLE),
+    Family(
+        "gpt_neox",
+        ("gpt_neox",),
+        blocks="gpt_neox.layers",
+        projection="mlp.dense_4h_to_h",
+        final_norm="gpt_neox.final_layer_norm",
+        parallel=("use_parallel_residual",),
+    ),
+    Family(
+        "opt",
+        ("opt",),
+        blocks="model.decoder.layers",
+        mlp="fc2",
+        projection="fc2",
+        final_norm="model.decoder.final_layer_norm",
+        refused=(("do_layer_norm_before", False, "normalises the residual stream after adding the MLP's output"),),
+    ),
+    Family("llama", ("llama",)),
+    Family("mistral", ("mistral",)),
+    Family("qwen2", ("qwen2",)),
+    Family("qwen3", ("qwen3",)),
+    Family("gemma", ("gemma",)),
+    Family("gemma2", ("gemma2",), mlp_norm="post_feedforward_layernorm"),
+    Family("gemma3", ("gemma3_text",), mlp_norm="post_feedforward_layernorm"),
+    Family("phi", ("phi",), projection="mlp.fc2", final_norm="model.final_layernorm", parallel=True),
+    Family("phi3", ("phi3",)),
+    Family("olmo2", ("olmo2", "olmo3"), mlp_norm="post_feedforward_layernorm"),
+    Family("starcoder2", ("starcoder2",), projection="mlp.c_proj"),
+    Family("stablelm", ("stablelm",), parallel=("use_parallel_residual",)),
+    Family(
+        "falcon",
+        ("falcon",),
+        projection="mlp.dense_4h_to_h",
+        parallel=("new_decoder_architecture", "parallel_attn"),
+        **_GPT_STYLE,
+    ),
+    Family("exaone4", ("exaone4",), mlp_norm="post_feedforward_layernorm"),
+    Family("glm4", ("glm4",), mlp_norm="post_mlp_layernorm"),
+    Family("granite", ("granite", "hyperclovax"), residual_multiplier="residual_multiplier"),
+)
+"""The built-in families."""
+
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+"""Configuration keys whose value above one says that a model is a mixture of experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The parts of one model that editing needs, by layer; layers count from 0."""
+
+    family: Family
+    model: PreTrainedModel
+
+    @property
+    def layers(self) -> int:
+        """Return the number of decoder blocks."""
+        return len(cast(nn.ModuleList, self.model.get_submodule(self.family.blocks)))
+
+    @property
+    def parallel(self) -> bool:
+        """Return whether attention and MLP read the same residual stream."""
+        keys = self.family.parallel
+        if isinstance(keys, bool):
+            return keys
+        return any(getattr(self.model.config, key, False) for key in keys)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """Return the norm before the head."""
+        return self.model.get_submodule(self.family.final_norm)
+
+    @property
+    def head(self) -> nn.Module:
+        """Return the module that turns the stream into logits."""
+        # The head was renamed between releases of transformers (gpt_neox); its role was not.
+        return self.model.get_output_embeddings() or self.model.get_submodule(self.family.head)
+
+    def block(self, layer: int) -> nn.Module:
+        """Return a decoder block; its output (or the first item of it) is h, (batch, length, d)."""
+        return self.model.get_submodule(self._path(layer))
+
+    def mlp(self, layer: int) -> nn.Module:
+        """Return the module whose output is m, (batch, length, d) or (batch * length, d)."""
+        return self.model.get_submodule(self._path(layer, self.family.mlp))
+
+    def projection(self, layer: int) -> nn.Module:
+        """Return the MLP's last linear map; its input is the key k."""
+        return self.model.get_submodule(self._path(layer, self.family.projection))
+
+    def mlp_norm(self, layer: int) -> nn.Module | None:
+        """Return the norm on the MLP's output before it joins the stream, or None."""
+        name = self.family.mlp_norm
+        return self.model.get_submodule(self._path(layer, name)) if name else None
+
+    def residual_scale(self, layer: int) -> float:
+        """Return the factor on the MLP's output when it joins the stream (1.0 but for Granite)."""
+        self._path(layer)
+        key = self.family.residual_multiplier
+        return float(getattr(self.model.config, key)) if key else 1.0
+
+    def site(self, layer: int) -> Site:
+        """Return the layer's editable matrix; raise :class:`ModelError` if its module type has no known orientation."""
+        path = self._path(layer, self.family.projection)
+        return Site(layer=layer, module=path, transposed=_is_transposed(self.model.get_submodule(path), path))
+
+    def shape(self, layer: int) -> tuple[int, int]:
+        """Return the shape (d_out, d_in) of the layer's editable matrix, whatever way round it is stored."""
+        rows, columns = cast(torch.Tensor, self.projection(layer).weight).shape
+        return (columns, rows) if self.site(layer).transposed else (rows, columns)
+
+    def _path(self, layer: int, name: str = "") -> str:
+        if not 0 <= layer < self.layers:
+            raise ModelError(f"layer {layer} does not exist: the model has layers 0-{self.layers - 1}")
+        return f"{self.family.blocks}.{layer}" + (f".{name}" if name else "")
+
+
+def resolve(model: PreTrainedModel, families: Sequence[Family] = ()) -> Architecture:
+    """Find what ``model`` (loaded, or on the meta device) calls its parts.
+
+    ``families`` come first, then :data:`FAMILIES`, then the module tree itself. Raises :class:`ModelError` for a model
+    that cannot be edited: mixture of experts, encoder-decoder, quantised, multimodal, or of an irregular build.
+    """
+    config = model.config
+    refuse_config(config)
+    known = [family for family in (*families, *FAMILIES) if config.model_type in family.model_types]
+    if known:
+        architecture = Architecture(known[0], model)
+        _check_paths(architecture)
+    else:
+        architecture = Architecture(_discovered(model), model)
+    _check_weights(architecture)
+    return architecture
+
+
+def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the module tree of ``config`` on the meta device: every name and shape, no memory and no weights."""
+    refuse_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"no causal language model can be built from a configuration of type {config.model_type!r}: {error}"
+        ) from error
+
+
+def refuse_config(config: PretrainedConfig) -> None:
+    """Raise :class:`ModelError` if the configuration alone says that the model cannot be edited."""
+    what = f"a model of type {config.model_type!r}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{what} has an encoder and a decoder; choose a decoder-only causal language model")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError("the model's weights are quantised; choose the unquantised checkpoint it was made from")
+    if any(_count(getattr(config, key, None)) > 1 for key in EXPERT_KEYS):
+        raise ModelError(f"{what} is a mixture of experts, which has no single MLP to edit; choose a dense model")
+    if config.get_text_config() is not config:
+        raise ModelError(f"{what} is multimodal; choose a text-only causal language model")
+
+
+def _discovered(model: PreTrainedModel) -> Family:
+    layout = discover(model)
+    return Family(
+        model.config.model_type,
+        (model.config.model_type,),
+        blocks=layout.blocks,
+        mlp=layout.mlp,
+        projection=layout.projection,
+        final_norm=layout.final_norm,
+    )
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _check_paths(architecture: Architecture) -> None:
+    """Raise :class:`ModelError` where the family's facts do not hold for this model."""
+    family, config = architecture.family, architecture.model.config
+    for key, value, what in family.refused:
+        if getattr(config, key, None) == value:
+            raise ModelError(f"this {family.name} model {what} ({key}={value}), so its MLPs cannot be edited")
+    try:
+        for part in (architecture.block, architecture.mlp, architecture.projection, architecture.mlp_norm):
+            part(0)
+    except AttributeError as error:
+        raise ModelError(
+            f"the family {family.name!r} does not fit this {type(architecture.model).__name__}: {error}; "
+            "correct the family's paths"
+        ) from error
+
+
+def _check_weights(architecture: Architecture) -> None:
+    """Raise :class:`ModelError` unless every projection is a plain matrix of floating-point numbers."""
+    for layer in range(architecture.layers):
+        site = architecture.site(layer)
+        dtype = cast(torch.Tensor, architecture.projection(layer).weight).dtype
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ModelError(f"{site.module} holds {dtype} numbers; choose the checkpoint before it was quantised")
+
+
+def _is_transposed(module: nn.Module, path: str) -> bool:
+    if isinstance(module, Conv1D):
+        return True
+    if isinstance(module, nn.Linear):
+        return False
+    raise ModelError(f"{path} is a {type(module).__name__}; only Linear and Conv1D projections can be edited")

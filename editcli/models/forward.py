@@ -1,0 +1,111 @@
+"""Run a model and read or steer what happens inside it, whatever family it is.
+
+Hooks are put on modules by the caller, so nothing here knows a family's names. Decoder blocks return a tensor in some
+versions of transformers and a tuple in others; both are accepted everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from editcli.models.tokens import Encoded
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything that was asked for has been seen."""
+
+
+def first(output: Any) -> Tensor:
+    """Return the hidden states of a module's output, which may be a tuple."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def with_first(output: Any, hidden: Tensor) -> Any:
+    """Return ``output`` with its hidden states replaced."""
+    return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
+
+
+@contextmanager
+def tapped(module: nn.Module, see: Callable[[Any, Tensor, Any], Any], *, stop: bool = False) -> Iterator[None]:
+    """Call ``see(module, input, output)`` after the module ran; optionally end the forward pass there.
+
+    What ``see`` returns replaces the output unless it is None.
+    """
+
+    def hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        entered = args[0] if args else next(iter(kwargs.values()))
+        replaced = see(owner, entered, output)
+        if stop:
+            raise _Stop
+        return replaced
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run ``forward`` instead of the module's own, for as long as the context lasts."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        # An instance attribute set by accelerate must come back; otherwise the class's method shows again.
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def run(model: nn.Module, ids: Tensor, **options: Any) -> Any:
+    """Run the model, without a cache unless ``options`` ask for one; a pass that a tap ended returns None."""
+    try:
+        return model(input_ids=ids, **{"use_cache": False, **options})
+    except _Stop:
+        return None
+
+
+@contextmanager
+def head_only_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Make the model compute logits only at the positions (rows, columns), as (1, positions, vocabulary).
+
+    Selecting in front of the head leaves whatever a family does after it (soft-capping, scaling) in force.
+    """
+
+    def select(owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def chunks(rows: Sequence[Encoded], *, budget: int) -> Iterator[list[int]]:
+    """Yield indices of rows, length-sorted, in groups whose padded size stays within ``budget`` tokens."""
+    order = sorted(range(len(rows)), key=lambda index: (len(rows[index].ids), index))
+    group: list[int] = []
+    for index in order:
+        if group and len(rows[index].ids) * (len(group) + 1) > budget:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def positions(pairs: Sequence[tuple[int, int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return (rows, columns) index tensors."""
+    table = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2)
+    return table[:, 0], table[:, 1]

@@ -1,0 +1,213 @@
+"""Find and open a model: bundled, folder or hub id; device and dtype chosen by themselves.
+
+Everything works on a local folder. A hub id is fetched into the hub's own cache first, so that the base checkpoint can
+be read tensor by tensor afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from editcli.errors import ModelError
+from editcli.models.architectures import Architecture, Family, resolve
+from editcli.models.checkpoint import Checkpoint
+from editcli.models.offload import device_of
+from editcli.models.tokens import Tokens
+
+BUNDLED = "bundled"
+"""The name of the small trained model that ships inside the package."""
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model lies on this disk, and what the user called it."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, in evaluation mode, with what editing needs to know about it."""
+
+    model: Any
+    tokens: Tokens
+    architecture: Architecture
+    source: ModelSource
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The files that the model was loaded from."""
+        return Checkpoint(self.source.folder)
+
+    @cached_property
+    def input_device(self) -> torch.device:
+        """Where token ids belong: the device of the input embedding."""
+        return device_of(self.model.get_input_embeddings())
+
+
+def bundled_folder() -> Path:
+    """Return the folder of the bundled model."""
+    return Path(str(importlib.resources.files("editcli") / "bundled"))
+
+
+def resolve_model(source: str | Path | None, *, revision: str | None = None) -> ModelSource:
+    """Return the local folder of a model; fetch a hub id when it is not cached. Raises :class:`ModelError`."""
+    if source is None or str(source) == BUNDLED:
+        return ModelSource(BUNDLED, bundled_folder())
+    name = str(source)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is a folder without config.json; is it a Hugging Face model folder?")
+        return ModelSource(name, folder.resolve())
+    if folder.exists():
+        raise ModelError(f"{name} is a file; pass the model's folder")
+    if name.startswith((".", "/", "~")) or not _HUB_ID.match(name):
+        raise ModelError(f"there is no model folder {name}; check the path")
+    return ModelSource(name, _fetch(name, revision), revision)
+
+
+def open_model(
+    source: ModelSource,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: Any = None,
+    families: Sequence[Family] = (),
+    chat_template: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load model and tokenizer from a local folder; raise :class:`ModelError` with one sentence when that fails."""
+    Checkpoint(source.folder).entries  # noqa: B018 - damaged or pickled weights are refused before anything is built.
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    place = choose_device(device)
+    if device_map and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
+    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    try:
+        with _no_bars():
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=choose_dtype(dtype, config, place),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                **options,
+            )
+        if not device_map:
+            model = model.to(place)
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the model in {source.folder} does not fit the memory of {place}; use a smaller --dtype, --device cpu or "
+            "--device-map auto"
+        ) from error
+    # Transformers and safetensors raise many kinds of errors for an unusable folder, all of them the user's to mend.
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, tokens, resolve(model, families), source)
+
+
+def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """Read a model's config."""
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the config of {source.folder}: {_first_line(error)}") from error
+
+
+def load_tokens(
+    source: ModelSource, config: Any, *, chat_template: bool = False, trust_remote_code: bool = False
+) -> Tokens:
+    """Read a model's tokenizer; raise :class:`ModelError` when it is not a fast one."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source.folder, use_fast=True, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    # The tokenizers library raises a bare Exception for a file that it cannot parse.
+    except Exception as error:
+        raise ModelError(f"cannot load a tokenizer from {source.folder}: {_first_line(error)}") from error
+    text_config = config.get_text_config()
+    length = getattr(text_config, "max_position_embeddings", None)
+    return Tokens(tokenizer, max_length=length, chat_template=chat_template)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device asked for, or the accelerator when there is one, else the CPU."""
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    # Torch raises RuntimeError for a bad name and AssertionError or NotImplementedError for an absent backend.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"the device {device!r} cannot be used here: {_first_line(error)}") from error
+    return place
+
+
+def choose_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
+    """Return the dtype asked for; ``auto`` is the checkpoint's own on an accelerator and float32 on a CPU."""
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ModelError(f"the dtype {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    if device.type == torch.device("cpu").type:
+        # Half precision saves no time on most CPUs and loses digits that target optimisation needs.
+        return torch.float32
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """Fetch a hub repository's safetensors, config and tokenizer into the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"there is no folder {name}, and the hub cannot be reached to fetch a model of that name; "
+            "check the path or your connection"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise ModelError(f"cannot fetch {name} from the hub: {_first_line(error)}") from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off a stream that is not theirs to draw on."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,181 @@
+"""The page of a run: one self-contained HTML file with the summary, the curves, the spectra and every edit.
+
+Nothing is fetched: the charts are inline SVG, style and script are in the page, and a content security policy forbids
+anything else, also to text that comes out of an edits file.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from editcli.errors import OptionError, StateError
+from editcli.inspection import Inspection
+from editcli.pages.charts import Chart, history_charts, norm_charts, spectrum_charts
+from editcli.pages.plots import COLOURS, inline_svg, require_matplotlib
+from editcli.recipe import Recipe
+from editcli.runs.card import command_line
+from editcli.runs.history import History
+from editcli.runs.outcomes import MEANINGS, edit_rows
+
+MARK = '<meta name="generator" content="editcli">'
+"""What tells a page of ours from any other file, so that only a page of ours is written over."""
+MAX_ROWS = 5000
+"""Edits that the table shows; beyond, a browser takes seconds to lay it out."""
+
+
+def check_page(path: Path) -> None:
+    """Raise, before anything is computed, when no page can be written to ``path``."""
+    require_jinja()
+    require_matplotlib()
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise OptionError(f"cannot write {path}: it is a folder; name a file such as {path / 'report.html'}")
+    if path.is_file() and MARK.encode() not in path.read_bytes()[:4096]:
+        raise OptionError(f"{path} exists and is no page of editcli; choose another -o, or remove it first")
+
+
+def require_jinja() -> None:
+    """Raise :class:`OptionError` when jinja2 is not installed."""
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise OptionError("pages need jinja2; install it with: pip install 'editcli[report]'") from error
+
+
+def run_page(found: Inspection) -> str:
+    """Return the page of an inspected run; raise :class:`StateError` when ``found`` is no run."""
+    if found.history is None:
+        raise StateError(
+            f"{found.model} is no output of editcli apply (it has no editcli/run.json); give a run's folder"
+        )
+    history = found.history
+    rows = list(edit_rows(history))
+    counts = {word: sum(row.outcome == word for row in rows) for word in MEANINGS}
+    return _render(
+        "run.html.j2",
+        title=f"{Path(history.record.get('model') or found.model).name}, edited",
+        found=found,
+        record=history.record,
+        tiles=_tiles(history.record),
+        charts=[_figure(chart) for chart in history_charts(history)],
+        spectra=[_figure(chart) for chart in (*_level_charts(found), *spectrum_charts(found))],
+        rows=rows[:MAX_ROWS],
+        hidden=max(0, len(rows) - MAX_ROWS),
+        counts={word: count for word, count in counts.items() if count},
+        meanings=MEANINGS,
+        provenance=_provenance(history),
+    )
+
+
+def chart_page(found: Inspection, charts: Sequence[Chart]) -> str:
+    """Return a page of charts alone, for ``inspect --plot FILE.html``."""
+    require_jinja()
+    return _render("charts.html.j2", title=found.model, found=found, charts=[_figure(chart) for chart in charts])
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page; raise :class:`OptionError` with the reason when that fails."""
+    try:
+        path.write_text(page, "utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _render(template: str, **values: Any) -> str:
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    script = _template("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(
+        mark=Markup(MARK),
+        style=Markup(_template("page.css")),
+        script=Markup(script),
+        script_digest=digest,
+        colours=len(COLOURS),
+        **values,
+    )
+
+
+def _template(name: str) -> str:
+    return (files("editcli.pages") / "templates" / name).read_text("utf-8")
+
+
+def _figure(chart: Chart) -> dict[str, Any]:
+    """Return a chart's title and drawing; the drawing is matplotlib's, which escapes what is written in it."""
+    from markupsafe import Markup
+
+    return {"title": chart.title, "svg": Markup(inline_svg(chart))}
+
+
+def _level_charts(found: Inspection) -> list[Chart]:
+    """Return the charts over layers that compare with the base; R_n and drift have curves of their own."""
+    return [chart for chart in norm_charts(found) if len(chart.series) > 1]
+
+
+def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the summary as (name, value, remark)."""
+    edits, efficacy = record.get("edits") or {}, record.get("efficacy") or {}
+    tiles = [("edits written", _number(edits.get("applied")), f"{_number(edits.get('rejected'))} rejected")]
+    for when in ("before", "immediate", "retained"):
+        figures = efficacy.get(when) or {}
+        if figures:
+            remark = f"success {_number(figures.get('efficacy_success'))}"
+            tiles.append((f"efficacy {when}", _number(figures.get("efficacy_accuracy")), remark))
+    for name in ("generalization", "specificity"):
+        figures = record.get(name) or {}
+        accuracy = figures.get("accuracy") or {}
+        if figures:
+            tiles.append((name, _number(accuracy.get("after")), f"before {_number(accuracy.get('before'))}"))
+    total = (record.get("seconds") or {}).get("total")
+    tiles.append(("time", f"{_number(total)} s", str(record.get("status", "unknown"))))
+    return tiles
+
+
+def _provenance(history: History) -> list[tuple[str, str]]:
+    """Return where the run came from as (name, text)."""
+    record = history.record
+    found = record.get("provenance") or {}
+    base, edits = found.get("base") or {}, found.get("edits") or {}
+    rows = [
+        ("command", _command(record)),
+        ("base", " ".join(str(base[key]) for key in ("name", "revision") if base.get(key))),
+        ("base fingerprint", str(base.get("fingerprint", ""))),
+        ("edits file", str(edits.get("file", ""))),
+        ("edits sha256", str(edits.get("sha256", ""))),
+        ("plugins", ", ".join(f"{p['name']} ({p['distribution']} {p['version']})" for p in found.get("plugins", ()))),
+        ("versions", ", ".join(f"{name} {value}" for name, value in (found.get("versions") or {}).items())),
+        ("device", str(found.get("device", ""))),
+        ("written", str(found.get("written", ""))),
+        ("options", json.dumps({"targets": found.get("targets"), **(found.get("options") or {})}, indent=1)),
+    ]
+    return [(name, text) for name, text in rows if text]
+
+
+def _command(record: Mapping[str, Any]) -> str:
+    try:
+        return command_line(Recipe.from_json(record["recipe"]))
+    except (KeyError, TypeError, OptionError):  # A record of another version; the page does without its command.
+        return ""
+
+
+def _number(value: Any) -> str:
+    """Write a figure with four digits; what is not known as a dash."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

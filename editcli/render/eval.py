@@ -1,0 +1,104 @@
+"""Draw what ``eval`` and ``check`` found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from editcli.evaluation import Evaluation
+from editcli.evaluation.checking import CheckedEdit, CheckReport
+from editcli.evaluation.measurement import Measurement
+
+_FLAT = (
+    "efficacy_accuracy",
+    "efficacy_success",
+    "generalization_accuracy",
+    "generalization_success",
+    "specificity_accuracy",
+    "specificity_success",
+    "score",
+)
+
+
+def evaluation_table(found: Measurement) -> RenderableType:
+    """Draw one row for each metric, the base beside the model where it was measured."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    if found.base_evaluation is not None:
+        table.add_column("base", justify="right")
+    table.add_column("model", justify="right")
+    table.add_column("over", justify="right", style="dim")
+    base = dict(metric_rows(found.base_evaluation)) if found.base_evaluation is not None else None
+    for name, value in metric_rows(found.evaluation):
+        cells = [] if base is None else [_number(base.get(name))]
+        table.add_row(name, *cells, _number(value), _over(name, found.evaluation.counts))
+    title = Text(f"{found.edits:,} edits of {found.edits_file} on {found.model}", style="bold")
+    return Group(title, table, *_drift_lines(found), Text(_LEGEND, style="dim"))
+
+
+def metric_rows(evaluation: Evaluation) -> Iterator[tuple[str, float | None]]:
+    """Yield every metric that was asked for, named by its protocol."""
+    for name in _FLAT:
+        yield name, getattr(evaluation, name)
+    for protocol in ("zsre", "knowedit"):
+        for part, value in (getattr(evaluation, protocol) or {}).items():
+            yield f"{protocol} {part}", value
+    for name in ("fluency", "consistency"):
+        if getattr(evaluation, name) is not None:
+            yield name, getattr(evaluation, name)
+
+
+def check_table(report: CheckReport) -> RenderableType:
+    """Draw one row for each usable edit, then refusals and warnings, then the verdict."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("line", "prompt", "lookup token", "target tokens", "tokens"):
+        table.add_column(heading, overflow="fold")
+    for edit in report.edits:
+        target = Text(" ").join(Text(repr(token), style="green") for token in edit.target)
+        position = Text(f" @{edit.position}", style="dim")
+        table.add_row(str(edit.line), _prompt(edit), Text(repr(edit.lookup)) + position, target, str(edit.length))
+    doubts = [f"line {edit.line}: {text}" for edit in report.edits for text in edit.warnings]
+    lines = [Text.assemble(("warning: ", "yellow"), text) for text in (*report.warnings, *doubts)]
+    lines += [Text.assemble(("refused: ", "red"), str(error)) for error in report.rejected]
+    warnings = len(lines) - len(report.rejected)
+    counts = f"{len(report.edits):,} usable, {len(report.rejected):,} refused, {warnings:,} warnings"
+    verdict = Text(f"{report.source} with the tokenizer of {report.model}: {counts}", style="bold")
+    return Group(*([table] if report.edits else []), *lines, verdict)
+
+
+_LEGEND = (
+    "accuracy: the greedy answer is right; success: the wanted answer is more probable than its rival; "
+    "-: the records have no field for it."
+)
+
+
+def _prompt(edit: CheckedEdit) -> Text:
+    text = Text(edit.prompt)
+    text.highlight_words([edit.subject], style="cyan")
+    return text
+
+
+def _over(name: str, counts: Mapping[str, int]) -> str:
+    """Return how many prompts a metric was measured on."""
+    groups = {"efficacy": "edits", "generalization": "paraphrases", "specificity": "neighbors"}
+    key = name.replace("edit_success", "efficacy").split()[-1].partition("_")[0]
+    count = counts.get(groups.get(key, key))
+    return "" if not count else f"{count:,}"
+
+
+def _drift_lines(found: Measurement) -> Iterator[Text]:
+    if found.drift is not None:
+        drift = found.drift
+        yield Text(
+            f"general ability on {drift.tokens:,} tokens of text: perplexity {drift.perplexity_base:.4g} -> "
+            f"{drift.perplexity:.4g}, KL to the base {drift.kl:.4g} nats a token"
+        )
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}"

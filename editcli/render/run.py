@@ -1,0 +1,156 @@
+"""Tables of ``editcli apply``: the plan before, the outcome after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from editcli.report import Rejection, RunReport, SiteReport
+from editcli.runs.verdict import Thresholds, judge
+
+if TYPE_CHECKING:
+    from editcli.runs.planning import Plan
+
+SHOWN = 5
+"""Rejected edits that are listed; the rest are in ``rejected.jsonl``."""
+
+STYLES = {"fine": "green", "drifting": "yellow", "collapsing": "bold red"}
+_PHASES = ("load", "prepare", "targets", "solve", "eval", "save")
+
+
+def run_table(report: RunReport) -> RenderableType:
+    """Draw what a run did: edits, figures before and after, sites, time and where the result is."""
+    parts: list[RenderableType] = [_headline(report), *_rejections(report.rejected)]
+    figures = list(_figures(report))
+    if figures:
+        parts.append(_figures_table(figures))
+    parts += [_sites_table(report.sites), *_ending(report)]
+    return Group(*parts)
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Draw what a run would do."""
+    method = " + ".join((plan.editor, *plan.stabilizers))
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    for name, value in (
+        ("model", f"{plan.model}, preset {plan.preset} ({plan.label})"),
+        ("method", method),
+        ("edits", f"{plan.edits:,} in {plan.batches:,} batches of {plan.batch_size:,}; {plan.tokens:,} tokens"),
+        (
+            "memory",
+            f"{size(plan.bytes['model'])} model, {size(plan.bytes['masters'])} edited matrices in float32, "
+            f"{size(plan.bytes['statistics'])} statistics",
+        ),
+        ("disk", f"{size(plan.bytes['disk'])} in {plan.out}"),
+        ("time", "not measured" if plan.seconds is None else f"about {duration(plan.seconds)} for the targets"),
+    ):
+        facts.add_row(name, Text(value))
+    sites = _table("site", "shape")
+    for site in plan.sites:
+        sites.add_row(Text(site["module"]), " x ".join(str(size) for size in site["shape"]))
+    ending = Text("Nothing was written: this is a dry run.", style="dim")
+    return Group(facts, *_rejections(plan.rejected), sites, ending)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as one would say it: ``0.4 s``, ``42 s``, ``3 min 5 s``, ``2 h 7 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as one would say it: ``11.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _headline(report: RunReport) -> Text:
+    method = " + ".join((report.editor, *report.stabilizers))
+    count = f"{report.applied:,} of {report.read:,} edits applied"
+    text = Text.assemble((count, "bold"), f" to {report.model} with {method}")
+    if report.status != "done":
+        text.append(f", {report.status}", style="bold yellow")
+    return text
+
+
+def _rejections(rejected: Sequence[Rejection]) -> Iterator[Text]:
+    for item in rejected[:SHOWN]:
+        where = f"line {item.line}, " if item.line is not None else ""
+        yield Text(f"rejected: {where}{item.id}: {item.reason}", style="yellow")
+    if len(rejected) > SHOWN:
+        yield Text(f"and {len(rejected) - SHOWN:,} more, see editcli/rejected.jsonl", style="yellow")
+
+
+def _figures(report: RunReport) -> Iterator[tuple[str, float | None, float | None, float | None]]:
+    """Yield ``(name, before, right after the edit's own batch, at the end)`` for every figure that was measured."""
+    efficacy = report.efficacy
+    for name in ("efficacy_accuracy", "efficacy_success"):
+        before, immediate, retained = (_read(efficacy.get(when), name) for when in ("before", "immediate", "retained"))
+        if (before, immediate, retained) != (None, None, None):
+            yield name, before, immediate, retained
+    for name, pair in (("generalization", report.generalization), ("specificity", report.specificity)):
+        if pair is not None:
+            yield f"{name}_accuracy", _read(pair["accuracy"], "before"), None, _read(pair["accuracy"], "after")
+            yield f"{name}_success", _read(pair, "before"), None, _read(pair, "after")
+
+
+def _read(figures: Mapping[str, Any] | None, name: str) -> float | None:
+    return None if figures is None else figures.get(name)
+
+
+def _figures_table(figures: Sequence[tuple[str, float | None, float | None, float | None]]) -> Table:
+    table = _table("", "before", "immediate", "retained")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, before, immediate, after in figures:
+        row = (_percent(before), _percent(immediate), Text(_percent(after), style="bold"))
+        # A figure that no record has the fields for is left out instead of standing there as a row of dashes.
+        if (before, immediate, after) != (None, None, None):
+            table.add_row(name, *row)
+    return table
+
+
+def _sites_table(sites: Sequence[SiteReport]) -> Table:
+    table = _table("site", "R_n", "drift", "lost by the cast", "verdict")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    for site in sites:
+        word = judge(Thresholds(), ratio=site.ratio, drift=site.drift).word or ""
+        loss = f"{site.cast_loss:.1e}" if site.cast_loss else "nothing"
+        verdict = Text(word, style=STYLES.get(word, ""))
+        table.add_row(Text(site.module), f"{site.ratio:.3f}", f"{site.drift:.3f}", loss, verdict)
+    return table
+
+
+def _ending(report: RunReport) -> Iterator[RenderableType]:
+    seconds = report.seconds
+    spent = [f"{name} {duration(seconds[name])}" for name in _PHASES if seconds.get(name)]
+    yield Text(f"{duration(seconds.get('total', 0.0))}: {', '.join(spent)}", style="dim")
+    yield Text.assemble((f"{report.out}/", "bold"), " holds the edited model and, in editcli/, the record of this run")
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"

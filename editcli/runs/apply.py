@@ -1,0 +1,381 @@
+"""The main job: read edits, edit a model, save and verify it. Needs nothing but a recipe and the loaded plugins."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from editcli.editing.session import ModelSession, PilotSource
+from editcli.edits import EditRequest
+from editcli.errors import GuardError, ModelError, StateError
+from editcli.evaluation import Evaluation, evaluate
+from editcli.interfaces import Site
+from editcli.models.checkpoint import Checkpoint, file_digest
+from editcli.models.loading import LoadedModel
+from editcli.plugins import Plugins
+from editcli.recipe import Recipe
+from editcli.report import Reporter, RunReport, Silent
+from editcli.runs import planning
+from editcli.runs.card import model_card
+from editcli.runs.clock import Clock
+from editcli.runs.files import write_bytes
+from editcli.runs.guards import needs_retained
+from editcli.runs.interrupts import Interrupts
+from editcli.runs.outcome import Ending, efficacy, provenance, report_run
+from editcli.runs.output import CARD, Verified, to_stored, verify, write_model
+from editcli.runs.planning import Planned
+from editcli.runs.recovery import Recovered, recover, remaining
+from editcli.runs.rejections import Rejections
+from editcli.runs.retention import METRICS, sampled
+from editcli.runs.stack import Stack
+from editcli.runs.state import RunFolder
+from editcli.runs.stream import Stream
+from editcli.statistics import SecondMoments
+
+RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
+
+
+def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> RunReport:
+    """Run ``recipe`` from the edits file to the saved, verified folder; raises an :class:`EditError`."""
+    reporter = reporter or Silent()
+    clock = Clock()
+    with clock.spent("load"):
+        planned = planning.check(recipe, plugins, reporter)
+    folder = RunFolder(recipe.folder)
+    with writing(recipe.folder), folder.locked():
+        return Run(planned, folder, plugins, reporter, clock).go()
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn a full disk, a missing permission or a full device into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = "use a smaller --dtype or targets.batch_tokens, --device cpu or --device-map auto"
+        raise ModelError(f"the memory of the device is full; {what}") from error
+    except OSError as error:
+        place, reason = error.filename or out, error.strerror or str(error)
+        raise StateError(f"cannot write {place}: {reason}; free some space or choose another --out") from error
+
+
+class Run:
+    """One run of ``apply``, in the order of its methods; :meth:`begin` decides what is written."""
+
+    def __init__(self, planned: Planned, folder: RunFolder, plugins: Plugins, reporter: Reporter, clock: Clock):
+        self.planned, self.folder, self.plugins = planned, folder, plugins
+        self.recipe, self.reporter, self.clock = planned.recipe, reporter, clock
+        self.status, self.verdict = DONE, None
+        self.read = 0
+        self.recovered = self._recover()
+        self.rejections = Rejections(folder, planned, self.edits_file)
+
+    def go(self) -> RunReport:
+        """Load, edit, save, report."""
+        self._announce()
+        self.open()
+        todo = self.todo()
+        before = self._evaluate([*self.done, *(request for batch in todo for request in batch)])
+        with self.clock.spent("prepare"):
+            stream = self.stream()
+            self.begin(stream)
+        self.read = len(stream.position.requests) + sum(map(len, todo)) + len(self.rejections.all)
+        with Interrupts(self.reporter) as interrupts:
+            self._edit(stream, todo, interrupts)
+        stream.save()
+        if self.status == INTERRUPTED:
+            report = self._report(stream, before, None, stream.session.masters())
+            self._write_record(report)
+            step = stream.position.step
+            self.reporter.note(f"Interrupted after {step} batches; 'editcli apply' with --resume goes on")
+            return report
+        return self.finish(stream, before)
+
+    @property
+    def edits_file(self) -> str | None:
+        """The name of the file that is read."""
+        return self.planned.file.source
+
+    @property
+    def done(self) -> Sequence[EditRequest]:
+        """The edits that an earlier run left in force."""
+        return self.recovered.requests if self.recovered else ()
+
+    def open(self) -> None:
+        """Load the model."""
+        with self.clock.spent("load"):
+            self.loaded = planning.open_planned(self.planned)
+            fingerprint = self.loaded.checkpoint.fingerprint()
+            self.provenance = provenance(self.planned, self.plugins, fingerprint, self.loaded.input_device)
+
+    def todo(self) -> list[Sequence[EditRequest]]:
+        """Return the batches to write: what an undo left to be written again, then what was not read yet."""
+        requests, size = self.planned.requests, self.planned.batch_size
+        if self.recovered:
+            requests = remaining(self.recovered, requests)
+        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        return [*(self.recovered.redo if self.recovered else ()), *batches]
+
+    def begin(self, stream: Stream) -> None:
+        """Start the stream, or go on with the one in the folder."""
+        if self.recovered is None:
+            stream.prepare()
+            if self.recipe.overwrite:
+                _remove_old(self.folder)
+            stream.begin()
+        else:
+            self.compare_versions()
+            lost = stream.resume(self.recovered)
+            if lost:
+                self.reporter.note(f"{lost} batches since the last snapshot are done again")
+        self.mark_running()
+
+    def mark_running(self) -> None:
+        """Say in the run's record that its model folder is not up to date; keep its figures so far."""
+        record = self._old_record() if self.recovered else {}
+        began = {**self.provenance["edits"], "limit": self.recipe.limit}
+        self.provenance["pilots"] = record.get("provenance", {}).get("pilots", began)
+        running = {"status": RUNNING, "recipe": self._portable_recipe(), "provenance": self.provenance}
+        self.folder.write_record({**record, **running})
+        self.rejections.write()
+
+    def _portable_recipe(self) -> dict[str, Any]:
+        """Return the recipe with the files that an undo needs named from the root."""
+        record = self.recipe.to_json()
+        files = {name: record[name] for name in ("corpus", "stats") if record[name]}
+        return {**record, **{name: str(Path(file).absolute()) for name, file in files.items() if Path(file).is_file()}}
+
+    def _recover(self) -> Recovered | None:
+        """Read the stream that is to be gone on with; None for a new one."""
+        if self.recipe.resume and self.folder.is_run:
+            return recover(self.folder)
+        if self.folder.is_run and not self.recipe.overwrite:
+            raise StateError(f"another process has made a run in {self.folder.out} meanwhile; choose another --out")
+        return None
+
+    def _old_record(self) -> dict[str, Any]:
+        try:
+            return self.folder.read_record()
+        except StateError as error:
+            # Nothing that a stream needs is in this file alone, and the end of the run writes it anew.
+            self.reporter.warn(f"{error}; it is written anew")
+            return {}
+
+    def compare_versions(self) -> None:
+        """Warn where another version may round differently than the one that began the stream."""
+        old = self._old_record().get("provenance", {})
+        for what in ("versions", "plugins", "device"):
+            if what in old and old[what] != self.provenance[what]:
+                self.reporter.warn(
+                    f"this run was made with other {what} ({old[what]}, now {self.provenance[what]}); what is written "
+                    "from here on may differ in its last digits"
+                )
+
+    def _announce(self) -> None:
+        planned = self.planned
+        if self.recipe.model is None:
+            self.reporter.note("No --model given: editing the small model that ships with editcli")
+        if planned.preset.label == "guessed":
+            layers = ", ".join(map(str, planned.layers))
+            self.reporter.warn(f"no preset for this model ({planned.preset.name}): layers {layers} are a guess")
+        for part in planned.stabilizers:
+            if part.acts_on_values_alone() and not planned.editor.needs_values:
+                self.reporter.warn(
+                    f"{part.name} acts on target values, and {planned.editor.name} has none: it changes nothing here"
+                )
+
+    def stream(self) -> Stream:
+        """Return the stream of this run, neither started nor resumed."""
+        recipe, planned = self.recipe, self.planned
+        moments = SecondMoments(
+            self.loaded,
+            options=planned.statistics,
+            corpus=recipe.corpus,
+            file=None if recipe.stats is None else _statistics_file(recipe.stats),
+            reporter=self.reporter,
+            seed=recipe.seed,
+        )
+        moments.plan(planned.sites)
+        session = ModelSession(
+            self.loaded,
+            planned.layers,
+            options=planned.targets,
+            prefixes=self.recovered.snapshot.settings["prefixes"] if self.recovered else None,
+            second_moment=moments,
+            cache=moments.cache,
+            pilots=self.pilots(),
+            save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
+            reporter=self.reporter,
+            seed=recipe.seed,
+        )
+        diagnostics = planning.diagnostics(recipe, self.plugins)
+        return Stream(
+            session,
+            Stack(planned.editor, planned.stabilizers, diagnostics),
+            self.folder,
+            settings=self._settings(session, moments),
+            guards=planned.guards,
+            measure=self._efficacy if recipe.evaluate else None,
+            retained=self._retained if self._watches_retention else None,
+            retained_every=1 if needs_retained(planned.guards) else recipe.eval_every or 1,
+            checkpoint_every=recipe.checkpoint_every,
+        )
+
+    def pilots(self) -> PilotSource:
+        """Return what components calibrate on."""
+        return planning.pilot_source(self.planned.requests)
+
+    def _settings(self, session: ModelSession, moments: SecondMoments) -> dict[str, Any]:
+        """Return what must be the same for a resumed stream to be the same stream."""
+        planned = self.planned
+        return {
+            "base": self.provenance["base"]["fingerprint"],
+            "editor": planned.editor.name,
+            "stabilizers": [part.name for part in planned.stabilizers],
+            "options": self.provenance["options"],
+            "targets": self.provenance["targets"],
+            "layers": list(planned.layers),
+            "seed": self.recipe.seed,
+            "tokenizer": _tokenizer_digest(self.loaded),
+            "reference": _reference(moments),
+            "save_dtype": self.recipe.save_dtype,
+            "dtype": str(next(self.loaded.model.parameters()).dtype),
+            "chat_template": self.recipe.chat_template,
+            "prefixes": list(session.prefixes),
+        }
+
+    def _edit(self, stream: Stream, batches: Sequence[Sequence[EditRequest]], interrupts: Interrupts) -> None:
+        with self.reporter.phase("Editing", sum(map(len, batches)), "edits") as advance:
+            for batch in batches:
+                if interrupts.asked:
+                    break
+                try:
+                    report = stream.apply(batch)
+                except GuardError as error:
+                    self.status, self.verdict = STOPPED, str(error)
+                    return
+                for phase, seconds in report.seconds.items():
+                    self.clock.seconds[phase] += seconds
+                advance(len(batch))
+        if interrupts.asked:
+            self.status = INTERRUPTED
+
+    def finish(self, stream: Stream, before: Evaluation | None) -> RunReport:
+        """Save the model as it is read out, verify the folder, write the record and the card."""
+        applied = stream.position.requests
+        with stream.session.read_out(self.planned.stabilizers) as weights:
+            after = self._evaluate(applied) if applied else None
+            with self.clock.spent("save"):
+                verified = self._save(stream.session, weights) if applied else self._save_base()
+            report = self._report(stream, before, after, weights)
+        for name in verified.unchanged if verified else ():
+            self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
+        self.rejections.write(report.rejected)
+        if after is not None:
+            write_bytes(self.folder.outcomes, "".join(f"{line}\n" for line in after.raw_lines()).encode())
+        seen = stream.reports[-1].metrics.get("diagnostics", {}) if stream.reports else {}
+        card = model_card(report, self.recipe, self.provenance, diagnostics=seen)
+        write_bytes(self.folder.out / CARD, card.encode())
+        self._write_record(report)
+        if self.verdict:
+            self.reporter.warn(self.verdict)
+        return report
+
+    def _save(self, session: ModelSession, weights: Mapping[Site, torch.Tensor]) -> Verified:
+        base = self.loaded.checkpoint
+        tensors = {}
+        for site, weight in weights.items():
+            entry = base.entries[session.stored_name(site)]
+            tensors[entry.name] = to_stored(weight, entry, session.save_dtype(site), transposed=site.transposed)
+        with self.reporter.phase("Saving", 2, "steps") as advance:
+            write_model(base, self.folder.out, tensors)
+            advance(1)
+            verified = verify(Checkpoint(self.planned.source.folder), self.folder.out, tensors)
+            advance(1)
+        return verified
+
+    def _save_base(self) -> None:
+        """Put the base's weights where an undo took everything back; a run that never saved any gets none."""
+        base = self.loaded.checkpoint
+        if all((self.folder.out / name).is_file() for name in base.files):
+            write_model(base, self.folder.out, {})
+
+    def _evaluate(self, requests: Sequence[EditRequest]) -> Evaluation | None:
+        if not self.recipe.evaluate:
+            return None
+        with self.clock.spent("eval"):
+            return evaluate(self.loaded, requests, metrics=("counterfact",), reporter=self.reporter)
+
+    def _efficacy(self, requests: Sequence[EditRequest]) -> Mapping[str, float | None]:
+        """Measure efficacy alone: what is asked after every batch must be cheap."""
+        bare = [replace(r, paraphrase_prompts=(), neighborhood_prompts=(), generation_prompts=()) for r in requests]
+        found = self._evaluate(bare)
+        return {} if found is None else efficacy(found)
+
+    @property
+    def _watches_retention(self) -> bool:
+        asked = self.recipe.eval_every is not None or needs_retained(self.planned.guards)
+        return self.recipe.evaluate and asked
+
+    def _retained(self, requests: Sequence[EditRequest]) -> Mapping[str, float | int | None]:
+        """Measure a fixed sample of the edits so far: always the same ones, as far as they have been applied."""
+        asked = sampled(requests, self.planned.requests, self.recipe.seed)
+        found = self._evaluate(asked) if asked else None
+        return {} if found is None else {**{name: getattr(found, name) for name in METRICS}, "edits": len(asked)}
+
+    def _report(
+        self, stream: Stream, before: Evaluation | None, after: Evaluation | None, weights: Mapping[Site, torch.Tensor]
+    ) -> RunReport:
+        ending = Ending(
+            status=self.status,
+            verdict=self.verdict,
+            before=before,
+            after=after,
+            weights=weights,
+            seconds=self.clock.rounded(),
+            out=str(self.folder.out),
+            read=self.read,
+            rejected=self.rejections.all,
+        )
+        return report_run(self.planned, stream, ending)
+
+    def _write_record(self, report: RunReport) -> None:
+        record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
+        self.folder.write_record(record)
+
+
+def _remove_old(folder: RunFolder) -> None:
+    """Remove an old run's files, its state last; the lock stays, since this process holds it."""
+    state = (folder.lock, folder.state, folder.journal, folder.record)
+    for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
+        if path.is_dir() and path != folder.folder:
+            shutil.rmtree(path)
+        elif path.is_file() and path not in state:
+            path.unlink()
+    for path in (folder.record, folder.state, folder.journal):
+        path.unlink(missing_ok=True)
+
+
+def _tokenizer_digest(loaded: LoadedModel) -> str:
+    path = loaded.source.folder / "tokenizer.json"
+    return file_digest(path) if path.is_file() else ""
+
+
+def _reference(moments: SecondMoments) -> dict[str, Any]:
+    """Return what the second moments depend on besides the model."""
+    if moments.file is not None:
+        return {"file": file_digest(moments.file)}
+    return {"corpus": moments.corpus.identity, "options": asdict(moments.options)}
+
+
+def _statistics_file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ModelError(f"there is no statistics file {text}; make one with: editcli stats compute")
+    return path

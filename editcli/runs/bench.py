@@ -1,0 +1,202 @@
+"""Stacks side by side on one stream: what each of them retains, and what it does to the norms.
+
+A bench is a folder of ordinary runs, one for each stack, all from the same base with the same edits, so every figure
+can be looked into with the other commands. Its own part is to start them, to go on with those that were stopped, and to
+put their journals beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from editcli.errors import NumericalError, OptionError, StateError
+from editcli.plugins import Plugins
+from editcli.recipe import Recipe
+from editcli.report import Reporter, Silent
+from editcli.runs.apply import DONE, INTERRUPTED, STOPPED, apply
+from editcli.runs.files import write_json
+from editcli.runs.history import History, read_history
+from editcli.runs.outcomes import read_lines
+from editcli.runs.state import RunFolder
+
+COLLAPSE = 0.60
+"""CP@60: a stack has collapsed once its retained efficacy_success is below this."""
+COHORTS = 4
+"""Equal parts of the stream whose edits are compared at its end: were the early ones overwritten?"""
+FAILED = "failed"
+"""Status of a stack whose linear algebra broke down."""
+_DECIDING = (
+    "edits",
+    "model",
+    "revision",
+    "batch_size",
+    "layers",
+    "limit",
+    "seed",
+    "settings",
+    "dtype",
+    "eval_every",
+    "chat_template",
+)
+"""Settings that must be the same for an earlier run of a stack to count."""
+FIGURES = ("efficacy_success", "efficacy_accuracy", "generalization_accuracy", "specificity_accuracy")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a stack retained after so many edits."""
+
+    edits: int
+    ratio: float
+    """The largest R_n of any site."""
+    figures: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One stack along the stream."""
+
+    stack: str
+    status: str
+    points: tuple[Point, ...]
+    collapse: int | None
+    """CP@60: edits done when retained efficacy_success was first below 0.60; None while it never was."""
+    cohorts: tuple[float, ...]
+    """Share of each quarter's edits that is answered at the end, the earliest quarter first."""
+    seconds_per_edit: float | None
+    out: str
+
+    @property
+    def last(self) -> Point | None:
+        """The stack at the end of the stream."""
+        return self.points[-1] if self.points else None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """All stacks of a bench; ``complete`` is false when one of them was interrupted."""
+
+    edits: str
+    batch_size: int | None
+    curves: tuple[Curve, ...]
+    out: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stack came to its end."""
+        return all(curve.status != INTERRUPTED for curve in self.curves)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the documented JSON object."""
+        return asdict(self)
+
+
+def parse_stacks(text: str, plugins: Plugins) -> tuple[tuple[str, ...], ...]:
+    """Read ``memit,memit+nas``: an editor's name, then its stabilizers'; raises on a name that is not known."""
+    stacks = []
+    for part in text.split(","):
+        names = tuple(name.strip() for name in part.split("+"))
+        if not all(names):
+            raise OptionError(f"cannot read the stack {part!r}: write EDITOR+STABILIZER, for instance memit+nas+revive")
+        plugins.find("editor", names[0])
+        for name in names[1:]:
+            plugins.find("stabilizer", name)
+        stacks.append(names)
+    return tuple(dict.fromkeys(stacks))
+
+
+def bench(
+    recipe: Recipe, stacks: Sequence[Sequence[str]], plugins: Plugins, reporter: Reporter | None = None
+) -> BenchReport:
+    """Run every stack as ``recipe`` says, each in its own folder under the recipe's; go on with what is there."""
+    reporter = reporter or Silent()
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    curves = []
+    with reporter.phase("Stacks", len(stacks), "stacks") as advance:
+        for names in stacks:
+            title = "+".join(names)
+            reporter.note(f"Stack {title}")
+            try:
+                status = _run(_recipe_of(recipe, names), plugins, reporter)
+            except NumericalError as error:
+                # What one method cannot compute is a result of the bench, not its end.
+                reporter.warn(f"stack {title} failed: {error}")
+                status = FAILED
+            curves.append(replace(read_curve(title, recipe.folder / title), status=status))
+            advance(1)
+            if status == INTERRUPTED:
+                break
+    report = BenchReport(recipe.edits, recipe.batch_size, tuple(curves), str(recipe.folder))
+    write_json(recipe.folder / "bench.json", report.to_json())
+    return report
+
+
+def read_curve(stack: str, out: Path) -> Curve:
+    """Read one stack's curve from its run folder."""
+    history = read_history(out)
+    if history is None:
+        return Curve(stack, FAILED, (), None, (), None, str(out))
+    record, points = history.record, _points(history)
+    success = [(point.edits, point.figures.get("efficacy_success")) for point in points]
+    fallen = [edits for edits, value in success if value is not None and value < COLLAPSE]
+    done = sum(len(batch.edits) for batch in history.batches)
+    spent = sum(batch.seconds or 0.0 for batch in history.batches)
+    return Curve(
+        stack=stack,
+        status=str(record.get("status", "running")),
+        points=points,
+        collapse=fallen[0] if fallen else None,
+        cohorts=_cohorts(history),
+        seconds_per_edit=spent / done if done else None,
+        out=str(out),
+    )
+
+
+def _recipe_of(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    out = recipe.folder / "+".join(names)
+    return replace(
+        recipe,
+        editor=names[0],
+        stabilizers=tuple(names[1:]),
+        out=str(out),
+        resume=RunFolder(out).is_run,
+        overwrite=False,
+    )
+
+
+def _run(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> str:
+    """Run or resume one stack; a stack that came to its end as this recipe says is not run again."""
+    record = RunFolder(recipe.folder).read_record()
+    status = str(record.get("status"))
+    if status not in (DONE, STOPPED):
+        return apply(recipe, plugins, reporter).status
+    asked, made = recipe.to_json(), record.get("recipe", {})
+    other = [name for name in _DECIDING if asked[name] != made.get(name)]
+    if other:
+        raise StateError(f"{recipe.folder} was made with other {', '.join(other)}; choose another --out")
+    return status
+
+
+def _points(history: History) -> tuple[Point, ...]:
+    points, edits = [], 0
+    for batch in history.batches:
+        edits += len(batch.edits)
+        retained = batch.metrics.get("retained")
+        if retained:
+            ratio = max(float(site["ratio"]) for site in batch.sites.values())
+            points.append(Point(edits, ratio, {name: retained.get(name) for name in FIGURES}))
+    return tuple(points)
+
+
+def _cohorts(history: History) -> tuple[float, ...]:
+    """Return the share of answered edits in each quarter of the stream, from the final evaluation."""
+    answered = {str(line["id"]): bool(line["efficacy"][0]["exact"]) for line in read_lines(history.folder.outcomes)}
+    ids = [name for batch in history.batches for name in batch.edits if name in answered]
+    size = len(ids) // COHORTS
+    if not size:
+        return ()
+    parts = [ids[start * size : (start + 1) * size] for start in range(COHORTS)]
+    return tuple(sum(answered[name] for name in part) / size for part in parts)

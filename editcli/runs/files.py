@@ -1,0 +1,104 @@
+"""Write files so that a reader sees the old content or the new, never a part: temporary name, fsync, replace."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from editcli.models.checkpoint import DTYPES
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PREFIX, _SUFFIX = ".", ".tmp"
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file beside ``path`` for writing; on success it is synced and takes the name, on failure it vanishes."""
+    handle, name = tempfile.mkstemp(prefix=f"{_PREFIX}{path.name}.", suffix=_SUFFIX, dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a model folder should be as readable as what the user makes by hand.
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def is_leftover(path: Path) -> bool:
+    """Tell whether a file is what a process that was killed inside :func:`atomic` leaves behind."""
+    return path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes atomically."""
+    with atomic(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document atomically; a figure that is not finite is an error, not invalid JSON."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Write tensors atomically, one after the other, so that no second copy of them is held; return the sha256."""
+    # Wide types first, as the format's own writer does, so that every tensor is aligned in the file.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name in names:
+        tensor = tensors[name]
+        stop = position + tensor.numel() * tensor.element_size()
+        fields = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, stop]}
+        header[name], position = fields, stop
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with atomic(path) as file:
+        for part in (struct.pack("<Q", len(text)), text):
+            digest.update(part)
+            file.write(part)
+        for name in names:
+            data = tensor_bytes(tensors[name])
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's content as bytes; a contiguous one on the CPU is not copied."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _umask() -> int:
+    """Return the process's umask; reading it means setting it, so it is put back at once."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,146 @@
+"""Turn a run that ended into its report and its provenance record."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+
+from editcli.editing.session import ModelSession
+from editcli.evaluation import Evaluation
+from editcli.interfaces import Site
+from editcli.plugins import Plugins
+from editcli.report import Rejection, RunReport, SiteReport
+from editcli.runs.planning import Planned
+from editcli.runs.stream import Stream
+
+EFFICACY = ("efficacy_accuracy", "efficacy_success")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended: ``before`` and ``after`` are None where nothing was evaluated."""
+
+    status: str
+    verdict: str | None
+    before: Evaluation | None
+    after: Evaluation | None
+    weights: Mapping[Site, torch.Tensor]
+    """The weights as saved."""
+    seconds: Mapping[str, float]
+    out: str
+    read: int
+    """Edits that were read from the run's files, whatever became of them."""
+    rejected: Sequence[Rejection]
+    """Edits of the files that could not be used."""
+
+
+def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
+    """Return the report of a run, over all batches that are in force."""
+    dropped = {edit: why for report in stream.reports for edit, why in report.dropped.items()}
+    lines = {request.id: request.line for request in stream.position.requests}
+    rejected = [*ending.rejected, *(Rejection(edit, why, lines.get(edit)) for edit, why in dropped.items())]
+    before, after = ending.before, ending.after
+    return RunReport(
+        status=ending.status,
+        model=planned.source.name,
+        editor=planned.editor.name,
+        stabilizers=tuple(part.name for part in planned.stabilizers),
+        read=ending.read,
+        applied=len(stream.position.requests) - len(dropped),
+        rejected=tuple(rejected),
+        efficacy={
+            "before": None if before is None else efficacy(before),
+            "immediate": _immediate(stream),
+            "retained": None if after is None else efficacy(after),
+        },
+        generalization=_before_after(before, after, "generalization"),
+        specificity=_before_after(before, after, "specificity"),
+        sites=tuple(_site_reports(stream.session, ending.weights)),
+        seconds=dict(ending.seconds),
+        out=ending.out,
+        verdict=ending.verdict,
+        extra={
+            "components": {part.name: part.record() for part in planned.components},
+            "preset": {
+                "name": planned.preset.name,
+                "label": planned.preset.label,
+                "layers": list(planned.layers),
+            },
+        },
+    )
+
+
+def provenance(planned: Planned, plugins: Plugins, fingerprint: str, device: torch.device) -> dict[str, Any]:
+    """Return where a run's model came from: base, edits, plugins, options, versions."""
+    brought = [plugins.find("editor", planned.editor.name)]
+    brought += [plugins.find("stabilizer", part.name) for part in planned.stabilizers]
+    source = planned.source
+    return {
+        "base": {
+            "name": source.name,
+            "folder": str(source.folder),
+            "revision": source.revision,
+            "fingerprint": fingerprint,
+        },
+        "edits": {"file": planned.file.source, "sha256": planned.file.sha256},
+        "plugins": [{"name": b.name, "distribution": b.distribution, "version": b.version} for b in brought],
+        "options": {part.name: dataclasses.asdict(part.options) for part in planned.components},
+        "targets": dataclasses.asdict(planned.targets),
+        "statistics": dataclasses.asdict(planned.statistics),
+        "versions": {
+            "editcli": version("editcli"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": str(device),
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def efficacy(evaluation: Evaluation) -> dict[str, float | None]:
+    """Return efficacy under its two names."""
+    return {name: getattr(evaluation, name) for name in EFFICACY}
+
+
+def _immediate(stream: Stream) -> dict[str, float | None] | None:
+    """Return the mean over edits of what was measured right after each edit's own batch."""
+    measured = [(len(r.edits), r.metrics["immediate"]) for r in stream.reports if "immediate" in r.metrics]
+    return {name: _mean([(n, found.get(name)) for n, found in measured]) for name in EFFICACY} if measured else None
+
+
+def _mean(weighted: Sequence[tuple[int, float | None]]) -> float | None:
+    known = [(count, value) for count, value in weighted if value is not None]
+    return sum(count * value for count, value in known) / sum(count for count, _ in known) if known else None
+
+
+def _before_after(before: Evaluation | None, after: Evaluation | None, name: str) -> dict[str, Any] | None:
+    """Return success and accuracy before and after; None when the edits have no prompts to measure it on."""
+    if before is None or after is None or getattr(after, f"{name}_accuracy") is None:
+        return None
+    pair = {"before": before, "after": after}
+    return {
+        **{when: getattr(found, f"{name}_success") for when, found in pair.items()},
+        "accuracy": {when: getattr(found, f"{name}_accuracy") for when, found in pair.items()},
+    }
+
+
+def _site_reports(session: ModelSession, weights: Mapping[Site, torch.Tensor]) -> Iterator[SiteReport]:
+    for site, weight in weights.items():
+        base = session.baseline(site)
+        norm = float(base.norm())
+        cast = weight.to(session.save_dtype(site)).float()
+        yield SiteReport(
+            module=site.module,
+            layer=site.layer,
+            ratio=float(weight.norm()) / norm,
+            drift=float((weight - base).norm()) / norm,
+            cast_loss=float((cast - weight).norm() / weight.norm()),
+        )

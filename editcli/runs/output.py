@@ -1,0 +1,122 @@
+"""Write an edited model as a plain Hugging Face folder, and check what was written.
+
+Only the bytes of the tensors that changed are new: a shard is copied as it is and those bytes are replaced in the copy.
+Every other file is a byte copy of the base's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from editcli.errors import ModelError
+from editcli.models.checkpoint import Checkpoint, TensorEntry, read_raw_header
+from editcli.runs.files import atomic, write_safetensors
+
+CARD = "README.md"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt")
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What reopening the written folder showed."""
+
+    changed: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    """Planned tensors whose stored bytes equal the base's: the update was smaller than the dtype can hold."""
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Return the files of a model folder that are neither weights nor its model card."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix not in _WEIGHTS and path.name != CARD and not path.name.startswith(".")
+    ]
+
+
+def needed_bytes(base: Checkpoint) -> int:
+    """Return how many bytes the edited copy of a model takes."""
+    weights = sum((base.folder / name).stat().st_size for name in base.files)
+    return weights + sum(path.stat().st_size for path in side_files(base.folder))
+
+
+def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the base model to ``out`` with ``tensors`` (by stored name, in the layout and dtype to store) replaced."""
+    for path in side_files(base.folder):
+        copy_file(path, out / path.name)
+    for name in base.files:
+        own = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
+        _write_shard(base, name, out / name, own)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes atomically; the system may share the blocks."""
+    with atomic(target) as file, source.open("rb") as original:
+        shutil.copyfileobj(original, file, _CHUNK)
+
+
+def to_stored(weight: Tensor, entry: TensorEntry, dtype: torch.dtype, *, transposed: bool) -> Tensor:
+    """Return a (d_out, d_in) weight in the layout and dtype in which it is stored."""
+    stored = (weight.T if transposed else weight).detach().cpu().to(dtype).contiguous()
+    if tuple(stored.shape) != entry.shape:
+        raise ModelError(f"{entry.name} is stored as {entry.shape}, but the edited weight is {tuple(stored.shape)}")
+    return stored
+
+
+def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verified:
+    """Reopen ``out`` and compare every tensor with the base; :class:`ModelError` on a difference not planned."""
+    written = Checkpoint(out)
+    if set(written.names()) != set(base.names()):
+        raise ModelError(f"the model saved in {out} lacks tensors of the base; the disk may be faulty, save again")
+    changed, unchanged = [], []
+    for name, entry in base.entries.items():
+        same = _same_bytes(base.folder, entry, out, written.entries[name])
+        if name in planned:
+            if not torch.equal(written.read(name), planned[name]):
+                raise ModelError(f"{name} in {out} is not what was written; the disk may be faulty, save again")
+            (unchanged if same else changed).append(name)
+        elif not same:
+            raise ModelError(f"{name} in {out} differs from the base though it was not edited; save again")
+    if not changed:
+        raise ModelError("nothing changed: every edited weight equals the base's once stored; see the rejected edits")
+    return Verified(tuple(changed), tuple(unchanged))
+
+
+def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str, Tensor]) -> None:
+    source = base.folder / name
+    if any(tensor.dtype != base.dtype(key) for key, tensor in tensors.items()):
+        kept = {key: base.read(key) for key, entry in base.entries.items() if entry.file == name and key not in tensors}
+        metadata = read_raw_header(source)[0].get("__metadata__", {"format": "pt"})
+        write_safetensors(target, {**kept, **tensors}, metadata)
+        return
+    with atomic(target) as file:
+        with source.open("rb") as original:
+            shutil.copyfileobj(original, file, _CHUNK)
+        for key, tensor in tensors.items():
+            entry = base.entries[key]
+            file.seek(entry.start)
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        file.seek(0, os.SEEK_END)
+
+
+def _same_bytes(first: Path, one: TensorEntry, second: Path, other: TensorEntry) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with (first / one.file).open("rb") as a, (second / other.file).open("rb") as b:
+        a.seek(one.start)
+        b.seek(other.start)
+        remaining = one.stop - one.start
+        while remaining > 0:
+            size = min(_CHUNK, remaining)
+            if a.read(size) != b.read(size):
+                return False
+            remaining -= size
+    return True

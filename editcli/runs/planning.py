@@ -1,0 +1,312 @@
+"""Everything about a run that can be known, and refused, before any weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from editcli.editing.session import PilotSource
+from editcli.editing.targets import TargetOptions
+from editcli.edits import EditFile, EditRequest, read_edits
+from editcli.errors import OptionError, RequestError, StateError
+from editcli.evaluation import questions
+from editcli.evaluation.scoring import encode_probes
+from editcli.formats import load_formats
+from editcli.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
+from editcli.models.architectures import Architecture, Family, resolve, skeleton
+from editcli.models.checkpoint import Checkpoint
+from editcli.models.loading import (
+    LoadedModel,
+    ModelSource,
+    bundled_folder,
+    load_config,
+    load_tokens,
+    open_model,
+    resolve_model,
+)
+from editcli.models.tokens import Tokens
+from editcli.options import build, merge
+from editcli.plugins import Plugins
+from editcli.presets import Preset, Settings, load_preset
+from editcli.recipe import Recipe
+from editcli.report import Rejection, Reporter
+from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards
+from editcli.runs.output import needed_bytes
+from editcli.runs.state import RunFolder
+from editcli.statistics import StatisticsOptions
+
+DEFAULT_EDITOR = "memit"
+DEFAULT_BATCH = 100
+MASTER_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A run that is ready to load its model: checked edits, sites, components with their options."""
+
+    recipe: Recipe
+    file: EditFile
+    requests: tuple[EditRequest, ...]
+    rejected: tuple[Rejection, ...]
+    source: ModelSource
+    config: Any
+    families: tuple[Family, ...]
+    preset: Preset
+    sites: tuple[Site, ...]
+    shapes: tuple[tuple[int, int], ...]
+    editor: Editor
+    stabilizers: tuple[Stabilizer, ...]
+    targets: TargetOptions
+    statistics: StatisticsOptions
+    guards: tuple[Guard, ...]
+    batch_size: int
+    target_tokens: int
+    """Tokens of all prompts with their targets."""
+    model_bytes: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited layers."""
+        return tuple(site.layer for site in self.sites)
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The editor and the stabilizers."""
+        return (self.editor, *self.stabilizers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one snapshot's weights, a lower bound of its size."""
+        return sum(MASTER_BYTES * rows * columns for rows, columns in self.shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What ``--dry-run`` shows."""
+
+    model: str
+    preset: str
+    label: str
+    editor: str
+    stabilizers: tuple[str, ...]
+    edits: int
+    rejected: tuple[Rejection, ...]
+    batches: int
+    batch_size: int
+    sites: tuple[dict[str, Any], ...]
+    tokens: int
+    bytes: dict[str, int]
+    """``model``, ``masters`` and ``statistics`` in memory; ``disk`` in the output folder."""
+    seconds: float | None
+    """Estimated time for all targets, from one measured batch."""
+    out: str
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as a JSON object."""
+        record = {name: getattr(self, name) for name in self.__slots__}
+        record["rejected"] = [{"id": r.id, "line": r.line, "reason": r.reason} for r in self.rejected]
+        return record
+
+
+def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFile | None = None) -> Planned:
+    """Check everything that needs no weights: names, options, edits, folders, disk space.
+
+    ``file`` stands for the edits where they come from elsewhere than a file; it may be empty.
+    """
+    recipe.check(plugins)
+    guards = parse_guards(recipe.stop_if)
+    skip = recipe.on_error == "skip"
+    file = file or read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
+    for warning in file.warnings:
+        reporter.warn(warning)
+    source = resolve_model(recipe.model, revision=recipe.revision)
+    check_output(recipe, source)
+    checkpoint = Checkpoint(source.folder)
+    families = brought_families(plugins)
+    config = load_config(source, trust_remote_code=recipe.trust_remote_code)
+    tokens = load_tokens(source, config, chat_template=recipe.chat_template, trust_remote_code=recipe.trust_remote_code)
+    architecture = resolve(skeleton(config, recipe.trust_remote_code), families)
+    preset = load_preset(config, architecture)
+    name = recipe.editor or preset.editor or DEFAULT_EDITOR
+    settings = settings_for(name, preset, recipe.settings, plugins)
+    editor = component(plugins, "editor", name, settings)
+    stabilizers = tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers)
+    sites = choose_sites(recipe, preset, architecture, checkpoint, editor)
+    requests, rejected, total = usable(file, tokens, skip_bad=skip, measured=recipe.evaluate)
+    check_guards(guards, requests, measured=recipe.evaluate)
+    model_bytes = needed_bytes(checkpoint)
+    shapes = tuple(architecture.shape(site.layer) for site in sites)
+    planned = Planned(
+        recipe=recipe,
+        file=file,
+        requests=requests,
+        rejected=rejected,
+        source=source,
+        config=config,
+        families=families,
+        preset=preset,
+        sites=sites,
+        shapes=shapes,
+        editor=editor,
+        stabilizers=stabilizers,
+        targets=build(TargetOptions, settings.get("targets", {}), owner="targets"),
+        statistics=build(StatisticsOptions, settings.get("statistics", {}), owner="statistics"),
+        guards=guards,
+        batch_size=recipe.batch_size or (1 if editor.single_site else DEFAULT_BATCH),
+        target_tokens=total,
+        model_bytes=model_bytes,
+    )
+    check_disk(recipe.folder, model_bytes + 2 * planned.state_bytes)
+    return planned
+
+
+def open_planned(planned: Planned) -> LoadedModel:
+    """Load the model of a plan."""
+    recipe = planned.recipe
+    return open_model(
+        planned.source,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        device_map=recipe.device_map,
+        families=planned.families,
+        chat_template=recipe.chat_template,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def settings_for(editor: str, preset: Preset, own: Settings, plugins: Plugins) -> dict[str, dict[str, Any]]:
+    """Merge what the editor's paper asks of other components, the preset and the user's own settings, weakest first."""
+    kind = cast("type[Editor]", plugins.find("editor", editor).component)
+    return merge(kind.suggests, preset.settings, own)
+
+
+def check_guards(guards: Sequence[Guard], requests: Sequence[EditRequest], *, measured: bool) -> None:
+    """Refuse a guard that could never fire: silence would look like safety."""
+    watched = [guard for guard in guards if guard.figure in BATCH_FIGURES]
+    if watched and not measured:
+        raise OptionError(f"--stop-if {watched[0]} has to measure; leave out --no-eval")
+    if watched and requests and not any(request.target_true for request in requests):
+        raise OptionError(f"--stop-if {watched[0]} compares with target_true, which no edit has; add it to the edits")
+
+
+def component(plugins: Plugins, kind: str, name: str, settings: Any) -> Any:
+    """Build an editor or stabilizer with its options."""
+    found = plugins.find(kind, name).component
+    return found(build(found.Options, settings.get(name, {}), owner=name))
+
+
+def diagnostics(recipe: Recipe, plugins: Plugins) -> tuple[Diagnostic, ...]:
+    """Build every installed diagnostic; ``--diagnose-every`` is the ``every`` of those that have such an option."""
+    settings = dict(recipe.settings)
+    for name, found in plugins.all("diagnostic").items():
+        asked = {field.name for field in dataclasses.fields(found.component.Options)}
+        if recipe.diagnose_every is not None and "every" in asked:
+            settings[name] = {"every": recipe.diagnose_every, **settings.get(name, {})}
+    return tuple(component(plugins, "diagnostic", name, settings) for name in plugins.all("diagnostic"))
+
+
+def brought_families(plugins: Plugins) -> tuple[Family, ...]:
+    """Return the model families that plugins bring."""
+    return tuple(family for brought in plugins.manager.hook.editcli_architectures() for family in brought)
+
+
+def choose_sites(
+    recipe: Recipe, preset: Preset, architecture: Architecture, checkpoint: Checkpoint, editor: Editor
+) -> tuple[Site, ...]:
+    """Return the sites to edit: the layers asked for, else the preset's; only the last for a single-site editor."""
+    layers = recipe.layers or preset.layers_for(editor.name)
+    if not layers:
+        raise OptionError(f"the model has only {architecture.layers} layers, too few to guess sites; pass --layers")
+    if max(layers) >= architecture.layers:
+        raise OptionError(f"layer {max(layers)} does not exist: the model has layers 0-{architecture.layers - 1}")
+    sites = tuple(architecture.site(layer) for layer in layers)
+    if editor.single_site:
+        sites = sites[-1:]
+    for site in sites:
+        checkpoint.tensor_for(f"{site.module}.weight")
+    return sites
+
+
+def usable(
+    file: EditFile, tokens: Tokens, *, skip_bad: bool, measured: bool
+) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:
+    """Return the edits that the tokenizer can place, what was rejected, and the number of tokens."""
+    requests: list[EditRequest] = []
+    rejected = [Rejection(id=f"line-{e.line}", reason=e.reason, line=e.line) for e in file.rejected]
+    total = 0
+    for request in file.requests:
+        try:
+            total += len(tokens.check(request).ids)
+            if measured:
+                check_questions(request, tokens)
+            requests.append(request)
+        except RequestError as error:
+            if not skip_bad:
+                raise
+            rejected.append(Rejection(id=request.id, reason=error.reason, line=error.line))
+    if not requests and rejected:
+        first = rejected[0]
+        raise RequestError(
+            f"no edit is usable; the first was refused because {first.reason}", file=file.source, line=first.line
+        )
+    return tuple(requests), tuple(rejected), total
+
+
+def check_questions(request: EditRequest, tokens: Tokens) -> None:
+    """Raise :class:`RequestError` at the request's line when one of its prompts cannot be measured."""
+    try:
+        encode_probes(tokens, [probe for question in questions(request, ("counterfact",)) for probe in question.probes])
+    except RequestError as error:
+        raise request.refusal(error.reason) from error
+
+
+def check_output(recipe: Recipe, source: ModelSource) -> None:
+    """Refuse an output folder that would harm something: the base, another's folder, an unwritable place."""
+    out, run = recipe.folder, RunFolder(recipe.folder)
+    if out.exists() and not out.is_dir():
+        raise StateError(f"{out} is a file; choose another --out")
+    if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:
+        raise StateError(f"{out} holds the base model itself; choose another --out")
+    if recipe.resume and not (run.is_run or run.is_fresh):
+        raise StateError(f"{out} is not a run of editcli, so there is nothing to resume; leave out --resume")
+    if not recipe.resume and out.is_dir() and any(out.iterdir()) and not run.is_fresh:
+        if not recipe.overwrite:
+            hint = "--resume continues it, --overwrite replaces it" if run.is_run else "choose another --out"
+            raise StateError(f"{out} exists and is not empty; {hint}")
+        if not run.is_run:
+            raise StateError(f"{out} is not a run of editcli, so --overwrite leaves it alone; choose another --out")
+    parent = _existing(out)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise StateError(f"{out} cannot be written: no permission in {parent}; choose another --out")
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuse to start when the output cannot fit."""
+    free = shutil.disk_usage(_existing(out)).free
+    if free < needed:
+        sizes = f"{needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free"
+        raise StateError(f"{out} needs about {sizes}; choose another --out")
+
+
+def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:
+    """Return what NAS calibrates on: the edits themselves and the bundled pilot prompts."""
+    path = bundled_folder() / "pilots.jsonl"
+    own = tuple(requests)
+    if not path.is_file():
+        return PilotSource(own, f"{len(own)} edits of this run")
+    bundled = read_edits(path).requests
+    return PilotSource((*own, *bundled), f"the {len(own)} edits of this run, then {len(bundled)} bundled prompts")
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest parent of ``path`` that exists, or the path itself."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,344 @@
+"""A stream of batches into one model, journaled batch by batch and resumable from its last snapshot.
+
+The order of writes for batch n is: segment, then (when due) snapshot, then journal line. A crash between any two leaves
+a state that :meth:`Stream.resume` recognises: what the journal does not name did not happen, and what the snapshot does
+not hold is done again, with the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editcli.editing.pipeline import Written, commit, edit_batch
+from editcli.editing.session import ModelSession
+from editcli.edits import EditRequest
+from editcli.errors import StateError
+from editcli.interfaces import Editor, Problem, Site, Update
+from editcli.report import SiteReport
+from editcli.runs.batch import BatchReport, body_of, finite, report_of
+from editcli.runs.guards import Guard, refuse_nonfinite
+from editcli.runs.recovery import BATCH, UNDO, Recovered, recover
+from editcli.runs.stack import Stack
+from editcli.runs.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest
+
+CHECKPOINT_SHARE = 0.05
+"""Largest share of a run's time that snapshots may take when their spacing is left to the program."""
+
+_REPLACED: Mapping[str, str] = {
+    "base": "from a base model whose files have changed since",
+    "tokenizer": "with a tokenizer that has changed since",
+    "reference": "with other reference text or statistics",
+}
+"""What to say of settings that are hashes."""
+
+Measure = Callable[[Sequence[EditRequest]], Mapping[str, float | None]]
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a stream has come."""
+
+    step: int = 0
+    sequence: int = 0
+    consumed: str = START
+    line: str = ""
+    requests: list[EditRequest] = field(default_factory=list)
+
+
+class Stream:
+    """Applies batches to a session and records them in a run folder.
+
+    ``settings`` is what must be the same when the stream is resumed. ``measure`` gives the figures of a batch after it
+    was written (its immediate efficacy), ``retained`` those of all edits so far,
+    asked every ``retained_every`` batches; both may be None.
+    """
+
+    def __init__(
+        self,
+        session: ModelSession,
+        stack: Stack,
+        folder: RunFolder,
+        *,
+        settings: Mapping[str, Any],
+        guards: Sequence[Guard] = (),
+        measure: Measure | None = None,
+        retained: Measure | None = None,
+        retained_every: int = 1,
+        checkpoint_every: int | None = None,
+    ):
+        self.session, self.stack, self.folder = session, stack, folder
+        # As they will be read back, so that a tuple does not differ from the list that JSON makes of it.
+        self.settings, self.guards = json.loads(json.dumps(dict(settings))), tuple(guards)
+        self.measure, self.retained, self.retained_every = measure, retained, retained_every
+        self.checkpoint_every = checkpoint_every
+        self.position = Position()
+        self.reports: list[BatchReport] = []
+        self._ids: set[str] = set()
+        self._base_norms = {site: float(session.baseline(site).norm()) for site in session.sites}
+        self.whole = True
+        """False once a batch failed half-way: memory and folder then differ, and the folder is right."""
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+        self._save_cost = 0.0
+
+    def start(self) -> None:
+        """Calibrate every component on the unedited model and write the first snapshot."""
+        self.prepare()
+        self.begin()
+
+    def prepare(self) -> None:
+        """Calibrate every component on the unedited model."""
+        self.stack.prepare(self.session)
+
+    def begin(self) -> None:
+        """Write the first snapshot of a prepared stream."""
+        self.folder.create()
+        self.save()
+
+    def apply(self, requests: Sequence[EditRequest]) -> BatchReport:
+        """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is kept."""
+        if not requests:
+            raise StateError("there is no edit in this batch")
+        self._refuse(requests)
+        before = self.session.masters()
+        step = self.position.step + 1
+        reports: dict[Site, SiteReport] = {}
+
+        def check(site: Site, update: Update) -> None:
+            reports[site] = self._site_report(site, update, where=_where(site.module, requests))
+            for guard in self.guards:
+                for figure in ("ratio", "drift"):
+                    guard.check(figure, getattr(reports[site], figure), where=_where(site.module, requests))
+
+        with self._seeded(step):
+            written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
+            try:
+                metrics = self._measure(requests)
+            except BaseException:
+                self.session.restore(before)
+                raise
+            # From here on a failure leaves weights, editor and journal apart; what is on disk stays whole.
+            self.whole = False
+            commit(self.session, self.stack.editor, requests, written)
+            self.stack.settle(self.session)
+        report = BatchReport(
+            step=step,
+            edits=tuple(request.id for request in requests),
+            dropped=written.dropped,
+            sites=tuple(reports.values()),
+            metrics=finite({**metrics, **self._observe(written)}),
+            seconds=written.seconds,
+        )
+        self._record(requests, written, report)
+        self.whole = True
+        return report
+
+    def save(self) -> None:
+        """Write a snapshot of the stream as it stands."""
+        self._refuse(())
+        if self._saved_step != self.position.step:
+            self._snapshot(self.position)
+
+    def resume(self, recovered: Recovered | None = None) -> int:
+        """Go on from the last snapshot; return how many batches of the journal it does not hold and are cut.
+
+        Raises :class:`StateError` when snapshot, journal and this stream's settings do not fit together.
+        """
+        recovered = recovered or recover(self.folder)
+        snapshot = recovered.snapshot
+        self._check_settings(snapshot.settings)
+        self._settle(recovered)
+        # Components may measure the unedited model again, so the weights come last.
+        self.stack.load_state(snapshot.tensors, self.session)
+        for site in self.session.sites:
+            master = snapshot.tensors[f"master/{site.module}"].to(self.session.weight(site).device)
+            # A weight that was never written stays as it was loaded, not as it would be saved.
+            if not torch.equal(master, self.session.weight(site)):
+                self.session.set_weight(site, master)
+        self._take(recovered.live, recovered.requests)
+        self.position = Position(
+            snapshot.step, snapshot.sequence, snapshot.consumed, snapshot.line, list(recovered.requests)
+        )
+        self._saved_step = snapshot.step
+        return recovered.lost
+
+    def rewind(self, recovered: Recovered, step: int, *, removed: Mapping[str, str], redo: Sequence[int]) -> bool:
+        """Rebuild the stream as it was after ``step`` batches, from the base and the recorded factors, and record it.
+
+        ``removed`` (id to digest) is never to be written again, ``redo`` (journal sequences) is to be written again by
+        whoever goes on. Returns False when this machine rounds differently from the one that made the run.
+        """
+        self._check_settings(recovered.snapshot.settings)
+        self._settle(recovered)
+        self.stack.load_state(recovered.snapshot.tensors, self.session, afresh=self.stack.editor)
+        live, exact = recovered.live[:step], True
+        requests: list[EditRequest] = []
+        with self.session.reporter.phase("Replaying", len(live), "batches") as advance:
+            for entry in live:
+                batch, tensors = self.folder.read_segment(entry)
+                self._replay(entry.step, batch, tensors)
+                exact &= entry.body["weights"] == weights_digest(self.session.masters().values())
+                requests += batch
+                advance(1)
+        sequence, consumed = recovered.snapshot.sequence + 1, consume(START, requests)
+        body = {"removed": dict(removed), "redo": list(redo), "undone": len(recovered.live) - step}
+        entry = Entry(sequence, UNDO, step, tuple(removed), None, None, consumed, body)
+        line = journal_line(entry, recovered.snapshot.line)
+        self.position = Position(step, sequence, consumed, line, requests)
+        self._take(live, requests)
+        self._snapshot(self.position)
+        self.folder.append(line)
+        return exact
+
+    def _replay(self, step: int, requests: Sequence[EditRequest], tensors: Mapping[str, Tensor]) -> None:
+        """Write a recorded batch again, with the same operations on the same numbers as the first time."""
+        editor, session = self.stack.editor, self.session
+        remembers = type(editor).remember is not Editor.remember
+        problems: list[Problem] = []
+        with self._seeded(step):
+            if remembers and not editor.needs_values:
+                # Such an editor measures here what it remembers later.
+                editor.values(session, requests)
+            for site in session.sites:
+                keys, residual, left, right = (
+                    tensors[f"{site.module}.{name}"].to(session.weight(site).device)
+                    for name in ("keys", "residual", "left", "right")
+                )
+                session.write(site, Update(left, right))
+                problems.append(Problem(site, keys, residual))
+            if remembers:
+                editor.remember(session, requests, problems)
+                self.stack.settle(session)
+
+    @contextmanager
+    def _seeded(self, step: int) -> Iterator[None]:
+        """Give each step random numbers of its own, and the caller's back afterwards."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self.session.seed * 1_000_003 + step) % 2**63)
+            yield
+
+    def _refuse(self, requests: Sequence[EditRequest]) -> None:
+        if not self.whole:
+            raise StateError(f"a batch of the stream in {self.folder.out} failed half-way; open it again and resume")
+        seen: set[str] = set()
+        for request in requests:
+            if request.id in self._ids or request.id in seen:
+                raise request.refusal(f"the id {request.id!r} is in the stream already; give every edit its own")
+            seen.add(request.id)
+
+    def _settle(self, recovered: Recovered) -> None:
+        """Make the folder hold what was recovered and nothing else."""
+        self.folder.create()
+        self.folder.cut_journal(recovered.lines)
+        self.folder.drop_unnamed_segments(str(entry.segment) for entry in recovered.entries)
+
+    def _take(self, live: Sequence[Entry], requests: Sequence[EditRequest]) -> None:
+        self.reports = [report_of(entry) for entry in live]
+        self._ids = {request.id for request in requests}
+
+    def _check_settings(self, saved: Mapping[str, Any]) -> None:
+        for name in sorted({*saved, *self.settings}):
+            mine, theirs = self.settings.get(name), saved.get(name)
+            if mine == theirs:
+                continue
+            if name in _REPLACED:
+                raise StateError(f"{self.folder.out} was made {_REPLACED[name]}; put it back, or start a new run")
+            raise StateError(
+                f"{self.folder.out} was made with {name} = {_difference(theirs, mine)}, not "
+                f"{_difference(mine, theirs)}; resume with the same, or start a new run in another --out"
+            )
+
+    def _measure(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        if self.measure is not None:
+            metrics["immediate"] = dict(self.measure(requests))
+            self._guard("efficacy", metrics["immediate"].get("efficacy_success"), requests)
+        if self.retained is not None and (self.position.step + 1) % self.retained_every == 0:
+            metrics["retained"] = dict(self.retained([*self.position.requests, *requests]))
+            self._guard("retained", metrics["retained"].get("efficacy_success"), requests)
+        return metrics
+
+    def _guard(self, figure: str, value: float | None, requests: Sequence[EditRequest]) -> None:
+        for guard in self.guards:
+            if value is not None:
+                guard.check(figure, value, where=f"after {_named(requests)}")
+
+    def _observe(self, written: Written) -> dict[str, Any]:
+        figures: dict[str, float] = {}
+        for diagnostic in self.stack.diagnostics:
+            figures.update(diagnostic.observe(self.session, written.updates))
+        return {"diagnostics": figures} if figures else {}
+
+    def _site_report(self, site: Site, update: Update, *, where: str) -> SiteReport:
+        """Return what a site's figures will be once ``update`` is written; raises when a weight is not finite."""
+        weight = self.session.weight(site)
+        weight = torch.addmm(weight, update.left.to(weight), update.right.to(weight).T)
+        # As it would be saved: half precision overflows long before a master does.
+        refuse_nonfinite("the weight", [weight.to(self.session.save_dtype(site))], where=where)
+        change = weight - self.session.baseline(site)
+        base = self._base_norms[site]
+        return SiteReport(
+            module=site.module,
+            layer=site.layer,
+            ratio=float(weight.norm()) / base,
+            drift=float(change.norm()) / base,
+            update_norm=update.norm(),
+        )
+
+    def _record(self, requests: Sequence[EditRequest], written: Written, report: BatchReport) -> None:
+        sequence = self.position.sequence + 1
+        segment, digest = self.folder.write_segment(sequence, requests, written.problems, written.updates)
+        consumed = consume(self.position.consumed, requests)
+        body = {**body_of(report), "weights": weights_digest(self.session.masters().values())}
+        entry = Entry(sequence, BATCH, report.step, report.edits, segment, digest, consumed, body)
+        line = journal_line(entry, self.position.line)
+        position = Position(report.step, sequence, consumed, line, [*self.position.requests, *requests])
+        if self._due(report.step):
+            self._snapshot(position)
+        self.folder.append(line)
+        self.position = position
+        self.reports.append(report)
+        self._ids.update(report.edits)
+
+    def _due(self, step: int) -> bool:
+        if self.checkpoint_every is not None:
+            return step % self.checkpoint_every == 0
+        return self._save_cost <= CHECKPOINT_SHARE * (time.monotonic() - self._saved_at)
+
+    def _snapshot(self, position: Position) -> None:
+        started = time.monotonic()
+        tensors = {f"master/{site.module}": weight for site, weight in self.session.masters().items()}
+        tensors |= self.stack.state()
+        self.folder.write_snapshot(
+            Snapshot(position.step, position.sequence, position.consumed, tensors, self.settings, position.line)
+        )
+        self._saved_step, self._saved_at = position.step, time.monotonic()
+        self._save_cost = self._saved_at - started
+
+
+def _where(module: str, requests: Sequence[EditRequest]) -> str:
+    return f"at {module} with {_named(requests)}"
+
+
+def _named(requests: Sequence[EditRequest]) -> str:
+    ids = [request.id for request in requests]
+    return f"edit {ids[0]}" if len(ids) == 1 else f"edits {ids[0]} to {ids[-1]}"
+
+
+def _difference(value: Any, other: Any) -> str:
+    """Return a setting in short; of nested ones only what differs."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        value = {key: item for key, item in value.items() if key not in other or other[key] != item}
+        if len(value) == 1:
+            (key,) = value
+            return f"{key}: {_difference(value[key], other.get(key))}"
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

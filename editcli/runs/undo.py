@@ -1,0 +1,232 @@
+"""Take back batches or single edits of a run: rebuild what came before from the base and the recorded factors.
+
+Nothing that was optimised is optimised again unless an edit in the middle goes: what followed it depended on it. The
+journal gains a line; no line is rewritten, and the segments of what was taken back stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from editcli.editing.session import PilotSource
+from editcli.edits import EditFile, EditRequest, read_edits
+from editcli.errors import EditError, OptionError, StateError, near_miss
+from editcli.formats import load_formats
+from editcli.plugins import Plugins
+from editcli.recipe import Recipe
+from editcli.report import Reporter, RunReport, Silent
+from editcli.runs import planning
+from editcli.runs.apply import Run, writing
+from editcli.runs.clock import Clock
+from editcli.runs.planning import Planned
+from editcli.runs.recovery import Recovered, recover
+from editcli.runs.state import Entry, RunFolder
+from editcli.runs.stream import Stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undo:
+    """What to take back of the run in folder ``run``: one of the three, else the last batch."""
+
+    run: str
+    batches: int | None = None
+    """The last so many batches."""
+    to: int | None = None
+    """Everything after this step; 0 is the base model."""
+    edits: tuple[str, ...] = ()
+    """Ids of edits to leave out; what followed them is computed again."""
+
+    def __post_init__(self) -> None:
+        if sum((self.batches is not None, self.to is not None, bool(self.edits))) > 1:
+            raise OptionError("--batches, --to and --edit exclude each other; choose one")
+        if self.batches is not None and self.batches < 1:
+            raise OptionError("--batches must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class UndoPlan:
+    """What an undo does."""
+
+    out: str
+    step: int
+    """Batches that stay as they are."""
+    undone: int
+    """Batches that are taken back."""
+    edits: tuple[str, ...]
+    """Ids that are not in the model afterwards."""
+    removed: dict[str, str]
+    """Ids that are left out for good, with their digests."""
+    redo: tuple[int, ...]
+    """Journal lines of the batches that are computed again."""
+    redone_edits: int
+    seconds: float
+    """What computing them took the first time."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as a JSON object."""
+        return {
+            "out": self.out,
+            "batches": {"kept": self.step, "undone": self.undone, "redone": len(self.redo)},
+            "edits": {"undone": list(self.edits), "redone": self.redone_edits},
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def plan_undo(request: Undo) -> UndoPlan:
+    """Return what :func:`undo` would do; loads no model and writes nothing."""
+    return _plan(request, recover(_run_folder(request)))
+
+
+def undo(request: Undo, plugins: Plugins, reporter: Reporter | None = None) -> RunReport:
+    """Take back what ``request`` says, save and verify the model again; raises an :class:`EditError`."""
+    reporter = reporter or Silent()
+    folder = _run_folder(request)
+    with writing(folder.out), folder.locked():
+        recovered = recover(folder)
+        plan = _plan(request, recovered)
+        planned, record = _planned(folder, recovered, plan, plugins, reporter)
+        return _Rewind(planned, folder, plugins, reporter, plan=plan, record=record).go()
+
+
+class _Rewind(Run):
+    """A run that goes back before it goes on."""
+
+    def __init__(
+        self,
+        planned: Planned,
+        folder: RunFolder,
+        plugins: Plugins,
+        reporter: Reporter,
+        *,
+        plan: UndoPlan,
+        record: dict[str, Any],
+    ):
+        super().__init__(planned, folder, plugins, reporter, Clock())
+        self.plan, self.record = plan, record
+
+    @property
+    def edits_file(self) -> str | None:
+        """No file is read, so what was refused of any stays refused."""
+        return None
+
+    @property
+    def done(self) -> Sequence[EditRequest]:
+        """The edits of the batches that stay."""
+        return _kept(self._stored(), self.plan)
+
+    def todo(self) -> list[Sequence[EditRequest]]:
+        """Return the batches that are computed again."""
+        return list(_again(self.folder, self._stored(), self.plan))
+
+    def begin(self, stream: Stream) -> None:
+        """Replay what stays and record that the rest was taken back."""
+        self.compare_versions()
+        self.mark_running()
+        plan = self.plan
+        if not stream.rewind(self._stored(), plan.step, removed=plan.removed, redo=plan.redo):
+            self.reporter.warn("this machine rounds differently than the one that made the run; last digits may differ")
+
+    def pilots(self) -> PilotSource:
+        """Return what the run calibrated on when it began, where it can still be read."""
+        pilots = self.record.get("provenance", {}).get("pilots", {})
+        try:
+            file = read_edits(pilots["file"], skip_bad=True, limit=pilots["limit"], formats=load_formats(self.plugins))
+            if file.sha256 == pilots["sha256"]:
+                measured = self.recipe.evaluate
+                usable = planning.usable(file, self.loaded.tokens, skip_bad=True, measured=measured)[0]
+                return planning.pilot_source(usable)
+        except (EditError, KeyError):
+            # The file is gone or was changed; only a component that needs it minds.
+            pass
+        return _LostPilots((), str(pilots.get("file")))
+
+    def _stored(self) -> Recovered:
+        assert self.recovered is not None, "the recipe of an undo always resumes"
+        return self.recovered
+
+
+class _LostPilots(PilotSource):
+    """Pilot edits that cannot be read any more; asking for them is an error."""
+
+    __slots__ = ()
+
+    def first(self, count: int) -> Sequence[EditRequest]:
+        """Refuse."""
+        raise StateError(f"{self.origin}, which the run calibrated on, is gone or was changed; put it back to undo")
+
+
+def _run_folder(request: Undo) -> RunFolder:
+    folder = RunFolder(Path(request.run))
+    if not folder.is_run:
+        raise StateError(f"{request.run} is not a run of editcli; pass the folder that 'editcli apply' wrote")
+    return folder
+
+
+def _plan(request: Undo, recovered: Recovered) -> UndoPlan:
+    live, waiting = recovered.live, recovered.waiting
+    if request.edits:
+        step = _first(request.edits, [*live, *waiting], request.run) - 1
+    else:
+        step = request.to if request.to is not None else len(live) - (request.batches or 1)
+    if not 0 <= step <= len(live) or (step == len(live) and not request.edits):
+        raise StateError(f"{request.run} has {len(live)} batches in force; there is no way back from there to {step}")
+    later = [*live[step:], *waiting] if request.edits else []
+    digests = {r.id: r.digest for r in (*recovered.requests, *(r for batch in recovered.redo for r in batch))}
+    again = [entry for entry in later if _left(entry, recovered, request.edits)]
+    undone = [edit for entry in live[step:] for edit in entry.edits] if not request.edits else request.edits
+    return UndoPlan(
+        out=request.run,
+        step=step,
+        undone=len(live) - step,
+        edits=tuple(undone),
+        removed={edit: digests[edit] for edit in request.edits},
+        redo=tuple(entry.sequence for entry in again),
+        redone_edits=sum(len(_left(entry, recovered, request.edits)) for entry in again),
+        seconds=sum(sum(entry.body["seconds"].values()) for entry in again),
+    )
+
+
+def _first(edits: Sequence[str], batches: Sequence[Entry], run: str) -> int:
+    """Return the number, from 1, of the first batch that holds one of ``edits``; all must be in some batch."""
+    places = {edit: number for number, entry in reversed([*enumerate(batches, start=1)]) for edit in entry.edits}
+    for edit in edits:
+        if edit not in places:
+            raise StateError(f"{run} has no edit {edit!r} in force{near_miss(edit, places)}")
+    return min(places[edit] for edit in edits)
+
+
+def _left(entry: Entry, recovered: Recovered, edits: Sequence[str]) -> list[str]:
+    gone = {*edits, *recovered.removed}
+    return [edit for edit in entry.edits if edit not in gone]
+
+
+def _kept(recovered: Recovered, plan: UndoPlan) -> Sequence[EditRequest]:
+    return recovered.requests[: sum(len(entry.edits) for entry in recovered.live[: plan.step])]
+
+
+def _again(folder: RunFolder, recovered: Recovered, plan: UndoPlan) -> list[Sequence[EditRequest]]:
+    gone = {**recovered.removed, **plan.removed}
+    batches = (folder.read_requests(recovered.entries[sequence - 1]) for sequence in plan.redo)
+    return [[request for request in batch if gone.get(request.id) != request.digest] for batch in batches]
+
+
+def _planned(
+    folder: RunFolder, recovered: Recovered, plan: UndoPlan, plugins: Plugins, reporter: Reporter
+) -> tuple[Planned, dict[str, Any]]:
+    """Plan with the run's own recipe, on the edits that its segments hold."""
+    record = folder.read_record()
+    try:
+        recipe, base = Recipe.from_json(record["recipe"]), record["provenance"]["base"]
+        edits = record["provenance"]["edits"]
+    except KeyError as error:
+        raise StateError(f"{folder.record} does not say how the run was made ({error}); restore a backup") from error
+    if recipe.model is not None and Path(base["folder"]).is_dir():
+        recipe = replace(recipe, model=base["folder"])
+    recipe = replace(recipe, out=str(folder.out), resume=True, overwrite=False)
+    again = (request for batch in _again(folder, recovered, plan) for request in batch)
+    file = EditFile(edits["file"], edits["sha256"], (*_kept(recovered, plan), *again), (), ())
+    planned = planning.check(recipe, plugins, reporter, file=file)
+    return replace(planned, source=replace(planned.source, name=base["name"])), record

@@ -1,0 +1,271 @@
+"""Second moments E[k k^T] of the keys on reference text, always of the unedited model.
+
+Ten tokens per key dimension are enough (arXiv 2506.04226). A result is cached under the user's cache folder, keyed by
+everything it depends on: the weights up to the site, the tokenizer, the corpus and how much of it was read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from editcli.errors import StatisticsError
+from editcli.interfaces import Site
+from editcli.models.checkpoint import file_digest
+from editcli.models.forward import chunks, run, tapped
+from editcli.models.loading import LoadedModel
+from editcli.models.offload import device_of
+from editcli.models.tokens import Encoded
+from editcli.options import option
+from editcli.report import Reporter, Silent
+from editcli.runs.files import write_safetensors
+from editcli.statistics.corpus import Corpus, open_corpus
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StatisticsOptions:
+    """How much reference text is read."""
+
+    tokens_per_dim: int = option(10, "tokens read for each dimension of a key")
+    tokens: int | None = option(None, "tokens read in total, instead of tokens_per_dim times the key's width")
+    max_length: int = option(512, "most tokens of one sequence, whatever context the model has")
+    batch_tokens: int = option(8192, "tokens in one forward pass")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Everything a site's second moment depends on."""
+
+    weights: str
+    tokenizer: str
+    dtype: str
+    module: str
+    corpus: str
+    tokens: int
+    max_length: int
+    format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all fields."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def model(self) -> str:
+        """Hash of the fields that say which model this is."""
+        parts = (self.weights, self.tokenizer, self.module)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class SecondMoments:
+    """Second moments of one model: from the cache, from a file that the user names, or computed."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        options: StatisticsOptions | None = None,
+        corpus: str | None = None,
+        file: Path | None = None,
+        cache: Path | None = None,
+        reporter: Reporter | None = None,
+        seed: int = 0,
+    ):
+        self.loaded, self.options = loaded, options or StatisticsOptions()
+        self.corpus: Corpus = open_corpus(corpus, loaded, max_length=self.options.max_length, seed=seed)
+        self.file, self.reporter = file, reporter or Silent()
+        self.cache = cache if cache is not None else user_cache_path("editcli") / "second-moments"
+        self._digests: dict[str, str] = {}
+        self._computed: dict[Site, Tensor] = {}
+        self._wanted: tuple[Site, ...] = ()
+
+    def plan(self, sites: Sequence[Site]) -> None:
+        """Say which sites will be asked for, so that what is missing is computed in one pass over the corpus."""
+        self._wanted = tuple(sites)
+
+    def __call__(self, site: Site) -> Tensor:
+        """Return Cov of ``site``, (d_in, d_in) float64."""
+        found = self._from_file(site) if self.file is not None else self._cached(site)
+        if found is None:
+            if site not in self._computed:
+                missing = [s for s in {*self._wanted, site} if not self.is_cached(s)]
+                self.compute(sorted(missing, key=lambda s: s.layer))
+            found = self._computed.pop(site)
+        device = device_of(self.loaded.architecture.projection(site.layer))
+        # Single precision on disk and in memory alike: a cached run then equals the run that filled the cache.
+        moment = found.float()
+        return moment.to(device).double() if _has_double(device) else moment.double()
+
+    def is_cached(self, site: Site) -> bool:
+        """Tell whether a site's second moment can be read instead of computed."""
+        return self.file is not None or self._path(site).is_file()
+
+    def tokens_for(self, site: Site) -> int:
+        """Return how many tokens are read for a site."""
+        return self.options.tokens or self.options.tokens_per_dim * self.loaded.architecture.shape(site.layer)[1]
+
+    def identity(self, site: Site) -> Identity:
+        """Return everything that a site's second moment depends on."""
+        tokenizer = self.loaded.source.folder / "tokenizer.json"
+        return Identity(
+            weights=self._weights_digest(site),
+            tokenizer=file_digest(tokenizer) if tokenizer.is_file() else "",
+            dtype=str(next(self.loaded.model.parameters()).dtype),
+            module=site.module,
+            corpus=self.corpus.identity,
+            tokens=self.tokens_for(site),
+            max_length=self.options.max_length,
+        )
+
+    def compute(self, sites: Sequence[Site]) -> None:
+        """Read the corpus once and compute the second moments of ``sites``; store them in the cache."""
+        total = max(self.tokens_for(site) for site in sites)
+        self.reporter.note(
+            f"Computing second moments of {len(sites)} sites on {total:,} tokens of {self.corpus.name}, once"
+        )
+        moments = self._accumulate(sites, total)
+        for site, moment in moments.items():
+            self._computed[site] = moment
+            self._store(site, moment)
+
+    def save(self, path: Path, sites: Sequence[Site]) -> None:
+        """Write the second moments of ``sites`` to one file that ``--stats`` accepts."""
+        tensors = {f"{site.module}.second_moment": self(site).float().cpu() for site in sites}
+        identities = {site.module: asdict(self.identity(site)) for site in sites}
+        models = {site.module: self.identity(site).model for site in sites}
+        metadata = {"format": str(FORMAT), "identities": json.dumps(identities), "models": json.dumps(models)}
+        write_safetensors(path, tensors, metadata)
+
+    def _accumulate(self, sites: Sequence[Site], total: int) -> dict[Site, Tensor]:
+        architecture = self.loaded.architecture
+        modules = {site: architecture.projection(site.layer) for site in sites}
+        sums: dict[Site, Tensor] = {}
+        with self.reporter.phase("Second moments", total, "tokens") as advance:
+            for batch in _batches(self.corpus.rows(), total, self.options.batch_tokens):
+                for site, outer in self._outer(batch, modules).items():
+                    sums[site] = sums[site].add_(outer) if site in sums else outer
+                advance(sum(len(row.ids) for row in batch))
+                total -= sum(len(row.ids) for row in batch)
+        if total > 0:
+            self.reporter.warn(f"the corpus {self.corpus.name} ended {total:,} tokens early: statistics are less exact")
+        read = max(self.tokens_for(site) for site in sites) - total
+        if read <= 0:
+            raise StatisticsError(f"the corpus {self.corpus.name} holds no text of at least two tokens")
+        return {site: (outer / read).float().cpu() for site, outer in sums.items()}
+
+    @torch.no_grad()
+    def _outer(self, batch: Sequence[Encoded], modules: Mapping[Site, Any]) -> dict[Site, Tensor]:
+        """Return the sum of k k^T over a batch's tokens for every site, in float64 where the device has it."""
+        seen: dict[Site, Tensor] = {}
+        last = max(modules, key=lambda site: site.layer)
+        ids = self.loaded.tokens.pad(batch, self.loaded.input_device)
+        real = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, text in enumerate(batch):
+            real[row, : len(text.ids)] = True
+
+        def tap(site: Site) -> Any:
+            def see(owner: Any, entered: Tensor, output: Any) -> None:
+                keys = entered.reshape(-1, entered.shape[-1])[real.flatten().to(entered.device)].float()
+                outer = keys.T @ keys
+                seen[site] = outer.double() if _has_double(outer.device) else outer.cpu().double()
+
+            return tapped(modules[site], see, stop=site == last)
+
+        with ExitStack() as stack:
+            for site in modules:
+                stack.enter_context(tap(site))
+            run(self.loaded.model, ids)
+        return seen
+
+    def _path(self, site: Site) -> Path:
+        return self.cache / f"{self.identity(site).fingerprint}.safetensors"
+
+    def _cached(self, site: Site) -> Tensor | None:
+        path = self._path(site)
+        if not path.is_file():
+            return None
+        metadata, tensors = _open(path)
+        if metadata.get("fingerprint") != self.identity(site).fingerprint:
+            raise StatisticsError(f"{path} belongs to another model or corpus than its name says; delete it")
+        return tensors[f"{site.module}.second_moment"]
+
+    def _from_file(self, site: Site) -> Tensor:
+        assert self.file is not None
+        metadata, tensors = _open(self.file)
+        models = json.loads(metadata.get("models", "{}"))
+        if site.module not in models:
+            raise StatisticsError(f"{self.file} has nothing on {site.module}; compute it with: editcli stats compute")
+        if models[site.module] != self.identity(site).model:
+            raise StatisticsError(
+                f"{self.file} was made for another model (its weights up to {site.module} differ from "
+                f"{self.loaded.source.name}'s); compute it again with: editcli stats compute"
+            )
+        return tensors[f"{site.module}.second_moment"]
+
+    def _store(self, site: Site, moment: Tensor) -> None:
+        identity = self.identity(site)
+        metadata = {"fingerprint": identity.fingerprint, "identity": json.dumps(asdict(identity))}
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            write_safetensors(self._path(site), {f"{site.module}.second_moment": moment}, metadata)
+        except OSError as error:
+            # A cache that cannot be written costs time on the next run, nothing else.
+            self.reporter.warn(f"second moments could not be cached in {self.cache}: {error.strerror or error}")
+
+    def _weights_digest(self, site: Site) -> str:
+        """Hash the tensors that a site's keys depend on: everything but the blocks above it."""
+        checkpoint = self.loaded.checkpoint
+        blocks = re.escape(site.module.split(f".{site.layer}.")[0].split(".")[-1])
+        block = re.compile(rf"(?:^|\.){blocks}\.(\d+)\.")
+        combined = hashlib.sha256()
+        for name in sorted(checkpoint.names()):
+            match = block.search(name)
+            if match is None or int(match.group(1)) <= site.layer:
+                if name not in self._digests:
+                    self._digests[name] = checkpoint.digest_of([name])
+                combined.update(self._digests[name].encode())
+        return combined.hexdigest()
+
+
+def _batches(rows: Iterator[list[int]], total: int, budget: int) -> Iterator[list[Encoded]]:
+    """Yield batches of similar length until ``total`` tokens were read; the last row is cut to fit."""
+    while total > 0:
+        window: list[Encoded] = []
+        size = 0
+        for ids in rows:
+            piece = ids[: total - size]
+            window.append(Encoded(tuple(piece), -1, range(0)))
+            size += len(piece)
+            if size >= min(total, 8 * budget):
+                break
+        if not window:
+            return
+        total -= size
+        for group in chunks(window, budget=budget):
+            yield [window[index] for index in islice(group, None)]
+
+
+def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise StatisticsError(f"cannot read the statistics in {path}: {error}; delete or compute them again") from error
+
+
+def _has_double(device: torch.device) -> bool:
+    return device.type != torch.device("mps").type
