@@ -72,7 +72,7 @@ class StackBench:
             for start in range(0, len(edits), batch):
                 chosen = edits[start : start + batch]
                 written = edit_batch(session, editor, stabilizers, chosen, _finite)
-                commit(session, editor, chosen, written)
+                commit(session, editor, stabilizers, chosen, written)
             return {**self._measure(session, stabilizers, edits), "seconds": time.perf_counter() - started}
         finally:
             session.restore(before)

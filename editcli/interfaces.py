@@ -13,7 +13,7 @@ keys and residual      core (editor may)       -> Problem, for each site
 solve                  editor                  Problem -> Update
 stabilise update       stabilizers in order    Update -> Update
 write                  core                    adds the update
-remember               editor                  batch -> its own state
+remember               editor, stabilizers     batch -> their own state
 =====================  ======================  =======================
 
 A stabilizer maps a type to itself and its default is the identity; only the editor turns one type into another.
@@ -291,6 +291,13 @@ class Stabilizer(Component):
     def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
         """Return the update that shall be written instead."""
         return update
+
+    def remember(self, session: Session, problems: Sequence[Problem], updates: Mapping[Site, Update]) -> None:
+        """Advance this stabilizer's own state after a batch was written; the only place where it may.
+
+        ``updates`` is what was written, after every stabilizer. An undo rebuilds the state: it prepares the stabilizer
+        and calls this with the recorded problems and updates, so use nothing that was measured elsewhere.
+        """
 
     def stabilize_weight(self, weight: Tensor, site: Site, session: Session) -> Tensor:
         """Return the (d_out, d_in) weight to save instead of ``weight``; applied once, at read-out.

@@ -34,7 +34,7 @@ def edit_batch(
 ) -> Written:
     """Write ``requests`` into the model; on any error the weights are what they were before.
 
-    The editor remembers later, through :func:`commit`, once the batch is known to be kept.
+    The components remember later, through :func:`commit`, once the batch is known to be kept.
     """
     before = session.masters()
     try:
@@ -50,6 +50,8 @@ def edit_batch(
             problem = _recordable(editor.problem(session, site, requests, values))
             refuse_nonfinite("what is to be written", [problem.keys, problem.residual], where=f"at {site.module}")
             update = editor.solve(problem)
+            # At once, because a stabilizer that picks entries would hide those that are not numbers.
+            refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
             for stabilizer in stabilizers:
                 update = stabilizer.stabilize_update(update, problem, session)
             # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
@@ -71,6 +73,15 @@ def _recordable(problem: Problem) -> Problem:
     return Problem(problem.site, problem.keys.float().contiguous(), problem.residual.float().contiguous())
 
 
-def commit(session: ModelSession, editor: Editor, requests: Sequence[EditRequest], written: Written) -> None:
-    """Let the editor advance its state by a batch that is kept."""
-    editor.remember(session, requests, list(written.problems.values()))
+def commit(
+    session: ModelSession,
+    editor: Editor,
+    stabilizers: Sequence[Stabilizer],
+    requests: Sequence[EditRequest],
+    written: Written,
+) -> None:
+    """Let editor and stabilizers advance their state by a batch that is kept."""
+    problems = list(written.problems.values())
+    editor.remember(session, requests, problems)
+    for stabilizer in stabilizers:
+        stabilizer.remember(session, problems, written.updates)

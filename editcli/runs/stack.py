@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,6 +26,16 @@ class Stack:
         named: dict[str, Component] = {f"component/{part.name}": part for part in steering}
         return {**named, **{f"diagnostic/{part.name}": part for part in self.diagnostics}}
 
+    @property
+    def remembering(self) -> tuple[Stabilizer, ...]:
+        """The stabilizers whose state advances with every batch."""
+        return tuple(part for part in self.stabilizers if type(part).remember is not Stabilizer.remember)
+
+    @property
+    def rebuilt(self) -> tuple[Component, ...]:
+        """The components whose state an undo rebuilds batch by batch, from that of the unedited model."""
+        return (self.editor, *self.remembering)
+
     def prepare(self, session: ModelSession) -> None:
         """Let every component measure the unedited model."""
         for part in self.parts.values():
@@ -48,14 +58,14 @@ class Stack:
         return {f"{name}/{key}": value for name, part in self.parts.items() for key, value in part.state_dict().items()}
 
     def load_state(
-        self, tensors: Mapping[str, Tensor], session: ModelSession, *, afresh: Component | None = None
+        self, tensors: Mapping[str, Tensor], session: ModelSession, *, afresh: Sequence[Component] = ()
     ) -> None:
-        """Give every component its state back, on the unedited model; ``afresh`` is prepared instead."""
+        """Give every component its state back, on the unedited model; those in ``afresh`` are prepared instead."""
         for name, part in self.parts.items():
             prefix = f"{name}/"
             state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
             # A diagnostic that was installed after the snapshot has no state in it.
-            if part is afresh or (isinstance(part, Diagnostic) and not state):
+            if part in afresh or (isinstance(part, Diagnostic) and not state):
                 part.prepare(session)
             else:
                 part.load_state_dict(state, session)

@@ -127,7 +127,7 @@ class Stream:
                 raise
             # From here on a failure leaves weights, editor and journal apart; what is on disk stays whole.
             self.whole = False
-            commit(self.session, self.stack.editor, requests, written)
+            commit(self.session, self.stack.editor, self.stack.stabilizers, requests, written)
             self.stack.settle(self.session)
         report = BatchReport(
             step=step,
@@ -178,7 +178,7 @@ class Stream:
         """
         self._check_settings(recovered.snapshot.settings)
         self._settle(recovered)
-        self.stack.load_state(recovered.snapshot.tensors, self.session, afresh=self.stack.editor)
+        self.stack.load_state(recovered.snapshot.tensors, self.session, afresh=self.stack.rebuilt)
         live, exact = recovered.live[:step], True
         requests: list[EditRequest] = []
         with self.session.reporter.phase("Replaying", len(live), "batches") as advance:
@@ -203,6 +203,7 @@ class Stream:
         editor, session = self.stack.editor, self.session
         remembers = type(editor).remember is not Editor.remember
         problems: list[Problem] = []
+        updates: dict[Site, Update] = {}
         with self._seeded(step):
             if remembers and not editor.needs_values:
                 # Such an editor measures here what it remembers later.
@@ -212,11 +213,14 @@ class Stream:
                     tensors[f"{site.module}.{name}"].to(session.weight(site).device)
                     for name in ("keys", "residual", "left", "right")
                 )
-                session.write(site, Update(left, right))
+                updates[site] = Update(left, right)
+                session.write(site, updates[site])
                 problems.append(Problem(site, keys, residual))
             if remembers:
                 editor.remember(session, requests, problems)
-                self.stack.settle(session)
+            for stabilizer in self.stack.remembering:
+                stabilizer.remember(session, problems, updates)
+            self.stack.settle(session)
 
     @contextmanager
     def _seeded(self, step: int) -> Iterator[None]:

@@ -90,7 +90,7 @@ class EditorContract(Contract):
 
     def apply(self, session: ModelSession, component: Any, batch: Sequence[EditRequest]) -> Written:
         written = edit_batch(session, component, (), batch, lambda *_: None)
-        commit(session, component, batch, written)
+        commit(session, component, (), batch, written)
         return written
 
     def test_every_site_gets_a_finite_update_of_its_shape(self, tmp_path: Path) -> None:
