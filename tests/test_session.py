@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from editcli.editing import activations
 from editcli.editing.session import ModelSession, generate_prefixes
 from editcli.editing.targets import TargetOptions
-from editcli.errors import StatisticsError
-from editcli.interfaces import Update, Values
+from editcli.errors import ModelError, StatisticsError
+from editcli.interfaces import Site, Update, Values
 from editcli.models.forward import first, tapped
 from editcli.models.loading import LoadedModel, open_model, resolve_model
+from editcli.report import Silent
 from editcli.request import from_record
-from editcli.testing import tiny_model_folder
+from editcli.testing import TINY, tiny_model_folder
 
 PREFIXES = ("Bob. ", "The river in London is. ")
 FACTS = [("The capital of {} is", "France"), ("{} works as a", "Ann Smith"), ("In Spain, {} wrote the", "Bob")]
@@ -140,3 +143,82 @@ def test_prefixes_depend_on_the_seed_alone(loaded: LoadedModel) -> None:
     assert first_run == again != other
     assert [text.split()[0].rstrip(".") for text in first_run if text[0] == "T"]
     assert all(text.endswith(". ") and "{" not in text for text in first_run)
+
+
+class TestGoingOnFromTheLastSite:
+    """Reads go on from what entered the last written block; starting at token zero must give the same bytes."""
+
+    LAYERS = (0, 1, 3)
+    """The first layer, a neighbour, and one further up, of four."""
+
+    def written(self, loaded: LoadedModel, *, anew: bool) -> list[Tensor]:
+        """Write one batch as the pipeline does, reading keys once more at the end as AlphaEdit does."""
+        own, values = session(loaded, self.LAYERS), random_values(loaded, len(REQUESTS))
+        seen: list[Tensor] = []
+
+        def read(site: Site) -> list[Tensor]:
+            found = []
+            for one in (own.keys, lambda requests, site: own.residual(requests, site, values)):
+                if anew:
+                    own.forget_reads()
+                found.append(one(REQUESTS, site))
+            return found
+
+        for site in own.sites:
+            keys, residual = read(site)
+            own.write(site, Update(residual, keys / keys.square().sum(dim=0)))
+            seen += [keys, residual, own.weight(site)]
+        return [*seen, *(tensor for site in own.sites for tensor in read(site))]
+
+    @pytest.mark.parametrize("name", TINY)
+    def test_every_family_reads_the_same_bytes(self, name: str, tmp_path: Path) -> None:
+        folder = tiny_model_folder(tmp_path / "model", name)
+        going_on, anew = (
+            self.written(open_model(resolve_model(folder), device="cpu"), anew=anew) for anew in (False, True)
+        )
+        assert all(torch.equal(one, other) for one, other in zip(going_on, anew, strict=True))
+        keys_before, keys_after = going_on[3], going_on[3 * len(self.LAYERS) + 2]
+        assert torch.equal(keys_before, keys_after)
+        assert not torch.equal(going_on[1], going_on[3 * len(self.LAYERS) + 1])
+
+    def test_no_block_below_the_site_runs_again(self, loaded: LoadedModel) -> None:
+        own, ran = session(loaded, (1, 2, 3)), []
+        for layer in range(loaded.architecture.layers):
+            inside = loaded.architecture.projection(layer)
+            inside.register_forward_hook(lambda *a, layer=layer: ran.append(layer))
+        values = random_values(loaded, len(REQUESTS))
+        for site in own.sites:
+            own.keys(REQUESTS, site)
+            own.residual(REQUESTS, site, values)
+            own.write(site, Update(own.weight(site)[:, :1], own.weight(site).T[:, :1]))
+        bare_and_prefixed = 2
+        assert ran.count(0) == bare_and_prefixed
+        # Keys stop inside the site's own block; what a written block puts out is computed once for each list of texts.
+        assert ran.count(1) == bare_and_prefixed + 1 + bare_and_prefixed
+
+    def test_a_batch_that_does_not_fit_is_halved(self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        listener = Listener()
+        own = ModelSession(loaded, (1, 2), prefixes=PREFIXES, reporter=listener)
+        expected = own.keys(REQUESTS, own.sites[0])
+        own.forget_reads()
+        real = activations.run
+
+        def small(model: Any, ids: Tensor) -> Any:
+            if len(ids) > 2:
+                raise torch.OutOfMemoryError("full")
+            return real(model, ids)
+
+        monkeypatch.setattr(activations, "run", small)
+        torch.testing.assert_close(own.keys(REQUESTS, own.sites[0]), expected, rtol=1e-5, atol=1e-6)
+        assert any("do not fit the memory" in note for note in listener.notes)
+        monkeypatch.setattr(activations, "run", lambda model, ids: small(model, ids.new_zeros(3, 1)))
+        with pytest.raises(ModelError, match=r"one text does not fit the memory at .*layers\.1\.|h\.1\."):
+            own.keys(REQUESTS, own.sites[0])
+
+
+class Listener(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from editcli.editing import gradients, targets
+from editcli.editing.activations import Activations, Tap
 from editcli.editing.decompositions import Decompositions
 from editcli.editing.targets import TargetOptions
 from editcli.edits import EditRequest
 from editcli.errors import StatisticsError
 from editcli.interfaces import Gradients, Site, Stabilizer, Update, Values
-from editcli.models.forward import chunks, first, positions, run, tapped
 from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of, read_weight, replace_weight
 from editcli.models.tokens import Encoded
@@ -69,6 +69,8 @@ class ModelSession:
         self.prefixes = tuple(generate_prefixes(loaded, self.options, seed=seed) if prefixes is None else prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
         self._decompose = Decompositions(cache, self.reporter)
+        self._activations = Activations(loaded, batch_tokens=self.options.batch_tokens, reporter=self.reporter)
+        self._rows: tuple[Sequence[EditRequest], dict[tuple[str, ...], list[Encoded]]] = ((), {})
         self._moments: dict[Site, Tensor] = {}
         self._baselines: dict[Site, Tensor] = {}
         self._masters: dict[Site, Tensor] = {site: self._loaded_weight(site) for site in self.sites}
@@ -122,6 +124,8 @@ class ModelSession:
 
     def values(self, requests: Sequence[EditRequest], *, prefixed: bool = True) -> Values:
         """Optimise target values for a batch on the current model."""
+        # The optimisation needs the memory more than the last batch's reads do.
+        self.forget_reads()
         label = "Optimising targets" if prefixed else "Measuring the anchor"
         prefixes = self.prefixes if prefixed else ()
         return targets.optimise(
@@ -147,28 +151,31 @@ class ModelSession:
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
         """Return K, (d_in, n): mean of the bare prompt's key and the mean key of the prefixed prompts."""
-        contexts = ("", *self.prefixes)
-        rows = self._lookup_rows(requests, contexts)
-        found = self.inputs_at_last(rows, site)
-        found = found.reshape(len(requests), len(contexts), -1)
-        keys = found[:, 0]
+        tap = Tap(self._projection(site), output=False)
+        (keys,) = self._activations.read(self._lookup_rows(requests, ("",)), site.layer, [tap])
         if self.prefixes:
-            keys = (keys + found[:, 1:].mean(dim=1)) / 2
+            (prefixed,) = self._activations.read(self._lookup_rows(requests, self.prefixes), site.layer, [tap])
+            prefixed = prefixed.reshape(len(requests), len(self.prefixes), -1).mean(dim=1)
+            keys = (keys + prefixed) / 2
         return keys.T.contiguous()
 
     def residual(self, requests: Sequence[EditRequest], site: Site, values: Values) -> Tensor:
         """Return R, (d_out, n): what this site's output must gain, z minus h spread over the sites that remain."""
         remaining = len(self.sites) - self.sites.index(site)
-        rows = self._lookup_rows(requests, ("",))
-        last = self._read_last(rows, self.loaded.architecture.block(self.layers[-1]), output=True)
+        architecture = self.loaded.architecture
+        taps = [
+            Tap(architecture.mlp(site.layer), output=True),
+            Tap(architecture.block(self.layers[-1]), output=True),
+        ]
+        own, last = self._activations.read(self._lookup_rows(requests, ("",)), site.layer, taps)
         goal = values.initial - self._joined(values.written) + self._joined(values.contribution)
         share = (goal - last.T.to(goal.device)) / remaining
-        own = self._read_last(rows, self.loaded.architecture.mlp(site.layer), output=True).T.to(goal.device)
-        return self._at_output(site, own, share).to(self._masters[site].device)
+        return self._at_output(site, own.T.to(goal.device), share).to(self._masters[site].device)
 
-    def inputs_at_last(self, rows: Sequence[Encoded], site: Site) -> Tensor:
-        """Return the inputs of a site's projection at each row's last token, (rows, d_in) float32."""
-        return self._read_last(rows, self._projection(site), output=False)
+    def forget_reads(self) -> None:
+        """Free what reading a batch's keys and residuals left behind for its next site."""
+        self._activations.forget()
+        self._rows = ((), {})
 
     def write(self, site: Site, update: Update) -> None:
         """Add an update to a site's weight."""
@@ -182,6 +189,7 @@ class ModelSession:
         self._masters[site] = master
         cast = master.to(self.save_dtype(site))
         replace_weight(self._projection(site), cast.T if site.transposed else cast)
+        self._activations.forget(above=site.layer)
 
     def restore(self, masters: Mapping[Site, Tensor]) -> None:
         """Put back weights that :meth:`masters` returned earlier."""
@@ -222,36 +230,16 @@ class ModelSession:
             return self.baseline(site).clone()
         return (weight.T if site.transposed else weight).float().clone(memory_format=torch.contiguous_format)
 
-    def _lookup_rows(self, requests: Sequence[EditRequest], contexts: Sequence[str]) -> list[Encoded]:
-        """Return each request in each context, cut after its lookup token."""
-        tokens = self.loaded.tokens
-        texts = [tokens.locate(request.in_context(context)) for request in requests for context in contexts]
-        return [text.up_to_lookup() for text in tokens.encode(texts)]
-
-    @torch.no_grad()
-    def _read_last(self, rows: Sequence[Encoded], module: Any, *, output: bool) -> Tensor:
-        """Return a module's input or output at each row's last token, (rows, features) float32."""
-        parts: list[Tensor] = []
-        order: list[int] = []
-        for group in chunks(rows, budget=self.options.batch_tokens):
-            texts = [rows[index] for index in group]
-            ids = self.loaded.tokens.pad(texts, self.loaded.input_device)
-            parts.append(self._tap(module, ids, [(i, len(t.ids) - 1) for i, t in enumerate(texts)], output))
-            order += group
-        return torch.cat(parts)[torch.argsort(torch.tensor(order))]
-
-    def _tap(self, module: Any, ids: Tensor, places: Sequence[tuple[int, int]], output: bool) -> Tensor:
-        seen: list[Tensor] = []
-
-        def see(owner: Any, entered: Tensor, produced: Any) -> None:
-            hidden = first(produced) if output else entered
-            # Some families flatten (rows, tokens) inside their MLP; the order is the same either way.
-            hidden = hidden.reshape(*ids.shape, hidden.shape[-1])
-            seen.append(hidden[positions(places, hidden.device)].float())
-
-        with tapped(module, see, stop=True):
-            run(self.loaded.model, ids)
-        return seen[0]
+    def _lookup_rows(self, requests: Sequence[EditRequest], contexts: tuple[str, ...]) -> list[Encoded]:
+        """Return each request in each context, cut after its lookup token; a batch is tokenised once for all sites."""
+        of, found = self._rows
+        if list(of) != list(requests):
+            self._rows = of, found = tuple(requests), {}
+        if contexts not in found:
+            tokens = self.loaded.tokens
+            texts = [tokens.locate(request.in_context(context)) for request in requests for context in contexts]
+            found[contexts] = [text.up_to_lookup() for text in tokens.encode(texts)]
+        return found[contexts]
 
     def _joined(self, outputs: Tensor) -> Tensor:
         """Return what MLP outputs of the last layer, (d, n), add to the residual stream."""
