@@ -24,11 +24,11 @@ from editcli.report import Reporter, RunReport, Silent
 from editcli.runs import planning
 from editcli.runs.card import model_card
 from editcli.runs.clock import Clock
-from editcli.runs.files import write_bytes
+from editcli.runs.files import tensor_digest, write_bytes
 from editcli.runs.guards import needs_retained
 from editcli.runs.interrupts import Interrupts
 from editcli.runs.outcome import Ending, efficacy, provenance, report_run
-from editcli.runs.output import CARD, Verified, to_stored, verify, write_model
+from editcli.runs.output import CARD, Verified, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
 from editcli.runs.recovery import Recovered, recover, remaining
 from editcli.runs.rejections import Rejections
@@ -89,13 +89,15 @@ class Run:
         with Interrupts(self.reporter) as interrupts:
             self._edit(stream, todo, interrupts)
         stream.save()
-        if self.status == INTERRUPTED:
-            report = self._report(stream, before, None, stream.session.masters())
-            self._write_record(report)
-            step = stream.position.step
-            self.reporter.note(f"Interrupted after {step} batches; 'editcli apply' with --resume goes on")
-            return report
-        return self.finish(stream, before)
+        return self.leave(stream, before) if self.status == INTERRUPTED else self.finish(stream, before)
+
+    def leave(self, stream: Stream, before: Evaluation | None) -> RunReport:
+        """Record a run that was interrupted; its model folder is written when it is resumed and done."""
+        report = self._report(stream, before, None, stream.session.masters())
+        self._write_record(report)
+        step = stream.position.step
+        self.reporter.note(f"Interrupted after {step} batches; 'editcli apply' with --resume goes on")
+        return report
 
     @property
     def edits_file(self) -> str | None:
@@ -111,8 +113,7 @@ class Run:
         """Load the model."""
         with self.clock.spent("load"):
             self.loaded = planning.open_planned(self.planned)
-            fingerprint = self.loaded.checkpoint.fingerprint()
-            self.provenance = provenance(self.planned, self.plugins, fingerprint, self.loaded.input_device)
+            self.provenance = provenance(self.planned, self.plugins, self.loaded)
 
     def todo(self) -> list[Sequence[EditRequest]]:
         """Return the batches to write: what an undo left to be written again, then what was not read yet."""
@@ -146,9 +147,9 @@ class Run:
         self.rejections.write()
 
     def _portable_recipe(self) -> dict[str, Any]:
-        """Return the recipe with the files that an undo needs named from the root."""
+        """Return the recipe with the files that an undo or a repetition needs named from the root."""
         record = self.recipe.to_json()
-        files = {name: record[name] for name in ("corpus", "stats") if record[name]}
+        files = {name: record[name] for name in ("edits", "corpus", "stats") if record[name]}
         return {**record, **{name: str(Path(file).absolute()) for name, file in files.items() if Path(file).is_file()}}
 
     def _recover(self) -> Recovered | None:
@@ -272,27 +273,31 @@ class Run:
         with stream.session.read_out(self.planned.stabilizers) as weights:
             after = self._evaluate(applied) if applied else None
             with self.clock.spent("save"):
-                verified = self._save(stream.session, weights) if applied else self._save_base()
+                verified = self.save(stream.session, weights) if applied else self._save_base()
             report = self._report(stream, before, after, weights)
         for name in verified.unchanged if verified else ():
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
+        self.document(stream, report, after)
+        if self.verdict:
+            self.reporter.warn(self.verdict)
+        return report
+
+    def document(self, stream: Stream, report: RunReport, after: Evaluation | None) -> None:
+        """Write what goes beside the weights: refused edits, outcomes, the card and, last, the record."""
         self.rejections.write(report.rejected)
         if after is not None:
             write_bytes(self.folder.outcomes, "".join(f"{line}\n" for line in after.raw_lines()).encode())
         seen = stream.reports[-1].metrics.get("diagnostics", {}) if stream.reports else {}
         card = model_card(report, self.recipe, self.provenance, diagnostics=seen)
         write_bytes(self.folder.out / CARD, card.encode())
+        self.provenance["consumed"] = stream.position.consumed
         self._write_record(report)
-        if self.verdict:
-            self.reporter.warn(self.verdict)
-        return report
 
-    def _save(self, session: ModelSession, weights: Mapping[Site, torch.Tensor]) -> Verified:
+    def save(self, session: ModelSession, weights: Mapping[Site, torch.Tensor]) -> Verified | None:
+        """Write the model folder, verify it, and remember the hashes of what was edited."""
         base = self.loaded.checkpoint
-        tensors = {}
-        for site, weight in weights.items():
-            entry = base.entries[session.stored_name(site)]
-            tensors[entry.name] = to_stored(weight, entry, session.save_dtype(site), transposed=site.transposed)
+        tensors = stored_tensors(session, weights)
+        self.provenance["weights"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
         with self.reporter.phase("Saving", 2, "steps") as advance:
             write_model(base, self.folder.out, tensors)
             advance(1)

@@ -97,6 +97,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def tensor_digest(tensor: Tensor) -> str:
+    """Return the sha256 of a tensor's content as it lies in a file."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
 def _umask() -> int:
     """Return the process's umask; reading it means setting it, so it is put back at once."""
     mask = os.umask(0)

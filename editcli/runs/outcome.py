@@ -15,6 +15,7 @@ import transformers
 from editcli.editing.session import ModelSession
 from editcli.evaluation import Evaluation
 from editcli.interfaces import Site
+from editcli.models.loading import LoadedModel
 from editcli.plugins import Plugins
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.planning import Planned
@@ -77,8 +78,8 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
     )
 
 
-def provenance(planned: Planned, plugins: Plugins, fingerprint: str, device: torch.device) -> dict[str, Any]:
-    """Return where a run's model came from: base, edits, plugins, options, versions."""
+def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> dict[str, Any]:
+    """Return where a run's model came from: base, edits, plugins, options, versions, machine."""
     brought = [plugins.find("editor", planned.editor.name)]
     brought += [plugins.find("stabilizer", part.name) for part in planned.stabilizers]
     source = planned.source
@@ -87,20 +88,24 @@ def provenance(planned: Planned, plugins: Plugins, fingerprint: str, device: tor
             "name": source.name,
             "folder": str(source.folder),
             "revision": source.revision,
-            "fingerprint": fingerprint,
+            "fingerprint": loaded.checkpoint.fingerprint(),
         },
         "edits": {"file": planned.file.source, "sha256": planned.file.sha256},
         "plugins": [{"name": b.name, "distribution": b.distribution, "version": b.version} for b in brought],
         "options": {part.name: dataclasses.asdict(part.options) for part in planned.components},
         "targets": dataclasses.asdict(planned.targets),
         "statistics": dataclasses.asdict(planned.statistics),
+        "layers": list(planned.layers),
+        "batch_size": planned.batch_size,
         "versions": {
             "editcli": version("editcli"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "device": str(device),
+        "device": str(loaded.input_device),
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

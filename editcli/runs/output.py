@@ -11,13 +11,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from editcli.errors import ModelError
+from editcli.interfaces import Site
 from editcli.models.checkpoint import Checkpoint, TensorEntry, read_raw_header
 from editcli.runs.files import atomic, write_safetensors
+
+if TYPE_CHECKING:
+    from editcli.editing.session import ModelSession
 
 CARD = "README.md"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt")
@@ -71,6 +76,15 @@ def to_stored(weight: Tensor, entry: TensorEntry, dtype: torch.dtype, *, transpo
     return stored
 
 
+def stored_tensors(session: ModelSession, weights: Mapping[Site, Tensor]) -> dict[str, Tensor]:
+    """Return edited weights as they are stored, by their names in the checkpoint."""
+    stored: dict[str, Tensor] = {}
+    for site, weight in weights.items():
+        entry = session.loaded.checkpoint.entries[session.stored_name(site)]
+        stored[entry.name] = to_stored(weight, entry, session.save_dtype(site), transposed=site.transposed)
+    return stored
+
+
 def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verified:
     """Reopen ``out`` and compare every tensor with the base; :class:`ModelError` on a difference not planned."""
     written = Checkpoint(out)
@@ -78,7 +92,7 @@ def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verifi
         raise ModelError(f"the model saved in {out} lacks tensors of the base; the disk may be faulty, save again")
     changed, unchanged = [], []
     for name, entry in base.entries.items():
-        same = _same_bytes(base.folder, entry, out, written.entries[name])
+        same = same_bytes(base.folder, entry, out, written.entries[name])
         if name in planned:
             if not torch.equal(written.read(name), planned[name]):
                 raise ModelError(f"{name} in {out} is not what was written; the disk may be faulty, save again")
@@ -107,7 +121,7 @@ def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str
         file.seek(0, os.SEEK_END)
 
 
-def _same_bytes(first: Path, one: TensorEntry, second: Path, other: TensorEntry) -> bool:
+def same_bytes(first: Path, one: TensorEntry, second: Path, other: TensorEntry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with (first / one.file).open("rb") as a, (second / other.file).open("rb") as b:

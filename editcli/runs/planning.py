@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,7 +67,8 @@ class Planned:
     batch_size: int
     target_tokens: int
     """Tokens of all prompts with their targets."""
-    model_bytes: int
+    model_bytes: int = 0
+    """Bytes of the edited copy on disk."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -120,50 +121,58 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     ``file`` stands for the edits where they come from elsewhere than a file; it may be empty.
     """
     recipe.check(plugins)
-    guards = parse_guards(recipe.stop_if)
     skip = recipe.on_error == "skip"
     file = file or read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
     for warning in file.warnings:
         reporter.warn(warning)
     source = resolve_model(recipe.model, revision=recipe.revision)
     check_output(recipe, source)
-    checkpoint = Checkpoint(source.folder)
-    families = brought_families(plugins)
-    config = load_config(source, trust_remote_code=recipe.trust_remote_code)
-    tokens = load_tokens(source, config, chat_template=recipe.chat_template, trust_remote_code=recipe.trust_remote_code)
-    architecture = resolve(skeleton(config, recipe.trust_remote_code), families)
-    preset = load_preset(config, architecture)
+    base = described(recipe, source, plugins)
+    planned = replace(plan_on(base, recipe, plugins, file), model_bytes=needed_bytes(base.checkpoint))
+    check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
+    return planned
+
+
+def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedModel:
+    """Return the model of a recipe without its weights: tokenizer, names and shapes, on the meta device."""
+    trusted = recipe.trust_remote_code
+    config = load_config(source, trust_remote_code=trusted)
+    tokens = load_tokens(source, config, chat_template=recipe.chat_template, trust_remote_code=trusted)
+    model = skeleton(config, trusted)
+    return LoadedModel(model, tokens, resolve(model, brought_families(plugins)), source)
+
+
+def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile) -> Planned:
+    """Plan a run on a model that may be loaded already; looks at no folder to write to."""
+    guards = parse_guards(recipe.stop_if)
+    skip = recipe.on_error == "skip"
+    architecture = base.architecture
+    preset = load_preset(base.model.config, architecture)
     name = recipe.editor or preset.editor or DEFAULT_EDITOR
     settings = settings_for(name, preset, recipe.settings, plugins)
     editor = component(plugins, "editor", name, settings)
-    stabilizers = tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers)
-    sites = choose_sites(recipe, preset, architecture, checkpoint, editor)
-    requests, rejected, total = usable(file, tokens, skip_bad=skip, measured=recipe.evaluate)
+    sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor)
+    requests, rejected, total = usable(file, base.tokens, skip_bad=skip, measured=recipe.evaluate)
     check_guards(guards, requests, measured=recipe.evaluate)
-    model_bytes = needed_bytes(checkpoint)
-    shapes = tuple(architecture.shape(site.layer) for site in sites)
-    planned = Planned(
+    return Planned(
         recipe=recipe,
         file=file,
         requests=requests,
         rejected=rejected,
-        source=source,
-        config=config,
-        families=families,
+        source=base.source,
+        config=base.model.config,
+        families=brought_families(plugins),
         preset=preset,
         sites=sites,
-        shapes=shapes,
+        shapes=tuple(architecture.shape(site.layer) for site in sites),
         editor=editor,
-        stabilizers=stabilizers,
+        stabilizers=tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers),
         targets=build(TargetOptions, settings.get("targets", {}), owner="targets"),
         statistics=build(StatisticsOptions, settings.get("statistics", {}), owner="statistics"),
         guards=guards,
         batch_size=recipe.batch_size or (1 if editor.single_site else DEFAULT_BATCH),
         target_tokens=total,
-        model_bytes=model_bytes,
     )
-    check_disk(recipe.folder, model_bytes + 2 * planned.state_bytes)
-    return planned
 
 
 def open_planned(planned: Planned) -> LoadedModel:
