@@ -18,6 +18,7 @@ from editcli.errors import PluginError, RequestError
 from editcli.formats import Format, find_format, load_formats
 from editcli.hookspecs import hookimpl
 from editcli.plugins import Plugins
+from editcli.testing import FormatContract
 
 COUNTERFACT = {
     "case_id": 3,
@@ -94,6 +95,15 @@ RECORDS = {
     "mquake": MQUAKE,
     "zsre": ZSRE,
 }
+
+
+def _contracts() -> Iterator[tuple[str, type]]:
+    for form in editcli_formats.editcli_formats():
+        title = f"Test{form.name.title()}"
+        yield title, type(title, (FormatContract,), {"component": form, "records": (RECORDS[form.name],)})
+
+
+globals().update(_contracts())
 
 
 @pytest.fixture

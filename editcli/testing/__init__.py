@@ -9,7 +9,9 @@ that are lively enough for an edit to matter: activations of order one, biases a
         folder = tiny_model_folder(tmp_path / "model", "gpt2", seed=1)
 
 The same arguments give the same bytes, whatever the global random state. The families are the rows of :data:`TINY`.
-:class:`EditorContract` and :class:`StabilizerContract` are test classes to inherit from: what every method has to hold.
+:class:`EditorContract`, :class:`StabilizerContract`, :class:`DiagnosticContract` and :class:`FormatContract` are test
+classes to inherit from: what everything that a plugin brings has to hold. :func:`tiny_session` opens a tiny model as a
+component sees it, with second moments and pilot edits.
 """
 
 from __future__ import annotations
@@ -26,6 +28,15 @@ from transformers.configuration_utils import PretrainedConfig
 
 from editcli.testing.contracts import EditorContract as EditorContract
 from editcli.testing.contracts import StabilizerContract as StabilizerContract
+from editcli.testing.reading import FormatContract as FormatContract
+from editcli.testing.sessions import PlainEditor as PlainEditor
+from editcli.testing.sessions import same_tensors as same_tensors
+from editcli.testing.sessions import through_bytes as through_bytes
+from editcli.testing.sessions import tiny_problem as tiny_problem
+from editcli.testing.sessions import tiny_requests as tiny_requests
+from editcli.testing.sessions import tiny_second_moment as tiny_second_moment
+from editcli.testing.sessions import tiny_session as tiny_session
+from editcli.testing.watching import DiagnosticContract as DiagnosticContract
 
 HIDDEN, INTERMEDIATE, LAYERS, POSITIONS = 16, 40, 4, 256
 """Sizes of every tiny model; hidden and intermediate differ, so that a transposed weight cannot go unnoticed."""

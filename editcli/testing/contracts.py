@@ -19,30 +19,51 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load, save
-from torch import Tensor
 
 from editcli.editing.pipeline import Written, commit, edit_batch
-from editcli.editing.session import ModelSession, PilotSource
-from editcli.editing.targets import TargetOptions
+from editcli.editing.session import ModelSession
 from editcli.edits import EditRequest
-from editcli.interfaces import Editor, Problem, Session, Site, Stabilizer, Update, Values
-from editcli.models.loading import open_model, resolve_model
+from editcli.errors import EditError, OptionError
+from editcli.interfaces import Problem, Session, Site, Stabilizer, Update, Values
 from editcli.options import build, describe
+from editcli.testing.sessions import (
+    PlainEditor,
+    same_tensors,
+    through_bytes,
+    tiny_problem,
+    tiny_requests,
+    tiny_session,
+)
 
-SUBJECTS = ("Paris", "Rome", "Berlin", "Tokyo", "Ann", "Bob", "France", "Italy", "Spain")
+ORIENTATIONS = ("llama", "gpt2")
+"""A family whose projections are stored as (d_out, d_in) and one that stores their transposes."""
 
 
 class Contract:
-    """What editors and stabilizers have in common; set :attr:`component`, and :attr:`options` where defaults fail."""
+    """What all components have in common; set :attr:`component`, and :attr:`options` where defaults fail."""
 
     component: ClassVar[type[Any]]
     options: ClassVar[Mapping[str, Any]] = {}
     family: ClassVar[str] = "llama"
+    layers: ClassVar[Sequence[int]] = (0, 1)
 
     def make(self) -> Any:
         """Build the component with :attr:`options`."""
         return self.component(build(self.component.Options, self.options, owner=self.component.name))
+
+    def session(self, folder: Path, family: str | None = None) -> ModelSession:
+        """Open a session on an unedited tiny model."""
+        return tiny_session(folder, family or self.family, layers=self.layers)
+
+    def ready(self, folder: Path, family: str | None = None) -> tuple[ModelSession, Any]:
+        """Return a session and the component, prepared on it."""
+        session, component = self.session(folder, family), self.make()
+        component.prepare(session)
+        return session, component
+
+    def apply(self, session: ModelSession, component: Any, batch: Sequence[EditRequest]) -> Written:
+        """Write one batch with the component and let it remember."""
+        raise AssertionError("a contract derives from EditorContract, StabilizerContract or DiagnosticContract")
 
     def test_it_names_itself_and_its_source(self) -> None:
         assert self.component.name.isidentifier()
@@ -53,79 +74,159 @@ class Contract:
     def test_options_are_frozen_and_explained(self) -> None:
         assert self.component.Options.__dataclass_params__.frozen
         assert all(row["help"] for row in describe(self.component.Options))
-        assert dataclasses.asdict(self.component.Options()) == dataclasses.asdict(self.component.Options())
+
+    def test_options_can_be_written_as_text(self) -> None:
+        """What ``-o NAME.KEY=VALUE`` and a settings file say is what the component gets; a slip is refused."""
+        options = self.component.Options
+        texts = {row["name"]: _as_text(row["default"]) for row in describe(options)}
+        assert build(options, texts, owner=self.component.name) == options()
+        chosen = self.make().options
+        again = build(options, dataclasses.asdict(chosen), owner=self.component.name)
+        assert again == chosen
+        assert _raises(OptionError, lambda: build(options, {"no_such_option": "1"}, owner=self.component.name))
+
+    def test_preparing_writes_nothing(self, tmp_path: Path) -> None:
+        session, _ = self.ready(tmp_path)
+        assert all(torch.equal(session.weight(site), session.baseline(site)) for site in session.sites)
+
+    def test_the_same_edits_give_the_same_weights(self, tmp_path: Path) -> None:
+        found = []
+        for noise in (1, 2):
+            torch.manual_seed(noise)
+            session, component = self.ready(tmp_path)
+            # Each batch has random numbers of its own, which follow from the run's seed.
+            torch.manual_seed(0)
+            self.apply(session, component, tiny_requests(0))
+            found.append({site.module: weight for site, weight in session.masters().items()})
+        assert same_tensors(*found)
 
     def test_a_resumed_stream_equals_an_unbroken_one(self, tmp_path: Path) -> None:
         """Two batches, a snapshot through bytes, a third batch: the same weights, bit by bit, as three batches."""
-        unbroken, broken = self.session(tmp_path), self.session(tmp_path)
-        whole, first, second = self.make(), self.make(), self.make()
+        (unbroken, whole), (broken, first), second = self.ready(tmp_path), self.ready(tmp_path), self.make()
         for session, component in ((unbroken, whole), (broken, first)):
-            component.prepare(session)
             for number in range(2):
-                self.apply(session, component, requests(number))
-        before_first_write = self.session(tmp_path)
-        second.load_state_dict(through_bytes(first.state_dict()), before_first_write)
-        self.apply(unbroken, whole, requests(2))
-        self.apply(broken, second, requests(2))
+                self.apply(session, component, tiny_requests(number))
+        saved, before_first_write = through_bytes(first.state_dict()), self.session(tmp_path)
+        second.load_state_dict(saved, before_first_write)
+        assert same_tensors(second.state_dict(), saved)
+        self.apply(unbroken, whole, tiny_requests(2))
+        self.apply(broken, second, tiny_requests(2))
         for site in unbroken.sites:
             assert torch.equal(unbroken.weight(site), broken.weight(site)), site.module
-        again = through_bytes(second.state_dict())
-        assert all(torch.equal(again[name], tensor.cpu()) for name, tensor in whole.state_dict().items())
+        assert same_tensors(second.state_dict(), whole.state_dict())
 
-    def session(self, folder: Path) -> ModelSession:
-        """Open a session on a tiny model, with second moments of its own."""
+    def test_weights_are_edited_whichever_way_round_they_are_stored(self, tmp_path: Path) -> None:
+        for family in ORIENTATIONS:
+            session, component = self.ready(tmp_path, family)
+            written = self.apply(session, component, tiny_requests(0))
+            for site in session.sites:
+                update, weight = written.updates[site], session.weight(site)
+                assert (update.left.shape[0], update.right.shape[0]) == tuple(weight.shape), family
+                assert torch.isfinite(weight).all(), family
+
+
+class SteeringContract(Contract):
+    """What the components that decide what is written have in common: state that advances batch by batch, or never."""
+
+    def replay(self, session: ModelSession, component: Any, batch: Sequence[EditRequest], written: Written) -> None:
+        """Write a recorded batch again and let the component remember it, as an undo does."""
         raise AssertionError("a contract derives from EditorContract or StabilizerContract")
 
-    def apply(self, session: ModelSession, component: Any, batch: Sequence[EditRequest]) -> Written:
-        """Write one batch with the component."""
-        raise AssertionError("a contract derives from EditorContract or StabilizerContract")
+    def test_an_undo_can_rebuild_the_state(self, tmp_path: Path) -> None:
+        """The state after a batch is that of a component that was prepared and told what was written."""
+        (session, component), (rebuilt, other) = self.ready(tmp_path), self.ready(tmp_path)
+        for number in range(2):
+            written = self.apply(session, component, tiny_requests(number))
+            self.replay(rebuilt, other, tiny_requests(number), written)
+        assert same_tensors(through_bytes(other.state_dict()), through_bytes(component.state_dict()))
 
 
-class EditorContract(Contract):
+class EditorContract(SteeringContract):
     """What every editor has to hold."""
 
-    def session(self, folder: Path) -> ModelSession:
-        layers = (1,) if self.component.single_site else (0, 1)
-        return tiny_session(folder, self.family, layers=layers)
+    def session(self, folder: Path, family: str | None = None) -> ModelSession:
+        layers = self.layers[-1:] if self.component.single_site else self.layers
+        return tiny_session(folder, family or self.family, layers=layers)
 
     def apply(self, session: ModelSession, component: Any, batch: Sequence[EditRequest]) -> Written:
         written = edit_batch(session, component, (), batch, lambda *_: None)
         commit(session, component, (), batch, written)
         return written
 
-    def test_every_site_gets_a_finite_update_of_its_shape(self, tmp_path: Path) -> None:
-        session, editor = self.session(tmp_path), self.make()
-        editor.prepare(session)
-        written = self.apply(session, editor, requests(0))
+    def replay(self, session: ModelSession, component: Any, batch: Sequence[EditRequest], written: Written) -> None:
+        if not component.needs_values:
+            component.values(session, batch)
+        for site, update in written.updates.items():
+            session.write(site, update)
+        component.remember(session, batch, list(written.problems.values()))
+
+    def problem(self, session: ModelSession, editor: Any) -> Problem:
+        """Return what the editor is asked to write at the first site."""
+        batch = tiny_requests(0)
+        return editor.problem(session, session.sites[0], batch, editor.values(session, batch))
+
+    def test_every_site_gets_a_finite_update(self, tmp_path: Path) -> None:
+        session, editor = self.ready(tmp_path)
+        written = self.apply(session, editor, tiny_requests(0))
         for site in session.sites:
-            update, weight = written.updates[site], session.weight(site)
-            assert (update.left.shape[0], update.right.shape[0]) == tuple(weight.shape)
-            assert 0 < update.norm() < float("inf")
-            assert not torch.equal(weight, session.baseline(site))
+            assert 0 < written.updates[site].norm() < float("inf")
+            assert not torch.equal(session.weight(site), session.baseline(site))
 
     def test_only_remember_advances_the_state(self, tmp_path: Path) -> None:
-        session, editor = self.session(tmp_path), self.make()
-        editor.prepare(session)
+        session, editor = self.ready(tmp_path)
         before = through_bytes(editor.state_dict())
-        edit_batch(session, editor, (), requests(0), lambda *_: None)
-        after = editor.state_dict()
-        assert set(after) == set(before)
-        assert all(torch.equal(before[name], tensor.cpu()) for name, tensor in after.items())
+        edit_batch(session, editor, (), tiny_requests(0), lambda *_: None)
+        assert same_tensors(editor.state_dict(), before)
+
+    def test_solving_changes_nothing_and_can_be_repeated(self, tmp_path: Path) -> None:
+        session, editor = self.ready(tmp_path)
+        problem = self.problem(session, editor)
+        keys, residual = problem.keys.clone(), problem.residual.clone()
+        first, second = editor.solve(problem).dense(), editor.solve(problem).dense()
+        assert torch.equal(first, second)
+        assert torch.equal(problem.keys, keys)
+        assert torch.equal(problem.residual, residual)
+        assert all(torch.equal(session.weight(site), session.baseline(site)) for site in session.sites)
+
+    def test_nothing_to_write_writes_nothing(self, tmp_path: Path) -> None:
+        session, editor = self.ready(tmp_path)
+        problem = self.problem(session, editor)
+        assert editor.solve(Problem(problem.site, problem.keys, 0 * problem.residual)).norm() == 0
+
+    def test_the_update_points_where_it_was_asked_to(self, tmp_path: Path) -> None:
+        """D K leans towards R: writing a batch brings its outputs nearer, at least to first order."""
+        session, editor = self.ready(tmp_path)
+        problem = self.problem(session, editor)
+        written = editor.solve(problem).dense().double() @ problem.keys.double()
+        assert float((written * problem.residual.double()).sum()) > 0
+
+    def test_what_is_not_finite_is_not_passed_off_as_a_number(self, tmp_path: Path) -> None:
+        session, editor = self.ready(tmp_path)
+        problem = self.problem(session, editor)
+        broken = Problem(problem.site, problem.keys, problem.residual * float("nan"))
+        try:
+            update = editor.solve(broken)
+        except EditError:
+            return
+        assert not torch.isfinite(update.dense()).all()
 
 
-class StabilizerContract(Contract):
+class StabilizerContract(SteeringContract):
     """What every stabilizer has to hold; it is tested on the updates of :class:`PlainEditor`."""
 
-    def session(self, folder: Path) -> ModelSession:
-        return tiny_session(folder, self.family, layers=(0, 1))
-
     def apply(self, session: ModelSession, component: Any, batch: Sequence[EditRequest]) -> Written:
-        return edit_batch(session, PlainEditor(), [component], batch, lambda *_: None)
+        written = edit_batch(session, PlainEditor(), [component], batch, lambda *_: None)
+        commit(session, PlainEditor(), [component], batch, written)
+        return written
+
+    def replay(self, session: ModelSession, component: Any, batch: Sequence[EditRequest], written: Written) -> None:
+        for site, update in written.updates.items():
+            session.write(site, update)
+        component.remember(session, list(written.problems.values()), written.updates)
 
     def test_it_maps_each_type_to_itself_and_changes_nothing_in_place(self, tmp_path: Path) -> None:
-        session, stabilizer = self.session(tmp_path), self.make()
-        stabilizer.prepare(session)
-        values = session.values(requests(0))
+        session, stabilizer = self.ready(tmp_path)
+        values = session.values(tiny_requests(0))
         parts = (values.target, values.initial, values.written)
         copies = [part.clone() for part in parts]
         stable = stabilizer.stabilize_values(values, session)
@@ -135,6 +236,38 @@ class StabilizerContract(Contract):
         for site in session.sites:
             self._check_update(session, stabilizer, site)
             self._check_weight(session, stabilizer, site)
+
+    def test_only_remember_advances_the_state(self, tmp_path: Path) -> None:
+        """A batch that a guard refuses leaves no trace, and the next attempt at it is the same."""
+        session, stabilizer = self.ready(tmp_path)
+        before = through_bytes(stabilizer.state_dict())
+        first, second = (self._refused_batch(session, stabilizer) for _ in range(2))
+        assert same_tensors(stabilizer.state_dict(), before)
+        assert same_tensors(first, second)
+
+    def test_nothing_to_write_stays_nothing(self, tmp_path: Path) -> None:
+        session, stabilizer = self.ready(tmp_path)
+        for site in session.sites:
+            problem = tiny_problem(session, site)
+            update = Update(0 * problem.residual, problem.keys)
+            assert stabilizer.stabilize_update(update, problem, session).norm() == 0
+
+    def test_an_edit_that_failed_does_not_spoil_the_others(self, tmp_path: Path) -> None:
+        session, stabilizer = self.ready(tmp_path)
+        values = session.values(tiny_requests(0))
+        whole = stabilizer.stabilize_values(values, session)
+        target = values.target.clone()
+        target[:, 1] = float("nan")
+        stable = stabilizer.stabilize_values(dataclasses.replace(values, target=target), session)
+        assert torch.equal(stable.target[:, [0, 2]], whole.target[:, [0, 2]])
+        assert 1 in stable.dropped or not torch.isfinite(stable.target[:, 1]).any()
+
+    def _refused_batch(self, session: ModelSession, stabilizer: Stabilizer) -> dict[str, torch.Tensor]:
+        before = session.masters()
+        torch.manual_seed(0)
+        written = edit_batch(session, PlainEditor(), [stabilizer], tiny_requests(0), lambda *_: None)
+        session.restore(before)
+        return {site.module: update.dense() for site, update in written.updates.items()}
 
     def _check_update(self, session: Session, stabilizer: Stabilizer, site: Site) -> None:
         rows, columns = session.weight(site).shape
@@ -157,45 +290,14 @@ class StabilizerContract(Contract):
         assert torch.equal(given, 2 * weight)
 
 
-class PlainEditor(Editor):
-    """The simplest editor there is, to test stabilizers on: least squares with C = I."""
-
-    name: ClassVar[str] = "plain"
-    reference: ClassVar[str] = "ridge regression"
-
-    def solve(self, problem: Problem) -> Update:
-        keys = problem.keys.double()
-        system = keys.T @ keys + torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device)
-        return Update(problem.residual.double() @ torch.linalg.inv(system), keys)
+def _as_text(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
-def tiny_session(folder: Path, family: str = "llama", *, layers: Sequence[int] = (0, 1)) -> ModelSession:
-    """Open a session on a tiny random model in ``folder``, with made-up second moments and three pilot edits."""
-    from editcli.testing import tiny_model_folder
-
-    path = folder / family
-    if not path.exists():
-        tiny_model_folder(path, family)
-    loaded = open_model(resolve_model(path), device="cpu")
-    options = TargetOptions(steps=3, prefixes=1, prefix_tokens=2)
-
-    def moment(site: Site) -> Tensor:
-        size = session.weight(site).shape[1]
-        generator = torch.Generator().manual_seed(site.layer)
-        basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
-        return (basis * torch.logspace(-3, 0, size, dtype=torch.float64)) @ basis.T
-
-    pilots = PilotSource(tuple(requests(9)), "made for tests")
-    session = ModelSession(loaded, layers, options=options, second_moment=moment, pilots=pilots)
-    return session
-
-
-def requests(number: int) -> list[EditRequest]:
-    """Return the three edits of batch ``number``."""
-    subjects = [SUBJECTS[(3 * number + offset) % len(SUBJECTS)] for offset in range(3)]
-    return [EditRequest(f"{number}-{s}", "The city of ", s, " is in", "Greece") for s in subjects]
-
-
-def through_bytes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take tensors through the file format in which snapshots are kept."""
-    return load(save({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
+def _raises(kind: type[Exception], action: Any) -> bool:
+    """Tell whether ``action`` raises ``kind``; this module needs no test framework of its own."""
+    try:
+        action()
+    except kind:
+        return True
+    return False

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from editcli.interfaces import Diagnostic, Session, Site, Update
 from editcli.options import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Spectra(Diagnostic):
@@ -45,6 +48,15 @@ class Spectra(Diagnostic):
             figures[f"spectral_growth/layer {site.layer}"] = growth
             figures[f"effective_rank_share/layer {site.layer}"] = share
         return figures
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return ``batches``, how many were seen, so that a resumed stream is looked at when an unbroken one is."""
+        import torch
+
+        return {"batches": torch.tensor(self._batches)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+        self._batches = int(state.get("batches", 0))
 
     def _shares(self, session: Session, site: Site) -> tuple[float, float]:
         """Return sigma_1 and the effective rank of the weight, relative to the base's."""
