@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -20,6 +21,16 @@ def write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
+def make_portable(path: Path) -> None:
+    """Name the tokenizer in the words of every supported version of transformers: its fifth has a class of its own."""
+    settings = json.loads(path.read_text("utf-8"))
+    settings |= {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
 def export(trainer: Trainer, out: Path) -> None:
     """Write everything that is made from the trainer's current state under `out`, and measure it."""
     world, grammar = trainer.world, trainer.grammar
@@ -29,6 +40,7 @@ def export(trainer: Trainer, out: Path) -> None:
     model.generation_config.pad_token_id = trainer.tokenizer.pad_token_id
     model.save_pretrained(folder)
     trainer.tokenizer.save_pretrained(folder)
+    make_portable(folder / "tokenizer_config.json")
     (folder / "model.safetensors").chmod(0o644)
     write_lines(folder / "reference.txt", samples.reference_text(world, grammar))
     heldout = samples.heldout_text(world, grammar)
