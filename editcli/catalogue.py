@@ -21,8 +21,8 @@ OTHER_HOOKS: Mapping[str, str] = {
 def catalogue(plugins: Plugins, name: str | None = None) -> list[dict[str, Any]]:
     """Return one row for everything that plugins bring, or for what is called ``name``.
 
-    A row has ``name, kind, plugin, distribution, version, summary, paper, options``. Raises :class:`PluginError`, with
-    the near miss, when nothing is called ``name``.
+    A row has ``name, kind, plugin, distribution, version, api, summary, paper, options``. Raises
+    :class:`PluginError`, with the near miss, when nothing is called ``name``.
     """
     rows = [*_components(plugins), *_others(plugins)]
     if name is None:
@@ -49,6 +49,7 @@ def _component(registered: Registered) -> dict[str, Any]:
         "plugin": registered.plugin,
         "distribution": registered.distribution,
         "version": registered.version,
+        "api": registered.api,
         "summary": _first_line(component),
         "paper": getattr(component, "reference", ""),
         "options": describe(component.Options),
@@ -58,13 +59,14 @@ def _component(registered: Registered) -> dict[str, Any]:
 def _others(plugins: Plugins) -> Iterator[dict[str, Any]]:
     for kind, hook in OTHER_HOOKS.items():
         for plugin, item in plugins.brought(hook):
-            distribution, version = plugins.source(plugin)
+            source = plugins.source(plugin)
             yield {
                 "name": str(getattr(item, "name", item)),
                 "kind": kind,
                 "plugin": plugin,
-                "distribution": distribution,
-                "version": version,
+                "distribution": source.distribution,
+                "version": source.version,
+                "api": source.api,
                 "summary": _first_line(item),
                 "paper": str(getattr(item, "reference", "")),
                 "options": [],

@@ -2,7 +2,8 @@
 
 This is a loader of our own because pluggy's ``load_setuptools_entrypoints`` silently skips a second plugin of one name
 and dies with the first one that fails to import. Here a clash is an error that names both distributions, and a broken
-plugin costs one warning line; asking for it by name, or ``EDITCLI_STRICT_PLUGINS=1``, makes it an error.
+plugin costs one warning line; asking for it by name, or ``EDITCLI_STRICT_PLUGINS=1``, makes it an error. So does one
+that was written for another version of the plugin interface, which it says as ``editcli_api = 1``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import pluggy
 
-from editcli import hookspecs
+from editcli import API_VERSION, hookspecs
 from editcli.errors import PluginError, near_miss
 from editcli.interfaces import Component, Diagnostic, Editor, Stabilizer
 
@@ -25,6 +26,11 @@ KINDS: Mapping[str, tuple[str, type[Component]]] = {
     "diagnostic": ("editcli_diagnostics", Diagnostic),
 }
 """Kinds of component: the hook that brings them and the class they derive from."""
+
+DECLARATION = "editcli_api"
+"""The attribute in which a plugin says which version of the plugin interface it was written for."""
+UNDECLARED = 1
+"""The version of a plugin that does not say: the first, which did not ask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +43,19 @@ class Registered:
     plugin: str
     distribution: str
     version: str
+    api: int = UNDECLARED
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
+    """Where a plugin came from, and the version of the plugin interface it was written for."""
+
     distribution: str
     version: str
+    api: int = UNDECLARED
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}".strip()
 
 
 class Plugins:
@@ -55,11 +68,13 @@ class Plugins:
         self.manager.add_hookspecs(hookspecs)
         self.broken: dict[str, str] = {}
         """Plugins that could not be loaded: name -> reason."""
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, Source] = {}
         self._components: dict[str, dict[str, Registered]] | None = None
 
     def register(self, plugin: Any, name: str, *, distribution: str = "(this process)", version: str = "") -> None:
-        """Register a module or object that implements hooks; misspelt hooks are an error."""
+        """Register a module or object that implements hooks; misspelt hooks and another interface are errors."""
+        source = Source(distribution, version, getattr(plugin, DECLARATION, UNDECLARED))
+        _check_api(source)
         self.manager.register(plugin, name)
         try:
             self.manager.check_pending()
@@ -69,10 +84,10 @@ class Plugins:
         if not self.manager.get_hookcallers(plugin):
             self.manager.unregister(name=name)
             raise PluginError(f"plugin {name!r} implements no hook; mark its hook functions with @editcli.hookimpl")
-        self._sources[name] = _Source(distribution, version)
+        self._sources[name] = source
         self._components = None
 
-    def load(self, name: str, entry: importlib.metadata.EntryPoint, source: _Source) -> None:
+    def load(self, name: str, entry: importlib.metadata.EntryPoint, source: Source) -> None:
         """Load one entry point; a failure is remembered, not raised."""
         try:
             self.register(entry.load(), name, distribution=source.distribution, version=source.version)
@@ -82,10 +97,9 @@ class Plugins:
         except (Exception, SystemExit) as error:
             self.broken[name] = f"{type(error).__name__}: {error}"
 
-    def source(self, plugin: str) -> tuple[str, str]:
-        """Return the name and version of the distribution that brought ``plugin``."""
-        source = self._sources[plugin]
-        return source.distribution, source.version
+    def source(self, plugin: str) -> Source:
+        """Return where ``plugin`` came from."""
+        return self._sources[plugin]
 
     def all(self, kind: str) -> dict[str, Registered]:
         """Return the components of one kind by name."""
@@ -104,7 +118,8 @@ class Plugins:
             if other != kind and name in self.all(other):
                 hint = "" if other == "diagnostic" else f"; pass it as --{other}"
                 raise PluginError(f"{name!r} is {_a(other)}, not {_a(kind)}{hint}")
-        raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, found)}")
+        lost = f" (not loaded: {', '.join(sorted(self.broken))})" if self.broken else ""
+        raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, found)}{lost}")
 
     def brought(self, hook: str) -> Iterator[tuple[str, Any]]:
         """Yield ``(plugin, object)`` for everything that ``hook`` brings; a plugin that raises is broken, alone."""
@@ -126,7 +141,7 @@ class Plugins:
                 self.broken[plugin] = f"{component!r} is not a named subclass of {base.__name__}"
                 continue
             source = self._sources[plugin]
-            entry = Registered(component.name, kind, component, plugin, source.distribution, source.version)
+            entry = Registered(component.name, kind, component, plugin, source.distribution, source.version, source.api)
             other = found.setdefault(entry.name, entry)
             if other is not entry:
                 raise PluginError(
@@ -134,6 +149,23 @@ class Plugins:
                     f"{entry.plugin} ({entry.distribution}); uninstall one or set EDITCLI_DISABLE={entry.plugin}"
                 )
         return dict(sorted(found.items()))
+
+
+def _check_api(source: Source) -> None:
+    """Raise :class:`PluginError` when a plugin was written for another version of the plugin interface."""
+    api: Any = source.api
+    if type(api) is not int or api < 1:
+        raise PluginError(
+            f"{source} declares {DECLARATION} = {api!r}, which is no version of the plugin interface; "
+            f"write {DECLARATION} = {API_VERSION}"
+        )
+    if api != API_VERSION:
+        name = source.distribution
+        other = f"upgrade editcli or install an older {name}" if api > API_VERSION else f"install a newer {name}"
+        raise PluginError(
+            f"{source} is written for version {api} of the plugin interface and this editcli has version "
+            f"{API_VERSION}; {other} (pip install -U {'editcli' if api > API_VERSION else name})"
+        )
 
 
 def _a(noun: str) -> str:
@@ -159,13 +191,13 @@ def load_plugins(
 
 def _discover(
     distributions: Iterable[importlib.metadata.Distribution] | None,
-) -> dict[str, tuple[importlib.metadata.EntryPoint, _Source]]:
-    found: dict[str, tuple[importlib.metadata.EntryPoint, _Source]] = {}
+) -> dict[str, tuple[importlib.metadata.EntryPoint, Source]]:
+    found: dict[str, tuple[importlib.metadata.EntryPoint, Source]] = {}
     for distribution in distributions if distributions is not None else importlib.metadata.distributions():
         for entry in distribution.entry_points:
             if entry.group != hookspecs.NAME:
                 continue
-            source = _Source(distribution.metadata["Name"], distribution.version)
+            source = Source(distribution.metadata["Name"], distribution.version)
             known_entry, known = found.setdefault(entry.name, (entry, source))
             # The same distribution is listed twice when its folder is on sys.path twice; that is no clash.
             if known.distribution != source.distribution:

@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -136,6 +137,55 @@ def test_a_broken_plugin_is_left_out_and_says_why(site: Path, code: str, reason:
     with pytest.raises(PluginError, match="'broken' could not be loaded"):
         load_plugins(installed(site), {"EDITCLI_STRICT_PLUGINS": "1"})
     assert not load_plugins(installed(site), {"EDITCLI_DISABLE": " broken ,x"}).broken
+
+
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        ("2", r"quiet-plugin 1\.2 is written for version 2 of the .* has version 1; .*pip install -U editcli\)"),
+        ("0", "declares editcli_api = 0, which is no version"),
+        ("'1'", "declares editcli_api = '1', which is no version"),
+        ("True", "declares editcli_api = True"),
+    ],
+)
+def test_a_plugin_for_another_interface_is_left_out_and_says_what_to_do(site: Path, declared: str, said: str) -> None:
+    install(site, "quiet-plugin", {"quiet": ""}, f"editcli_api = {declared}\n" + GOOD.format(name="quiet"))
+    install(site, "loud-plugin", {"loud": ""}, GOOD.format(name="loud"))
+    plugins = load_plugins(installed(site), {})
+    assert re.search(said, plugins.broken["quiet"])
+    assert list(plugins.all("stabilizer")) == ["loud"]
+    with pytest.raises(PluginError, match=said):
+        plugins.find("stabilizer", "quiet")
+    with pytest.raises(PluginError, match=said):
+        load_plugins(installed(site), {"EDITCLI_STRICT_PLUGINS": "1"})
+
+
+def test_a_plugin_for_an_older_interface_is_the_one_to_upgrade(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("editcli.plugins.API_VERSION", 2)
+    for code in ("editcli_api = 1\n", ""):
+        install(site, f"quiet-plugin{len(code)}", {f"quiet{len(code)}": ""}, code + GOOD.format(name="quiet"))
+    broken = load_plugins(installed(site), {}).broken
+    assert len(broken) == 2
+    for name, reason in broken.items():
+        assert f"install a newer {name.replace('quiet', 'quiet-plugin')} (pip install -U" in reason
+
+
+def test_the_declared_interface_is_known_and_the_first_where_nothing_is_declared(site: Path) -> None:
+    install(site, "quiet-plugin", {"quiet": ""}, "editcli_api = 1\n" + GOOD.format(name="quiet"))
+    install(site, "loud-plugin", {"loud": ""}, GOOD.format(name="loud"))
+    plugins = load_plugins(installed(site), {})
+    assert [plugins.find("stabilizer", name).api for name in ("quiet", "loud")] == [1, 1]
+    assert [plugins.source(name).api for name in ("quiet", "loud")] == [1, 1]
+
+
+def test_every_built_in_plugin_declares_its_interface() -> None:
+    assert {getattr(plugin, "editcli_api", None) for _, plugin in load_plugins().manager.list_name_plugin()} == {1}
+
+
+def test_an_unknown_name_mentions_plugins_that_were_not_loaded(site: Path) -> None:
+    install(site, "broken-plugin", {"broken": ""}, "raise ValueError('boom')")
+    with pytest.raises(PluginError, match=r"no stabilizer named 'quiet'.*not loaded: broken"):
+        load_plugins(installed(site), {}).find("stabilizer", "quiet")
 
 
 def test_a_misspelt_hook_is_refused_when_it_is_registered() -> None:

@@ -30,7 +30,7 @@ def plugin_detail(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 def _detail(row: Mapping[str, Any]) -> RenderableType:
     origin = f"{row['kind']} from {row['distribution']} {row['version']}".strip()
     paper = f" ({row['paper']})" if row["paper"] else ""
-    heading = Text.assemble((row["name"], "bold"), f", {origin}")
+    heading = Text.assemble((row["name"], "bold"), f", {origin}", (f", plugin interface {row['api']}", "dim"))
     lines: list[RenderableType] = [heading, Text(row["summary"] + paper)]
     if row["options"]:
         table = _table("option", "type", "default", "what it does")

@@ -37,6 +37,7 @@ from editcli.recipe import Recipe
 from editcli.report import Rejection, Reporter
 from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.runs.output import needed_bytes
+from editcli.runs.requirements import check_resumable
 from editcli.runs.state import RunFolder
 from editcli.statistics import StatisticsOptions
 
@@ -120,6 +121,7 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
 
     ``file`` stands for the edits where they come from elsewhere than a file; it may be empty.
     """
+    check_resumable(recipe, plugins)
     recipe.check(plugins)
     skip = recipe.on_error == "skip"
     file = file or read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))

@@ -2,6 +2,8 @@
 
 from editcli.hookspecs import hookimpl
 
+editcli_api = 1
+
 
 @hookimpl
 def editcli_stabilizers():
