@@ -13,7 +13,8 @@ import click
 
 from editcli.cli import build_cli
 from editcli.cli.common import App
-from editcli.errors import EditError
+from editcli.distributed.launch import Launch
+from editcli.errors import EditError, RankError
 from editcli.plugins import load_plugins
 
 INTERRUPTED = 130
@@ -25,21 +26,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten_libraries()
     _accept_any_text()
     app: App | None = None
+    launch = Launch()
     try:
-        app = App(load_plugins())
+        launch = Launch.read(os.environ)
+        app = App(load_plugins(), launch)
         group = build_cli(app.plugins)
-        _warn_broken(app)
+        if launch.leads:
+            _warn_broken(app)
         code = group.main(args=_or_help(arguments), prog_name="editcli", obj=app, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except RankError as error:
+        return error.exit_code if error.told else _fail(str(error), error.exit_code)
     except EditError as error:
         if app is not None and app.verbosity > 0:
             traceback.print_exc()
         return _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        return _usage_error(error)
+        # Every process was given the same command line, and rank 0 says what is wrong with it.
+        return _usage_error(error) if launch.leads else error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED) if launch.leads else INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone, as in `editcli plugins | head -1`; the flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@
     ├── StatisticsError      reference-text statistics are missing or belong to another model
     ├── StateError           a run folder cannot be used as asked
     ├── NumericalError       a linear system lost definiteness (site, condition)
+    ├── RankError            another process of a run with several failed, or cannot be reached
     └── GuardError           a guard stopped the run before a batch was written, exit code 3
 
 Anything else that escapes is a bug and shows its traceback. The tree is caught in one place, the command line.
@@ -67,6 +68,14 @@ class NumericalError(EditError):
         self.site, self.condition = site, condition
         known = "" if condition is None else f" (condition number {condition:.3g})"
         super().__init__(f"{site}: {reason}{known}")
+
+
+class RankError(EditError):
+    """Another process of the run failed or cannot be reached; ``told`` when that process or another tells the user."""
+
+    def __init__(self, reason: str, *, told: bool = False):
+        self.told = told
+        super().__init__(reason)
 
 
 class GuardError(EditError):

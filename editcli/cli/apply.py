@@ -52,9 +52,13 @@ def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
 
 
 def _apply(recipe: Recipe, app: App, as_json: bool) -> int:
+    from editcli.distributed.group import joined
     from editcli.runs.apply import apply as run
 
-    report = run(recipe, app.plugins, app.reporter)
+    with joined(app.launch, device=recipe.device, device_map=recipe.device_map) as team:
+        report = run(recipe, app.plugins, app.reporter, team=team)
+    if not app.launch.leads:
+        return EXIT_CODES.get(report.status, 0)
     if as_json:
         print_json(report.to_json())
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from editcli.distributed.launch import Launch
 from editcli.errors import OptionError
 from editcli.plugins import Plugins
 from editcli.recipe import parse_layers
@@ -24,8 +25,8 @@ OTHER = "Other options"
 class App:
     """What a command gets with ``@click.pass_obj``: the plugins and where to report."""
 
-    def __init__(self, plugins: Plugins):
-        self.plugins = plugins
+    def __init__(self, plugins: Plugins, launch: Launch | None = None):
+        self.plugins, self.launch = plugins, launch or Launch()
         self.verbosity = 0
         """-1 quiet, 0 normal, 1 verbose; set by ``-q`` and ``-v`` while the command line is read."""
 

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Any
 
+from editcli.distributed.team import Team
 from editcli.edits import EditRequest, Neighbor
 from editcli.errors import OptionError, near_miss
 from editcli.evaluation.generation import Generation, consistency, fluency, generate
@@ -122,8 +123,11 @@ def evaluate(
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
     reporter: Reporter | None = None,
+    team: Team | None = None,
 ) -> Evaluation:
     """Measure ``requests`` on a model as it stands; all prompts go through it in one length-sorted pass.
+
+    The scoring is shared out over ``team``, whose ranks all get the same answer.
 
     ``metrics`` names protocols of :data:`METRICS`; by default all those that need no generated text and whose fields
     are there. Raises :class:`OptionError` for an unknown metric and :class:`RequestError` for a prompt too long.
@@ -132,7 +136,9 @@ def evaluate(
     chosen = _choose(metrics, requests)
     plans = [questions(request, chosen) for request in requests]
     probes = list(dict.fromkeys(probe for plan in plans for question in plan for probe in question.probes))
-    scores = dict(zip(probes, score(loaded, probes, batch_tokens=batch_tokens, reporter=reporter), strict=True))
+    scores = dict(
+        zip(probes, score(loaded, probes, batch_tokens=batch_tokens, reporter=reporter, team=team), strict=True)
+    )
     generations: Mapping[str, Generation] = {}
     if chosen & {"fluency", "consistency"}:
         prompts = [prompt for request in requests for prompt in request.generation_prompts]

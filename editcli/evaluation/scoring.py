@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from editcli.distributed.team import Team
 from editcli.errors import RequestError
 from editcli.models.forward import chunks, head_only_at, positions, run
 from editcli.models.tokens import Encoded, Tokens
@@ -49,20 +50,26 @@ class ProbeScore:
 
 
 def score(
-    loaded: LoadedModel, probes: Sequence[Probe], *, batch_tokens: int = BATCH_TOKENS, reporter: Reporter | None = None
+    loaded: LoadedModel,
+    probes: Sequence[Probe],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    reporter: Reporter | None = None,
+    team: Team | None = None,
 ) -> list[ProbeScore]:
-    """Score ``probes`` and return one :class:`ProbeScore` each, in their order.
+    """Score ``probes``, shared out over ``team``, and return one :class:`ProbeScore` each, in their order.
 
     Raises :class:`RequestError` for a target without tokens or a probe longer than the model reads.
     """
     unique = list(dict.fromkeys(probes))
     rows = encode_probes(loaded.tokens, unique)
-    results: dict[Probe, ProbeScore] = {}
-    with (reporter or Silent()).phase("Scoring", len(rows), "prompts") as advance:
-        for batch in chunks(rows, budget=batch_tokens):
-            scores = _score_batch(loaded, [rows[index] for index in batch])
-            results.update(zip((unique[index] for index in batch), scores, strict=True))
-            advance(len(batch))
+
+    def work(own: Sequence[int]) -> tuple[Tensor]:
+        return (_score_rows(loaded, [rows[item] for item in own], batch_tokens, reporter or Silent()),)
+
+    (table,) = (team or Team()).spread("scores", [len(row.ids) for row in rows], work)
+    found = (ProbeScore(logprob, bool(exact), accuracy) for logprob, exact, accuracy in table.tolist())
+    results = dict(zip(unique, found, strict=True))
     return [results[probe] for probe in probes]
 
 
@@ -95,16 +102,22 @@ def compare(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(logprobs).cpu(), torch.cat(hits).cpu()
 
 
-def _score_batch(loaded: LoadedModel, batch: Sequence[Encoded]) -> list[ProbeScore]:
+def _score_rows(loaded: LoadedModel, rows: Sequence[Encoded], batch_tokens: int, reporter: Reporter) -> Tensor:
+    """Return the log-probability, exactness (0 or 1) and accuracy of each row, (n, 3) float64 on the CPU."""
+    table = torch.zeros(len(rows), 3, dtype=torch.float64)
+    with reporter.phase("Scoring", len(rows), "prompts") as advance:
+        for batch in chunks(rows, budget=batch_tokens):
+            table[batch] = _score_batch(loaded, [rows[index] for index in batch])
+            advance(len(batch))
+    return table
+
+
+def _score_batch(loaded: LoadedModel, batch: Sequence[Encoded]) -> Tensor:
     ids = loaded.tokens.pad(batch, loaded.input_device)
     rows, columns = positions([(r, c) for r, row in enumerate(batch) for c in row.predicting], ids.device)
     logits = logits_at(loaded, ids, rows, columns)
     # The logits at a position predict the token after it.
     logprobs, hits = compare(logits, ids[rows, columns + 1].to(logits.device))
     lengths = [len(row.target) for row in batch]
-    return [
-        ProbeScore(
-            logprob=float(values.double().mean()), exact=bool(right.all()), accuracy=float(right.double().mean())
-        )
-        for values, right in zip(logprobs.split(lengths), hits.split(lengths), strict=True)
-    ]
+    answers = zip(logprobs.double().split(lengths), hits.split(lengths), strict=True)
+    return torch.stack([torch.stack((v.mean(), h.all().double(), h.double().mean())) for v, h in answers])

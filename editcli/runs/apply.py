@@ -5,19 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from editcli.distributed.folder import run_folder
+from editcli.distributed.session import TeamSession
+from editcli.distributed.team import Team
 from editcli.editing.session import ModelSession, PilotSource
 from editcli.edits import EditRequest
-from editcli.errors import GuardError, ModelError, StateError
+from editcli.errors import GuardError, ModelError, OptionError, StateError
 from editcli.evaluation import Evaluation, evaluate
 from editcli.interfaces import Site
-from editcli.models.checkpoint import Checkpoint, file_digest
-from editcli.models.loading import LoadedModel
+from editcli.models.checkpoint import Checkpoint
 from editcli.plugins import Plugins
 from editcli.recipe import Recipe
 from editcli.report import Reporter, RunReport, Silent
@@ -26,6 +28,7 @@ from editcli.runs.card import model_card
 from editcli.runs.clock import Clock
 from editcli.runs.files import tensor_digest, write_bytes
 from editcli.runs.guards import needs_retained
+from editcli.runs.identity import plan_digest, stream_settings
 from editcli.runs.interrupts import Interrupts
 from editcli.runs.outcome import Ending, efficacy, provenance, report_run
 from editcli.runs.output import CARD, Verified, stored_tensors, verify, write_model
@@ -41,15 +44,23 @@ from editcli.statistics import SecondMoments
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
 
 
-def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> RunReport:
-    """Run ``recipe`` from the edits file to the saved, verified folder; raises an :class:`EditError`."""
-    reporter = reporter or Silent()
+def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *, team: Team | None = None) -> RunReport:
+    """Run ``recipe`` from the edits file to the saved, verified folder; raises an :class:`EditError`.
+
+    Every process of ``team`` calls this alike and returns the same report; rank 0 alone writes and reports.
+    """
+    team = team or Team()
+    reporter = reporter if reporter is not None and team.leads else Silent()
     clock = Clock()
+    if recipe.edits == "-" and team.size > 1:
+        raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
     with clock.spent("load"):
         planned = planning.check(recipe, plugins, reporter)
-    folder = RunFolder(recipe.folder)
+    # Nobody looks whether the folder is free any more once rank 0 has taken it.
+    team.agree("recipe and edits", plan_digest(planned), remedy="start them with the same command and files")
+    folder = run_folder(recipe.folder, team)
     with writing(recipe.folder), folder.locked():
-        return Run(planned, folder, plugins, reporter, clock).go()
+        return Run(planned, folder, plugins, reporter, clock, team=team).go()
 
 
 @contextmanager
@@ -68,12 +79,27 @@ def writing(out: Path) -> Iterator[None]:
 class Run:
     """One run of ``apply``, in the order of its methods; :meth:`begin` decides what is written."""
 
-    def __init__(self, planned: Planned, folder: RunFolder, plugins: Plugins, reporter: Reporter, clock: Clock):
+    def __init__(
+        self,
+        planned: Planned,
+        folder: RunFolder,
+        plugins: Plugins,
+        reporter: Reporter,
+        clock: Clock,
+        *,
+        team: Team | None = None,
+    ):
         self.planned, self.folder, self.plugins = planned, folder, plugins
         self.recipe, self.reporter, self.clock = planned.recipe, reporter, clock
+        self.team = team or Team()
         self.status, self.verdict = DONE, None
         self.read = 0
+        # The lock is taken before anybody reads, and everybody has read before anything is changed.
+        self.team.exchange("the lock")
         self.recovered = self._recover()
+        snapshot = self.recovered.snapshot if self.recovered else None
+        found = (snapshot.step, snapshot.consumed, snapshot.line) if snapshot else None
+        self.team.agree(f"what is in {folder.out}", found, remedy="put --out on a disk that all machines share")
         self.rejections = Rejections(folder, planned, self.edits_file)
 
     def go(self) -> RunReport:
@@ -114,6 +140,10 @@ class Run:
         with self.clock.spent("load"):
             self.loaded = planning.open_planned(self.planned)
             self.provenance = provenance(self.planned, self.plugins, self.loaded)
+        base, versions = self.provenance["base"]["fingerprint"], self.provenance["versions"]
+        self.team.agree("model files", base, remedy="give every machine the same copy of the model")
+        versions = [versions, self.provenance["plugins"]]
+        self.team.agree("versions", versions, remedy="install the same packages on every machine")
 
     def todo(self) -> list[Sequence[EditRequest]]:
         """Return the batches to write: what an undo left to be written again, then what was not read yet."""
@@ -127,7 +157,7 @@ class Run:
         """Start the stream, or go on with the one in the folder."""
         if self.recovered is None:
             stream.prepare()
-            if self.recipe.overwrite:
+            if self.recipe.overwrite and self.team.leads:
                 _remove_old(self.folder)
             stream.begin()
         else:
@@ -143,8 +173,9 @@ class Run:
         began = {**self.provenance["edits"], "limit": self.recipe.limit}
         self.provenance["pilots"] = record.get("provenance", {}).get("pilots", began)
         running = {"status": RUNNING, "recipe": self._portable_recipe(), "provenance": self.provenance}
-        self.folder.write_record({**record, **running})
-        self.rejections.write()
+        if self.team.leads:
+            self.folder.write_record({**record, **running})
+            self.rejections.write()
 
     def _portable_recipe(self) -> dict[str, Any]:
         """Return the recipe with the files that an undo or a repetition needs named from the root."""
@@ -201,11 +232,13 @@ class Run:
             file=None if recipe.stats is None else _statistics_file(recipe.stats),
             reporter=self.reporter,
             seed=recipe.seed,
+            team=self.team,
         )
         moments.plan(planned.sites)
-        session = ModelSession(
+        session = TeamSession(
             self.loaded,
             planned.layers,
+            team=self.team,
             options=planned.targets,
             prefixes=self.recovered.snapshot.settings["prefixes"] if self.recovered else None,
             second_moment=moments,
@@ -215,46 +248,31 @@ class Run:
             reporter=self.reporter,
             seed=recipe.seed,
         )
+        settings = stream_settings(planned, session, moments, self.provenance)
+        self.team.agree("settings", settings, remedy="start them with the same command and files")
         diagnostics = planning.diagnostics(recipe, self.plugins)
         return Stream(
             session,
             Stack(planned.editor, planned.stabilizers, diagnostics),
             self.folder,
-            settings=self._settings(session, moments),
+            settings=settings,
             guards=planned.guards,
             measure=self._efficacy if recipe.evaluate else None,
             retained=self._retained if self._watches_retention else None,
             retained_every=1 if needs_retained(planned.guards) else recipe.eval_every or 1,
             checkpoint_every=recipe.checkpoint_every,
+            team=self.team,
         )
 
     def pilots(self) -> PilotSource:
         """Return what components calibrate on."""
         return planning.pilot_source(self.planned.requests)
 
-    def _settings(self, session: ModelSession, moments: SecondMoments) -> dict[str, Any]:
-        """Return what must be the same for a resumed stream to be the same stream."""
-        planned = self.planned
-        return {
-            "base": self.provenance["base"]["fingerprint"],
-            "editor": planned.editor.name,
-            "stabilizers": [part.name for part in planned.stabilizers],
-            "options": self.provenance["options"],
-            "targets": self.provenance["targets"],
-            "layers": list(planned.layers),
-            "seed": self.recipe.seed,
-            "tokenizer": _tokenizer_digest(self.loaded),
-            "reference": _reference(moments),
-            "save_dtype": self.recipe.save_dtype,
-            "dtype": str(next(self.loaded.model.parameters()).dtype),
-            "chat_template": self.recipe.chat_template,
-            "prefixes": list(session.prefixes),
-        }
-
     def _edit(self, stream: Stream, batches: Sequence[Sequence[EditRequest]], interrupts: Interrupts) -> None:
         with self.reporter.phase("Editing", sum(map(len, batches)), "edits") as advance:
             for batch in batches:
-                if interrupts.asked:
+                # A signal reaches the processes at different moments, and they must stop after the same batch.
+                if self.team.any("interrupts", interrupts.asked):
                     break
                 try:
                     report = stream.apply(batch)
@@ -264,7 +282,7 @@ class Run:
                 for phase, seconds in report.seconds.items():
                     self.clock.seconds[phase] += seconds
                 advance(len(batch))
-        if interrupts.asked:
+        if self.team.any("interrupts", interrupts.asked):
             self.status = INTERRUPTED
 
     def finish(self, stream: Stream, before: Evaluation | None) -> RunReport:
@@ -273,14 +291,20 @@ class Run:
         with stream.session.read_out(self.planned.stabilizers) as weights:
             after = self._evaluate(applied) if applied else None
             with self.clock.spent("save"):
-                verified = self.save(stream.session, weights) if applied else self._save_base()
+                verified = self._saved(stream, weights)
             report = self._report(stream, before, after, weights)
         for name in verified.unchanged if verified else ():
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
-        self.document(stream, report, after)
+        if self.team.leads:
+            self.document(stream, report, after)
         if self.verdict:
             self.reporter.warn(self.verdict)
         return report
+
+    def _saved(self, stream: Stream, weights: Mapping[Site, torch.Tensor]) -> Verified | None:
+        if not self.team.leads:
+            return None
+        return self.save(stream.session, weights) if stream.position.requests else self._save_base()
 
     def document(self, stream: Stream, report: RunReport, after: Evaluation | None) -> None:
         """Write what goes beside the weights: refused edits, outcomes, the card and, last, the record."""
@@ -315,7 +339,8 @@ class Run:
         if not self.recipe.evaluate:
             return None
         with self.clock.spent("eval"):
-            return evaluate(self.loaded, requests, metrics=("counterfact",), reporter=self.reporter)
+            metrics = ("counterfact",)
+            return evaluate(self.loaded, requests, metrics=metrics, reporter=self.reporter, team=self.team)
 
     def _efficacy(self, requests: Sequence[EditRequest]) -> Mapping[str, float | None]:
         """Measure efficacy alone: what is asked after every batch must be cheap."""
@@ -365,18 +390,6 @@ def _remove_old(folder: RunFolder) -> None:
             path.unlink()
     for path in (folder.record, folder.state, folder.journal):
         path.unlink(missing_ok=True)
-
-
-def _tokenizer_digest(loaded: LoadedModel) -> str:
-    path = loaded.source.folder / "tokenizer.json"
-    return file_digest(path) if path.is_file() else ""
-
-
-def _reference(moments: SecondMoments) -> dict[str, Any]:
-    """Return what the second moments depend on besides the model."""
-    if moments.file is not None:
-        return {"file": file_digest(moments.file)}
-    return {"corpus": moments.corpus.identity, "options": asdict(moments.options)}
 
 
 def _statistics_file(text: str) -> Path:

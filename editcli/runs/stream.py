@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from editcli.distributed.team import Team
 from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
 from editcli.edits import EditRequest
@@ -58,7 +59,8 @@ class Stream:
 
     ``settings`` is what must be the same when the stream is resumed. ``measure`` gives the figures of a batch after it
     was written (its immediate efficacy), ``retained`` those of all edits so far,
-    asked every ``retained_every`` batches; both may be None.
+    asked every ``retained_every`` batches; both may be None. Every rank of ``team`` applies the same batches, and no
+    batch is recorded unless all of them came to the same weights.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Stream:
         retained: Measure | None = None,
         retained_every: int = 1,
         checkpoint_every: int | None = None,
+        team: Team | None = None,
     ):
+        self.team = team or Team()
         self.session, self.stack, self.folder = session, stack, folder
         # As they will be read back, so that a tuple does not differ from the list that JSON makes of it.
         self.settings, self.guards = json.loads(json.dumps(dict(settings))), tuple(guards)
@@ -299,9 +303,15 @@ class Stream:
 
     def _record(self, requests: Sequence[EditRequest], written: Written, report: BatchReport) -> None:
         sequence = self.position.sequence + 1
+        weights = weights_digest(self.session.masters().values())
+        self.team.agree(
+            f"after batch {report.step}, the edited weights",
+            weights,
+            remedy="the state before it is kept; use devices and versions of one kind and go on with --resume",
+        )
         segment, digest = self.folder.write_segment(sequence, requests, written.problems, written.updates)
         consumed = consume(self.position.consumed, requests)
-        body = {**body_of(report), "weights": weights_digest(self.session.masters().values())}
+        body = {**body_of(report), "weights": weights}
         entry = Entry(sequence, BATCH, report.step, report.edits, segment, digest, consumed, body)
         line = journal_line(entry, self.position.line)
         position = Position(report.step, sequence, consumed, line, [*self.position.requests, *requests])

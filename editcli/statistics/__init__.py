@@ -21,6 +21,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.interfaces import Site
 from editcli.models.checkpoint import file_digest
@@ -84,9 +85,11 @@ class SecondMoments:
         cache: Path | None = None,
         reporter: Reporter | None = None,
         seed: int = 0,
+        team: Team | None = None,
     ):
-        self.loaded, self.options = loaded, options or StatisticsOptions()
-        self.corpus: Corpus = open_corpus(corpus, loaded, max_length=self.options.max_length, seed=seed)
+        self.loaded, self.options, self.team = loaded, options or StatisticsOptions(), team or Team()
+        length = self.options.max_length
+        self.corpus: Corpus = open_corpus(corpus, loaded, max_length=length, seed=seed, team=self.team)
         self.file, self.reporter = file, reporter or Silent()
         self.cache = cache if cache is not None else user_cache_path("editcli") / "second-moments"
         self._digests: dict[str, str] = {}
@@ -99,12 +102,14 @@ class SecondMoments:
 
     def __call__(self, site: Site) -> Tensor:
         """Return Cov of ``site``, (d_in, d_in) float64."""
-        found = self._from_file(site) if self.file is not None else self._cached(site)
-        if found is None:
+        kept = self.team.lead_tensors("second moments", lambda: self._kept(site))
+        if not kept:
             if site not in self._computed:
-                missing = [s for s in {*self._wanted, site} if not self.is_cached(s)]
-                self.compute(sorted(missing, key=lambda s: s.layer))
-            found = self._computed.pop(site)
+                wanted = sorted({*self._wanted, site}, key=lambda s: s.layer)
+                missing = self.team.lead("missing", lambda: [not self.is_cached(s) for s in wanted])
+                self.compute([s for s, is_missing in zip(wanted, missing, strict=True) if is_missing])
+            kept = (self._computed.pop(site),)
+        (found,) = kept
         device = device_of(self.loaded.architecture.projection(site.layer))
         # Single precision on disk and in memory alike: a cached run then equals the run that filled the cache.
         moment = found.float()
@@ -140,7 +145,8 @@ class SecondMoments:
         moments = self._accumulate(sites, total)
         for site, moment in moments.items():
             self._computed[site] = moment
-            self._store(site, moment)
+            if self.team.leads:
+                self._store(site, moment)
 
     def save(self, path: Path, sites: Sequence[Site]) -> None:
         """Write the second moments of ``sites`` to one file that ``--stats`` accepts."""
@@ -153,13 +159,16 @@ class SecondMoments:
     def _accumulate(self, sites: Sequence[Site], total: int) -> dict[Site, Tensor]:
         architecture = self.loaded.architecture
         modules = {site: architecture.projection(site.layer) for site in sites}
-        sums: dict[Site, Tensor] = {}
+        sums = {site: _zeros(module, architecture.shape(site.layer)[1]) for site, module in modules.items()}
         with self.reporter.phase("Second moments", total, "tokens") as advance:
-            for batch in _batches(self.corpus.rows(), total, self.options.batch_tokens):
-                for site, outer in self._outer(batch, modules).items():
-                    sums[site] = sums[site].add_(outer) if site in sums else outer
+            for number, batch in enumerate(_batches(self.corpus.rows(), total, self.options.batch_tokens)):
+                # Batches are of one size in tokens, so taking turns shares them evenly.
+                if number % self.team.size == self.team.rank:
+                    for site, outer in self._outer(batch, modules).items():
+                        sums[site].add_(outer)
                 advance(sum(len(row.ids) for row in batch))
                 total -= sum(len(row.ids) for row in batch)
+        self.team.total("sums of second moments", list(sums.values()))
         if total > 0:
             self.reporter.warn(f"the corpus {self.corpus.name} ended {total:,} tokens early: statistics are less exact")
         read = max(self.tokens_for(site) for site in sites) - total
@@ -193,6 +202,11 @@ class SecondMoments:
 
     def _path(self, site: Site) -> Path:
         return self.cache / f"{self.identity(site).fingerprint}.safetensors"
+
+    def _kept(self, site: Site) -> tuple[Tensor, ...]:
+        """Return what the user's file or the cache holds on a site; nothing when it has to be computed."""
+        found = self._from_file(site) if self.file is not None else self._cached(site)
+        return () if found is None else (found,)
 
     def _cached(self, site: Site) -> Tensor | None:
         path = self._path(site)
@@ -265,6 +279,12 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise StatisticsError(f"cannot read the statistics in {path}: {error}; delete or compute them again") from error
+
+
+def _zeros(module: Any, width: int) -> Tensor:
+    """Return (width, width) zeros in float64, where the module computes or on the CPU."""
+    place = device_of(module)
+    return torch.zeros(width, width, dtype=torch.float64, device=place if _has_double(place) else "cpu")
 
 
 def _has_double(device: torch.device) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.models.checkpoint import file_digest
 from editcli.models.loading import LoadedModel, bundled_folder
@@ -27,17 +29,20 @@ class Corpus:
     rows: Callable[[], Iterator[list[int]]]
 
 
-def open_corpus(spec: str | None, loaded: LoadedModel, *, max_length: int, seed: int = 0) -> Corpus:
+def open_corpus(
+    spec: str | None, loaded: LoadedModel, *, max_length: int, seed: int = 0, team: Team | None = None
+) -> Corpus:
     """Return the corpus for ``spec``: a text or JSONL file, ``hf:ID[:CONFIG]``, ``self``, or None for the default.
 
-    The default is the bundled reference text for the bundled model, else ``self``, which needs no download.
+    The default is the bundled reference text for the bundled model, else ``self``, which needs no download; its text
+    is written by all of ``team`` together.
     """
     if spec is None:
         bundled = bundled_folder() / "reference.txt"
         spec = str(bundled) if loaded.source.folder == bundled_folder() and bundled.is_file() else SELF
     if spec == SELF:
         length = min(max_length, _SELF_LENGTH)
-        return Corpus(SELF, f"self:{seed}:{length}", lambda: _self_rows(loaded, length, seed))
+        return Corpus(SELF, f"self:{seed}:{length}", lambda: _self_rows(loaded, length, seed, team or Team()))
     if spec.startswith("hf:"):
         texts, identity = _dataset_texts(spec), spec
     else:
@@ -92,26 +97,37 @@ def _dataset_texts(spec: str) -> Callable[[], Iterator[str]]:
     return texts
 
 
+def _self_rows(loaded: LoadedModel, length: int, seed: int, team: Team) -> Iterator[list[int]]:
+    """Yield texts that the model samples from itself, at temperature 1, from its own start token.
+
+    Ranks take turns at the batches, each of which has a seed of its own, so the texts do not depend on their number.
+    """
+    for turn in itertools.count():
+        rows = _self_batch(loaded, length, seed, turn * team.size + team.rank)
+        for batch in team.gather("reference text", [rows.cpu()]):
+            yield from _texts(batch[0], loaded.tokens.tokenizer.eos_token_id)
+
+
 @torch.no_grad()
-def _self_rows(loaded: LoadedModel, length: int, seed: int) -> Iterator[list[int]]:
-    """Yield texts that the model samples from itself, at temperature 1, from its own start token."""
+def _self_batch(loaded: LoadedModel, length: int, seed: int, batch: int) -> torch.Tensor:
+    """Return the token ids of one batch of sampled texts, (rows, tokens)."""
     tokenizer, start = loaded.tokens.tokenizer, loaded.tokens.tokenizer.bos_token_id
     devices = [d for d in {loaded.input_device} if d.type != "cpu"]
-    batch = 0
-    while True:
-        with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cpu"):
-            torch.manual_seed(seed * 1_000_003 + batch)
-            if start is None:
-                begin = torch.randint(0, len(tokenizer), (_SELF_BATCH, 1))
-            else:
-                begin = torch.full((_SELF_BATCH, 1), start)
-            rows = _sample(loaded.model, begin.to(loaded.input_device), length, loaded.tokens.pad_id)
-        eos = tokenizer.eos_token_id
-        for row in rows.tolist():
-            stop = row.index(eos, 1) if eos in row[1:] else len(row)
-            if stop > 1:
-                yield row[:stop]
-        batch += 1
+    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cpu"):
+        torch.manual_seed(seed * 1_000_003 + batch)
+        if start is None:
+            begin = torch.randint(0, len(tokenizer), (_SELF_BATCH, 1))
+        else:
+            begin = torch.full((_SELF_BATCH, 1), start)
+        return _sample(loaded.model, begin.to(loaded.input_device), length, loaded.tokens.pad_id)
+
+
+def _texts(rows: torch.Tensor, eos: int | None) -> Iterator[list[int]]:
+    """Yield each row up to where its text ends."""
+    for row in rows.tolist():
+        stop = row.index(eos, 1) if eos in row[1:] else len(row)
+        if stop > 1:
+            yield row[:stop]
 
 
 def _sample(model: Any, begin: torch.Tensor, length: int, pad_id: int) -> torch.Tensor:

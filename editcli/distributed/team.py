@@ -1,0 +1,180 @@
+"""The processes of a run as the rest of the library sees them. Never imports torch at import time.
+
+Every method of :class:`Team` that sends something is called by all ranks in the same order. Each call begins with an
+exchange of short texts that say where a rank is and whether it failed, so a rank that fails ends the others' waiting,
+and ranks that came apart find out instead of waiting for each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from editcli.distributed.sharing import balanced
+from editcli.errors import EditError, RankError, StateError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Link(Protocol):
+    """How the processes reach each other; :class:`RankError` when one cannot be reached."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where tensors that are not on a CPU travel from and to; None where nothing travels."""
+        ...
+
+    def exchange(self, text: str) -> list[str]:
+        """Return the texts of all ranks, in their order."""
+        ...
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite ``tensor`` by the one of rank ``source``."""
+        ...
+
+    def total(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` by the sum over all ranks, the same bits on each."""
+        ...
+
+
+class Loopback:
+    """The link of a process that is alone."""
+
+    device = None
+
+    def exchange(self, text: str) -> list[str]:
+        return [text]
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        return None
+
+    def total(self, tensor: Tensor) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """This process and those it works with; without arguments, a process on its own."""
+
+    rank: int = 0
+    size: int = 1
+    link: Link = field(default_factory=Loopback)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0: the one that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def share(self, costs: Sequence[float]) -> list[int]:
+        """Return which of the items with these ``costs`` are this rank's, ascending; all ranks must pass the same."""
+        return balanced(costs, self.size)[self.rank]
+
+    def exchange(self, what: str, value: Any = None) -> list[Any]:
+        """Return the values of all ranks, as JSON makes of them; raise :class:`RankError` when one of them failed."""
+        return [item["value"] for item in self._checked(what, {"what": what, "value": value})]
+
+    def lead(self, what: str, action: Callable[[], Any]) -> Any:
+        """Have rank 0 alone do something; return what it returned, which must be JSON's, on every rank."""
+        return self.exchange(what, action() if self.leads else None)[0]
+
+    def any(self, what: str, flag: bool) -> bool:
+        """Tell whether ``flag`` is set on any rank."""
+        return any(self.exchange(what, flag))
+
+    def agree(self, what: str, value: Any, *, remedy: str) -> None:
+        """Raise :class:`StateError` unless ``value`` is the same on every rank; this is a barrier as well."""
+        values = self.exchange(what, value)
+        others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
+        if others:
+            raise StateError(f"{what} differ between process 0 and process {', '.join(others)}; {remedy}")
+
+    def gather(self, what: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Return the tensors of all ranks, in their order; ranks may have different ones, or none."""
+        import torch
+
+        kinds = self.exchange(what, [(str(t.dtype), list(t.shape), t.device.type == "cpu") for t in tensors])
+        if self.size == 1:
+            return [tuple(tensors)]
+        found: list[tuple[Tensor, ...]] = []
+        for rank, kind in enumerate(kinds):
+            parts = []
+            for place, (dtype, shape, on_cpu) in enumerate(kind):
+                device = torch.device("cpu") if on_cpu else self.link.device
+                if rank == self.rank:
+                    part = tensors[place].detach().to(device).contiguous()
+                else:
+                    part = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+                self.link.broadcast(part, rank)
+                parts.append(part)
+            found.append(tuple(parts))
+        return found
+
+    def lead_tensors(self, what: str, action: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """Have rank 0 alone make tensors; return them, or none, on every rank."""
+        return self.gather(what, action() if self.leads else ())[0]
+
+    def spread(
+        self, what: str, costs: Sequence[float], work: Callable[[Sequence[int]], Sequence[Tensor]]
+    ) -> tuple[Tensor, ...]:
+        """Do ``work`` on all items, each rank on its share; return its tensors, one row per item, on every rank.
+
+        ``work`` takes the numbers of items and returns tensors with a row for each. What it gives for an item must not
+        depend on which other items it is given.
+        """
+        import torch
+
+        shares = balanced(costs, self.size)
+        own = shares[self.rank]
+        found = tuple(work(own)) if own or not costs else ()
+        if self.size == 1:
+            return found
+        parts = [part for part in self.gather(what, found) if part]
+        back = torch.argsort(torch.tensor([item for share in shares for item in share]))
+        return tuple(torch.cat(column)[back.to(column[0].device)] for column in zip(*parts, strict=True))
+
+    def total(self, what: str, tensors: Sequence[Tensor]) -> None:
+        """Overwrite each tensor, of one shape on all ranks, by its sum over the ranks: the same bits on every rank."""
+        self.exchange(what, len(tensors))
+        for tensor in tensors:
+            self.link.total(tensor)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Tell the other ranks when this one fails, so that they fail too; rank 0 alone is left to tell the user."""
+        try:
+            yield
+        except RankError as error:
+            # Whoever failed has told everybody already.
+            raise RankError(str(error), told=not self.leads) from error
+        except EditError as error:
+            self._tell(str(error))
+            if self.leads:
+                raise
+            raise RankError(str(error), told=True) from error
+        except Exception as error:
+            # A bug: its traceback appears where it happened, and the other ranks must not wait for this one.
+            self._tell(f"it stopped on an internal error, {type(error).__name__}: {error}; see its traceback")
+            raise
+
+    def _tell(self, sentence: str) -> None:
+        # What the others answer, or that they are gone, matters less than the failure that is being told.
+        with suppress(RankError):
+            self._checked("", {"what": "", "failed": sentence})
+
+    def _checked(self, what: str, message: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.size == 1:
+            return [{"value": json.loads(json.dumps(message.get("value")))}]
+        heard = [json.loads(text) for text in self.link.exchange(json.dumps(message))]
+        for rank, item in enumerate(heard):
+            if "failed" in item:
+                raise RankError(f"process {rank} of {self.size}: {item['failed']}")
+        for rank, item in enumerate(heard):
+            if item["what"] != heard[0]["what"]:
+                places = f"process 0 is at {heard[0]['what']!r}, process {rank} at {item['what']!r}"
+                raise RankError(f"the processes came apart: {places}; go on with --resume, and report this")
+        return heard

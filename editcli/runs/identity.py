@@ -1,0 +1,60 @@
+"""What makes a run this run and no other: for processes that work together, and for one that is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from editcli.editing.session import ModelSession
+from editcli.models.checkpoint import file_digest
+from editcli.models.loading import LoadedModel
+from editcli.runs.planning import Planned
+from editcli.statistics import SecondMoments
+
+
+def plan_digest(planned: Planned) -> str:
+    """Return a sha256 over the recipe, the edits and what was made of them."""
+    parts = {
+        "recipe": planned.recipe.to_json(),
+        "file": planned.file.sha256,
+        "edits": [request.digest for request in planned.requests],
+        "sites": [site.module for site in planned.sites],
+        "batch_size": planned.batch_size,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def stream_settings(
+    planned: Planned, session: ModelSession, moments: SecondMoments, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what must be the same for a resumed stream to be the same stream; how many processes work is not."""
+    return {
+        "base": provenance["base"]["fingerprint"],
+        "editor": planned.editor.name,
+        "stabilizers": [part.name for part in planned.stabilizers],
+        "options": provenance["options"],
+        "targets": provenance["targets"],
+        "layers": list(planned.layers),
+        "seed": planned.recipe.seed,
+        "tokenizer": _tokenizer_digest(session.loaded),
+        "reference": _reference(moments),
+        "save_dtype": planned.recipe.save_dtype,
+        "dtype": str(next(session.loaded.model.parameters()).dtype),
+        "chat_template": planned.recipe.chat_template,
+        "prefixes": list(session.prefixes),
+    }
+
+
+def _tokenizer_digest(loaded: LoadedModel) -> str:
+    path = loaded.source.folder / "tokenizer.json"
+    return file_digest(path) if path.is_file() else ""
+
+
+def _reference(moments: SecondMoments) -> dict[str, Any]:
+    """Return what the second moments depend on besides the model."""
+    if moments.file is not None:
+        return {"file": file_digest(moments.file)}
+    return {"corpus": moments.corpus.identity, "options": asdict(moments.options)}
