@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from editcli.errors import NumericalError, OptionError, PluginError, StateError
 from editcli.plugins import Plugins, load_plugins
 from editcli.recipe import Recipe
 from editcli.render.bench import bench_charts, bench_table
 from editcli.runs import bench as library
-from editcli.runs.bench import bench, parse_stacks, read_curve
+from editcli.runs.bench import Point, bench, collapse_point, parse_stacks
 from editcli.runs.state import RunFolder
 from editcli.testing import tiny_model_folder
 
 STACKS = (("memit",), ("rlsedit", "nas"))
+THREE = ("efficacy", "generalization", "specificity")
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +63,16 @@ def test_every_stack_is_a_run_on_the_same_edits(recipe: Recipe, plugins: Plugins
     assert [curve.stack for curve in report.curves] == ["memit", "rlsedit+nas"]
     for curve in report.curves:
         assert [point.edits for point in curve.points] == [2, 4, 6, 8]
-        assert len(curve.cohorts) == 4
-        assert all(0 <= share <= 1 for share in curve.cohorts)
+        assert set(curve.cohorts) == set(library.COLLAPSING)
+        assert all(len(shares) == 4 for shares in curve.cohorts.values())
         record = RunFolder(Path(curve.out)).read_record()
         last = curve.last
         assert last is not None
         assert last.figures["efficacy_success"] == record["efficacy"]["retained"]["efficacy_success"]
+        assert set(last.figures) == {f"{n}_{form}" for n in THREE for form in ("success", "accuracy")}
+        # The sample is the whole of so short a stream, so its mean is the mean of the four quarters.
+        for name in library.COLLAPSING:
+            assert fmean(curve.cohorts[name]) == pytest.approx(last.figures[name])
         assert last.ratio == pytest.approx(max(site["ratio"] for site in record["sites"]), rel=1e-6)
     assert json.loads((recipe.folder / "bench.json").read_text())["curves"][1]["stack"] == "rlsedit+nas"
     bench_table(report)
@@ -111,17 +119,35 @@ def test_a_stack_that_cannot_be_computed_does_not_end_the_bench(
     bench_table(report)
 
 
-def test_the_collapse_point_is_where_retained_success_first_falls(
+def test_the_collapse_point_is_where_a_retained_efficacy_first_falls() -> None:
+    values = ((100, 1.0, 0.7), (200, 0.6, 0.59), (300, 0.61, None), (400, 0.599, 0.9))
+    points = [Point(n, 1.0, {"efficacy_success": a, "efficacy_accuracy": b}) for n, a, b in values]
+    assert collapse_point(points, "efficacy_success") == 400
+    assert collapse_point(points, "efficacy_accuracy") == 200
+    assert collapse_point(points[:1], "efficacy_success") is None
+    assert collapse_point([], "efficacy_success") is None
+
+
+def test_a_finished_bench_of_an_earlier_version_gives_the_table_of_this_one(
     recipe: Recipe, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench(recipe, STACKS[:1], plugins)
-    found = read_curve("memit", recipe.folder / "memit")
-    success = [point.figures["efficacy_success"] for point in found.points]
-    for limit in (-1.0, 2.0):
-        monkeypatch.setattr(library, "COLLAPSE", limit)
-        curve = read_curve("memit", recipe.folder / "memit")
-        fallen = [point.edits for point, value in zip(found.points, success, strict=True) if (value or 0) < limit]
-        assert curve.collapse == (fallen[0] if fallen else None)
+    whole = bench(recipe, STACKS, plugins)
+    (recipe.folder / "bench.json").unlink()
+    monkeypatch.setattr(library, "apply", None)
+    assert bench(recipe, STACKS, plugins) == whole
+    written = json.loads((recipe.folder / "bench.json").read_text())
+    assert written == json.loads(json.dumps(whole.to_json()))
+    assert set(written["curves"][0]["collapse"]) == {"efficacy_success", "efficacy_accuracy"}
+
+
+def test_the_table_fits_a_terminal_and_names_what_is_missing(recipe: Recipe, plugins: Plugins) -> None:
+    report = bench(recipe, STACKS, plugins)
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(bench_table(report))
+    shown = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "…" not in shown
+    # No paraphrases were given, so there is no figure for them.
+    assert "n/a/n/a" in shown
 
 
 def test_stacks_are_read_and_checked(plugins: Plugins) -> None:

@@ -147,6 +147,15 @@ def test_sample_edits_are_well_formed(world: World) -> None:
     assert len({record["subject"] for record in stream}) == 2000
 
 
+def test_a_long_stream_edits_several_facts_of_a_subject_each_once(world: World) -> None:
+    stream = build_stream(world, edits=5000, seed=5, facts=3)
+    asked = [(record["subject"], record["prompt"], record["target_true"]) for record in stream]
+    assert len(set(asked)) == 5000
+    assert len({record["subject"] for record in stream[:1667]}) == 1667
+    assert len({record["subject"] for record in stream}) == 1667
+    assert all(len(record["neighborhood_prompts"]) >= 3 for record in stream)
+
+
 def test_pilots_share_no_subject_with_the_sample_edits() -> None:
     subjects = {record["subject"].lower() for record in read(EDITS / "facts.jsonl")}
     pilots = read(FOLDER / "pilots.jsonl")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -16,39 +16,44 @@ from editcli.report import Reporter
 from editcli.runs.bench import BenchReport, Curve, Point
 from editcli.runs.files import write_bytes
 
-_COLUMNS = (
-    ("eff.", "efficacy_accuracy"),
-    ("succ.", "efficacy_success"),
-    ("gen.", "generalization_accuracy"),
-    ("spec.", "specificity_accuracy"),
-)
+_PAIRS = (("efficacy", "efficacy"), ("general.", "generalization"), ("specif.", "specificity"))
+_ENDS = (("early", 0), ("late", -1))
+_SHORT = {"exponential": "exp.", "linear": "linear", "power": "power", "square root": "root"}
 _LEGEND = (
-    "In percent, retained at the end on a fixed sample of the stream: eff. efficacy_accuracy, succ. efficacy_success, "
-    "gen. and spec. accuracy. R_n: the largest of any site. CP@60: edits when efficacy_success first fell below 60 %. "
-    "early, late: share of the first and the last quarter's edits that is answered at the end. s: seconds per edit."
+    "Retained at the end on a fixed sample of the stream, in percent: success/accuracy. success: the wanted answer is "
+    "more probable than its rival; accuracy: the greedy answer is right. CP@60: edits when efficacy was first below "
+    "60 %. early, late: efficacy of the first and the last quarter's edits. R_n: the largest of any site; doubling: "
+    "edits in which it doubles by the straight line through ln R_n; r2: share of R_n's variance that a law explains, "
+    "the largest in bold. s: seconds per edit."
 )
 
 
 def bench_table(report: BenchReport) -> RenderableType:
-    """Draw one row for each stack."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("stack", no_wrap=True)
-    for heading in ("edits", *(short for short, _ in _COLUMNS), "R_n", "CP@60", "early", "late", "s"):
-        table.add_column(heading, justify="right")
+    """Draw what every stack retains, and below it what it does to the norms."""
+    retained = _table("edits", *(short for short, _ in _PAIRS), "CP@60", *(short for short, _ in _ENDS))
+    norms = _table("R_n", "doubling", *(f"r2 {name}" for name in _SHORT.values()), "s")
     for curve in report.curves:
-        table.add_row(*_cells(curve))
-    return Group(Text(f"Stacks on {report.edits}", style="bold"), table, Text(_LEGEND, style="dim"))
+        retained.add_row(curve.stack, *_retained(curve))
+        norms.add_row(curve.stack, *_norms(curve))
+    title = Text(f"Stacks on {report.edits}", style="bold")
+    return Group(title, retained, norms, Text(_LEGEND, style="dim"))
 
 
 def bench_charts(report: BenchReport) -> list[Chart]:
-    """Return the curves of all stacks along the stream."""
+    """Return the curves of all stacks along the stream, of what the edits have fields for."""
+    figures = {
+        "Retained efficacy": "efficacy_success",
+        "Exact answers": "efficacy_accuracy",
+        "Neighbours kept": "specificity_success",
+        "Exact neighbours": "specificity_accuracy",
+        "Paraphrases": "generalization_success",
+    }
     shares = (-0.03, 1.03)
-    return [
-        Chart("Retained efficacy", "edits", "efficacy_success", _series(report, "efficacy_success"), limits=shares),
-        Chart("Exact answers", "edits", "efficacy_accuracy", _series(report, "efficacy_accuracy"), limits=shares),
-        Chart("Specificity", "edits", "specificity_accuracy", _series(report, "specificity_accuracy"), limits=shares),
-        Chart("Largest R_n", "edits", "||W_n|| / ||W_0||", _all(report, lambda p: p.ratio), log=True, reference=1.0),
-    ]
+    charts = [Chart(title, "edits", name, _series(report, name), limits=shares) for title, name in figures.items()]
+    ratios = _all(report, lambda point: point.ratio)
+    # A figure whose fields the edits do not have is left out; the norms are always known.
+    known = [chart for chart in charts if not chart.empty]
+    return [*known, Chart("Largest R_n", "edits", "||W_n|| / ||W_0||", ratios, log=True, reference=1.0)]
 
 
 def plot_bench(report: BenchReport, path: Path, reporter: Reporter) -> bool:
@@ -66,19 +71,39 @@ def plot_bench(report: BenchReport, path: Path, reporter: Reporter) -> bool:
     return True
 
 
-def _cells(curve: Curve) -> Sequence[str]:
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stack", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _retained(curve: Curve) -> Sequence[str]:
     last = curve.last
     if last is None:
-        return (curve.stack, "0", *["n/a"] * (len(_COLUMNS) + 5))
+        return ("0", *["n/a"] * (len(_PAIRS) + len(_ENDS) + 1))
     return (
-        curve.stack,
         f"{last.edits:,}",
-        *(_percent(last.figures.get(name)) for _, name in _COLUMNS),
-        f"{last.ratio:.2f}",
-        "-" if curve.collapse is None else f"{curve.collapse:,}",
-        *(_percent(curve.cohorts[place] if curve.cohorts else None) for place in (0, -1)),
-        "n/a" if curve.seconds_per_edit is None else f"{curve.seconds_per_edit:.2f}",
+        *(_pair(last.figures, name) for _, name in _PAIRS),
+        "/".join("-" if edits is None else f"{edits:,}" for edits in curve.collapse.values()),
+        *(_pair({name: shares[place] for name, shares in curve.cohorts.items()}, "efficacy") for _, place in _ENDS),
     )
+
+
+def _norms(curve: Curve) -> Sequence[str | Text]:
+    growth, last, spent = curve.growth, curve.last, curve.seconds_per_edit
+    ratio = "n/a" if last is None else f"{last.ratio:.2f}"
+    seconds = "n/a" if spent is None else f"{spent:.2f}"
+    if growth is None:
+        return (ratio, *["n/a"] * (len(_SHORT) + 1), seconds)
+    doubling = "-" if growth.doubling is None else f"{growth.doubling:,.0f}"
+    shares = (Text(f"{growth.r2[law]:.3f}", style="bold" if law == growth.law else "") for law in _SHORT)
+    return (ratio, doubling, *shares, seconds)
+
+
+def _pair(figures: Mapping[str, float | None], name: str) -> str:
+    return "/".join(_percent(figures.get(f"{name}_{form}")) for form in ("success", "accuracy"))
 
 
 def _percent(value: float | None) -> str:

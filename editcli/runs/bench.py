@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from editcli.errors import NumericalError, OptionError, StateError
@@ -18,12 +20,16 @@ from editcli.recipe import Recipe
 from editcli.report import Reporter, Silent
 from editcli.runs.apply import DONE, INTERRUPTED, STOPPED, apply
 from editcli.runs.files import write_json
-from editcli.runs.history import History, read_history
+from editcli.runs.growth import Growth, fit_growth
+from editcli.runs.history import Batch, History, read_history
 from editcli.runs.outcomes import read_lines
+from editcli.runs.retention import METRICS
 from editcli.runs.state import RunFolder
 
 COLLAPSE = 0.60
-"""CP@60: a stack has collapsed once its retained efficacy_success is below this."""
+"""CP@60: a stack has collapsed once its retained efficacy is below this."""
+COLLAPSING = ("efficacy_success", "efficacy_accuracy")
+"""Efficacies whose collapse point is looked for; the papers' is that of the first."""
 COHORTS = 4
 """Equal parts of the stream whose edits are compared at its end: were the early ones overwritten?"""
 FAILED = "failed"
@@ -42,7 +48,8 @@ _DECIDING = (
     "chat_template",
 )
 """Settings that must be the same for an earlier run of a stack to count."""
-FIGURES = ("efficacy_success", "efficacy_accuracy", "generalization_accuracy", "specificity_accuracy")
+FIGURES = METRICS
+"""Both forms of efficacy, generalization and specificity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +69,12 @@ class Curve:
     stack: str
     status: str
     points: tuple[Point, ...]
-    collapse: int | None
-    """CP@60: edits done when retained efficacy_success was first below 0.60; None while it never was."""
-    cohorts: tuple[float, ...]
-    """Share of each quarter's edits that is answered at the end, the earliest quarter first."""
+    collapse: Mapping[str, int | None]
+    """CP@60 of each of :data:`COLLAPSING`: edits done when it was first below 0.60; None while it never was."""
+    cohorts: Mapping[str, tuple[float, ...]]
+    """Each of :data:`COLLAPSING` at the end in every quarter of the stream, the earliest quarter first."""
+    growth: Growth | None
+    """How the largest R_n of any site grew, over all batches."""
     seconds_per_edit: float | None
     out: str
 
@@ -138,18 +147,17 @@ def read_curve(stack: str, out: Path) -> Curve:
     """Read one stack's curve from its run folder."""
     history = read_history(out)
     if history is None:
-        return Curve(stack, FAILED, (), None, (), None, str(out))
+        return Curve(stack, FAILED, (), dict.fromkeys(COLLAPSING), {}, None, None, str(out))
     record, points = history.record, _points(history)
-    success = [(point.edits, point.figures.get("efficacy_success")) for point in points]
-    fallen = [edits for edits, value in success if value is not None and value < COLLAPSE]
     done = sum(len(batch.edits) for batch in history.batches)
     spent = sum(batch.seconds or 0.0 for batch in history.batches)
     return Curve(
         stack=stack,
         status=str(record.get("status", "running")),
         points=points,
-        collapse=fallen[0] if fallen else None,
+        collapse={name: collapse_point(points, name) for name in COLLAPSING},
         cohorts=_cohorts(history),
+        growth=_growth(history),
         seconds_per_edit=spent / done if done else None,
         out=str(out),
     )
@@ -180,23 +188,47 @@ def _run(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> str:
     return status
 
 
+def collapse_point(points: Sequence[Point], figure: str) -> int | None:
+    """Return the edits done when a retained figure was first below :data:`COLLAPSE`; None when it never was."""
+    known = ((point.edits, point.figures.get(figure)) for point in points)
+    return next((edits for edits, value in known if value is not None and value < COLLAPSE), None)
+
+
 def _points(history: History) -> tuple[Point, ...]:
-    points, edits = [], 0
-    for batch in history.batches:
-        edits += len(batch.edits)
+    points = []
+    for edits, batch in _counted(history):
         retained = batch.metrics.get("retained")
         if retained:
-            ratio = max(float(site["ratio"]) for site in batch.sites.values())
-            points.append(Point(edits, ratio, {name: retained.get(name) for name in FIGURES}))
+            points.append(Point(edits, _ratio(batch), {name: retained.get(name) for name in FIGURES}))
     return tuple(points)
 
 
-def _cohorts(history: History) -> tuple[float, ...]:
-    """Return the share of answered edits in each quarter of the stream, from the final evaluation."""
-    answered = {str(line["id"]): bool(line["efficacy"][0]["exact"]) for line in read_lines(history.folder.outcomes)}
-    ids = [name for batch in history.batches for name in batch.edits if name in answered]
+def _growth(history: History) -> Growth | None:
+    counted = _counted(history)
+    return fit_growth([edits for edits, _ in counted], [_ratio(batch) for _, batch in counted])
+
+
+def _counted(history: History) -> list[tuple[int, Batch]]:
+    """Return the batches, each with the number of edits done after it."""
+    return list(zip(accumulate(len(batch.edits) for batch in history.batches), history.batches, strict=True))
+
+
+def _ratio(batch: Batch) -> float:
+    return max(float(site["ratio"]) for site in batch.sites.values())
+
+
+def _cohorts(history: History) -> dict[str, tuple[float, ...]]:
+    """Return both efficacies of each quarter of the stream, from the final evaluation; nothing without one."""
+    answers = {str(line["id"]): line["efficacy"][0] for line in read_lines(history.folder.outcomes)}
+    ids = [name for batch in history.batches for name in batch.edits if name in answers]
     size = len(ids) // COHORTS
     if not size:
-        return ()
-    parts = [ids[start * size : (start + 1) * size] for start in range(COHORTS)]
-    return tuple(sum(answered[name] for name in part) / size for part in parts)
+        return {}
+    parts = [[answers[name] for name in ids[start * size : (start + 1) * size]] for start in range(COHORTS)]
+    fields = {"efficacy_success": "success", "efficacy_accuracy": "exact"}
+    # An edit without a true answer has no success to be averaged.
+    return {
+        name: tuple(fmean(answer[field] for answer in part) for part in parts)
+        for name, field in fields.items()
+        if all(answer[field] is not None for part in parts for answer in part)
+    }

@@ -1,6 +1,7 @@
 """Write a stream of edits over invented facts.
 
 python -m tools.bundled_model.stream --seed 7 --out tuning.jsonl
+python -m tools.bundled_model.stream --seed 5 --facts 3 --edits 6000 --out long.jsonl
 """
 
 from __future__ import annotations
@@ -47,20 +48,23 @@ def pick_neighbors(fact: Fact, pool: Sequence[Fact], count: int, random: Random)
     return chosen + random.sample(rest, min(count - len(chosen), len(rest)))
 
 
-def build_stream(world: World, *, edits: int, seed: int, neighbors: int = 3) -> list[Record]:
-    """Edit one fact each of `edits` invented subjects; neighbours are subjects that are never edited."""
+def build_stream(world: World, *, edits: int, seed: int, neighbors: int = 3, facts: int = 1) -> list[Record]:
+    """Edit `facts` facts each of invented subjects, the first of all subjects first; neighbours are never edited."""
     random = Random(f"stream:{seed}")
+    edited = -(-edits // facts)
     by_subject: dict[str, list[Fact]] = {}
     for fact in world.invented:
         by_subject.setdefault(fact.subject, []).append(fact)
     subjects = random.sample(list(by_subject), len(by_subject))
     untouched: dict[str, list[Fact]] = {}
-    for subject in subjects[edits:]:
+    for subject in subjects[edited:]:
         for fact in by_subject[subject]:
             untouched.setdefault(fact.relation.key, []).append(fact)
     records = []
-    for number, subject in enumerate(subjects[:edits], start=1):
-        fact = random.choice(by_subject[subject])
+    for number in range(1, edits + 1):
+        left = by_subject[subjects[(number - 1) % edited]]
+        fact = random.choice(left)
+        left.remove(fact)
         new = random.choice([answer for answer in fact.relation.answers if answer != fact.answer])
         others = pick_neighbors(fact, untouched[fact.relation.key], neighbors, random)
         phrasing = random.randrange(len(fact.relation.phrasings))
@@ -77,11 +81,12 @@ def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 @click.command()
 @click.option("--seed", default=SAMPLE_SEED, show_default=True, help="The shipped sample has the default.")
-@click.option("--edits", default=2000, show_default=True, help="Number of edits, each of another subject.")
+@click.option("--edits", default=2000, show_default=True, help="Number of edits.")
+@click.option("--facts", type=click.IntRange(1, 4), default=1, show_default=True, help="Facts to edit of each subject.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSONL file to write.")
-def main(*, seed: int, edits: int, out: Path) -> None:
-    """Write a stream of edits over invented facts."""
-    write_records(out, build_stream(build_world(), edits=edits, seed=seed))
+def main(*, seed: int, edits: int, facts: int, out: Path) -> None:
+    """Write a stream of edits over invented facts; there are 2,400 subjects of four facts each."""
+    write_records(out, build_stream(build_world(), edits=edits, seed=seed, facts=facts))
 
 
 if __name__ == "__main__":
