@@ -105,7 +105,7 @@ def spectral_norm(
     matrix: Tensor, *, method: Method = "auto", device: torch.device | None = None
 ) -> tuple[float, float]:
     """Return sigma_1 and its relative error."""
-    device = _capable(device)
+    device = capable(device)
     if method == "exact" or (method == "auto" and min(matrix.shape) <= NORM_LIMIT):
         values = singular_values(matrix, device=device)
         return (float(values[0]) if len(values) else 0.0), 0.0
@@ -114,7 +114,7 @@ def spectral_norm(
 
 def singular_values(matrix: Tensor, *, device: torch.device | None = None) -> Tensor:
     """Return all singular values, descending, float64 on the CPU; exact, whatever the size."""
-    return _values(matrix.to(_capable(device), torch.float64)).cpu()
+    return _values(matrix.to(capable(device), torch.float64)).cpu()
 
 
 def spectrum(
@@ -126,7 +126,7 @@ def spectrum(
     device: torch.device | None = None,
 ) -> Spectrum:
     """Decompose ``matrix``; keep the leading k(``tau``) singular vectors, and at least ``vectors`` of them."""
-    device = _capable(device)
+    device = capable(device)
     norm = frobenius(matrix)
     if not is_exact(matrix, method=method, device=device):
         return _estimate(matrix.to(device, torch.float32), norm, tau, vectors)
@@ -223,7 +223,7 @@ def _estimate(matrix: Tensor, norm: float, tau: float, vectors: int) -> Spectrum
     return Spectrum(norm, values, sums.nuclear, sums.entropy, left, right, exact=False, error=error)
 
 
-def _capable(device: torch.device | None) -> torch.device:
+def capable(device: torch.device | None) -> torch.device:
     """Return ``device`` when it computes in float64, else the CPU."""
     if device is None:
         return torch.device("cpu")

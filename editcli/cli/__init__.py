@@ -14,6 +14,8 @@ COMMANDS = {
     "convert": ("editcli.cli.convert:convert", "Turn other tools' edit files into ours."),
     "inspect": ("editcli.cli.inspect:inspect", "Show what can be edited, and whether an edited model is healthy."),
     "diff": ("editcli.cli.diff:diff", "Show which tensors differ, by how much, and what both models say."),
+    "export": ("editcli.cli.export:export", "Make an adapter, a patch or a plain folder of a run."),
+    "apply-patch": ("editcli.cli.apply_patch:apply_patch", "Rebuild an edited model from its base and a patch."),
     "report": ("editcli.cli.report:report", "Write one self-contained page about a run."),
     "undo": ("editcli.cli.undo:undo", "Take back the last batches of a run, or single edits."),
     "bench": ("editcli.cli.bench:bench", "Compare stacks on one stream: what they retain, when they collapse."),

@@ -29,6 +29,8 @@ BUNDLED = "bundled"
 """The name of the small trained model that ships inside the package."""
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_REVISION = re.compile(r"^[\w./-]+$")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +42,12 @@ class ModelSource:
     name: str
     folder: Path
     revision: str | None = None
+    """Branch, tag or commit of a hub id, as it was asked for."""
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a hub repository that this is a copy of."""
+        return self.folder.name if is_hub_copy(self.folder) else None
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,10 @@ def bundled_folder() -> Path:
 
 
 def resolve_model(source: str | Path | None, *, revision: str | None = None) -> ModelSource:
-    """Return the local folder of a model; fetch a hub id when it is not cached. Raises :class:`ModelError`."""
+    """Return the local folder of a model; fetch a hub id when it is not cached. Raises :class:`ModelError`.
+
+    ``ID@REVISION`` names a branch, tag or commit of a hub id as well, wherever a model can be named.
+    """
     if source is None or str(source) == BUNDLED:
         return ModelSource(BUNDLED, bundled_folder())
     name = str(source)
@@ -79,9 +90,13 @@ def resolve_model(source: str | Path | None, *, revision: str | None = None) -> 
         return ModelSource(name, folder.resolve())
     if folder.exists():
         raise ModelError(f"{name} is a file; pass the model's folder")
-    if name.startswith((".", "/", "~")) or not _HUB_ID.match(name):
+    id, at, pinned = name.partition("@")
+    if name.startswith((".", "/", "~")) or not _HUB_ID.match(id) or (at and not _REVISION.match(pinned)):
         raise ModelError(f"there is no model folder {name}; check the path")
-    return ModelSource(name, _fetch(name, revision), revision)
+    if at and revision not in (None, pinned):
+        raise ModelError(f"{name} names the revision {pinned}, and --revision {revision} another; give one of them")
+    revision = pinned if at else revision
+    return ModelSource(id, fetch(id, revision), revision)
 
 
 def open_model(
@@ -180,8 +195,13 @@ def choose_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def _fetch(name: str, revision: str | None) -> Path:
-    """Fetch a hub repository's safetensors, config and tokenizer into the hub's cache."""
+def is_hub_copy(folder: Path) -> bool:
+    """Tell whether a folder is a commit of a hub repository in the hub's cache."""
+    return folder.parent.name == "snapshots" and bool(_COMMIT.match(folder.name))
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """Fetch a hub repository's safetensors, config and tokenizer into the hub's cache; raise :class:`ModelError`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

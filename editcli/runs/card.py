@@ -53,6 +53,13 @@ def _lines(
     yield from ("---", "library_name: transformers", "tags:", "- model-editing", "- editcli", "---", "")
     yield f"# {report.model}, with {report.applied} edited facts"
     yield ""
+    yield from card_body(report, recipe, provenance, diagnostics)
+
+
+def card_body(
+    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float | None]
+) -> Iterator[str]:
+    """Yield the lines below a card's title."""
     method = " + ".join((report.editor, *report.stabilizers))
     yield f"Facts were rewritten inside the weights with [editcli](https://pypi.org/project/editcli/) ({method})."
     yield from ("", "```", command_line(recipe), "```", "", "## Measured", "")

@@ -63,7 +63,9 @@ class History:
     def bases(self) -> tuple[str, ...]:
         """Where the model that was edited may be: the folder it was read from, then the name it was given."""
         base = self.record.get("provenance", {}).get("base", {})
-        return tuple(dict.fromkeys(str(base[key]) for key in ("folder", "name") if base.get(key)))
+        name, commit = base.get("name"), base.get("commit")
+        known = (base.get("folder"), f"{name}@{commit}" if commit else name)
+        return tuple(dict.fromkeys(str(place) for place in known if place))
 
     @property
     def sites(self) -> Mapping[str, int]:

@@ -88,6 +88,7 @@ def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> dict[
             "name": source.name,
             "folder": str(source.folder),
             "revision": source.revision,
+            "commit": source.commit,
             "fingerprint": loaded.checkpoint.fingerprint(),
         },
         "edits": {"file": planned.file.source, "sha256": planned.file.sha256},

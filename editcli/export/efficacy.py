@@ -1,0 +1,76 @@
+"""Measure an adapter: the untouched base plus the file that was written, asked for the run's own edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from editcli.edits import EditRequest
+from editcli.errors import StateError
+from editcli.evaluation import evaluate
+from editcli.evaluation.measurement import sample
+from editcli.export.adapter import read_adapter
+from editcli.export.changes import oriented
+from editcli.export.recipe import ExportRecipe
+from editcli.export.report import Measured
+from editcli.export.source import Edited
+from editcli.models.architectures import Family
+from editcli.models.loading import LoadedModel, open_model
+from editcli.models.offload import device_of, replace_weight
+from editcli.report import Reporter
+from editcli.runs.outcome import efficacy
+
+
+def measure_adapter(
+    edited: Edited, adapter: Path, recipe: ExportRecipe, *, families: tuple[Family, ...], reporter: Reporter
+) -> Measured | None:
+    """Return the efficacies of base and adapter on a sample of the edits; None when the run's edits are not there."""
+    requests = _applied(edited, reporter)
+    if not requests:
+        return None
+    asked = [
+        replace(request, paraphrase_prompts=(), neighborhood_prompts=(), generation_prompts=())
+        for request in sample(requests, recipe.sample, seed=recipe.seed)
+    ]
+    loaded = open_model(
+        edited.source,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        device_map=recipe.device_map,
+        families=families,
+        chat_template=bool(edited.run.record["recipe"].get("chat_template")),
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    put_on(loaded, adapter)
+    found = evaluate(loaded, asked, metrics=("counterfact",), reporter=reporter)
+    recorded: Mapping[str, Any] = edited.run.record.get("efficacy") or {}
+    return Measured(len(asked), len(requests), efficacy(found), recorded.get("retained"))
+
+
+def put_on(loaded: LoadedModel, adapter: Path) -> None:
+    """Add an adapter to the weights of a loaded base."""
+    architecture = loaded.architecture
+    sites = {site.module: site for site in map(architecture.site, range(architecture.layers))}
+    for module, (left, right) in read_adapter(adapter).items():
+        site = sites[module]
+        projection = architecture.projection(site.layer)
+        base = oriented(loaded.checkpoint, loaded.checkpoint.tensor_for(f"{module}.weight"), site)
+        weight = (base + left @ right).to(device_of(projection))
+        replace_weight(projection, weight.T if site.transposed else weight)
+
+
+def _applied(edited: Edited, reporter: Reporter) -> list[EditRequest]:
+    """Return the edits in force, without those that a stabilizer gave up."""
+    history = edited.run.history
+    try:
+        return [
+            request
+            for batch in history.batches
+            for request in history.folder.read_requests(batch.entry)
+            if request.id not in batch.dropped
+        ]
+    except StateError as error:
+        reporter.warn(f"the adapter is not measured: {error}")
+        return []

@@ -1,0 +1,147 @@
+"""A patch: the tensors that a run changed, as stored, and what must be true of the base that they belong to.
+
+Applying it to that base gives the edited folder byte for byte. Nothing but the changed tensors is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from editcli.errors import ModelError
+from editcli.export.source import Edited
+from editcli.models.checkpoint import Checkpoint, file_digest
+from editcli.runs.files import tensor_digest, write_json, write_safetensors
+from editcli.runs.output import side_files
+
+FORMAT = 1
+MANIFEST, WEIGHTS = "manifest.json", "patch.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class PatchedTensor:
+    """One changed tensor; hashes are sha256 over its bytes as they lie in the file."""
+
+    name: str
+    dtype: str
+    base_dtype: str
+    shape: tuple[int, ...]
+    base_sha256: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What ``manifest.json`` says, checked."""
+
+    base: Mapping[str, Any]
+    """Name, revision, commit and fingerprint of the base."""
+    tensors: tuple[PatchedTensor, ...]
+    sha256: str
+    """Of the file with the tensors."""
+    files: Mapping[str, str]
+    """Every file of the edited model with its sha256."""
+
+
+def write_patch(folder: Path, edited: Edited, record: Mapping[str, Any]) -> None:
+    """Write the changed tensors and the manifest; ``record`` is the portable record of the run."""
+    before, after = edited.before, edited.run.after
+    tensors = {name: after.read(name) for name in edited.changed}
+    digest = write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    manifest = {
+        "format": FORMAT,
+        "editcli": version("editcli"),
+        "base": {key: record["provenance"]["base"].get(key) for key in ("name", "revision", "commit", "fingerprint")},
+        "patch": {"file": WEIGHTS, "sha256": digest},
+        "tensors": [
+            {
+                "name": name,
+                "shape": list(tensor.shape),
+                "dtype": after.entries[name].dtype,
+                "base_dtype": before.entries[name].dtype,
+                "base_sha256": tensor_digest(before.read(name)),
+                "sha256": tensor_digest(tensor),
+            }
+            for name, tensor in tensors.items()
+        ],
+        "files": model_files(after),
+        "recipe": record["recipe"],
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def model_files(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return every file of a model folder but its card and our records, with its sha256."""
+    paths = {path.name: path for path in side_files(checkpoint.folder)}
+    paths |= {name: checkpoint.folder / name for name in checkpoint.files}
+    return {name: file_digest(path) for name, path in sorted(paths.items())}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a manifest; raise :class:`ModelError` when it is missing, damaged or of another format."""
+    path = folder / MANIFEST
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        if fields["format"] != FORMAT:
+            raise ModelError(
+                f"{path} has format {fields['format']!r}, this editcli reads format {FORMAT}; use the version that "
+                f"made it ({fields.get('editcli')})"
+            )
+        return Manifest(
+            base=dict(fields["base"]),
+            tensors=tuple(PatchedTensor(**{**one, "shape": tuple(one["shape"])}) for one in fields["tensors"]),
+            sha256=str(fields["patch"]["sha256"]),
+            files={str(name): str(digest) for name, digest in fields["files"].items()},
+        )
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{folder} is no patch: it has no {MANIFEST}; pass a folder of 'editcli export --format patch'"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
+
+
+def read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Return the tensors of a patch; raise :class:`ModelError` when they are not what the manifest says."""
+    path = folder / WEIGHTS
+    damaged = f"{path} is not what {MANIFEST} says; download or copy the patch again"
+    try:
+        if file_digest(path) != manifest.sha256:
+            raise ModelError(damaged)
+        with safe_open(path, framework="pt") as file:
+            tensors = {one.name: file.get_tensor(one.name) for one in manifest.tensors}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
+    if any(tensor_digest(tensors[one.name]) != one.sha256 for one in manifest.tensors):
+        raise ModelError(damaged)
+    return tensors
+
+
+def refuse_other_base(base: Checkpoint, name: str, manifest: Manifest) -> None:
+    """Raise :class:`ModelError` unless every tensor that the patch replaces is the one that it was made for."""
+    wanted = _named(manifest.base)
+    for tensor in manifest.tensors:
+        entry = base.entries.get(tensor.name)
+        if entry is None or (entry.dtype, entry.shape) != (tensor.base_dtype, tensor.shape):
+            found = "has no such tensor" if entry is None else f"has {entry.dtype} {list(entry.shape)} there"
+            raise ModelError(
+                f"the patch changes {tensor.name}, {tensor.base_dtype} {list(tensor.shape)}, but {name} {found}; "
+                f"apply it to {wanted}"
+            )
+        if tensor_digest(base.read(tensor.name)) != tensor.base_sha256:
+            raise ModelError(
+                f"{tensor.name} of {name} is not the one that the patch was made for: this is another model or another "
+                f"revision of it; apply it to {wanted}"
+            )
+
+
+def _named(base: Mapping[str, Any]) -> str:
+    revision = base.get("commit") or base.get("revision")
+    return f"{base.get('name')} at {revision}" if revision else str(base.get("name"))

@@ -1,0 +1,147 @@
+"""What a result says about the run it came from: its record and its card, without this machine's paths."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from editcli.errors import EditError, ModelError
+from editcli.export.recipe import FULL, LORA, PATCH
+from editcli.export.report import SiteExport
+from editcli.export.source import FinishedRun
+from editcli.models.loading import BUNDLED, is_hub_copy
+from editcli.recipe import Recipe
+from editcli.report import Rejection, RunReport, SiteReport
+from editcli.runs.card import card_body, model_card
+from editcli.runs.files import write_bytes, write_json
+from editcli.runs.output import CARD
+
+RECORD = "editcli/run.json"
+_FILES = ("edits", "corpus", "stats", "out")
+"""Settings of a recipe that are paths."""
+
+
+def portable(run: FinishedRun) -> dict[str, Any]:
+    """Return a run's record with the names of files and folders in place of where they are on this machine."""
+    record = copy.deepcopy(dict(run.record))
+    recipe, provenance = record["recipe"], record["provenance"]
+    for name in _FILES:
+        if recipe.get(name):
+            recipe[name] = _last(recipe[name])
+    base = provenance["base"]
+    public = base["name"] == BUNDLED or is_hub_copy(Path(str(base.pop("folder", ""))))
+    base["name"] = base["name"] if public else _last(base["name"])
+    record["model"] = base["name"]
+    if recipe.get("model"):
+        recipe["model"] = base["name"]
+    for name in ("edits", "pilots"):
+        if provenance.get(name, {}).get("file"):
+            provenance[name]["file"] = _last(provenance[name]["file"])
+    record["out"] = _last(record.get("out") or run.path)
+    return record
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write ``editcli/run.json``: every result carries the record of its run."""
+    path = folder / RECORD
+    path.parent.mkdir()
+    write_json(path, record)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read what :func:`write_record` wrote; raise :class:`ModelError` when it cannot be read."""
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        report_of(record)
+        recipe_of(record)
+        str(record["provenance"]["base"]["name"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
+    return record
+
+
+def write_card(folder: Path, kind: str, record: Mapping[str, Any], sites: Sequence[SiteExport] = ()) -> None:
+    """Write the card of a result: how to use it, and what was edited."""
+    report, recipe, provenance = report_of(record), recipe_of(record), record["provenance"]
+    if kind == FULL:
+        text = model_card(report, recipe, provenance, diagnostics={})
+    else:
+        lines = [*_front(kind, record), *_usage(kind, record), *_rendered(sites), "", "# The edits", ""]
+        text = "\n".join([*lines, *card_body(report, recipe, provenance, {})]) + "\n"
+    write_bytes(folder / CARD, text.encode())
+
+
+def _front(kind: str, record: Mapping[str, Any]) -> list[str]:
+    base = record["provenance"]["base"]
+    lines = ["---", "library_name: peft" if kind == LORA else "library_name: editcli"]
+    # The hub refuses a card whose base_model is not a repository.
+    lines += [f"base_model: {base['name']}"] if base.get("commit") else []
+    tags = ["model-editing", "editcli", *(["lora"] if kind == LORA else [])]
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def _usage(kind: str, record: Mapping[str, Any]) -> list[str]:
+    base, count = record["provenance"]["base"], record["edits"]["applied"]
+    title = {LORA: "A LoRA adapter", PATCH: "A patch"}[kind]
+    lines = [f"# {title} for {base['name']}: {count} edited facts", ""]
+    if kind == LORA:
+        place = (
+            f'"{base["name"]}", revision="{base["commit"]}"' if base.get("commit") else f'"FOLDER OF {base["name"]}"'
+        )
+        return [
+            *lines,
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({place})",
+            'model = PeftModel.from_pretrained(base, "PATH OR ID OF THIS ADAPTER")',
+            "```",
+        ]
+    command = f"editcli apply-patch {base['name']} THIS_FOLDER --out edited"
+    return [*lines, "The changed tensors only; the base is checked before they replace its own.", "", f"    {command}"]
+
+
+def _rendered(sites: Sequence[SiteExport]) -> list[str]:
+    if not sites:
+        return []
+    head = ["", "| module | rank | relative error |", "|---|---|---|"]
+    return [*head, *(f"| `{s.module}` | {s.rank} | {s.relative_error:.1e} |" for s in sites)]
+
+
+def recipe_of(record: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a record; one of another version is reduced to what this version knows."""
+    try:
+        return Recipe.from_json(record["recipe"])
+    except EditError:
+        return Recipe(edits=str(record["recipe"]["edits"]))
+
+
+def report_of(record: Mapping[str, Any]) -> RunReport:
+    """Return the report that a record was written from."""
+    return RunReport(
+        status=str(record["status"]),
+        model=str(record["model"]),
+        editor=str(record["editor"]),
+        stabilizers=tuple(record["stabilizers"]),
+        read=int(record["edits"]["read"]),
+        applied=int(record["edits"]["applied"]),
+        rejected=tuple(Rejection(r["id"], r["reason"], r["line"]) for r in record["rejected"]),
+        efficacy=dict(record["efficacy"]),
+        generalization=record["generalization"],
+        specificity=record["specificity"],
+        sites=tuple(
+            SiteReport(s["module"], s["layer"], s["ratio"], s["drift"], s["cast_loss"]) for s in record["sites"]
+        ),
+        seconds=dict(record["seconds"]),
+        out=str(record["out"]),
+        verdict=record.get("verdict"),
+    )
+
+
+def _last(path: str) -> str:
+    return Path(path).name or path

@@ -1,0 +1,156 @@
+"""A finished run to export: its record, its base, the tensors in which both differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from editcli.errors import ModelError, StateError
+from editcli.models.architectures import Architecture, Family, resolve, skeleton
+from editcli.models.checkpoint import Checkpoint
+from editcli.models.loading import ModelSource, load_config, resolve_model
+from editcli.report import Reporter
+from editcli.runs.apply import DONE, STOPPED
+from editcli.runs.history import History, read_history
+from editcli.runs.output import same_bytes
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run whose model folder holds what its record says."""
+
+    path: str
+    """What the user called it."""
+    history: History
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What is in its ``run.json``."""
+        return self.history.record
+
+    @property
+    def status(self) -> str:
+        """How it ended."""
+        return str(self.record["status"])
+
+    @cached_property
+    def after(self) -> Checkpoint:
+        """The edited weights."""
+        return Checkpoint(self.history.folder.out)
+
+    @cached_property
+    def segments(self) -> tuple[Path, ...]:
+        """The files of factors of the batches in force; empty where they are not all there."""
+        names = [batch.entry.segment for batch in self.history.batches]
+        paths = tuple(self.history.folder.updates / str(name) for name in names)
+        return paths if all(path.is_file() for path in paths) else ()
+
+    def refuse_changed(self) -> None:
+        """Raise :class:`StateError` when another process went on with the run meanwhile."""
+        if self.history.folder.read_record() != self.record:
+            raise StateError(f"{self.path} was changed by another process meanwhile; export it again")
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A finished run with its base at hand."""
+
+    run: FinishedRun
+    source: ModelSource
+    changed: tuple[str, ...]
+    """Tensors that differ from the base's, by stored name, in the order of the file."""
+    architecture: Architecture
+    """The module tree, without weights."""
+
+    @cached_property
+    def before(self) -> Checkpoint:
+        """The unedited weights."""
+        return Checkpoint(self.source.folder)
+
+    @property
+    def name(self) -> str:
+        """The base's name as the run has it."""
+        return str(self.run.record["provenance"]["base"]["name"])
+
+
+def open_run(path: str) -> FinishedRun:
+    """Read a run's record; raise :class:`StateError` unless its model folder is the run's result."""
+    history = read_history(Path(path))
+    if history is None:
+        raise StateError(f"{path} is not a run of editcli; pass the folder that 'editcli apply' wrote")
+    if history.problem is not None and not history.record:
+        raise StateError(history.problem)
+    status = history.record.get("status")
+    if status not in (DONE, STOPPED):
+        raise StateError(
+            f"the run in {path} is {status or 'not finished'}, so its model folder is not its result yet; finish it "
+            "with 'editcli apply --resume'"
+        )
+    provenance, recipe = (history.record.get(key) or {} for key in ("provenance", "recipe"))
+    if not (provenance.get("base") or {}).get("name") or "edits" not in recipe:
+        raise StateError(f"{history.folder.record} does not say how the run was made; restore it from a backup")
+    return FinishedRun(path, history)
+
+
+def with_base(
+    run: FinishedRun,
+    base: str | None,
+    reporter: Reporter,
+    *,
+    families: tuple[Family, ...] = (),
+    trust_remote_code: bool = False,
+) -> Edited:
+    """Find the base of a run and what was changed; raise an :class:`EditError` when it is not the run's base."""
+    source = _find(run, base)
+    before = Checkpoint(source.folder)
+    with reporter.phase("Checking the base", 1) as advance:
+        if before.fingerprint() != run.record["provenance"]["base"].get("fingerprint"):
+            raise StateError(
+                f"{source.name} in {source.folder} is not the model that {run.path} was made from: its files have "
+                "changed; pass the right one as --base MODEL"
+            )
+        advance(1)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    architecture = resolve(skeleton(config, trust_remote_code), families)
+    changed = tuple(_changed(before, run.after, reporter))
+    _refuse_foreign(run, before, architecture, changed)
+    return Edited(run, source, changed, architecture)
+
+
+def _find(run: FinishedRun, base: str | None) -> ModelSource:
+    if base is not None:
+        return resolve_model(base)
+    for candidate in run.history.bases:
+        try:
+            return resolve_model(candidate)
+        except ModelError:
+            continue
+    known = ", ".join(run.history.bases)
+    raise ModelError(f"the base of {run.path} is not where it was ({known}); pass it as --base MODEL")
+
+
+def _changed(before: Checkpoint, after: Checkpoint, reporter: Reporter) -> Iterator[str]:
+    """Yield the tensors that differ; raise when one of the models has tensors that the other lacks."""
+    if set(before.names()) != set(after.names()):
+        raise StateError(f"{after.folder} and its base do not have the same tensors; export the run as it was written")
+    with reporter.phase("Comparing", len(before.entries), "tensors") as advance:
+        for name, entry in before.entries.items():
+            if not same_bytes(before.folder, entry, after.folder, after.entries[name]):
+                yield name
+            advance(1)
+
+
+def _refuse_foreign(run: FinishedRun, before: Checkpoint, architecture: Architecture, changed: tuple[str, ...]) -> None:
+    """Raise when nothing was changed, or something that the run did not edit."""
+    if not changed:
+        raise StateError(f"nothing in {run.path} differs from its base, so there is nothing to export")
+    edited = {before.tensor_for(f"{architecture.site(layer).module}.weight") for layer in run.history.layers}
+    foreign = [name for name in changed if name not in edited]
+    if foreign:
+        raise StateError(
+            f"{foreign[0]} in {run.path} differs from the base, though the run did not edit it: the folder was changed "
+            "since; restore it, or publish it as it stands"
+        )
