@@ -39,7 +39,10 @@ if TYPE_CHECKING:
     from editcli.plugins import load_plugins as load_plugins
     from editcli.recipe import Recipe as Recipe
     from editcli.report import RunReport as RunReport
+    from editcli.runs.library import Edited as Edited
     from editcli.runs.library import EditStream as EditStream
+    from editcli.runs.library import Stream as Stream
+    from editcli.runs.library import edit as edit
 
 API_VERSION = 1
 """Version of the plugin interface; it grows when a plugin written for the one before would break."""
@@ -75,7 +78,12 @@ _HOMES = {
         "Update",
         "Values",
     ),
-    "editcli.runs.library": ("EditStream",),
+    "editcli.runs.library": (
+        "EditStream",
+        "Edited",
+        "Stream",
+        "edit",
+    ),
     "editcli.models.loading": (
         "open_model",
         "resolve_model",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from editcli.errors import OptionError, near_miss
 from editcli.options import build
@@ -23,6 +23,36 @@ CORE_SECTIONS = ("targets", "statistics")
 
 MAX_LAYER = 9_999
 """No model has more layers; a mistyped range must not fill the memory."""
+
+
+class Choices(TypedDict, total=False):
+    """The settings of a :class:`Recipe` that a program may give by name; sequences may be of any kind."""
+
+    revision: str | None
+    editor: str | None
+    stabilizers: Sequence[str]
+    batch_size: int | None
+    layers: Sequence[int] | str | None
+    settings: Mapping[str, Mapping[str, Any]]
+    device: str
+    device_map: str | None
+    dtype: str
+    save_dtype: str
+    resume: bool
+    overwrite: bool
+    limit: int | None
+    on_error: str
+    checkpoint_every: int | None
+    stop_if: Sequence[str]
+    evaluate: bool
+    eval_every: int | None
+    diagnose_every: int | None
+    seed: int
+    stats: str | None
+    corpus: str | None
+    chat_template: bool
+    trust_remote_code: bool
+
 
 _COUNTS = ("batch_size", "limit", "checkpoint_every", "eval_every", "diagnose_every")
 

@@ -35,6 +35,7 @@ from editcli.plugins import Plugins
 from editcli.presets import Preset, Settings, load_preset
 from editcli.recipe import Recipe
 from editcli.report import Rejection, Reporter
+from editcli.runs.footprint import Footprint, check_memory
 from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.runs.output import needed_bytes
 from editcli.runs.requirements import check_resumable
@@ -70,6 +71,8 @@ class Planned:
     """Tokens of all prompts with their targets."""
     model_bytes: int = 0
     """Bytes of the edited copy on disk."""
+    footprint: Footprint | None = None
+    """What the run will hold in memory; None for a model that is loaded already."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -103,7 +106,7 @@ class Plan:
     sites: tuple[dict[str, Any], ...]
     tokens: int
     bytes: dict[str, int]
-    """``model``, ``masters`` and ``statistics`` in memory; ``disk`` in the output folder."""
+    """``model`` and ``disk`` in the output folder; in memory those of :class:`editcli.runs.footprint.Footprint`."""
     seconds: float | None
     """Estimated time for all targets, from one measured batch."""
     out: str
@@ -117,14 +120,13 @@ class Plan:
 
 
 def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFile | None = None) -> Planned:
-    """Check everything that needs no weights: names, options, edits, folders, disk space.
+    """Check everything that needs no weights: names, options, edits, folders, disk space, memory.
 
     ``file`` stands for the edits where they come from elsewhere than a file; it may be empty.
     """
     check_resumable(recipe, plugins)
     recipe.check(plugins)
-    skip = recipe.on_error == "skip"
-    file = file or read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
+    file = file or read_requested(recipe, plugins)
     for warning in file.warnings:
         reporter.warn(warning)
     source = resolve_model(recipe.model, revision=recipe.revision)
@@ -132,7 +134,13 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     base = described(recipe, source, plugins)
     planned = replace(plan_on(base, recipe, plugins, file), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
-    return planned
+    return replace(planned, footprint=check_memory(planned, base, reporter))
+
+
+def read_requested(recipe: Recipe, plugins: Plugins) -> EditFile:
+    """Read the edits file of a recipe."""
+    skip = recipe.on_error == "skip"
+    return read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
 
 
 def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedModel:
