@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from editcli.scaffold import Scaffolded
 
 
 def plugins_table(rows: Sequence[Mapping[str, Any]], broken: Mapping[str, str]) -> RenderableType:
@@ -25,6 +29,21 @@ def plugins_table(rows: Sequence[Mapping[str, Any]], broken: Mapping[str, str]) 
 def plugin_detail(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Draw everything that is known about the components of one name."""
     return Group(*(_detail(row) for row in rows))
+
+
+def scaffolded(made: Scaffolded) -> RenderableType:
+    """Draw what was written and the commands to go on with."""
+    method = next(path for path in made.files if path.endswith(f"/{made.kind}.py"))
+    commands = (
+        f"cd {shlex.quote(str(made.folder))}",
+        "pip install -e '.[test]' && pytest",
+        f"editcli plugins {made.name}",
+        made.usage,
+    )
+    lines = [f"Wrote {made.folder} ({len(made.files)} files): {made.kind} {made.name!r}, which works as it is.", ""]
+    lines += [f"  {command}" for command in commands]
+    lines += ["", f"Replace the method in {method} by yours."]
+    return Text("\n".join(lines))
 
 
 def _detail(row: Mapping[str, Any]) -> RenderableType:
