@@ -64,3 +64,12 @@ def test_an_offloaded_weight_can_be_replaced_again_and_again(tmp_path: Path) -> 
         assert bool((seen == value).all())
     session.restore(before)
     torch.testing.assert_close(ModelSession(loaded, (1,), prefixes=()).weight(site), session.baseline(site))
+
+
+def test_a_map_of_one_device_puts_no_hooks_on_the_modules(tmp_path: Path) -> None:
+    """Weights are read straight onto an accelerator in this way, and everything must still be where it was."""
+    folder = tiny_model_folder(tmp_path / "model")
+    loaded = open_model(resolve_model(folder), device_map={"": torch.device("cpu")})
+    assert not [name for name, module in loaded.model.named_modules() if hasattr(module, "_hf_hook")]
+    for one, other in zip(edited(open_model(resolve_model(folder))), edited(loaded), strict=True):
+        assert torch.equal(one, other)

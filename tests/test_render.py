@@ -164,9 +164,10 @@ def test_the_plan_says_what_it_costs() -> None:
         bytes={"model": 11_500_000, "masters": 786_432, "statistics": 18_874_368, "disk": 12_300_000},
         seconds=200.0,
         out="stream-edited",
+        memory="about 11.5 MB on cpu",
     )
     shown = " ".join(drawn(plan_table(plan)).split())
-    for part in ("(tuned)", "2,000 in 20 batches of 100; 23,456 tokens", "11.5 MB model", "128 x 1536", "3 min 20 s"):
+    for part in ("(tuned)", "2,000 in 20 batches of 100; 23,456 tokens", "11.5 MB on cpu", "128 x 1536", "3 min 20 s"):
         assert part in shown
 
 

@@ -116,7 +116,7 @@ def open_model(
     place = choose_device(device)
     if device_map and importlib.util.find_spec("accelerate") is None:
         raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
-    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    options = {"device_map": device_map} if device_map else _straight_to(place)
     try:
         with _no_bars():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -128,7 +128,7 @@ def open_model(
                 use_safetensors=True,
                 **options,
             )
-        if not device_map:
+        if not options:
             model = model.to(place)
     except torch.OutOfMemoryError as error:
         raise ModelError(
@@ -140,6 +140,16 @@ def open_model(
         raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokens, resolve(model, families), source)
+
+
+def _straight_to(place: torch.device) -> dict[str, Any]:
+    """Return what makes transformers read the weights straight onto an accelerator, without a copy in main memory.
+
+    It does so through accelerate only; a map of one device puts no hooks on the modules.
+    """
+    if place.type == torch.device("cpu").type or importlib.util.find_spec("accelerate") is None:
+        return {}
+    return {"device_map": {"": place}}
 
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:

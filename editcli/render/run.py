@@ -43,11 +43,7 @@ def plan_table(plan: Plan) -> RenderableType:
         ("model", f"{plan.model}, preset {plan.preset} ({plan.label})"),
         ("method", method),
         ("edits", f"{plan.edits:,} in {plan.batches:,} batches of {plan.batch_size:,}; {plan.tokens:,} tokens"),
-        (
-            "memory",
-            f"{size(plan.bytes['model'])} model, {size(plan.bytes['masters'])} edited matrices in float32, "
-            f"{size(plan.bytes['statistics'])} statistics",
-        ),
+        ("memory", plan.memory),
         ("disk", f"{size(plan.bytes['disk'])} in {plan.out}"),
         ("time", "not measured" if plan.seconds is None else f"about {duration(plan.seconds)} for the targets"),
     ):

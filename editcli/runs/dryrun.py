@@ -21,7 +21,6 @@ def plan(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> 
     reporter = reporter or Silent()
     planned = planning.check(recipe, plugins, reporter)
     seconds = _measured_seconds(planned, reporter) if planned.editor.needs_values else None
-    statistics = sum(8 * columns * columns for _, columns in planned.shapes)
     return Plan(
         model=planned.source.name,
         preset=planned.preset.name,
@@ -39,12 +38,12 @@ def plan(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> 
         tokens=planned.target_tokens,
         bytes={
             "model": planned.model_bytes,
-            "masters": planned.state_bytes,
-            "statistics": statistics,
             "disk": planned.model_bytes + planned.state_bytes,
+            **(planned.footprint.to_json() if planned.footprint else {}),
         },
         seconds=seconds,
         out=str(recipe.folder),
+        memory=planned.footprint.sentence() if planned.footprint else "not known",
         warnings=planned.file.warnings,
     )
 

@@ -110,6 +110,8 @@ class Plan:
     seconds: float | None
     """Estimated time for all targets, from one measured batch."""
     out: str
+    memory: str = "not known"
+    """What will be held where, as one sentence."""
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
