@@ -33,12 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         group = build_cli(app.plugins)
         if launch.leads:
             _warn_broken(app)
+        _refuse_company(launch, _or_help(arguments))
         code = group.main(args=_or_help(arguments), prog_name="editcli", obj=app, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except RankError as error:
-        return error.exit_code if error.told else _fail(str(error), error.exit_code)
     except EditError as error:
+        if isinstance(error, RankError) and error.told:
+            return error.exit_code
         if app is not None and app.verbosity > 0:
             traceback.print_exc()
         return _fail(str(error), error.exit_code)
@@ -55,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _or_help(arguments: Sequence[str] | None) -> Sequence[str]:
     return (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+
+
+def _refuse_company(launch: Launch, arguments: Sequence[str]) -> None:
+    """Refuse what several processes cannot do together: each would do the whole, and write over the others."""
+    command = next((text for text in arguments if not text.startswith("-")), None)
+    if launch.size > 1 and command is not None and command != "apply":
+        raise click.UsageError(f"{launch.size} processes can only 'apply' together; run 'editcli {command}' on its own")
 
 
 def _fail(message: str, code: int) -> int:

@@ -17,6 +17,14 @@ from editcli.errors import ModelError, RankError
 from editcli.models.loading import choose_device
 
 _CPU = torch.device("cpu")
+_LOST = (
+    "another process of this run died, cannot be reached or was waited for longer than "
+    f"{TIMEOUT_VARIABLE} allows; what was saved is whole: go on with --resume"
+)
+_NEVER_FOUND = (
+    "the processes of this run did not find each other; check that all were started and that MASTER_ADDR and "
+    "MASTER_PORT of the launcher can be reached"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,7 @@ def joined(launch: Launch, *, device: str = "auto", device_map: str | None = Non
         return
     place = _own_device(launch, device, device_map)
     wait = timedelta(seconds=launch.timeout)
-    with _reached():
+    with _reached(_NEVER_FOUND):
         dist.init_process_group(backends(place), rank=launch.rank, world_size=launch.size, timeout=wait)
     team = Team(launch.rank, launch.size, GroupLink(place))
     with team.guard():
@@ -100,14 +108,10 @@ def _own_device(launch: Launch, device: str, device_map: str | None) -> torch.de
 
 
 @contextmanager
-def _reached() -> Iterator[None]:
+def _reached(sentence: str = _LOST) -> Iterator[None]:
     """Turn a peer that cannot be reached into one sentence."""
     try:
         yield
     # Torch raises RuntimeError, of which its own kinds of errors are subclasses, for a peer that is gone or too slow.
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise RankError(
-            "another process of this run died, cannot be reached or was waited for longer than "
-            f"{TIMEOUT_VARIABLE} allows ({reason}); what was saved is whole: go on with --resume"
-        ) from error
+        raise RankError(sentence) from error
