@@ -129,6 +129,12 @@ class Gradients:
     loss: Tensor
     sites: Mapping[Site, SiteGradients]
 
+    def to(self, device: torch.device) -> Gradients:
+        """Return the same on another device."""
+        seen = self.sites.items()
+        moved = {s: SiteGradients(g.inputs.to(device), g.gradients.to(device), g.owner.to(device)) for s, g in seen}
+        return Gradients(self.loss.to(device), moved)
+
 
 class Session(Protocol):
     """The model under edit as a component sees it: it can read everything and write nothing."""

@@ -36,6 +36,7 @@ class Choices(TypedDict, total=False):
     settings: Mapping[str, Mapping[str, Any]]
     device: str
     device_map: str | None
+    solve_device: str | None
     dtype: str
     save_dtype: str
     resume: bool
@@ -80,6 +81,8 @@ class Recipe:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     device: str = "auto"
     device_map: str | None = None
+    solve_device: str | None = None
+    """Where masters, statistics and solves live; None is where the edited layers are."""
     dtype: str = "auto"
     save_dtype: str = "auto"
     resume: bool = False

@@ -14,7 +14,7 @@ from editcli.errors import ModelError
 from editcli.interfaces import Problem, Update
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.request import from_record
-from editcli.testing import LAYERS, tiny_model_folder
+from editcli.testing import INTERMEDIATE, LAYERS, tiny_model_folder
 
 FACTS = [("The capital of {} is", "France"), ("{} works as a", "Ann Smith"), ("In Spain, {} wrote the", "Bob")]
 REQUESTS = [from_record({"id": s, "prompt": p, "subject": s, "target_new": "Rome"}) for p, s in FACTS]
@@ -27,9 +27,9 @@ def spread(folder: Path, *, offloaded: set[int]) -> LoadedModel:
     return open_model(resolve_model(folder), device_map={**places, **rest})
 
 
-def edited(loaded: LoadedModel) -> list[torch.Tensor]:
+def edited(loaded: LoadedModel, **choices: Any) -> list[torch.Tensor]:
     """Write one batch into layers 1 and 2, and return the weights and what the model says afterwards."""
-    session = ModelSession(loaded, (1, 2), options=TargetOptions(steps=4, lr=0.1, prefixes=2), seed=3)
+    session = ModelSession(loaded, (1, 2), options=TargetOptions(steps=4, lr=0.1, prefixes=2), seed=3, **choices)
     values = session.values(REQUESTS)
     for site in session.sites:
         problem = Problem(site, session.keys(REQUESTS, site), session.residual(REQUESTS, site, values))
@@ -72,4 +72,29 @@ def test_a_map_of_one_device_puts_no_hooks_on_the_modules(tmp_path: Path) -> Non
     loaded = open_model(resolve_model(folder), device_map={"": torch.device("cpu")})
     assert not [name for name, module in loaded.model.named_modules() if hasattr(module, "_hf_hook")]
     for one, other in zip(edited(open_model(resolve_model(folder))), edited(loaded), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_linear_algebra_lives_on_the_device_chosen_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that a component is given is asked onto that device, whatever the model computes on."""
+    place = torch.device("cpu")
+    folder = tiny_model_folder(tmp_path / "model")
+    loaded = spread(folder, offloaded={1})
+    choices: dict[str, Any] = {
+        "options": TargetOptions(steps=1),
+        "prefixes": (),
+        "second_moment": lambda site: torch.eye(INTERMEDIATE),
+    }
+    chosen = ModelSession(loaded, (1, 2), solve_device=place, **choices)
+    asked: list[Any] = []
+    real = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda *given, **more: asked.append(given[1:]) or real(*given, **more))
+    site = chosen.sites[0]
+    for ask in (chosen.second_moment, chosen.weight, chosen.baseline, lambda s: chosen.keys(REQUESTS, s)):
+        assert ask(site).device == place
+    assert {seen.inputs.device for seen in chosen.gradients(REQUESTS).sites.values()} == {place}
+    assert chosen.device is place
+    assert asked.count((place,)) >= 4
+    monkeypatch.undo()
+    for one, other in zip(edited(loaded), edited(spread(folder, offloaded={1}), solve_device=place), strict=True):
         assert torch.equal(one, other)

@@ -20,7 +20,7 @@ EXIT_CODES = {"stopped": 3, "interrupted": 130}
 
 PLACES = (
     *("edits", "model", "revision", "out", "overwrite", "corpus", "stats"),
-    *("device", "device_map", "trust_remote_code"),
+    *("device", "device_map", "solve_device", "trust_remote_code"),
 )
 """Settings that ``--recipe`` leaves to the command line: where things are, and where to compute."""
 UNRELATED = ("repeated", "dry_run", "as_json", "verbose", "quiet")
@@ -84,6 +84,8 @@ def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
 def _repeat(context: click.Context, file: Path, values: Mapping[str, Any], *, dry_run: bool, as_json: bool) -> int:
     from editcli.runs.recorded import read_recorded
 
+    if context.obj.launch.size > 1:
+        raise click.UsageError("--recipe repeats a run in one process; start it without torchrun", context)
     recorded = read_recorded(file)
     recipe = replace(recorded.recipe, **_given(context, values))
     recipe.check(context.obj.plugins)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -109,6 +110,11 @@ def method_options(command: Any) -> Any:
             help="Set an option of a method; repeat it. 'editcli plugins NAME' lists them.",
         ),
         option("--stats", section="Method", help="Statistics file to use instead of computing or looking one up."),
+        option(
+            "--solve-device",
+            section="Method",
+            help="Device for the edited matrices and their solves. [default: where the edited layers are]",
+        ),
         option("--corpus", section="Method", help="Text for statistics: a file, hf:ID[:CONFIG] or self."),
         option(
             "--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Method", help="Random seed."
@@ -170,6 +176,19 @@ def run_options(command: Any) -> Any:
         ),
         option("--diagnose-every", type=COUNT, metavar="N", section="Run", help="Look at spectra every N batches."),
     )
+
+
+def repeat_option(command: Any) -> Any:
+    """Add the record of a run to repeat."""
+    return option(
+        "--recipe",
+        "repeated",
+        type=click.Path(dir_okay=False, path_type=Path),
+        env=False,
+        metavar="RUN.JSON",
+        section="Run",
+        help="Repeat the run of OUT/editcli/run.json and compare the weights.",
+    )(command)
 
 
 def reading_options(command: Any) -> Any:

@@ -61,7 +61,9 @@ class ModelSession:
         cache: Path | None = None,
         reporter: Reporter | None = None,
         seed: int = 0,
+        solve_device: torch.device | None = None,
     ):
+        self._solve_device = solve_device
         self.loaded, self.layers, self.seed = loaded, tuple(sorted(layers)), seed
         self.options = options or TargetOptions()
         self.reporter: Reporter = reporter or Silent()
@@ -79,8 +81,8 @@ class ModelSession:
 
     @property
     def device(self) -> torch.device:
-        """Where the last edited layer lives."""
-        return device_of(self._projection(self.sites[-1]))
+        """Where linear algebra belongs: the device chosen for it, else where the last edited layer lives."""
+        return self._home(self.sites[-1])
 
     def weight(self, site: Site) -> Tensor:
         """Return the current W, (d_out, d_in) float32."""
@@ -89,7 +91,7 @@ class ModelSession:
     def baseline(self, site: Site) -> Tensor:
         """Return W_0, (d_out, d_in) float32, from the base checkpoint's files."""
         if site not in self._baselines:
-            stored = self.loaded.checkpoint.read(self.stored_name(site), device=device_of(self._projection(site)))
+            stored = self.loaded.checkpoint.read(self.stored_name(site), device=self._home(site))
             # Kept as stored, so that a half-precision baseline costs half of a master.
             self._baselines[site] = stored.T.contiguous() if site.transposed else stored
         return self._baselines[site].float()
@@ -105,12 +107,13 @@ class ModelSession:
         if self._second_moment is None:
             raise StatisticsError(f"{site.module}: this session was opened without reference-text statistics")
         if site not in self._moments:
-            self._moments[site] = self._second_moment(site)
+            found = self._second_moment(site)
+            self._moments[site] = found if self._solve_device is None else found.to(self._solve_device)
         return self._moments[site]
 
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return the ascending eigenvalues and the eigenvectors of Cov in float64, from the cache when it has them."""
-        return self._decompose(self.second_moment(site), site, device_of(self._projection(site)))
+        return self._decompose(self.second_moment(site), site, self._home(site))
 
     def forget_moments(self) -> None:
         """Drop the second moments from memory once every component is prepared."""
@@ -140,7 +143,7 @@ class ModelSession:
         trial: Mapping[Site, Tensor] | None = None,
     ) -> Gradients:
         """Run one forward and backward pass of the targets' cross-entropy, on bare prompts; writes nothing."""
-        return gradients.measure(
+        found = gradients.measure(
             self.loaded,
             self.sites,
             requests,
@@ -148,6 +151,7 @@ class ModelSession:
             trial=trial or {},
             batch_tokens=self.options.batch_tokens,
         )
+        return found if self._solve_device is None else found.to(self._solve_device)
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
         """Return K, (d_in, n): mean of the bare prompt's key and the mean key of the prefixed prompts."""
@@ -157,7 +161,7 @@ class ModelSession:
             (prefixed,) = self._activations.read(self._lookup_rows(requests, self.prefixes), site.layer, [tap])
             prefixed = prefixed.reshape(len(requests), len(self.prefixes), -1).mean(dim=1)
             keys = (keys + prefixed) / 2
-        return keys.T.contiguous()
+        return keys.T.contiguous().to(self._home(site))
 
     def residual(self, requests: Sequence[EditRequest], site: Site, values: Values) -> Tensor:
         """Return R, (d_out, n): what this site's output must gain, z minus h spread over the sites that remain."""
@@ -223,8 +227,12 @@ class ModelSession:
     def _projection(self, site: Site) -> Any:
         return self.loaded.architecture.projection(site.layer)
 
+    def _home(self, site: Site) -> torch.device:
+        """Return where a site's master, its statistics and what is to be written at it are kept."""
+        return self._solve_device or device_of(self._projection(site))
+
     def _loaded_weight(self, site: Site) -> Tensor:
-        weight = read_weight(self._projection(site))
+        weight = read_weight(self._projection(site)).to(self._home(site))
         if weight.dtype.itemsize < self.loaded.checkpoint.dtype(self.stored_name(site)).itemsize:
             # The file is more exact than what the model runs in, and the master is what will be saved.
             return self.baseline(site).clone()

@@ -20,6 +20,7 @@ from editcli.errors import GuardError, ModelError, OptionError, StateError
 from editcli.evaluation import Evaluation, evaluate
 from editcli.interfaces import Site
 from editcli.models.checkpoint import Checkpoint
+from editcli.models.loading import choose_device
 from editcli.plugins import Plugins
 from editcli.recipe import Recipe
 from editcli.report import Reporter, RunReport, Silent
@@ -28,7 +29,7 @@ from editcli.runs.card import model_card
 from editcli.runs.clock import Clock
 from editcli.runs.files import tensor_digest, write_bytes
 from editcli.runs.guards import needs_retained
-from editcli.runs.identity import plan_digest, stream_settings
+from editcli.runs.identity import plan_digest, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
 from editcli.runs.outcome import Ending, efficacy, provenance, report_run
 from editcli.runs.output import CARD, Verified, stored_tensors, verify, write_model
@@ -229,7 +230,7 @@ class Run:
             self.loaded,
             options=planned.statistics,
             corpus=recipe.corpus,
-            file=None if recipe.stats is None else _statistics_file(recipe.stats),
+            file=None if recipe.stats is None else statistics_file(recipe.stats),
             reporter=self.reporter,
             seed=recipe.seed,
             team=self.team,
@@ -247,6 +248,7 @@ class Run:
             save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
             reporter=self.reporter,
             seed=recipe.seed,
+            solve_device=None if recipe.solve_device is None else choose_device(recipe.solve_device),
         )
         settings = stream_settings(planned, session, moments, self.provenance)
         self.team.agree("settings", settings, remedy="start them with the same command and files")
@@ -390,10 +392,3 @@ def _remove_old(folder: RunFolder) -> None:
             path.unlink()
     for path in (folder.record, folder.state, folder.journal):
         path.unlink(missing_ok=True)
-
-
-def _statistics_file(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise ModelError(f"there is no statistics file {text}; make one with: editcli stats compute")
-    return path

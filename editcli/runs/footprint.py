@@ -85,13 +85,15 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, planned.config, device)
     inner = [columns for _, columns in planned.shapes]
-    solves = isinstance(planned.editor, InverseGramEditor)
+    # What lives on a device of its own does not take this one's memory.
+    here = recipe.solve_device in (None, recipe.device)
+    solves = isinstance(planned.editor, InverseGramEditor) and here
     own = working_dtype(device).itemsize if solves else 0
     entries = [base.checkpoint.entries[base.checkpoint.tensor_for(f"{site.module}.weight")] for site in planned.sites]
     return Footprint(
         device="several devices" if recipe.device_map else str(device),
         weights=_parameters(base) * dtype.itemsize,
-        masters=planned.state_bytes,
+        masters=planned.state_bytes if here else 0,
         inverse_gram=sum(own * columns**2 for columns in inner),
         statistics=sum(_DOUBLE * columns**2 for columns in inner) if solves else 0,
         activations=_activations(planned, base, dtype.itemsize) if planned.editor.needs_values else 0,

@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from editcli.editing.session import ModelSession
+from editcli.errors import ModelError
 from editcli.models.checkpoint import file_digest
 from editcli.models.loading import LoadedModel
 from editcli.runs.planning import Planned
@@ -46,6 +48,14 @@ def stream_settings(
         "chat_template": planned.recipe.chat_template,
         "prefixes": list(session.prefixes),
     }
+
+
+def statistics_file(text: str) -> Path:
+    """Return the file that ``--stats`` names; raise :class:`ModelError` when there is none."""
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ModelError(f"there is no statistics file {text}; make one with: editcli stats compute")
+    return path
 
 
 def _tokenizer_digest(loaded: LoadedModel) -> str:
