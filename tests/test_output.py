@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from safetensors.torch import load_file
 
 from editcli.errors import ModelError
 from editcli.models.checkpoint import Checkpoint, file_digest
+from editcli.runs import files
 from editcli.runs.output import side_files, to_stored, verify, write_model
 from editcli.testing import tiny_model_folder
 
@@ -85,6 +90,69 @@ def test_transposed_weights_are_stored_as_they_were(tmp_path: Path) -> None:
     assert torch.equal(to_stored(weight, base.entries[name], torch.float32, transposed=True), base.read(name))
     with pytest.raises(ModelError, match="stored as"):
         to_stored(weight, base.entries[name], torch.float32, transposed=False)
+
+
+class TestCopies:
+    """However a shard is copied, it has the base's bytes and shares no fate with the base."""
+
+    WAYS = ("as the system likes", "cloned", "by the kernel", "by the kernel, in parts", "interrupted", "by hand")
+
+    @pytest.fixture(params=WAYS)
+    def way(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+        """Make the system offer one way of copying only; a clone, which few file systems have, is acted."""
+        way, real = request.param, getattr(os, "copy_file_range", None)
+        if way == "as the system likes":
+            return way
+
+        def clone(original: Any, file: Any) -> bool:
+            if way == "cloned":
+                file.write(original.read())
+                file.flush()
+            return way == "cloned"
+
+        def in_parts(source: int, target: int, count: int) -> int:
+            if real is None:
+                pytest.skip("this system copies no file by itself")
+            if way == "interrupted" and os.lseek(source, 0, os.SEEK_CUR):
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            return real(source, target, min(count, 1000) if way != "by the kernel" else count)
+
+        monkeypatch.setattr(files, "_cloned", clone)
+        monkeypatch.setattr(os, "copy_file_range", None if way == "by hand" else in_parts, raising=False)
+        return way
+
+    def test_the_copy_has_the_same_bytes(self, way: str, base: Checkpoint, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        write_model(base, out, edited(base))
+        assert verify(base, out, edited(base)).changed == (NAME,)
+        assert [(out / name).stat().st_size for name in base.files] == [
+            (base.folder / name).stat().st_size for name in base.files
+        ]
+
+    def test_writing_into_the_copy_leaves_the_base_alone(self, way: str, base: Checkpoint, tmp_path: Path) -> None:
+        """Also where the base is what the hub's cache holds: links to files that other projects share."""
+        cache, out = tmp_path / "cache", tmp_path / "out"
+        for folder in (cache, out):
+            folder.mkdir()
+        for path in base.folder.iterdir():
+            (cache / path.name).symlink_to(path)
+        before = {path.name: file_digest(path) for path in base.folder.iterdir()}
+        write_model(Checkpoint(cache), out, edited(base))
+        for path in out.iterdir():
+            assert not path.is_symlink()
+            with path.open("r+b") as file:
+                file.write(b"written in place")
+        assert {path.name: file_digest(path) for path in base.folder.iterdir()} == before
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this call")
+    def test_a_file_system_that_cannot_clone_is_found_out(self, tmp_path: Path) -> None:
+        (tmp_path / "one").write_bytes(b"content")
+        with (tmp_path / "one").open("rb") as original, (tmp_path / "two").open("w+b") as file:
+            if files._cloned(original, file):
+                assert file.read() == b"content"
+            else:
+                assert file.read() == b""
 
 
 class TestCheckpoint:

@@ -24,6 +24,8 @@ from editcli.errors import ModelError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20
+CHUNK = 1 << 18
+"""Bytes read at a time: larger pieces get fresh memory from the system each time, which costs more than reading."""
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -185,9 +187,8 @@ def file_digest(path: Path) -> str:
 
 
 def _feed(digest: Any, file: Any, remaining: int | None) -> None:
-    chunk = 1 << 22
     while remaining is None or remaining > 0:
-        data = file.read(chunk if remaining is None else min(chunk, remaining))
+        data = file.read(CHUNK if remaining is None else min(CHUNK, remaining))
         if not data:
             return
         digest.update(data)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +17,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from editcli.models.checkpoint import DTYPES
+from editcli.models.checkpoint import CHUNK, DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIX, _SUFFIX = ".", ".tmp"
+_CLONE = 0x40049409
+"""Linux's ioctl FICLONE: let a file share all blocks of another."""
 
 
 @contextmanager
@@ -38,6 +42,55 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content atomically; see :func:`copy_into` for how."""
+    with atomic(target) as file:
+        copy_into(file, source)
+
+
+def copy_into(file: IO[bytes], source: Path) -> None:
+    """Write the content of ``source`` to an empty file, in the cheapest way that keeps the two apart.
+
+    A file system that can (btrfs, XFS, bcachefs) shares the blocks until either file is written to; elsewhere the
+    kernel copies. Never a hard link: whoever later wrote into the edited model's folder in place, a trainer or a
+    converter, would write into the base model as well, and in the hub's cache that may serve the whole machine.
+    """
+    with source.open("rb") as original:
+        if not (_cloned(original, file) or _copied_by_the_kernel(original, file)):
+            original.seek(0)
+            file.seek(0)
+            shutil.copyfileobj(original, file, CHUNK)
+    file.seek(0, os.SEEK_END)
+
+
+def _cloned(original: IO[bytes], file: IO[bytes]) -> bool:
+    """Have ``file`` share the blocks of ``original``; say whether the file system did."""
+    if sys.platform != "linux":
+        return False
+    from fcntl import ioctl
+
+    try:
+        ioctl(file.fileno(), _CLONE, original.fileno())
+    except OSError:
+        return False
+    return True
+
+
+def _copied_by_the_kernel(original: IO[bytes], file: IO[bytes]) -> bool:
+    """Copy without a detour through this process; say whether the system did."""
+    copy, left = getattr(os, "copy_file_range", None), os.fstat(original.fileno()).st_size
+    try:
+        while copy is not None and left > 0:
+            done = copy(original.fileno(), file.fileno(), left)
+            left -= done
+            if done == 0:
+                return False
+    except OSError:
+        # Not between these file systems, or the disk is full: copying by hand works, or says so.
+        return False
+    return copy is not None
 
 
 def is_leftover(path: Path) -> bool:

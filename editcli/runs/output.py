@@ -1,13 +1,12 @@
 """Write an edited model as a plain Hugging Face folder, and check what was written.
 
-Only the bytes of the tensors that changed are new: a shard is copied as it is and those bytes are replaced in the copy.
-Every other file is a byte copy of the base's.
+Only the bytes of the tensors that changed are new: a shard is copied as it is, without parsing it, and those bytes are
+replaced in the copy. Every other file is a byte copy of the base's.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,14 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.interfaces import Site
-from editcli.models.checkpoint import Checkpoint, TensorEntry, read_raw_header
-from editcli.runs.files import atomic, write_safetensors
+from editcli.models.checkpoint import CHUNK, Checkpoint, TensorEntry, read_raw_header
+from editcli.runs.files import atomic, copy_file, copy_into, tensor_bytes, write_safetensors
 
 if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
 
 CARD = "README.md"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt")
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +58,6 @@ def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> N
     for name in base.files:
         own = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
         _write_shard(base, name, out / name, own)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's bytes atomically; the system may share the blocks."""
-    with atomic(target) as file, source.open("rb") as original:
-        shutil.copyfileobj(original, file, _CHUNK)
 
 
 def to_stored(weight: Tensor, entry: TensorEntry, dtype: torch.dtype, *, transposed: bool) -> Tensor:
@@ -112,12 +104,11 @@ def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str
         write_safetensors(target, {**kept, **tensors}, metadata)
         return
     with atomic(target) as file:
-        with source.open("rb") as original:
-            shutil.copyfileobj(original, file, _CHUNK)
+        copy_into(file, source)
         for key, tensor in tensors.items():
             entry = base.entries[key]
             file.seek(entry.start)
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            file.write(tensor_bytes(tensor))
         file.seek(0, os.SEEK_END)
 
 
@@ -129,7 +120,7 @@ def same_bytes(first: Path, one: TensorEntry, second: Path, other: TensorEntry) 
         b.seek(other.start)
         remaining = one.stop - one.start
         while remaining > 0:
-            size = min(_CHUNK, remaining)
+            size = min(CHUNK, remaining)
             if a.read(size) != b.read(size):
                 return False
             remaining -= size
