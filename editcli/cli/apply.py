@@ -112,7 +112,8 @@ def _given(context: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     ]
     for parameter in given:
         if parameter.name not in (*PLACES, *UNRELATED):
-            raise click.UsageError(f"--recipe repeats a run as it was; leave out {parameter.opts[0]}", context)
+            flags = " or ".join([*parameter.opts, *parameter.secondary_opts])
+            raise click.UsageError(f"--recipe repeats a run as it was; leave out {flags}", context)
     return {str(p.name): values[p.name] for p in given if p.name in PLACES}
 
 
