@@ -20,7 +20,17 @@ from editcli.options import parse_assignments
 FILE_NAME = "editcli.toml"
 OPTIONS_VARIABLE = "EDITCLI_OPTIONS"
 
-COMMAND_LINE_ONLY = ("overwrite", "resume", "dry_run", "trust_remote_code", "as_json", "json", "config", "recipe", "repeated")
+COMMAND_LINE_ONLY = (
+    "overwrite",
+    "resume",
+    "dry_run",
+    "trust_remote_code",
+    "as_json",
+    "json",
+    "config",
+    "recipe",
+    "repeated",
+)
 """Settings that a file in the working folder must not decide: they delete, or run a stranger's code."""
 
 
