@@ -13,6 +13,7 @@ import click
 
 from editcli.cli import build_cli
 from editcli.cli.common import App
+from editcli.cli.completion import VARIABLE
 from editcli.distributed.launch import Launch
 from editcli.errors import EditError, RankError
 from editcli.plugins import load_plugins
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch = Launch.read(os.environ)
         app = App(load_plugins(), launch)
         group = build_cli(app.plugins)
-        if launch.leads:
+        # A shell that asks what fits has no place for warnings: they would be drawn into the line being typed.
+        if launch.leads and VARIABLE not in os.environ:
             _warn_broken(app)
         _refuse_company(launch, _or_help(arguments))
         code = group.main(args=_or_help(arguments), prog_name="editcli", obj=app, standalone_mode=False)

@@ -20,6 +20,7 @@ COMMANDS = {
     "undo": ("editcli.cli.undo:undo", "Take back the last batches of a run, or single edits."),
     "bench": ("editcli.cli.bench:bench", "Compare stacks on one stream: what they retain, when they collapse."),
     "plugins": ("editcli.cli.plugins:plugins", "Show what is installed, from where, with which options and paper."),
+    "completion": ("editcli.cli.completion:completion", "Let the shell complete commands, options and names."),
     "stats": ("editcli.cli.stats:stats", "Compute and show the reference-text statistics of a model."),
 }
 """Every built-in command: where it lives and what ``--help`` says, so that showing the list imports none of them."""

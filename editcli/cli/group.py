@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from editcli.cli.common import verbosity_options
+from editcli.cli.suggestions import with_suggestions
 from editcli.errors import near_miss
 from editcli.plugins import Plugins
 
@@ -29,7 +30,7 @@ class LazyGroup(click.Group):
         """Import and return one command."""
         if cmd_name not in self.commands and cmd_name in self.table:
             module, _, attribute = self.table[cmd_name][0].partition(":")
-            self.add_command(with_verbosity(getattr(importlib.import_module(module), attribute)), cmd_name)
+            self.add_command(furnished(getattr(importlib.import_module(module), attribute)), cmd_name)
         return self.commands.get(cmd_name)
 
     def resolve_command(
@@ -52,6 +53,11 @@ class LazyGroup(click.Group):
         return self.table[name][1] if name in self.table else self.commands[name].get_short_help_str(limit=80)
 
 
+def furnished(command: click.Command) -> click.Command:
+    """Give a command what all of them have: ``-v``, ``-q`` and values that the shell completes."""
+    return with_suggestions(with_verbosity(command))
+
+
 def with_verbosity(command: click.Command) -> click.Command:
     """Let ``-v`` and ``-q`` be written after the command's name as well."""
     taken = {text for parameter in command.params for text in parameter.opts}
@@ -69,4 +75,4 @@ def add_plugin_commands(group: LazyGroup, plugins: Plugins) -> None:
         elif command.name in group.list_commands(click.Context(group)):
             plugins.broken[plugin] = f"its command {command.name!r} is already taken"
         else:
-            group.add_command(with_verbosity(command))
+            group.add_command(furnished(command))

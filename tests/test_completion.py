@@ -1,0 +1,147 @@
+"""What the shell offers when Tab is pressed, and the scripts that ask for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.shell_completion import ShellComplete
+
+from editcli.__main__ import main
+from editcli.cli import COMMANDS, build_cli
+from editcli.cli.common import App
+from editcli.cli.completion import SHELLS, VARIABLE
+from editcli.errors import EditError
+from editcli.options import build, parse_assignments
+from editcli.plugins import load_plugins
+
+
+def offered(*words: str) -> list[tuple[str, str]]:
+    """Return type and value of what is offered for the last of ``words``."""
+    app = App(load_plugins())
+    complete = ShellComplete(build_cli(app.plugins), {"obj": app}, "editcli", VARIABLE)
+    return [(item.type, item.value) for item in complete.get_completions(list(words[:-1]), words[-1])]
+
+
+def values(*words: str) -> list[str]:
+    return [value for kind, value in offered(*words) if kind == "plain"]
+
+
+def test_commands_and_flags_are_offered() -> None:
+    assert set(values("")) >= set(COMMANDS)
+    assert "apply" in values("ap")
+    assert {"--editor", "--stabilizer", "--recipe"} <= set(values("apply", "--"))
+
+
+def test_names_are_those_of_the_installed_plugins() -> None:
+    plugins = load_plugins()
+    assert values("apply", "--editor", "") == list(plugins.all("editor"))
+    assert values("apply", "-e", "mem") == ["memit"]
+    assert values("apply", "--stabilizer", "na") == ["nas"]
+    assert values("apply", "-s", "clip,na") == ["clip,nas"]
+    assert values("apply", "--editor", "nothing") == []
+
+
+def test_every_option_that_is_offered_can_be_given() -> None:
+    plugins = load_plugins()
+    found = values("apply", "-o", "")
+    assert {"memit.remember=true", "memit.remember=false"} <= set(found)
+    assert values("apply", "-o", "memit.re") == ["memit.remember=true", "memit.remember=false"]
+    components = {name: part for kind in plugins.kinds for name, part in plugins.all(kind).items()}
+    for text in found:
+        ((name, settings),) = parse_assignments([text]).items()
+        try:
+            build(components[name].component.Options, settings, owner=name)
+        except EditError as error:
+            pytest.fail(f"{text} is offered, but {error}")
+
+
+def test_models_are_the_bundled_one_cached_ones_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = tmp_path / "hub"
+    for name in ("models--some--model", "models--gpt2", "datasets--some--text"):
+        (hub / name).mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    assert offered("apply", "--model", "") == [
+        ("dir", ""),
+        ("plain", "bundled"),
+        ("plain", "gpt2"),
+        ("plain", "some/model"),
+    ]
+    assert offered("inspect", "some/") == [("dir", "some/"), ("plain", "some/model")]
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "missing"))
+    assert values("apply", "--model", "") == ["bundled"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (("apply", ""), "file"),
+        (("check", "fac"), "file"),
+        (("convert", ""), "file"),
+        (("undo", ""), "dir"),
+        (("report", ""), "dir"),
+        (("apply", "--out", ""), "dir"),
+        (("convert", "--out", ""), "file"),
+        (("apply", "--stats", ""), "file"),
+        (("apply", "--config", ""), "file"),
+    ],
+)
+def test_the_shell_completes_files_and_folders(words: tuple[str, ...], kind: str) -> None:
+    assert offered(*words)[0][0] == kind
+
+
+def test_what_has_no_fixed_values_offers_nothing() -> None:
+    assert offered("apply", "--seed", "") == []
+    assert offered("undo", "run", "--edit", "") == []
+
+
+def test_nothing_that_has_values_is_left_without() -> None:
+    """A new option that takes text is either in the table of suggestions or here."""
+    free = {"revision", "thresholds", "author", "metrics", "harness", "push", "name", "message", "ids"}
+    from editcli.cli.suggestions import SUGGESTIONS, Suggested, SuggestedList
+
+    group = build_cli(load_plugins())
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        texts = {p.name for p in command.params if isinstance(p.type, (Suggested, SuggestedList))}
+        assert texts <= {*SUGGESTIONS, *free}, name
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_script_asks_this_program(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert f"{VARIABLE}={shell}_complete" in script
+    assert "%(" not in script
+
+
+def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "tcsh"]) == 2
+    assert "'bash', 'zsh', 'fish'" in capsys.readouterr().err
+
+
+def test_an_answer_is_quick_and_quiet() -> None:
+    """In a process of its own, as a shell asks; a broken plugin does not draw into the line being typed."""
+    ask = (
+        "import sys, importlib.metadata as m\n"
+        "import editcli.__main__ as main\n"
+        "from editcli.plugins import Plugins\n"
+        "load = main.load_plugins\n"
+        "def loaded():\n"
+        "    plugins = load()\n"
+        "    plugins.broken['bad'] = 'cannot be imported'\n"
+        "    return plugins\n"
+        "main.load_plugins = loaded\n"
+        "try:\n"
+        "    main.main([])\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    line = {"COMP_WORDS": "editcli apply --editor me", "COMP_CWORD": "3", VARIABLE: "bash_complete"}
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, env={**os.environ, **line})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "plain,memit\n", "")
