@@ -11,6 +11,8 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 
 from editcli.errors import ModelError
 from editcli.models.loading import BUNDLED, bundled_folder, open_model, resolve_model
+from editcli.runs.history import History
+from editcli.runs.state import RunFolder
 from editcli.testing import tiny_model_folder
 
 
@@ -64,12 +66,35 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch, e
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["./none", "/none/at/all", "a/b/c", "no such model"])
+@pytest.mark.parametrize("path", ["./none", "/none/at/all", "a/b/c", "no such model", "a/b@", "a/b@x y", "@v1"])
 def test_what_cannot_be_a_hub_id_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     calls = hub(monkeypatch, AssertionError("the hub was asked"))
     with pytest.raises(ModelError, match="there is no model folder"):
         resolve_model(path)
     assert calls == []
+
+
+@pytest.mark.parametrize("revision", ["v1", "refs/pr/3", "0" * 40])
+def test_a_hub_id_may_name_its_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, revision: str) -> None:
+    """Wherever a model can be named, so can its revision; the commit that it was is told by the hub's cache."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tiny_model_folder(tmp_path / "models--someone--tiny" / "snapshots" / commit)
+    calls = hub(monkeypatch, folder)
+    source = resolve_model(f"someone/tiny@{revision}")
+    assert (source.name, source.revision, source.commit) == ("someone/tiny", revision, commit)
+    assert [(name, options["revision"]) for name, options in calls] == [("someone/tiny", revision)]
+    assert resolve_model(f"someone/tiny@{revision}", revision=revision) == source
+    with pytest.raises(ModelError, match="give one of them"):
+        resolve_model(f"someone/tiny@{revision}", revision="other")
+    assert resolve_model(None).commit is None
+
+
+def test_a_run_records_the_commit_and_finds_its_base_by_it(tmp_path: Path) -> None:
+    base = {"name": "someone/tiny", "folder": str(tmp_path / "gone"), "revision": "v1", "commit": "0" * 40}
+    assert History(RunFolder(tmp_path), {"provenance": {"base": base}}, ()).bases == (
+        str(tmp_path / "gone"),
+        "someone/tiny@" + "0" * 40,
+    )
 
 
 def test_no_model_and_its_name_are_the_bundled_one() -> None:

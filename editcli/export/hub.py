@@ -80,12 +80,15 @@ def _asking(repo: str, folder: Path | None = None) -> Iterator[None]:
         raise
     except HFValidationError as error:
         raise ModelError(f"{repo!r} cannot be a repository of the hub; write OWNER/NAME") from error
-    except HfHubHTTPError as error:
-        raise ModelError(f"{_refusal(error, repo)}{kept}") from error
     # Which HTTP library the client uses, and so what it raises without a network, depends on its version.
     except Exception as error:
+        # What uploads a file wraps the hub's answer into an error of its own.
+        answer = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+        if isinstance(answer, HfHubHTTPError):
+            raise ModelError(f"{_refusal(answer, repo)}{kept}") from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelError(
-            f"the hub cannot be reached to push to {repo} ({type(error).__name__}); check your connection{kept}"
+            f"the hub cannot be reached to push to {repo} ({said}); check your connection{kept}"
         ) from error
 
 
