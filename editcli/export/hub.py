@@ -76,7 +76,8 @@ def _asking(repo: str, folder: Path | None = None) -> Iterator[None]:
     kept = "" if folder is None else f"; the result is in {folder}"
     try:
         yield
-    except EditError:
+    except (EditError, TypeError, AttributeError, NameError):
+        # Ours to mend, the last three.
         raise
     except HFValidationError as error:
         raise ModelError(f"{repo!r} cannot be a repository of the hub; write OWNER/NAME") from error
