@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editcli.edits import Collector, EditFile, is_array, json_lines, no_constant, parse_object, read_bytes
+from editcli.edits import Collector, EditFile, is_array, parse_object, refuse_deep
 from editcli.errors import RequestError, StateError
 from editcli.formats import Format
+from editcli.lines import Lines, finite_float, no_constant, opened
+
+MAX_ARRAY_BYTES = 1 << 30
+"""One JSON array is read whole; a larger file has to be written one record a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +69,38 @@ def convert(
     index, counted from 0, as in ``facts.json[12]``.
     """
     name = "<stdin>" if str(source) == "-" else str(source)
-    data = read_bytes(source, name)
     collected = Collector(skip_bad=skip_bad, formats=formats, form=form)
     count = 0
-    for load, file, line in _records(data, name):
-        count += 1
-        collected.add(load, file=file, line=line)
+    with opened(source, name) as lines:
+        for load, file, line in _records(lines, name):
+            count += 1
+            collected.add(load, file=file, line=line)
+        digest = lines.sha256()
     if count == 0:
         raise RequestError("there is no record in this file", file=name)
-    edits = collected.result(name, hashlib.sha256(data).hexdigest())
+    edits = collected.result(name, digest)
     distinct = {(request.prompt, request.subject, request.target_new) for request in edits.requests}
     return Conversion(count, edits, len(edits.requests) - len(distinct))
 
 
-def _records(data: bytes, name: str) -> Iterator[tuple[Callable[[], Mapping[str, Any]], str, int | None]]:
+def _records(lines: Lines, name: str) -> Iterator[tuple[Callable[[], Mapping[str, Any]], str, int | None]]:
     """Yield how to load each record, with the file and line to blame."""
-    if not is_array(data):
-        for line, raw in json_lines(data):
+    if not is_array(lines.head):
+        for line, raw in lines:
             yield (lambda raw=raw, line=line: parse_object(raw, file=name, line=line)), name, line
         return
-    for index, record in enumerate(_array(data, name)):
+    for index, record in enumerate(_array(lines, name)):
         place = f"{name}[{index}]"
         yield (lambda record=record, place=place, index=index: _numbered(record, place, index)), place, None
 
 
-def _array(data: bytes, name: str) -> list[Any]:
+def _array(lines: Lines, name: str) -> list[Any]:
+    data = lines.read(MAX_ARRAY_BYTES)
+    if data is None:
+        reason = f"the array is larger than {MAX_ARRAY_BYTES:,} bytes; write its records one a line"
+        raise RequestError(reason, file=name)
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=no_constant)
+        return json.loads(data.decode("utf-8-sig"), parse_constant=no_constant, parse_float=finite_float)
     except json.JSONDecodeError as error:
         raise RequestError(f"not valid JSON: {error.msg}", file=name, line=error.lineno, column=error.colno) from error
     except (ValueError, RecursionError) as error:
@@ -102,5 +110,6 @@ def _array(data: bytes, name: str) -> list[Any]:
 def _numbered(record: Any, place: str, index: int) -> Mapping[str, Any]:
     if not isinstance(record, dict):
         raise RequestError("a record is a JSON object", file=place)
+    refuse_deep(record, file=place, line=None)
     # Without a number of its own, a record is known by its place, which is the same in every run.
     return record if record.keys() & {"id", "case_id"} else {**record, "id": f"record-{index}"}

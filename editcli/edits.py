@@ -5,16 +5,15 @@ One JSON object a line, of the edits schema (:mod:`editcli.request`) or of a for
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editcli.errors import RequestError
+from editcli.lines import MAX_DEPTH, MAX_LINE_BYTES, finite_float, is_deep, no_constant, opened
 from editcli.request import EditRequest, Neighbor, from_record, kind_of
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ __all__ = [
     "parse_line",
     "read_edits",
 ]
-
-MAX_LINE_BYTES = 1 << 20
-"""A longer line is refused before it is parsed: no edit needs it, and a hostile file must not exhaust memory."""
 
 _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
 
@@ -60,22 +56,25 @@ def read_edits(
     Raises :class:`RequestError` at the first unusable line, unless ``skip_bad``: then it is collected in ``rejected``.
     """
     name = "<stdin>" if str(source) == "-" else str(source)
-    data = read_bytes(source, name)
-    if is_array(data):
-        hint = "'editcli convert' turns it into an edits file"
-        raise RequestError(f"this is one JSON array, not one JSON object a line; {hint}", file=name, line=1)
     collected = Collector(skip_bad=skip_bad, limit=limit, formats=formats)
-    for number, raw in json_lines(data):
-        collected.add(lambda raw=raw, number=number: parse_object(raw, file=name, line=number), file=name, line=number)
-        if collected.full:
-            break
+    with opened(source, name) as lines:
+        if is_array(lines.head):
+            hint = "'editcli convert' turns it into an edits file"
+            raise RequestError(f"this is one JSON array, not one JSON object a line; {hint}", file=name, line=1)
+        for number, raw in lines:
+            collected.add(
+                lambda raw=raw, number=number: parse_object(raw, file=name, line=number), file=name, line=number
+            )
+            if collected.full:
+                break
+        digest = lines.sha256()
     if not collected.requests and not collected.rejected:
         raise RequestError("there is no edit in this file; write one JSON object a line", file=name)
-    return collected.result(name, hashlib.sha256(data).hexdigest())
+    return collected.result(name, digest)
 
 
 def is_array(data: bytes) -> bool:
-    """Return whether a file holds one JSON array of objects instead of one object a line."""
+    """Return whether a file that begins with ``data`` holds one JSON array of objects instead of one object a line."""
     return _ARRAY.match(data) is not None
 
 
@@ -165,28 +164,21 @@ def parse_object(raw: bytes, *, file: str, line: int) -> dict[str, Any]:
         reason = "the line is not UTF-8 text; save the file as UTF-8"
         raise RequestError(reason, file=file, line=line, column=error.start + 1) from error
     try:
-        record = json.loads(text, parse_constant=no_constant)
+        record = json.loads(text, parse_constant=no_constant, parse_float=finite_float)
     except json.JSONDecodeError as error:
         raise RequestError(f"not valid JSON: {error.msg}", file=file, line=line, column=error.colno) from error
     except (ValueError, RecursionError) as error:
         raise RequestError(f"not valid JSON: {error}", file=file, line=line) from error
     if not isinstance(record, dict):
         raise RequestError(f"an edit is a JSON object, not {kind_of(record)}", file=file, line=line)
+    return refuse_deep(record, file=file, line=line)
+
+
+def refuse_deep(record: dict[str, Any], *, file: str, line: int | None) -> dict[str, Any]:
+    """Return a record; raise :class:`RequestError` when it is nested too deeply to be passed on."""
+    if is_deep(record):
+        raise RequestError(f"the record is nested more than {MAX_DEPTH} levels deep", file=file, line=line)
     return record
-
-
-def read_bytes(source: str | Path, name: str) -> bytes:
-    try:
-        return sys.stdin.buffer.read() if str(source) == "-" else Path(source).read_bytes()
-    except OSError as error:
-        raise RequestError(f"cannot be read: {error.strerror or error}", file=name) from error
-
-
-def json_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    for number, raw in enumerate(data.split(b"\n"), start=1):
-        if raw.strip():
-            yield number, raw.rstrip(b"\r")
 
 
 def _conflicts(requests: Iterable[EditRequest]) -> Iterator[str]:
@@ -200,8 +192,3 @@ def _conflicts(requests: Iterable[EditRequest]) -> Iterator[str]:
                 f"{earlier.target_new!r} on {earlier.line_name}; the later one wins"
             )
         seen[request.prompt, request.subject] = request
-
-
-def no_constant(name: str) -> Any:
-    """Refuse NaN and the infinities, which Python reads and JSON does not know."""
-    raise ValueError(f"{name} is not a JSON value")

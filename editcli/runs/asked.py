@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from editcli.edits import Collector, EditFile, EditRequest, from_record
+from editcli.edits import Collector, EditFile, EditRequest, from_record, refuse_deep
 from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.formats import load_formats
 from editcli.models.loading import resolve_model
@@ -146,7 +146,7 @@ def _record(edit: Any, place: str) -> dict[str, Any]:
     if not isinstance(edit, Mapping):
         raise RequestError(f"an edit is an object of the edits schema, not {kind_of(edit)}", file=place)
     try:
-        return json.loads(json.dumps(dict(edit), allow_nan=False))
+        return refuse_deep(json.loads(json.dumps(dict(edit), allow_nan=False)), file=place, line=None)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"this edit cannot be written as JSON: {error}", file=place) from error
 

@@ -75,7 +75,7 @@ def _file_texts(path: Path) -> Callable[[], Iterator[str]]:
 def _json_text(line: str, path: Path, number: int) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StatisticsError(f"{path}:{number}: not valid JSON: {error}") from error
     text = record.get("text") if isinstance(record, dict) else record
     if not isinstance(text, str):
