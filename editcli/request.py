@@ -46,7 +46,7 @@ class EditRequest:
     neighborhood_prompts: tuple[Neighbor, ...] = ()
     generation_prompts: tuple[str, ...] = ()
     locality: tuple[Neighbor, ...] = ()
-    """Unrelated questions, each with its own answer (zsRE, KnowEdit)."""
+    """Unrelated questions, each with its own answer (zsRE, KnowEdit), or without: then the base model's counts."""
     portability: tuple[Neighbor, ...] = ()
     """What follows from the edit, each with the answer that then holds (KnowEdit, MQuAKE)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -137,7 +137,7 @@ def from_record(record: Mapping[str, Any], *, file: str = "<edits>", line: int |
         paraphrase_prompts=tuple(_prompt(p, "paraphrase_prompts", refuse) for p in lists["paraphrase_prompts"]),
         neighborhood_prompts=tuple(_neighbor(p, true, refuse) for p in lists["neighborhood_prompts"]),
         generation_prompts=tuple(_prompt(p, "generation_prompts", refuse) for p in lists["generation_prompts"]),
-        locality=tuple(_detailed(p, "locality", refuse) for p in lists["locality"]),
+        locality=tuple(_detailed(p, "locality", refuse, open_ended=True) for p in lists["locality"]),
         portability=tuple(_detailed(p, "portability", refuse) for p in lists["portability"]),
         extra={key: value for key, value in record.items() if key not in known},
         line=line,
@@ -221,15 +221,18 @@ def _neighbor(value: Any, target_true: str | None, refuse: Any) -> Neighbor:
     return Neighbor(_prompt(value, "neighborhood_prompts", refuse), target_true)
 
 
-def _detailed(value: Any, name: str, refuse: Any) -> Neighbor:
-    """Read an entry that brings its own answer: ``{"prompt", "target", "axis"?}``."""
+def _detailed(value: Any, name: str, refuse: Any, *, open_ended: bool = False) -> Neighbor:
+    """Read an entry that brings its own answer: ``{"prompt", "target", "axis"?}``; ``open_ended`` ones may not."""
     if not isinstance(value, dict):
         raise refuse(f"every entry of {name!r} must be an object with 'prompt' and 'target', not {kind_of(value)}")
-    axis = value.get("axis")
-    texts = [_prompt(value.get(key), name, refuse) for key in ("prompt", "target")]
-    return Neighbor(texts[0], texts[1], None if axis is None else _prompt(axis, name, refuse))
+    target, axis = value.get("target"), value.get("axis")
+    return Neighbor(
+        _prompt(value.get("prompt"), name, refuse),
+        None if target is None and open_ended else _prompt(target, name, refuse),
+        None if axis is None else _prompt(axis, name, refuse),
+    )
 
 
 def _detailed_json(near: Neighbor) -> dict[str, Any]:
-    record = {"prompt": near.prompt, "target": near.target}
-    return record if near.axis is None else {**record, "axis": near.axis}
+    record = {"prompt": near.prompt, "target": near.target, "axis": near.axis}
+    return {key: value for key, value in record.items() if value is not None}

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from editcli.edits import EditRequest, from_record
+from editcli.edits import EditRequest, from_record, read_edits
 from editcli.errors import OptionError, RequestError
 from editcli.evaluation import Answer, Outcome, evaluate, harmonic, summarize
 from editcli.evaluation.scoring import Probe, score
 from editcli.models.architectures import resolve
-from editcli.models.loading import LoadedModel, ModelSource
+from editcli.models.loading import LoadedModel, ModelSource, open_model, resolve_model
 from editcli.models.tokens import Tokens
 from editcli.testing import tiny_model, tiny_tokenizer
 
 FAMILIES = ("llama", "gpt2", "gemma2", "granite", "olmo2")
 """A plain family, one with absolute positions, one that caps its logits, one that scales them, one with extra norms."""
+STREAM = Path(__file__).parents[1] / "sample_edits" / "stream.jsonl"
 
 PROBES = (
     Probe("The capital of France is", "Rome"),
@@ -185,6 +186,27 @@ def test_every_question_is_asked_of_the_model():
             if found_answer.rival is not None:
                 rival = plain(loaded, Probe(found_answer.prompt, found_answer.rival))[0]
                 assert found_answer.rival_logprob == pytest.approx(rival, abs=1e-5)
+
+
+def test_a_neighbor_whose_answer_is_the_new_one_has_no_rival():
+    near = [{"prompt": "The capital of Italy is", "target": "Rome"}, "The capital of Spain is"]
+    found = evaluate(tiny(), [request(target_true="Paris", neighborhood_prompts=near)])
+    first, second = found.outcomes[0].neighbors
+    assert first.success is None
+    assert found.specificity_success == float(bool(second.success))
+    # The greedy answer can be right or wrong all the same.
+    assert found.specificity_accuracy == (first.exact + second.exact) / 2
+
+
+def test_the_unedited_bundled_model_knows_no_edit_and_every_neighbor():
+    requests = read_edits(STREAM).requests
+    ties = [r for r in requests if any(near.target == r.target_new for near in r.neighborhood_prompts)]
+    chosen = [*ties, *(r for r in requests[::10] if r not in ties)]
+    assert len(ties) >= 5
+    found = evaluate(open_model(resolve_model(None), device="cpu"), chosen)
+    assert found.efficacy_success == found.efficacy_accuracy == 0
+    assert found.generalization_success == found.generalization_accuracy == 0
+    assert found.specificity_success == found.specificity_accuracy == 1
 
 
 def test_order_of_edits_changes_no_metric():

@@ -55,7 +55,10 @@ KNOWEDIT = {
         "Reasoning": {"prompt": ["The mayor of Lowmere was born in"], "ground_truth": [["Northpool", "North Pool"]]},
         "Subject_Aliasing": {"prompt": "The mayor of Low Mere is", "ground_truth": "Ines Vale"},
     },
-    "locality": {"Relation_Specificity": [{"prompt": "The river of Lowmere is", "ground_truth": [["Ash"]]}]},
+    "locality": {
+        "Relation_Specificity": [{"prompt": "The river of Lowmere is", "ground_truth": [["Ash"]]}],
+        "Forgetfulness": {"prompt": ["An earlier mayor of Lowmere is", "A park of Lowmere is"], "ground_truth": ["Bo"]},
+    },
 }
 MQUAKE = {
     "case_id": 6,
@@ -167,7 +170,12 @@ def test_knowedit(file: Any, formats: tuple[Format, ...]):
         ("Northpool", "reasoning"),
         ("Ines Vale", "subject_aliasing"),
     ]
-    assert [(near.target, near.axis) for near in request.locality] == [("Ash", "relation_specificity")]
+    assert [(near.target, near.axis) for near in request.locality] == [
+        ("Ash", "relation_specificity"),
+        ("Bo", "forgetfulness"),
+        # Nothing is known of it but that it must stay.
+        (None, "forgetfulness"),
+    ]
 
 
 def test_mquake_makes_several_edits_of_a_record(file: Any, formats: tuple[Format, ...]):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import editcli_formats
 from editcli.__main__ import main
-from editcli.edits import read_edits
+from editcli.edits import from_record, read_edits
 from editcli.errors import ModelError, OptionError
-from editcli.evaluation import evaluate
+from editcli.evaluation import baseline, evaluate
+from editcli.evaluation.generation import Generation
 from editcli.evaluation.measurement import EvalRecipe, measure, sample
-from editcli.models.loading import open_model, resolve_model
+from editcli.models.loading import bundled_folder, open_model, resolve_model
 from editcli.plugins import Plugins
+from editcli.report import Silent
 from editcli.testing import tiny_model_folder
 
 SUBJECTS = ("France", "Italy", "Spain", "Greece", "London", "Rome")
@@ -136,6 +140,52 @@ def test_bad_edits_stop_or_are_left_out(models: tuple[Path, Path], edits: str, c
     assert "edits.jsonl:7: " in capsys.readouterr().err
     assert main([*arguments, "--on-error", "skip"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rejected"]) == 1
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> str:
+    """The bundled model without what its first layers know."""
+    folder = Path(shutil.copytree(bundled_folder(), tmp_path / "damaged"))
+    tensors = load_file(folder / "model.safetensors")
+    for layer in (0, 1):
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_locality_without_an_answer_is_held_against_the_bases_own(
+    damaged: str, text: str, tmp_path: Path, plugins: Plugins
+):
+    path = tmp_path / "knowedit.jsonl"
+    record = {"prompt": "The capital of France is", "subject": "France", "target_new": "Tokyo"}
+    prompts = [{"prompt": "The capital of Japan is"}, {"prompt": "The capital of Spain is", "ground_truth": "Rome"}]
+    path.write_text(json.dumps({**record, "locality": {"Relation_Specificity": prompts}}))
+    own: dict[str, Any] = {"edits": str(path), "device": "cpu", "metrics": ("knowedit",)}
+    found = measure(EvalRecipe(model=damaged, base="bundled", text=text, **own), plugins)
+    first, second = found.evaluation.outcomes[0].locality
+    assert first.target.startswith("Tokyo")
+    assert first.axis == "relation_specificity"
+    assert second.target == "Rome"
+    # What the base says greedily is its own answer: all of it is right there, and not in a model that lost it.
+    assert found.base_evaluation is not None
+    assert found.base_evaluation.outcomes[0].locality[0].accuracy == 1
+    assert first.accuracy < 1
+    # Without a base there is nothing to hold it against.
+    alone = measure(EvalRecipe(model=damaged, **own), plugins)
+    assert [answer.target for answer in alone.evaluation.outcomes[0].locality] == ["Rome"]
+
+
+def test_a_base_answer_that_is_no_text_is_left_out_and_told(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
+    told: list[str] = []
+    reporter = Silent()
+    monkeypatch.setattr(reporter, "warn", told.append, raising=False)
+    loaded = open_model(resolve_model(models[0]), device="cpu")
+    monkeypatch.setattr(
+        baseline, "generate", lambda loaded, prompts, **rest: {p: Generation(p, " \n") for p in prompts}
+    )
+    edits = (from_record({**RECORDS[0], "locality": [{"prompt": "Ann lives in"}]}),)
+    assert baseline.answer_locality(loaded, edits, reporter=reporter) == edits
+    assert told == ["1 locality prompts left out: the base model's answer is no text"]
 
 
 @pytest.fixture

@@ -46,7 +46,15 @@ def refusal(record: Any) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("record", [EDIT, FULL, {**FULL, "id": None, "locality": None, "target_true": None}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        EDIT,
+        FULL,
+        {**FULL, "id": None, "locality": None, "target_true": None},
+        {**EDIT, "locality": [{"prompt": "Who wrote it?"}, {"prompt": "Where?", "target": None, "axis": "place"}]},
+    ],
+)
 def test_usable_edits_are_valid(record: dict[str, Any]):
     VALIDATOR.validate(record)
     assert refusal(record) is None

@@ -17,11 +17,15 @@ BASE_HELP = (
     "Measure the base as well, and what the edits cost in general ability. A run knows its base: a bare --base, after "
     "the arguments, is enough; else --base=MODEL."
 )
+HARNESS_HELP = (
+    "Run a task of lm-evaluation-harness as well, its name or YAML file, on the base too with --base; repeat it. EDITS "
+    "may then be left out."
+)
 
 
 @click.command(cls=Command)
 @click.argument("model", metavar="MODEL")
-@click.argument("edits", metavar="EDITS.jsonl")
+@click.argument("edits", metavar="[EDITS.jsonl]", required=False)
 @option("--base", is_flag=False, flag_value="own", env=False, metavar="[MODEL]", section="Measure", help=BASE_HELP)
 @option(
     "--metrics",
@@ -34,6 +38,25 @@ BASE_HELP = (
 )
 @option("--sample", type=COUNT, metavar="N", section="Measure", help="Measure N edits, drawn by --seed, not all.")
 @option("--text", metavar="FILE", section="Measure", help="Text for --base. [default: the bundled held-out text]")
+@option(
+    "--harness",
+    multiple=True,
+    env=False,
+    type=CommaSeparated(),
+    callback=split_commas,
+    metavar="TASK",
+    section="Measure",
+    help=HARNESS_HELP,
+)
+@option(
+    "--harness-include",
+    multiple=True,
+    env=False,
+    type=click.Path(exists=True, file_okay=False),
+    metavar="DIR",
+    section="Measure",
+    help="Folder with more tasks; repeat it. A task's file may bring code, which then runs.",
+)
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Measure", help="Random seed.")
 @reading_options
 @device_options
@@ -43,10 +66,12 @@ BASE_HELP = (
 @config_option
 @click.pass_obj
 def eval_(app: App, /, as_json: bool, **values: Any) -> None:
-    """Measure the edits of EDITS.jsonl on MODEL, a folder or hub id: nothing is changed.
+    """Measure the edits of EDITS.jsonl on MODEL, a folder, a hub id or 'bundled': nothing is changed.
 
     Every number stands under its protocol's name; one whose fields the file does not have is null.
     """
+    if values["edits"] is None and not (values["harness"] or values["base"]):
+        raise click.UsageError("give EDITS.jsonl, or what else to measure: --harness or --base")
     from editcli.evaluation.measurement import EvalRecipe, measure
 
     found = measure(EvalRecipe(**values), app.plugins, app.reporter)

@@ -225,8 +225,15 @@ def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
 
 
 def _neutral(group: str, prompts: Iterable[Neighbor], rival: str | None) -> list[Question]:
-    """Return the questions whose wanted answer is recorded with them; one without an answer cannot be scored."""
-    return [Question(group, near.prompt, near.target, rival, near.axis) for near in prompts if near.target is not None]
+    """Return the questions whose wanted answer is recorded with them; one without an answer cannot be scored.
+
+    Where the wanted answer happens to be the edit's new one, it has no rival that it could lose against.
+    """
+    return [
+        Question(group, near.prompt, near.target, None if near.target == rival else rival, near.axis)
+        for near in prompts
+        if near.target is not None
+    ]
 
 
 def _outcome(

@@ -122,6 +122,8 @@ def _doubts(request: EditRequest, encoded: Encoded, tokens: Tokens) -> Iterator[
         yield f"the subject's last token {lookup!r} reaches beyond the subject into the text after it"
     if request.target_true is None and any(near.target is None for near in request.neighborhood_prompts):
         yield "neighborhood_prompts without an answer are not measured; add target_true, or a target to each"
+    if any(near.target is None for near in request.locality):
+        yield "locality without an answer is measured against the base model's own, by 'eval --base' alone"
     if any(request.subject in near.prompt for near in request.neighborhood_prompts):
         yield "a neighborhood prompt is about the edited subject itself, where the answer may well change"
     for name in request.extra.keys() - set(FIELDS):

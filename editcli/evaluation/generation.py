@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,17 @@ def generate(
     top_k: int = TOP_K,
     seed: int = 0,
     batch_tokens: int = 8192,
+    to_end: bool = False,
     reporter: Reporter | None = None,
 ) -> dict[str, Generation]:
-    """Continue each prompt by ``tokens`` tokens, or as many as the context holds; ``top_k=1`` is greedy."""
+    """Continue each prompt by ``tokens`` tokens, or as many as the context holds; ``top_k=1`` is greedy.
+
+    With ``to_end`` a text stops where the model ends it; else it goes on, as where fluency is measured.
+    """
     unique = list(dict.fromkeys(prompts))
     rows = loaded.tokens.encode([Text(prompt, None, None) for prompt in unique])
     written: dict[str, Generation] = {}
+    end = loaded.tokens.tokenizer.eos_token_id
     with (reporter or Silent()).phase("Generating", len(unique), "texts") as advance:
         for batch in _same_length(rows, max(1, batch_tokens // (tokens + 1))):
             names = [unique[index] for index in batch]
@@ -61,7 +67,8 @@ def generate(
             count = min(tokens, (loaded.tokens.max_length or math.inf) - len(rows[batch[0]].ids))
             ids = _continue(loaded, [rows[index].ids for index in batch], sources, top_k=top_k, count=int(count))
             for prompt, row in zip(names, ids.tolist(), strict=True):
-                written[prompt] = Generation(prompt, loaded.tokens.decode(row))
+                kept = list(takewhile(lambda token: token != end, row)) if to_end else row
+                written[prompt] = Generation(prompt, loaded.tokens.decode(kept))
             advance(len(batch))
     return written
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editcli.edits import EditRequest, read_edits
+from editcli.edits import EditFile, EditRequest, read_edits
 from editcli.errors import ModelError, OptionError
 from editcli.evaluation import Evaluation, evaluate
 from editcli.evaluation.ability import Drift, general_drift
+from editcli.evaluation.baseline import answer_locality
+from editcli.evaluation.harness import HarnessResult, require_harness, run_harness
 from editcli.formats import load_formats
 from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
 from editcli.report import Reporter, Silent
@@ -30,7 +32,8 @@ class EvalRecipe:
     """Everything that decides what ``eval`` measures; raises :class:`OptionError` when it makes no sense."""
 
     model: str
-    edits: str
+    edits: str | None = None
+    """None measures the harness's tasks and the drift alone."""
     base: str | None = None
     """A folder, a hub id, or :data:`OWN_BASE`; adds the base's metrics and the drift of general ability."""
     metrics: tuple[str, ...] = ()
@@ -40,6 +43,10 @@ class EvalRecipe:
     limit: int | None = None
     text: str | None = None
     """Text file for the drift; default: the bundled held-out text."""
+    harness: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness."""
+    harness_include: tuple[str, ...] = ()
+    """Folders with more of its tasks."""
     out: str | None = None
     """JSONL file for the raw numbers of every edit."""
     on_error: str = "stop"
@@ -51,6 +58,8 @@ class EvalRecipe:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.harness_include and not self.harness:
+            raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
         if self.text is not None and self.base is None:
             raise OptionError("--text is what --base is measured on; pass both")
         if self.out is not None and not Path(self.out).absolute().parent.is_dir():
@@ -62,11 +71,13 @@ class Measurement:
     """What ``eval`` found."""
 
     model: str
-    edits_file: str
+    edits_file: str | None
     edits: int
     evaluation: Evaluation
+    harness: HarnessResult | None = None
     base: str | None = None
     base_evaluation: Evaluation | None = None
+    base_harness: HarnessResult | None = None
     drift: Drift | None = None
     warnings: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
@@ -79,18 +90,22 @@ class Measurement:
             "edits": self.edits,
             "rejected": list(self.rejected),
             **self.evaluation.to_json(),
-            "base": None
-            if self.base is None or self.base_evaluation is None
-            else {"model": self.base, **self.base_evaluation.to_json()},
+            "harness": None if self.harness is None else self.harness.to_json(),
+            "base": None if self.base_evaluation is None else self._base_json(self.base_evaluation),
             "drift": None if self.drift is None else self.drift.to_json(),
         }
+
+    def _base_json(self, evaluation: Evaluation) -> dict[str, Any]:
+        harness = None if self.base_harness is None else self.base_harness.to_json()
+        return {"model": self.base, **evaluation.to_json(), "harness": harness}
 
 
 def measure(recipe: EvalRecipe, plugins: Plugins, reporter: Reporter | None = None) -> Measurement:
     """Run ``recipe``; raises an :class:`~editcli.errors.EditError` in one sentence."""
     reporter = reporter or Silent()
-    skip = recipe.on_error == "skip"
-    file = read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
+    if recipe.harness:
+        require_harness()
+    file = _read(recipe, plugins)
     for text in (*file.warnings, *(f"left out: {error}" for error in file.rejected)):
         reporter.warn(text)
     requests = sample(file.requests, recipe.sample, seed=recipe.seed)
@@ -99,17 +114,21 @@ def measure(recipe: EvalRecipe, plugins: Plugins, reporter: Reporter | None = No
     texts = list(_texts(recipe)) if base_source is not None else []
     families = tuple(family for _, family in plugins.brought("editcli_architectures"))
     loaded = _open(source, recipe, families)
+    base = None if base_source is None else _open(base_source, recipe, families)
+    if base is not None:
+        requests = answer_locality(base, requests, reporter=reporter)
     evaluation = _evaluate(loaded, requests, recipe, reporter)
     if recipe.out is not None:
         _write_raw(Path(recipe.out), evaluation)
-    base = None if base_source is None else _open(base_source, recipe, families)
     return Measurement(
         model=source.name,
-        edits_file=file.source,
+        edits_file=None if recipe.edits is None else file.source,
         edits=len(requests),
         evaluation=evaluation,
+        harness=_harness(loaded, recipe, reporter),
         base=None if base_source is None else base_source.name,
         base_evaluation=None if base is None else _evaluate(base, requests, recipe, reporter),
+        base_harness=None if base is None else _harness(base, recipe, reporter),
         drift=None if base is None else general_drift(loaded, base, texts, reporter=reporter),
         rejected=tuple(str(error) for error in file.rejected),
     )
@@ -121,6 +140,21 @@ def sample(requests: Sequence[EditRequest], count: int | None, *, seed: int) -> 
         return tuple(requests)
     chosen = random.Random(seed).sample(range(len(requests)), count)
     return tuple(requests[index] for index in sorted(chosen))
+
+
+def _read(recipe: EvalRecipe, plugins: Plugins) -> EditFile:
+    if recipe.edits is None:
+        return EditFile("", "", (), (), ())
+    skip = recipe.on_error == "skip"
+    return read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
+
+
+def _harness(loaded: LoadedModel, recipe: EvalRecipe, reporter: Reporter) -> HarnessResult | None:
+    if not recipe.harness:
+        return None
+    # It draws progress of its own.
+    reporter.note(f"lm-evaluation-harness on {loaded.source.name}: {', '.join(recipe.harness)}")
+    return run_harness(loaded, recipe.harness, include=recipe.harness_include, seed=recipe.seed)
 
 
 def _evaluate(

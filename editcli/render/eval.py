@@ -12,6 +12,7 @@ from rich.text import Text
 
 from editcli.evaluation import Evaluation
 from editcli.evaluation.checking import CheckedEdit, CheckReport
+from editcli.evaluation.harness import HarnessResult
 from editcli.evaluation.measurement import Measurement
 
 _FLAT = (
@@ -33,12 +34,31 @@ def evaluation_table(found: Measurement) -> RenderableType:
         table.add_column("base", justify="right")
     table.add_column("model", justify="right")
     table.add_column("over", justify="right", style="dim")
-    base = dict(metric_rows(found.base_evaluation)) if found.base_evaluation is not None else None
-    for name, value in metric_rows(found.evaluation):
-        cells = [] if base is None else [_number(base.get(name))]
-        table.add_row(name, *cells, _number(value), _over(name, found.evaluation.counts))
-    title = Text(f"{found.edits:,} edits of {found.edits_file} on {found.model}", style="bold")
-    return Group(title, table, *_drift_lines(found), Text(_LEGEND, style="dim"))
+    base = None if found.base_evaluation is None else _rows(found.base_evaluation, found.base_harness)
+    for name, (value, over) in _rows(found.evaluation, found.harness).items():
+        cells = [] if base is None else [_number(base[name][0] if name in base else None)]
+        table.add_row(name, *cells, _number(value), over)
+    title = f"{found.edits:,} edits of {found.edits_file} on {found.model}" if found.edits_file else found.model
+    shown = [table] if table.row_count else []
+    return Group(Text(title, style="bold"), *shown, *_drift_lines(found), *_legends(found))
+
+
+def _rows(evaluation: Evaluation, harness: HarnessResult | None) -> dict[str, tuple[float | None, str]]:
+    """Return every figure by its name, with how many prompts or documents it was measured on."""
+    counts = evaluation.counts
+    rows = {name: (value, _over(name, counts)) for name, value in metric_rows(evaluation)} if counts["edits"] else {}
+    if harness is not None:
+        for task, figures in harness.tasks.items():
+            over = f"{harness.samples[task]:,}" if task in harness.samples else ""
+            rows |= {f"{task} {name}": (value, over) for name, value in figures.items()}
+    return rows
+
+
+def _legends(found: Measurement) -> Iterator[Text]:
+    if found.edits:
+        yield Text(_LEGEND, style="dim")
+    if found.harness is not None:
+        yield Text(f"tasks and their metrics: lm-evaluation-harness {found.harness.version}", style="dim")
 
 
 def metric_rows(evaluation: Evaluation) -> Iterator[tuple[str, float | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 
@@ -31,14 +32,20 @@ def texts(value: Any) -> list[str]:
     return [item for item in items if isinstance(item, str) and item.strip()]
 
 
-def answered(prompts: Any, answers: Any, axis: str | None = None) -> Iterator[dict[str, str]]:
-    """Yield ``{"prompt", "target"}`` for each prompt that has an answer, where both may be one text or a list."""
+def answered(
+    prompts: Any, answers: Any, axis: str | None = None, *, unanswered: bool = False
+) -> Iterator[dict[str, str]]:
+    """Yield ``{"prompt", "target"}`` for each prompt that has an answer, where both may be one text or a list.
+
+    With ``unanswered`` a prompt without an answer is yielded too, without a target.
+    """
     questions = prompts if isinstance(prompts, list) else [prompts]
     known = answers if isinstance(prompts, list) and isinstance(answers, list) else [answers]
-    for question, answer in zip(questions, known, strict=False):
+    pairs = zip_longest(questions, known) if unanswered else zip(questions, known, strict=False)
+    for question, answer in pairs:
         target = first_text(answer)
-        if isinstance(question, str) and question.strip() and target is not None:
-            yield {"prompt": question, "target": target} | ({} if axis is None else {"axis": axis})
+        if isinstance(question, str) and question.strip() and (target is not None or unanswered):
+            yield filled({"prompt": question, "target": target, "axis": axis})
 
 
 def place(prompt: str, subject: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ _USED = ("id", "case_id", "prompt", "subject", "target_new", "ground_truth", "re
 class KnowEdit(Format):
     """KnowEdit (wiki_recent, wiki_counterfact, zsRE): locality and portability as objects of named axes.
 
-    Of several accepted answers the first is taken.
+    Of several accepted answers the first is taken. Locality without an answer is kept: the base model's own counts.
     """
 
     name = "knowedit"
@@ -27,13 +27,16 @@ class KnowEdit(Format):
 
     def read(self, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         flat = read_flat({"rephrase_prompt": record.get("rephrase"), **record})
-        axes = {name: list(_axes(record.get(name))) for name in ("locality", "portability")}
+        axes = {
+            "locality": list(_axes(record.get("locality"), unanswered=True)),
+            "portability": list(_axes(record.get("portability"))),
+        }
         yield filled({**flat, **axes, **rest(record, (*_USED, *axes))})
 
 
-def _axes(groups: Any) -> Iterator[dict[str, str]]:
-    """Yield the answered prompts of every axis, which is one object of lists or a list of objects."""
+def _axes(groups: Any, *, unanswered: bool = False) -> Iterator[dict[str, str]]:
+    """Yield the prompts of every axis, which is one object of lists or a list of objects."""
     for axis, group in groups.items() if isinstance(groups, Mapping) else ():
         for part in group if isinstance(group, list) else [group]:
             if isinstance(part, Mapping) and texts(part.get("prompt")):
-                yield from answered(part["prompt"], part.get("ground_truth"), axis.lower())
+                yield from answered(part["prompt"], part.get("ground_truth"), axis.lower(), unanswered=unanswered)

@@ -1,0 +1,127 @@
+"""General ability on established benchmarks: lm-evaluation-harness on a loaded model.
+
+A thin layer: tasks, metrics and their names are the harness's own, so figures can be laid beside anybody's. It is an
+extra, ``editcli[harness]``. A task's YAML file may bring code of its own, which then runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editcli.errors import OptionError
+
+if TYPE_CHECKING:
+    from editcli.models.loading import LoadedModel
+
+BATCH = 8
+"""Requests that go through the model together."""
+_DESCRIPTIONS = ("alias", "name", "sample_len", "sample_count")
+"""What the harness keeps among a task's metrics and is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class HarnessResult:
+    """What lm-evaluation-harness found, under its own names."""
+
+    version: str
+    """Of lm-evaluation-harness; its tasks change between versions."""
+    tasks: Mapping[str, Mapping[str, float | None]]
+    """``{task: {"acc,none": 0.5, "acc_stderr,none": 0.1}}``; None for what the harness could not compute."""
+    samples: Mapping[str, int]
+    """How many documents of each task were asked."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as a JSON object."""
+        return asdict(self)
+
+
+def require_harness() -> None:
+    """Raise :class:`OptionError` when lm-evaluation-harness is not installed."""
+    try:
+        import lm_eval.models.huggingface  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        hint = "install it with: pip install 'editcli[harness]'"
+        raise OptionError(f"--harness needs lm-evaluation-harness ({error}); {hint}") from error
+
+
+def run_harness(
+    loaded: LoadedModel, tasks: Sequence[str], *, include: Sequence[str] = (), seed: int = 0
+) -> HarnessResult:
+    """Run ``tasks`` on a model in memory; each is a name, a pattern such as ``mmlu_*``, or a task's YAML file.
+
+    ``include`` names folders with more tasks. Raises :class:`OptionError` for a task that is not known or whose data
+    cannot be read.
+    """
+    require_harness()
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models import huggingface  # pyright: ignore[reportMissingImports]
+
+    # Typed less strictly than they are: their signatures differ between versions.
+    wrap: Any = huggingface.HFLM
+    simple_evaluate: Any = lm_eval.simple_evaluate
+    manager, names = _find(tasks, include)
+    tokens = loaded.tokens
+    model = wrap(pretrained=loaded.model, tokenizer=tokens.tokenizer, max_length=tokens.max_length, batch_size=BATCH)
+    try:
+        # Tasks and metrics may write to stdout, where our own JSON goes.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = simple_evaluate(
+                model,
+                tasks=names,
+                task_manager=manager,
+                log_samples=False,
+                apply_chat_template=loaded.tokens.chat_template,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+    except OSError as error:
+        raise OptionError(f"the data of {', '.join(names)} cannot be read: {error}") from error
+    return _result(found, lm_eval.__version__)
+
+
+def _find(tasks: Sequence[str], include: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return a task manager and the tasks' names in it; raise :class:`OptionError` for one that it does not know."""
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    # Reading the harness's own thousands of tasks takes a while, so it waits until one of them is asked for.
+    for everything in (False, True):
+        manager = TaskManager(include_path=list(include) or None, include_defaults=everything)
+        found = [_matching(manager, wanted) for wanted in tasks]
+        if all(found):
+            return manager, [name for names in found for name in names]
+    wanted = next(wanted for wanted, names in zip(tasks, found, strict=True) if not names)
+    raise OptionError(f"lm-evaluation-harness knows no task {wanted!r}; {_hint(wanted, manager)}")
+
+
+def _matching(manager: Any, wanted: str) -> list[str]:
+    if Path(wanted).suffix not in (".yaml", ".yml"):
+        return sorted(manager.match_tasks([wanted]))
+    if not Path(wanted).is_file():
+        raise OptionError(f"there is no task file {wanted}")
+    return [wanted]
+
+
+def _hint(wanted: str, manager: Any) -> str:
+    close = difflib.get_close_matches(wanted, manager.task_index, n=1)
+    return f"did you mean {close[0]!r}?" if close else "pass the folder of its YAML file with --harness-include"
+
+
+def _result(found: Mapping[str, Any], version: str) -> HarnessResult:
+    tasks = {
+        str(task): {name: _number(value) for name, value in figures.items() if name.strip() not in _DESCRIPTIONS}
+        for task, figures in found["results"].items()
+    }
+    samples = {str(task): int(counts["effective"]) for task, counts in found["n-samples"].items()}
+    return HarnessResult(version, tasks, samples)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
