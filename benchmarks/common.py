@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from editcli.edits import EditRequest, from_record
-from editcli.models.architectures import resolve
 from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, load_tokens, open_model, resolve_model
+from editcli.runs.memory import hold
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "gpt2-124m": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
@@ -57,8 +57,9 @@ def random_model(shape: str, *, device: str = "cpu", dtype: torch.dtype = torch.
     finally:
         torch.set_default_dtype(before)
     model.eval().requires_grad_(False)
-    source = ModelSource(shape, bundled_folder())
-    return LoadedModel(model, load_tokens(source, config), resolve(model), source)
+    tokens = load_tokens(ModelSource(shape, bundled_folder()), config)
+    # The model lies in no folder, so its weights as they are now are the baseline.
+    return hold(model, tokens.tokenizer)
 
 
 def bundled(device: str = "cpu") -> LoadedModel:

@@ -183,12 +183,14 @@ def _decompose(matrix: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, 
     tall = matrix.shape[0] >= matrix.shape[1]
     gram = matrix.T @ matrix if tall else matrix @ matrix.T
     squares, basis = torch.linalg.eigh(gram)
-    if not len(squares) or squares[0] <= _GRAM_LIMIT * squares[-1]:
+    safe = len(squares) > 0 and bool(squares[0] > _GRAM_LIMIT * squares[-1])
+    values = squares.sqrt().flip(0) if safe else torch.linalg.svdvals(matrix)
+    wanted = count(values)
+    # Squaring costs the small values and their vectors their digits, and the leading ones nothing.
+    if not safe and (wanted == 0 or values[wanted - 1] ** 2 <= _GRAM_LIMIT * values[0] ** 2):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        wanted = count(values)
         return values, left[:, :wanted], right.T[:, :wanted]
-    values = squares.sqrt().flip(0)
-    small = basis.flip(1)[:, : count(values)]
+    small = basis.flip(1)[:, :wanted]
     large = (matrix if tall else matrix.T) @ small / values[: small.shape[1]]
     return (values, large, small) if tall else (values, small, large)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from editcli.editing.leastsquares import InverseGram, invert, ridge, working_dtype
+from editcli.editing.leastsquares import InverseGram, invert, ridge, symmetrise, working_dtype
 from editcli.errors import NumericalError
 from editcli.report import Silent
 
@@ -47,6 +47,14 @@ def test_solve_and_downdate_equal_explicit_inverses(d_out, d_in, n, seed):
     after = memory.downdated(keys).matrix
     torch.testing.assert_close(after, torch.linalg.inv(gram + keys @ keys.T), rtol=1e-8, atol=1e-8)
     assert torch.equal(after, after.T)
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 64])
+def test_symmetrising_in_place_equals_the_mean_with_the_transpose(block):
+    matrix = random(7, 7)
+    expected = (matrix + matrix.T) / 2
+    assert torch.equal(symmetrise(matrix, block=block), expected)
+    assert torch.equal(matrix, expected)
 
 
 def test_a_downdate_leaves_the_earlier_memory_as_it_was():

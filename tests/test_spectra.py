@@ -59,6 +59,20 @@ def test_the_kept_vectors_are_singular_vectors(shape):
     torch.testing.assert_close(found.left.T @ found.left, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)])
+def test_a_few_leading_vectors_need_no_full_decomposition(shape, monkeypatch):
+    """However ill-conditioned the rest is: what is wanted of it are its values alone."""
+    weight = low_rank(shape, 20)
+    left, sigma, right = torch.linalg.svd(weight, full_matrices=False)
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: pytest.fail("everything was decomposed"))
+    found = spectra.spectrum(weight, tau=0.6)
+    count = found.left.shape[1]
+    assert 1 < count == found.k(0.6) < 20
+    torch.testing.assert_close(found.values, sigma, rtol=1e-9, atol=1e-12)
+    for kept, exact in ((found.left, left[:, :count]), (found.right, right.T[:, :count])):
+        torch.testing.assert_close(kept @ kept.T, exact @ exact.T, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_norms_of_a_low_precision_weight_are_accumulated_in_double(dtype):
     weight, other = matrix((300, 500), 0, dtype), matrix((300, 500), 1, dtype)

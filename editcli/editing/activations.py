@@ -8,8 +8,8 @@ ids, and :meth:`Activations.forget` drops what a written weight has changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ from editcli.report import Reporter
 
 KEPT_BATCHES = 2
 """Lists of texts whose hidden states are kept: a batch's bare prompts and its prefixed ones."""
+CPU_TOKENS = 1024
+"""Most tokens of one pass on a CPU: what does not fit its caches is slower, whatever the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Tap:
 
     module: nn.Module
     output: bool
+    within: nn.Module | None = None
+    """A module that treats every token alike: of what enters it, only the rows' last tokens go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,9 @@ class Activations:
     """Reads modules of one model; ``batch_tokens`` limits the padded tokens of one pass."""
 
     def __init__(self, loaded: LoadedModel, *, batch_tokens: int, reporter: Reporter):
-        self.loaded, self.batch_tokens, self.reporter = loaded, batch_tokens, reporter
+        self.loaded, self.reporter = loaded, reporter
+        on_cpu = loaded.input_device.type == torch.device("cpu").type
+        self.batch_tokens = min(batch_tokens, CPU_TOKENS) if on_cpu else batch_tokens
         self._kept: dict[tuple[tuple[int, ...], ...], list[_Part]] = {}
 
     def read(self, rows: Sequence[Encoded], layer: int, taps: Sequence[Tap]) -> list[Tensor]:
@@ -109,12 +115,9 @@ class Activations:
     def _pass(self, part: _Part, layer: int, taps: Sequence[Tap]) -> list[Tensor]:
         seen: dict[int, Tensor] = {}
 
-        def show(number: int, output: bool) -> Any:
+        def show(number: int, tap: Tap) -> Any:
             def see(owner: Any, entered: Tensor, produced: Any) -> None:
-                hidden = first(produced) if output else entered
-                # Some families flatten (rows, tokens) inside their MLP; the order is the same either way.
-                hidden = hidden.reshape(*part.ids.shape, hidden.shape[-1])
-                seen[number] = hidden[positions(part.ends, hidden.device)].float()
+                seen[number] = _at_ends(first(produced) if tap.output else entered, part).float()
 
             return see
 
@@ -128,7 +131,9 @@ class Activations:
                 stack.enter_context(tapped(self.loaded.architecture.block(layer - 1), keep))
             for number, tap in enumerate(taps):
                 stop = number == len(taps) - 1
-                stack.enter_context(tapped(tap.module, show(number, tap.output), stop=stop))
+                stack.enter_context(tapped(tap.module, show(number, tap), stop=stop))
+                if tap.within is not None:
+                    stack.enter_context(_narrowed(tap.within, part))
             run(self.loaded.model, part.ids)
         return [seen[number] for number in range(len(taps))]
 
@@ -143,3 +148,27 @@ class Activations:
             stack.enter_context(through)
         last = replaced_forward(architecture.block(start - 1), lambda *a, **k: with_first(kept, first(kept).clone()))
         stack.enter_context(last)
+
+
+def _at_ends(hidden: Tensor, part: _Part) -> Tensor:
+    """Return hidden states at each row's last token, (rows, features)."""
+    if hidden.numel() == len(part.ends) * hidden.shape[-1]:
+        return hidden.reshape(len(part.ends), -1)
+    # Some families flatten (rows, tokens) inside their MLP; the order is the same either way.
+    return hidden.reshape(*part.ids.shape, -1)[positions(part.ends, hidden.device)]
+
+
+@contextmanager
+def _narrowed(module: nn.Module, part: _Part) -> Iterator[None]:
+    """Let only each row's last token into a module; one that is called in an unusual way gets everything."""
+
+    def narrow(owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].shape[:-1] != part.ids.shape:
+            return None
+        return (_at_ends(args[0], part).unsqueeze(1), *args[1:])
+
+    handle = module.register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()

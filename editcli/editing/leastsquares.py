@@ -67,7 +67,7 @@ class InverseGram:
         factor = self._factor(keys, image)
         # With S = L L^T the step is C - (C K L^-T)(C K L^-T)^T, symmetric by construction.
         root = torch.linalg.solve_triangular(factor, image.T.to("cpu", torch.float64), upper=False).T.to(self.matrix)
-        matrix = symmetric(torch.addmm(self.matrix, root, root.T, alpha=-1.0))
+        matrix = symmetrise(torch.addmm(self.matrix, root, root.T, alpha=-1.0))
         slack = torch.finfo(matrix.dtype).eps * matrix.shape[0] ** 0.5 * self.matrix.diagonal()
         if not bool((matrix.diagonal() >= -slack).all()):
             raise NumericalError("the memory of past edits lost definiteness", site=self.site, condition=float("inf"))
@@ -147,7 +147,9 @@ def invert(gram: Tensor, *, site: str, reporter: Reporter, ridge: float = 0.0) -
     if bool(silent.any()):
         count = int(silent.sum())
         reporter.note(f"{site}: {count} of {len(silent)} inputs never fired on the reference text and stay untouched")
-    return symmetric(torch.cholesky_inverse(factor) * scale[:, None] * scale)
+    inverse = symmetrise(torch.cholesky_inverse(factor).mul_(scale[:, None]).mul_(scale))
+    # LAPACK fills columns; the transpose is the same matrix in rows, as everything else here is.
+    return inverse if inverse.is_contiguous() else inverse.T
 
 
 def eigh(matrix: Tensor, *, site: str) -> tuple[Tensor, Tensor]:
@@ -167,6 +169,19 @@ def condition(matrix: Tensor) -> float:
 def symmetric(matrix: Tensor) -> Tensor:
     """Return (M + M^T) / 2, which rounding cannot make asymmetric."""
     return (matrix + matrix.T) / 2
+
+
+def symmetrise(matrix: Tensor, *, block: int = 1024) -> Tensor:
+    """Replace a matrix by :func:`symmetric` of it, in place and block by block: at this size a copy is gigabytes."""
+    size = matrix.shape[0]
+    for row in range(0, size, block):
+        for column in range(row, size, block):
+            upper = matrix[row : row + block, column : column + block]
+            lower = matrix[column : column + block, row : row + block]
+            mean = (upper + lower.T) / 2
+            upper.copy_(mean)
+            lower.copy_(mean.T)
+    return matrix
 
 
 def working_dtype(device: torch.device) -> torch.dtype:

@@ -155,7 +155,8 @@ class ModelSession:
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
         """Return K, (d_in, n): mean of the bare prompt's key and the mean key of the prefixed prompts."""
-        tap = Tap(self._projection(site), output=False)
+        mlp, projection = self.loaded.architecture.mlp(site.layer), self._projection(site)
+        tap = Tap(projection, output=False, within=None if mlp is projection else mlp)
         (keys,) = self._activations.read(self._lookup_rows(requests, ("",)), site.layer, [tap])
         if self.prefixes:
             (prefixed,) = self._activations.read(self._lookup_rows(requests, self.prefixes), site.layer, [tap])
