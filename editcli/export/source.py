@@ -14,6 +14,7 @@ from editcli.models.checkpoint import Checkpoint
 from editcli.models.loading import ModelSource, load_config, resolve_model
 from editcli.report import Reporter
 from editcli.runs.apply import DONE, STOPPED
+from editcli.runs.files import tensor_digest
 from editcli.runs.history import History, read_history
 from editcli.runs.output import same_bytes
 
@@ -92,7 +93,9 @@ def open_run(path: str) -> FinishedRun:
     provenance, recipe = (history.record.get(key) or {} for key in ("provenance", "recipe"))
     if not (provenance.get("base") or {}).get("name") or "edits" not in recipe:
         raise StateError(f"{history.folder.record} does not say how the run was made; restore it from a backup")
-    return FinishedRun(path, history)
+    run = FinishedRun(path, history)
+    _refuse_other_weights(run)
+    return run
 
 
 def with_base(
@@ -118,6 +121,16 @@ def with_base(
     changed = tuple(_changed(before, run.after, reporter))
     _refuse_foreign(run, before, architecture, changed)
     return Edited(run, source, changed, architecture)
+
+
+def _refuse_other_weights(run: FinishedRun) -> None:
+    """Raise :class:`StateError` when an edited tensor is not the one that the run wrote."""
+    for name, digest in (run.record["provenance"].get("weights") or {}).items():
+        if name not in run.after.entries or tensor_digest(run.after.read(name)) != digest:
+            raise StateError(
+                f"{name} in {run.path} is not what the run wrote: the folder was changed since; restore it, or publish "
+                "it as it stands"
+            )
 
 
 def _find(run: FinishedRun, base: str | None) -> ModelSource:

@@ -86,6 +86,15 @@ def test_a_folder_that_was_changed_since_is_refused(run: Path, make: Callable[..
         make(run, "patch")
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_edited_tensor_that_was_changed_since_is_refused(run: Path, make: Callable[..., Any], form: str) -> None:
+    tensors = load_file(run / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] += 1
+    save_file(tensors, run / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StateError, match="is not what the run wrote"):
+        make(run, form)
+
+
 def test_a_run_that_goes_on_meanwhile_is_not_exported(
     run: Path, make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
