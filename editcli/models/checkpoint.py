@@ -7,7 +7,9 @@ tensors that changed: for that the byte range of each tensor is needed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,10 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from editcli.errors import ModelError
+from editcli.lines import no_constant
+from editcli.printable import shorten
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20
+_MAX_DIMENSIONS = 64
 CHUNK = 1 << 18
 """Bytes read at a time: larger pieces get fresh memory from the system each time, which costs more than reading."""
 
@@ -75,6 +80,7 @@ class Checkpoint:
         if (self.folder / INDEX).is_file():
             return _shards(self.folder)
         if (self.folder / SINGLE).is_file():
+            _refuse_strange(self.folder / SINGLE)
             return (SINGLE,)
         if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):
             raise ModelError(
@@ -157,6 +163,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     for name, fields in header.items():
         if name != "__metadata__":
             entries[name] = _entry(path, name, fields, base, size)
+    _refuse_overlaps(path, entries.values())
     return entries
 
 
@@ -168,13 +175,18 @@ def read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_MAX_HEADER, size - 8):
                 raise ModelError(f"{path} is damaged: its header claims {length:,} bytes; download or copy it again")
-            header = json.loads(file.read(length))
+            # As text, because bytes in UTF-16 would be taken too, which nobody else who reads the file does.
+            text = file.read(length).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=no_constant)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
     except (struct.error, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not a safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path} is not a safetensors file: its header is no object")
+    metadata = header.get("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise ModelError(f"{path} is not a safetensors file: its metadata are not texts")
     return header, 8 + length, size
 
 
@@ -196,14 +208,54 @@ def _feed(digest: Any, file: Any, remaining: int | None) -> None:
 
 
 def _entry(path: Path, name: str, fields: Any, base: int, size: int) -> TensorEntry:
+    damaged = f"{path} is damaged: the header entry of {shorten(repr(name))}"
     try:
-        start, stop = (base + int(offset) for offset in fields["data_offsets"])
-        entry = TensorEntry(name, path.name, str(fields["dtype"]), tuple(map(int, fields["shape"])), start, stop)
+        start, stop = (base + _whole(offset) for offset in fields["data_offsets"])
+        shape = tuple(_whole(length) for length in fields["shape"])
+        entry = TensorEntry(name, path.name, str(fields["dtype"]), shape, start, stop)
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{path} is damaged: the header entry of {name!r} cannot be read") from error
+        raise ModelError(f"{damaged} cannot be read; copy the file again") from error
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ModelError(f"{damaged} has {len(shape):,} dimensions; copy the file again")
     if not base <= entry.start <= entry.stop <= size:
-        raise ModelError(f"{path} is truncated: {name} should end at byte {entry.stop:,} of {size:,}; copy it again")
+        raise ModelError(f"{path} is truncated: {shorten(name)} lies beyond its {size:,} bytes; copy it again")
+    known = DTYPES.get(entry.dtype)
+    if known is not None and math.prod(shape) * known.itemsize != stop - start:
+        raise ModelError(f"{damaged} gives it a shape that its bytes do not fill; copy the file again")
     return entry
+
+
+def _whole(value: Any) -> int:
+    """Return a whole number that is not negative; a text or a fraction would be one only to Python."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{shorten(repr(value))} is not a size")
+    return value
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; a name that is there twice would mean one tensor to us and another to the next reader."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is in its header twice")
+    return found
+
+
+def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
+    """Raise where two tensors share bytes: editing one would change the other."""
+    ordered = sorted((entry for entry in entries if entry.stop > entry.start), key=lambda entry: entry.start)
+    for one, other in itertools.pairwise(ordered):
+        if other.start < one.stop:
+            names = f"{shorten(one.name)} and {shorten(other.name)}"
+            raise ModelError(f"{path} is damaged: {names} share bytes; copy the file again")
+
+
+def is_own(path: Path) -> bool:
+    """Tell whether a file of a model folder lies in it, or where the hub's cache keeps what its snapshots link to."""
+    folder, real = path.parent.resolve(), path.resolve()
+    places = [folder]
+    if folder.parent.name == "snapshots":
+        places.append(folder.parent.parent / "blobs")
+    return any(real.is_relative_to(place) for place in places)
 
 
 def _shards(folder: Path) -> tuple[str, ...]:
@@ -211,12 +263,19 @@ def _shards(folder: Path) -> tuple[str, ...]:
     try:
         weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not a usable shard index: {error}") from error
     for name in names:
         # A shard named ../../x would make us read, and later write, outside the folder.
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise ModelError(f"{path} names the shard {name!r}, which is not a plain file name; refused")
+            raise ModelError(f"{path} names the shard {shorten(repr(name))}, which is not a plain file name; refused")
         if not (folder / name).is_file():
             raise ModelError(f"{folder} lacks the shard {name} that its index names; download it again")
+        _refuse_strange(folder / name)
     return tuple(names)
+
+
+def _refuse_strange(path: Path) -> None:
+    """Refuse a link out of the folder to something that does not even call itself weights."""
+    if not is_own(path) and path.resolve().suffix != ".safetensors":
+        raise ModelError(f"{path} is a link to {path.resolve()}, which is not a safetensors file; refused")

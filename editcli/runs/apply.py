@@ -386,9 +386,10 @@ def _remove_old(folder: RunFolder) -> None:
     """Remove an old run's files, its state last; the lock stays, since this process holds it."""
     state = (folder.lock, folder.state, folder.journal, folder.record)
     for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
-        if path.is_dir() and path != folder.folder:
+        # A link is removed itself; what it leads to is not the run's.
+        if path.is_dir() and not path.is_symlink() and path != folder.folder:
             shutil.rmtree(path)
-        elif path.is_file() and path not in state:
+        elif (path.is_file() or path.is_symlink()) and path not in state:
             path.unlink()
     for path in (folder.record, folder.state, folder.journal):
         path.unlink(missing_ok=True)

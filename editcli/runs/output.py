@@ -17,7 +17,7 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.interfaces import Site
-from editcli.models.checkpoint import CHUNK, Checkpoint, TensorEntry, read_raw_header
+from editcli.models.checkpoint import CHUNK, Checkpoint, TensorEntry, is_own, read_raw_header
 from editcli.runs.files import atomic, copy_file, copy_into, tensor_bytes, write_safetensors
 
 if TYPE_CHECKING:
@@ -37,12 +37,19 @@ class Verified:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that are neither weights nor its model card."""
-    return [
+    """Return the files of a model folder that are neither weights nor its model card.
+
+    Raises :class:`ModelError` for a link out of the folder: what it leads to would be copied, and perhaps published.
+    """
+    found = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file() and path.suffix not in _WEIGHTS and path.name != CARD and not path.name.startswith(".")
     ]
+    for path in found:
+        if not is_own(path):
+            raise ModelError(f"{path} is a link to {path.resolve()}; if that belongs to the model, copy it there")
+    return found
 
 
 def needed_bytes(base: Checkpoint) -> int:

@@ -290,6 +290,9 @@ def check_questions(request: EditRequest, tokens: Tokens) -> None:
 def check_output(recipe: Recipe, source: ModelSource) -> None:
     """Refuse an output folder that would harm something: the base, another's folder, an unwritable place."""
     out, run = recipe.folder, RunFolder(recipe.folder)
+    run.refuse_links()
+    if out.is_symlink() and (recipe.overwrite or not out.exists()):
+        raise StateError(f"{out} is a symbolic link to {out.readlink()}; pass the folder itself as --out")
     if out.exists() and not out.is_dir():
         raise StateError(f"{out} is a file; choose another --out")
     if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:

@@ -99,6 +99,7 @@ class RunFolder:
         The lock is the operating system's, so it ends with its process however that ends: there is no stale lock. An
         output folder that is made here is removed again when the block fails before the journal was begun.
         """
+        self.refuse_links()
         created = not self.out.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)
@@ -115,6 +116,12 @@ class RunFolder:
             raise
         finally:
             lock.release()
+
+    def refuse_links(self) -> None:
+        """Raise :class:`StateError` where a part of the record is a link: what it leads to would be written to."""
+        for path in (self.folder, self.lock, self.journal, self.state, self.record, self.updates):
+            if path.is_symlink():
+                raise StateError(f"{path} is a symbolic link, which editcli does not follow to write; put a copy there")
 
     def _sweep(self) -> None:
         """Remove the unfinished files of a process that was killed."""
@@ -209,7 +216,10 @@ class RunFolder:
             raise StateError(f"{path} cannot be read: {error}") from error
 
     def _checked_segment(self, entry: Entry) -> Path:
-        path = self.updates / str(entry.segment)
+        name = str(entry.segment)
+        if Path(name).name != name:
+            raise StateError(f"{self.journal} names the segment {name!r}, which is not a plain file name; refused")
+        path = self.updates / name
         try:
             found = file_digest(path)
         except OSError as error:
