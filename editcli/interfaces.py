@@ -317,5 +317,8 @@ class Diagnostic(Component):
     """Watches a run: returns numbers for the journal after each batch."""
 
     def observe(self, session: Session, updates: Mapping[Site, Update]) -> dict[str, float]:
-        """Return ``{name: number}`` for the batch that was just written."""
+        """Return ``{name: number}`` for the batch that was just written.
+
+        What it counts up here belongs in ``state_dict``; an undo then calls this again for every batch that is kept.
+        """
         return {}

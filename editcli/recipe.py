@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from editcli.errors import OptionError, near_miss
 from editcli.options import build
 from editcli.runs.guards import parse_guards
+from editcli.runs.requirements import check_resumable
 
 if TYPE_CHECKING:
     from editcli.plugins import Plugins
@@ -141,6 +142,8 @@ class Recipe:
     def check(self, plugins: Plugins) -> None:
         """Raise when a name, an option or a guard is not known; needs neither a model nor torch."""
         parse_guards(self.stop_if)
+        if self.resume:
+            check_resumable(self.folder, plugins)
         if self.editor is not None:
             plugins.find("editor", self.editor)
         for name in self.stabilizers:

@@ -83,11 +83,13 @@ def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
 
 def _repeat(context: click.Context, file: Path, values: Mapping[str, Any], *, dry_run: bool, as_json: bool) -> int:
     from editcli.runs.recorded import read_recorded
+    from editcli.runs.requirements import refuse_missing
 
     if context.obj.launch.size > 1:
         raise click.UsageError("--recipe repeats a run in one process; start it without torchrun", context)
     recorded = read_recorded(file)
     recipe = replace(recorded.recipe, **_given(context, values))
+    refuse_missing({"provenance": recorded.environment}, context.obj.plugins, run=file)
     recipe.check(context.obj.plugins)
     if dry_run:
         return _plan(recipe, context.obj, as_json)

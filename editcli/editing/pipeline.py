@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from editcli.editing.session import ModelSession
 from editcli.edits import EditRequest
 from editcli.interfaces import Editor, Problem, Site, Stabilizer, Update
@@ -55,7 +58,7 @@ def edit_batch(
             for stabilizer in stabilizers:
                 update = stabilizer.stabilize_update(update, problem, session)
             # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
-            update = Update(left=update.left.float().contiguous(), right=update.right.float().contiguous())
+            update = Update(left=_as_recorded(update.left), right=_as_recorded(update.right))
             refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
             check(site, update)
             session.write(site, update)
@@ -69,8 +72,16 @@ def edit_batch(
 
 
 def _recordable(problem: Problem) -> Problem:
-    """Return a problem as a segment holds it: single precision, contiguous."""
-    return Problem(problem.site, problem.keys.float().contiguous(), problem.residual.float().contiguous())
+    """Return a problem as a segment holds it."""
+    return Problem(problem.site, _as_recorded(problem.keys), _as_recorded(problem.residual))
+
+
+def _as_recorded(tensor: Tensor) -> Tensor:
+    """Return a tensor as reading it from a segment gives it: single precision, aligned, one row after the other.
+
+    A column that is a view counts as contiguous whatever its strides say, and kernels round by strides and alignment.
+    """
+    return tensor.float().clone(memory_format=torch.contiguous_format)
 
 
 def commit(

@@ -38,7 +38,6 @@ from editcli.report import Rejection, Reporter
 from editcli.runs.footprint import Footprint, check_memory
 from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.runs.output import needed_bytes
-from editcli.runs.requirements import check_resumable
 from editcli.runs.state import RunFolder
 from editcli.statistics import StatisticsOptions
 
@@ -126,7 +125,6 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
 
     ``file`` stands for the edits where they come from elsewhere than a file; it may be empty.
     """
-    check_resumable(recipe, plugins)
     recipe.check(plugins)
     file = file or read_requested(recipe, plugins)
     for warning in file.warnings:

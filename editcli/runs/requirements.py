@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from editcli.errors import PluginError, StateError
-from editcli.plugins import Plugins
-from editcli.recipe import Recipe
-from editcli.runs.state import RunFolder
+from editcli.errors import PluginError
+
+if TYPE_CHECKING:
+    from editcli.plugins import Plugins
+
+RECORD = Path("editcli", "run.json")
+"""Where a run folder keeps its record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,12 @@ class Requirement:
 
 def requirements(record: Mapping[str, Any]) -> Iterator[Requirement]:
     """Yield what the ``run.json`` object ``record`` says the run was made with."""
-    for entry in (record.get("provenance") or {}).get("plugins") or ():
-        yield Requirement(*(str(entry.get(key, "")) for key in ("name", "distribution", "version")))
+    provenance = record.get("provenance")
+    found = provenance.get("plugins") if isinstance(provenance, Mapping) else None
+    # A record may have been damaged or written by hand; what it does not say cannot be missing.
+    for entry in found if isinstance(found, list) else ():
+        if isinstance(entry, Mapping) and entry.get("name"):
+            yield Requirement(*(str(entry.get(key, "")) for key in ("name", "distribution", "version")))
 
 
 def refuse_missing(record: Mapping[str, Any], plugins: Plugins, *, run: str | Path) -> None:
@@ -48,13 +56,11 @@ def refuse_missing(record: Mapping[str, Any], plugins: Plugins, *, run: str | Pa
     )
 
 
-def check_resumable(recipe: Recipe, plugins: Plugins) -> None:
-    """Raise :class:`PluginError` when the run that ``recipe`` goes on with needs a plugin that is not loaded."""
-    folder = RunFolder(recipe.folder)
-    if not (recipe.resume and folder.is_run):
-        return
+def check_resumable(folder: Path, plugins: Plugins) -> None:
+    """Raise :class:`PluginError` when the run in ``folder`` needs a plugin that is not loaded; needs no torch."""
     try:
-        record = folder.read_record()
-    except StateError:  # A record that cannot be read is written anew; the snapshot says what the stream needs.
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+    except (OSError, ValueError):  # Whoever opens the run says what is wrong with it, or that there is none.
         return
-    refuse_missing(record, plugins, run=folder.out)
+    if isinstance(record, dict):
+        refuse_missing(record, plugins, run=folder)

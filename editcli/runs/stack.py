@@ -32,9 +32,14 @@ class Stack:
         return tuple(part for part in self.stabilizers if type(part).remember is not Stabilizer.remember)
 
     @property
+    def watching(self) -> tuple[Diagnostic, ...]:
+        """The diagnostics whose figures depend on what they have seen before."""
+        return tuple(part for part in self.diagnostics if type(part).state_dict is not Diagnostic.state_dict)
+
+    @property
     def rebuilt(self) -> tuple[Component, ...]:
         """The components whose state an undo rebuilds batch by batch, from that of the unedited model."""
-        return (self.editor, *self.remembering)
+        return (self.editor, *self.remembering, *self.watching)
 
     def prepare(self, session: ModelSession) -> None:
         """Let every component measure the unedited model."""

@@ -213,8 +213,9 @@ class Stream:
                 # Such an editor measures here what it remembers later.
                 editor.values(session, requests)
             for site in session.sites:
+                # Copied, because kernels round differently on memory that is not aligned, as a file's is not.
                 keys, residual, left, right = (
-                    tensors[f"{site.module}.{name}"].to(session.weight(site).device)
+                    tensors[f"{site.module}.{name}"].to(session.weight(site).device, copy=True)
                     for name in ("keys", "residual", "left", "right")
                 )
                 updates[site] = Update(left, right)
@@ -224,6 +225,8 @@ class Stream:
                 editor.remember(session, requests, problems)
             for stabilizer in self.stack.remembering:
                 stabilizer.remember(session, problems, updates)
+            for diagnostic in self.stack.watching:
+                diagnostic.observe(session, updates)
             self.stack.settle(session)
 
     @contextmanager

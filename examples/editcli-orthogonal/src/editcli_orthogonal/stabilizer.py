@@ -1,0 +1,123 @@
+"""Dynamic orthogonality: the stabilizer, its options and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from editcli import Problem, Session, Site, Stabilizer, StateError, Update, option
+
+from editcli_orthogonal.noise import Noise
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Orthogonal(Stabilizer):
+    """Write what would collide with earlier edits orthogonally to them.
+
+    With C = W - W_0, everything written so far, a new edit with key k starts from the noise C k that earlier edits
+    leave on it: as a share of what C could do to it, ||C k|| / (||C|| ||k||). Where the mean of that over a batch is
+    exceptional for the stream, more than ``deviations`` standard deviations above its running mean, the batch's update
+    is written into the complement of what the earlier ones mostly wrote:
+
+        D <- (I - U_r U_r^T) D
+
+    with U_r the leading left singular vectors of C that carry ``share`` of ||C||^2. All other updates stay as they are.
+
+    After DeltaEdit, which constrains the search for target values instead and looks at one edit at a time; see the
+    README for the differences.
+    """
+
+    name: ClassVar[str] = "orthogonal"
+    reference: ClassVar[str] = "arXiv:2505.07899"
+
+    @dataclass(frozen=True)
+    class Options:
+        """What is exceptional, and how much is protected from it."""
+
+        deviations: float = option(2.0, "project when the noise is this many deviations above its running mean")
+        share: float = option(0.5, "share of the square of what was written that is protected")
+        decay: float = option(0.9, "weight of the past in the running mean and variance")
+        warmup: int = option(5, "batches to watch before anything is projected, at least 2")
+
+        def __post_init__(self) -> None:
+            if not (self.deviations >= 0 and 0 < self.share <= 1 and 0 <= self.decay < 1 and self.warmup >= 2):
+                raise ValueError(
+                    "deviations must not be negative, share must be greater than 0 and at most 1, decay at least 0 "
+                    "and less than 1, and warmup at least 2"
+                )
+
+    def __init__(self, options: Any = None):
+        super().__init__(options)
+        self.noise: dict[str, Noise] = {}
+        """What is usual at each site, by module name."""
+
+    def prepare(self, session: Session) -> None:
+        self.noise = {site.module: Noise() for site in session.sites}
+
+    def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
+        """Project the update if the noise on its keys is exceptional; the state advances in ``remember`` alone."""
+        change = _change(problem.site, session)
+        if not self._is_exceptional(problem.site, _overlap(change, problem.keys)):
+            return update
+        basis = leading(change, self.options.share).to(update.left)
+        left = update.left - basis @ (basis.T @ update.left)
+        # A second pass removes what rounding left of a component much larger than the rest.
+        return Update(left - basis @ (basis.T @ left), update.right)
+
+    def remember(self, session: Session, problems: Sequence[Problem], updates: Mapping[Site, Update]) -> None:
+        """Count the batch in; an undo calls this with the recorded batches, so only what they hold is used."""
+        for problem in problems:
+            before = _change(problem.site, session) - updates[problem.site].dense()
+            noise = _overlap(before, problem.keys)
+            self.noise[problem.site.module] = self.noise[problem.site.module].counting(
+                noise, decay=self.options.decay, exceptional=self._is_exceptional(problem.site, noise)
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return each site's batches, mean, variance and exceptional batches, (4,) float64, by module name."""
+        import torch
+
+        return {module: torch.tensor(astuple(seen), dtype=torch.float64) for module, seen in self.noise.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+        self.prepare(session)
+        for module in self.noise:
+            if module not in state or state[module].shape != (4,):
+                raise StateError(f"the saved state of orthogonal has nothing for {module}; start a new run")
+            batches, mean, variance, exceptional = state[module].tolist()
+            self.noise[module] = Noise(int(batches), mean, variance, int(exceptional))
+
+    def record(self) -> dict[str, Any]:
+        """Return what is usual at each site, and how many batches were exceptional."""
+        return {"sites": {module: asdict(seen) for module, seen in self.noise.items()}}
+
+    def _is_exceptional(self, site: Site, noise: float) -> bool:
+        options = self.options
+        return self.noise[site.module].is_exceptional(noise, deviations=options.deviations, warmup=options.warmup)
+
+
+def leading(change: Tensor, share: float) -> Tensor:
+    """Return the fewest leading left singular vectors of ``change`` that carry ``share`` of its square, (d_out, r)."""
+    import torch
+
+    # The left singular vectors of C are the eigenvectors of C C^T, which is small and square; ascending.
+    squares, vectors = torch.linalg.eigh((change @ change.T).double())
+    carried = squares.clamp_min(0).flip(0).cumsum(0)
+    count = int((carried < share * carried[-1]).sum()) + 1
+    return vectors.flip(1)[:, :count]
+
+
+def _change(site: Site, session: Session) -> Tensor:
+    """Return C = W - W_0, (d_out, d_in)."""
+    weight = session.weight(site)
+    return weight - session.baseline(site).to(weight)
+
+
+def _overlap(change: Tensor, keys: Tensor) -> float:
+    """Return the mean over the columns k of ||C k|| / (||C|| ||k||), from 0 to 1; 0 where nothing was written."""
+    keys = keys.to(change)
+    most = change.norm() * keys.norm(dim=0)
+    return float(((change @ keys).norm(dim=0) / most).nan_to_num(0.0).mean())
