@@ -17,6 +17,7 @@ from editcli.cli.completion import VARIABLE
 from editcli.distributed.launch import Launch
 from editcli.errors import EditError, RankError
 from editcli.plugins import load_plugins
+from editcli.printable import printable
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it (128 + SIGINT)."""
@@ -68,7 +69,7 @@ def _refuse_company(launch: Launch, arguments: Sequence[str]) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     return code
 
 
@@ -95,7 +96,7 @@ def _origin(context: click.Context, parameter: click.Parameter | None) -> str:
 
 def _warn_broken(app: App) -> None:
     for name, reason in app.plugins.broken.items():
-        first_line = " ".join(reason.split())
+        first_line = printable(" ".join(reason.split()))
         click.echo(f"warning: plugin {name!r} could not be loaded and is left out: {first_line}", err=True)
 
 

@@ -129,7 +129,9 @@ def json_option(command: Any) -> Any:
 
 def print_json(document: Mapping[str, Any] | list[Any]) -> None:
     """Print one JSON document on stdout; numbers that JSON does not know become null."""
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False))
+    text = json.dumps(_finite(document), indent=2, ensure_ascii=False)
+    # JSON escapes the first 32 control characters; terminals obey these as well, and they can only be inside texts.
+    click.echo(text.translate({code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}))
 
 
 def _finite(value: Any) -> Any:

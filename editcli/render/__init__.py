@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -17,17 +18,32 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
+
+from editcli.printable import printable
+
+
+class PlainConsole(Console):
+    """A console that shows text from files and plugins as it is: neither markup nor what a terminal would obey."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield segments; what rich itself tells the terminal to do comes in segments of a kind of their own."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def stdout() -> Console:
     """Return a console for results; rich leaves colours out when it is no terminal or ``NO_COLOR`` is set."""
-    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    return PlainConsole(file=sys.stdout, soft_wrap=False)
 
 
 def stderr() -> Console:
     """Return a console for progress, notes and warnings."""
-    return Console(file=sys.stderr, highlight=False)
+    return PlainConsole(file=sys.stderr)
 
 
 class RichReporter:
@@ -85,7 +101,7 @@ class RichReporter:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         _Done(),
         _Rate(),
