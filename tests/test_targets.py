@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from editcli.editing.reference import PlainTarget, plain_target
-from editcli.editing.steering import Layout, Steering
+from editcli.editing.steering import Chunk, Steering
 from editcli.editing.targets import TargetOptions, optimise
 from editcli.edits import EditRequest
 from editcli.errors import ModelError, NumericalError
@@ -81,10 +81,10 @@ def test_a_batch_that_does_not_fit_is_halved(loaded: LoadedModel, monkeypatch: p
     rows_of_two = 2 * (2 + len(PREFIXES))
     gather = Steering.logits
 
-    def small(self: Steering, layout: Layout, shift: Tensor, head: tuple[Tensor, Tensor]) -> Tensor:
-        if len(layout.ids) > rows_of_two:
+    def small(self: Steering, chunk: Chunk, shift: Tensor, head: tuple[Tensor, Tensor]) -> Tensor:
+        if len(self.rows) > rows_of_two:
             raise torch.OutOfMemoryError("made up")
-        return gather(self, layout, shift, head)
+        return gather(self, chunk, shift, head)
 
     monkeypatch.setattr(Steering, "logits", small)
     for one, other in zip(whole, batch(loaded, requests()), strict=True):

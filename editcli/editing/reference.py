@@ -1,6 +1,9 @@
 """The published procedure for one edit, plainly: what :mod:`editcli.editing.targets` must equal, and is timed against.
 
-Full texts through all layers in float32, one edit after the other, torch's own Adam and softmax.
+It costs what the code published with MEMIT (arXiv 2210.07229) costs, on which that of the later methods is built. For
+one edit at a time, in every step: all prompts and the row "{subject} is a" as one padded batch through all layers, with
+the head at every position; from the last hidden states of the prompts the head a second time and a log-softmax over the
+whole vocabulary at every position; then torch's own backward pass, without gradients for weights, and torch's Adam.
 """
 
 from __future__ import annotations
@@ -29,26 +32,39 @@ class PlainTarget:
 
 
 def plain_target(
-    loaded: LoadedModel, request: EditRequest, prefixes: Sequence[str], layer: int, options: TargetOptions
+    loaded: LoadedModel,
+    request: EditRequest,
+    prefixes: Sequence[str],
+    layer: int,
+    options: TargetOptions,
+    *,
+    second_head: bool = False,
 ) -> PlainTarget:
-    """Optimise one edit's target value; for families without a norm behind the MLP."""
+    """Optimise one edit's target value; for families without a norm behind the MLP.
+
+    ``second_head`` makes the second product with the head that the published code makes. It leaves out whatever a
+    family does behind its head, so it is only right where that is nothing.
+    """
     tokens = loaded.tokens
     texts = [tokens.locate(request.in_context(prefix), request.target_new) for prefix in ("", *prefixes)]
-    prompts = tokens.encode(texts)
+    prompts = [text.without_last() for text in tokens.encode(texts)]
     (essence,) = tokens.encode([tokens.locate(replace(request, before="", after=" is a"))])
     run = _Steered(loaded, layer)
     h, m = run.observe(prompts[0])
-    before = run.logs([essence], torch.zeros_like(h))[0, essence.lookup].detach()
+    before = None
     delta = torch.zeros_like(h, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=options.lr)
     last = float("inf")
     for step in range(options.steps):
-        logs = run.logs([*prompts, essence], delta)
-        told = [_surprise(logs[row], text) for row, text in enumerate(prompts)]
-        now = logs[len(prompts), essence.lookup]
+        logits, hidden = run.logits([*prompts, essence], delta)
+        told = run.head(hidden[:-1]).float() if second_head else logits[:-1]
+        logs = torch.log_softmax(told, dim=-1)
+        surprise = torch.stack([_surprise(logs[row], text) for row, text in enumerate(prompts)]).mean()
+        now = torch.log_softmax(logits[-1, essence.lookup], dim=-1)
+        before = now.detach() if before is None else before
         divergence = torch.nn.functional.kl_div(now, before, log_target=True, reduction="sum")
         decay = options.v_weight_decay * delta.norm() / h.norm() ** 2
-        loss = torch.stack(told).mean() + options.kl_factor * divergence + decay
+        loss = surprise + options.kl_factor * divergence + decay
         last = float(loss.detach())
         if last < options.stop_loss or step == options.steps - 1:
             break
@@ -73,7 +89,7 @@ class _Steered:
 
     def __init__(self, loaded: LoadedModel, layer: int):
         self.loaded, self.block, self.mlp = loaded, loaded.architecture.block(layer), loaded.architecture.mlp(layer)
-        self.scale = loaded.architecture.residual_scale(layer)
+        self.scale, self.head = loaded.architecture.residual_scale(layer), loaded.architecture.head
 
     @torch.no_grad()
     def observe(self, text: Encoded) -> tuple[Tensor, Tensor]:
@@ -90,8 +106,9 @@ class _Steered:
             self._run([text])
         return seen["h"], seen["m"]
 
-    def logs(self, texts: Sequence[Encoded], delta: Tensor) -> Tensor:
-        """Return log-probabilities at every position, (rows, length, vocabulary)."""
+    def logits(self, texts: Sequence[Encoded], delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits at every position, (rows, length, vocabulary), and what the head read, (rows, length, d)."""
+        read: list[Tensor] = []
 
         def steer(module: object, entered: Tensor, output: object) -> object:
             hidden = first(output)
@@ -99,8 +116,11 @@ class _Steered:
             where[range(len(texts)), [text.lookup for text in texts]] = 1
             return with_first(output, hidden + where[:, :, None] * delta)
 
-        with tapped(self.block, steer):
-            return torch.log_softmax(self._run(texts), dim=-1)
+        def see_head(module: object, entered: Tensor, output: object) -> None:
+            read.append(entered)
+
+        with tapped(self.block, steer), tapped(self.head, see_head):
+            return self._run(texts), read[0]
 
     def _run(self, texts: Sequence[Encoded]) -> Tensor:
         ids = self.loaded.tokens.pad(texts, self.loaded.input_device)

@@ -2,23 +2,30 @@
 
 Nothing below the last edited layer changes while its output is steered, and nothing before the lookup token. So the
 stored output of that layer stands in for everything below, and, with ``cached``, the keys and values that the tokens
-before the lookup token left in every layer's attention cache stand in for those tokens. Neither changes the result.
+before the lookup token left in attention stand in for those tokens. Neither changes the result. Texts are computed in
+chunks of about equal length, so that little of the work is padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from editcli.models.forward import first, head_only_at, positions, replaced_forward, run, tapped, with_first
+from editcli.editing.past import Kept, cache_options, encode
+from editcli.models.blocks import Blocks, Call, Past
+from editcli.models.forward import first, run, tapped
 from editcli.models.loading import LoadedModel
 from editcli.models.tokens import Encoded
+
+SETUP = 60e6
+"""Multiplications that the fixed cost of one call of a block is worth: chunks are joined where padding costs less."""
+CACHE_BYTES = 24 << 20
+"""Activations of one chunk in one block on a CPU: what its caches hold, and enough rows for fast products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,166 +36,168 @@ class Row:
     edit: int
     weight: float
     is_essence: bool
+    stems: tuple[Hashable, ...]
+    """Names of the groups of texts that it may share a beginning with, the widest first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Rows as tensors. Columns count from the first one that is computed again; ``past`` holds what is before it."""
+class Chunk:
+    """Some rows as tensors, cut in front of what is computed once, and how the model calls its blocks on them."""
 
+    rows: Tensor
+    """(k,) indices of the rows."""
     ids: Tensor
-    """(rows, columns)"""
+    """(k, columns)"""
     hidden: Tensor
-    """(rows, columns, d): the last edited layer's output."""
+    """(k, columns, d): the last edited layer's output."""
     lookup: Tensor
-    """(rows,) column of the lookup token."""
-    mask: Tensor | None
-    """(rows, past + columns), 0 where padding stands before a text; None where nothing does."""
-    places: Tensor | None
-    """(rows, columns) position ids; None for the default."""
-    past: tuple[tuple[Tensor, Tensor], ...]
-    """Keys and values of each layer before the first column, (rows, heads, past, head width)."""
-
-    def select(self, rows: Tensor, width: int) -> Layout:
-        """Return some of the rows, cut to ``width`` columns."""
-        past = 0 if not self.past else self.past[0][0].shape[-2]
-        return Layout(
-            ids=self.ids[rows.to(self.ids.device), :width],
-            hidden=self.hidden[rows.to(self.hidden.device), :width],
-            lookup=self.lookup[rows.to(self.lookup.device)],
-            mask=None if self.mask is None else self.mask[rows.to(self.mask.device), : past + width],
-            places=None if self.places is None else self.places[rows.to(self.places.device), :width],
-            past=tuple((k[rows.to(k.device)], v[rows.to(v.device)]) for k, v in self.past),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """What one pass over the texts showed."""
-
-    layout: Layout
-    outputs: Tensor
-    """(rows, d) float32: the last edited layer's MLP output at each row's lookup token, as it joins the stream."""
-    example: Any
-    """What a block returns, to be imitated."""
+    """(k,) column of the lookup token."""
+    options: dict[str, Any]
+    """What the model is given besides the ids."""
+    calls: tuple[Call, ...]
 
 
 class Steering:
     """Runs the rows of one micro-batch with an offset added at their lookup tokens."""
 
-    def __init__(self, loaded: LoadedModel, rows: Sequence[Row], layer: int, *, cached: bool):
-        self.loaded, self.rows, self.layer = loaded, tuple(rows), layer
-        self.cached = cached and self._cacheable()
-        observed = self._observe()
-        self.layout, self.outputs, self._example = observed.layout, observed.outputs, observed.example
-
-    def columns(self, row: Row, places: Sequence[int]) -> list[int]:
-        """Return the layout's columns of token positions of a row."""
-        return [place - row.text.lookup for place in places] if self.cached else list(places)
-
-    def width(self, row: Row) -> int:
-        """Return how many columns a row needs."""
-        return len(row.text.ids) - (row.text.lookup if self.cached else 0)
+    def __init__(self, loaded: LoadedModel, rows: Sequence[Row], layer: int, *, cached: bool, budget: int):
+        self.loaded, self.rows, self.layer, self.budget = loaded, tuple(rows), layer, budget
+        self._from_lookup = cached and self._cacheable()
+        begun = [row.text.ids[: self._start(row)] for row in rows]
+        kept = encode(loaded, begun, [row.stems for row in rows], budget=self._tokens())
+        self.width = [len(row.text.ids) - self._start(row) for row in rows]
+        self._lookup = torch.tensor([row.text.lookup - self._start(row) for row in rows])
+        self.outputs, self._hidden, example = self._observe(kept)
+        self._kept = kept.above(layer)
+        self._blocks = Blocks(loaded, layer, example)
+        self._whole = False
 
     def at_lookup(self) -> Tensor:
         """Return h at each row's lookup token, (rows, d) float32."""
-        everywhere = torch.arange(len(self.rows), device=self.layout.hidden.device)
-        return self.layout.hidden[everywhere, self.layout.lookup.to(everywhere)].float()
+        everywhere = torch.arange(len(self.rows))
+        return self._hidden[_on(self._hidden, everywhere, self._lookup)].float()
 
-    def logits(self, layout: Layout, shift: Tensor, head: tuple[Tensor, Tensor]) -> Tensor:
-        """Return float32 logits at ``head`` (rows, columns) with ``shift`` (rows, d) added at the lookup tokens."""
-        architecture = self.loaded.architecture
-        hidden = layout.hidden.clone()
-        where = (torch.arange(len(hidden), device=hidden.device), layout.lookup.to(hidden.device))
-        hidden[where] = (hidden[where].float() + shift).to(hidden.dtype)
-        steered = with_first(self._example, hidden)
-        with ExitStack() as stack:
-            for layer in range(self.layer):
-                stack.enter_context(replaced_forward(architecture.block(layer), self._pass_through))
-            stack.enter_context(replaced_forward(architecture.block(self.layer), lambda *a, **k: steered))
-            stack.enter_context(head_only_at(architecture.head, *head))
-            return self._run(layout).logits[0].float()
+    def columns(self, row: int, places: Sequence[int]) -> list[int]:
+        """Return a chunk's columns of token positions of a row."""
+        return [place - self._start(self.rows[row]) for place in places]
 
-    def _run(self, layout: Layout) -> Any:
-        if not self.cached:
-            return run(self.loaded.model, layout.ids)
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(layout.past):
-            cache.update(keys, values, layer)
-        return run(
-            self.loaded.model,
-            layout.ids,
-            attention_mask=layout.mask,
-            position_ids=layout.places,
-            past_key_values=cache,
-            use_cache=True,
-        )
+    def chunks(self, rows: Sequence[int]) -> list[Chunk]:
+        """Return the chunks in which ``rows`` are computed; the same for the same rows."""
+        return [self._chunk(group) for group in self.groups(rows)]
 
-    def _pass_through(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for a lower block: nothing that it computes is used."""
-        return with_first(self._example, hidden)
+    def groups(self, rows: Sequence[int]) -> list[list[int]]:
+        """Return ``rows`` in groups of about equal width, the widest first.
 
-    def _cacheable(self) -> bool:
-        """Tell whether the attention cache can stand in for the tokens before the lookup tokens."""
-        config = self.loaded.model.config.get_text_config()
-        texts = [row.text for row in self.rows]
-        length = max(text.lookup for text in texts) + max(len(text.ids) - text.lookup for text in texts)
-        window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
-        # A window shorter than the texts hides old tokens from new ones by a rule that differs between cache classes.
-        return min(text.lookup for text in texts) >= 1 and (window is None or length < window)
+        A narrower row joins a group while the padding that this costs is less work than another call of every block.
+        """
+        allowance, most = SETUP / self._block_size(), self._tokens()
+        found: list[list[int]] = []
+        wasted = 0
+        for row in sorted(rows, key=lambda row: (-self.width[row], self._start(self.rows[row]), row)):
+            width = self.width[found[-1][0]] if found else 0
+            wasted += width - self.width[row]
+            if not found or wasted > allowance or width * (len(found[-1]) + 1) > most:
+                found.append([])
+                wasted = 0
+            found[-1].append(row)
+        return found
+
+    def logits(self, chunk: Chunk, shift: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
+        """Return float32 logits at ``wanted`` (rows, columns) with ``shift`` (rows, d) added at the lookup tokens."""
+        hidden = chunk.hidden.clone()
+        where = _on(hidden, torch.arange(len(hidden)), chunk.lookup)
+        hidden[where] = (hidden[where].float() + shift.to(hidden.device)).to(hidden.dtype)
+        if self._whole:
+            return self._blocks.whole_logits(chunk.ids, chunk.options, hidden, wanted)
+        return self._blocks.logits(chunk.calls, hidden, wanted)
 
     @torch.no_grad()
-    def _observe(self) -> Observed:
-        """Run every text once; keep the last edited layer's output and, when cached, every layer's keys and values."""
-        architecture, seen = self.loaded.architecture, {}
+    def check(self, chunk: Chunk, wanted: tuple[Tensor, Tensor]) -> None:
+        """Leave the blocks to the model's own forward pass if it does more between them than call one by one."""
+        whole = self._blocks.whole_logits(chunk.ids, chunk.options, chunk.hidden, wanted)
+        alone = self._blocks.logits(chunk.calls, chunk.hidden, wanted)
+        exact = chunk.hidden.dtype == torch.float32
+        self._whole = not bool((whole - alone).abs().max() <= (1e-3 if exact else 5e-2) * whole.abs().max())
 
-        def see_block(module: Any, entered: Tensor, output: Any) -> None:
-            seen["block"], seen["example"] = first(output), output
+    def _start(self, row: Row) -> int:
+        """Return the first token position that is computed again."""
+        return row.text.lookup if self._from_lookup else 0
+
+    def _cacheable(self) -> bool:
+        """Tell whether keys and values can stand in for the tokens before the lookup tokens."""
+        config = self.loaded.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+        # A window shorter than the texts hides old tokens from new ones by a rule that differs between cache classes.
+        # Each level of shared beginnings is padded on its own.
+        levels = len(self.rows[0].stems) + 1
+        longest = max(row.text.lookup for row in self.rows) * levels + max(len(row.text.ids) for row in self.rows)
+        return window is None or longest < window
+
+    def _block_size(self) -> int:
+        block = self.loaded.architecture.block(self.layer)
+        return sum(parameter.numel() for parameter in block.parameters())
+
+    def _tokens(self) -> int:
+        """Return the most tokens of a chunk: a CPU works best within its caches, an accelerator on all of them."""
+        if torch.device(self.loaded.input_device).type != "cpu":
+            return self.budget
+        widest = max(self.loaded.architecture.shape(self.layer))
+        return min(self.budget, max(128, CACHE_BYTES // (24 * widest)))
+
+    def _chunk(self, rows: Sequence[int]) -> Chunk:
+        index = torch.tensor(rows)
+        ids, options = self._input(self._kept, index)
+        hidden = self._hidden[_on(self._hidden, index)][:, : ids.shape[1]]
+        return Chunk(index, ids, hidden, self._lookup[index], options, self._blocks.record(ids, options))
+
+    def _input(self, kept: Kept, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return the ids that are computed again, padded on the right, and what the model is given besides them."""
+        device = self.loaded.input_device
+        texts = [self.rows[row].text.ids[self._start(self.rows[row]) :] for row in rows.tolist()]
+        width = max(map(len, texts))
+        # What follows a token cannot change it, so padding behind needs no mask.
+        ids = torch.tensor([[*own, *[own[-1]] * (width - len(own))] for own in texts])
+        past = kept.select(rows)
+        if not past.mask.shape[1]:
+            return ids.to(device), {}
+        mask = torch.cat([past.mask, torch.ones_like(ids)], dim=1)
+        return ids.to(device), cache_options(mask, width, Past(past.layers), device)
+
+    @torch.no_grad()
+    def _observe(self, kept: Kept) -> tuple[Tensor, Tensor, Any]:
+        """Return the last edited layer's MLP output at each lookup token as it joins the stream, (rows, d) float32,
+
+        its own output, (rows, columns, d), and an example of what a block returns.
+        """
+        architecture = self.loaded.architecture
+        seen: dict[str, Any] = {}
+        hidden = outputs = torch.empty(0)
 
         def see_mlp(module: Any, entered: Tensor, output: Any) -> None:
             # A copy, because some parallel blocks add the attention's output to this very tensor.
             seen["mlp"] = first(output).clone()
 
-        with ExitStack() as stack:
-            stack.enter_context(tapped(architecture.mlp(self.layer), see_mlp))
-            # Without a cache nothing above the last edited layer is of interest.
-            stack.enter_context(tapped(architecture.block(self.layer), see_block, stop=not self.cached))
-            layout = self._cached_pass(stack) if self.cached else self._plain_pass()
-        hidden, skipped = seen["block"], layout.ids.shape[1] - layout.hidden.shape[1]
-        # Some families flatten (rows, tokens) inside their MLP; the hidden states have the same order either way.
-        outputs = seen["mlp"].reshape(hidden.shape)[:, skipped:]
-        everywhere = torch.arange(len(hidden), device=hidden.device)
-        scale = architecture.residual_scale(self.layer)
-        return Observed(
-            layout=replace(layout, ids=layout.ids[:, skipped:], hidden=hidden[:, skipped:]),
-            outputs=outputs[everywhere, layout.lookup.to(hidden.device)].float() * scale,
-            example=seen["example"],
-        )
+        def see_block(module: Any, entered: Tensor, output: Any) -> None:
+            seen["block"], seen["example"] = first(output), output
 
-    def _plain_pass(self) -> Layout:
-        device = self.loaded.input_device
-        ids = self.loaded.tokens.pad([row.text for row in self.rows], device)
-        lookup = torch.tensor([row.text.lookup for row in self.rows], device=device)
-        run(self.loaded.model, ids)
-        return Layout(ids, ids, lookup, None, None, ())
+        for group in self.groups(range(len(self.rows))):
+            rows = torch.tensor(group)
+            ids, options = self._input(kept, rows)
+            with ExitStack() as stack:
+                stack.enter_context(tapped(architecture.mlp(self.layer), see_mlp))
+                stack.enter_context(tapped(architecture.block(self.layer), see_block, stop=True))
+                run(self.loaded.model, ids, **options)
+            part = seen["block"]
+            if not len(hidden):
+                hidden = part.new_zeros(len(self.rows), max(self.width), part.shape[-1])
+                outputs = part.new_zeros(len(self.rows), part.shape[-1], dtype=torch.float32)
+            hidden[_on(part, rows)[0], : part.shape[1]] = part
+            # Some families flatten (rows, tokens) inside their MLP; the hidden states have the same order either way.
+            at_lookup = seen["mlp"].reshape(part.shape)[_on(part, torch.arange(len(rows)), self._lookup[rows])]
+            outputs[_on(outputs, rows)] = at_lookup.float() * architecture.residual_scale(self.layer)
+        return outputs, hidden, seen["example"]
 
-    def _cached_pass(self, stack: ExitStack) -> Layout:
-        """Align the rows at their lookup tokens, with padding on both sides, and keep the cache before that column."""
-        device, texts = self.loaded.input_device, [row.text for row in self.rows]
-        past, width = max(t.lookup for t in texts), max(len(t.ids) - t.lookup for t in texts)
-        ids = torch.full((len(texts), past + width), self.loaded.tokens.pad_id)
-        mask = torch.ones_like(ids)
-        for row, text in enumerate(texts):
-            start = past - text.lookup
-            ids[row, start : start + len(text.ids)] = torch.tensor(text.ids)
-            mask[row, :start] = 0
-        places = (mask.cumsum(dim=1) - 1).clamp_min(0).to(device)
-        ids, mask = ids.to(device), mask.to(device)
-        stack.enter_context(head_only_at(self.loaded.architecture.head, *positions([(0, past)], device)))
-        cache = DynamicCache()
-        options = {"attention_mask": mask, "position_ids": places, "past_key_values": cache, "use_cache": True}
-        run(self.loaded.model, ids, **options)
-        # Copies, so that the part of the cache behind the lookup tokens can be freed.
-        layers: Any = cache.layers
-        kept = tuple((item.keys[..., :past, :].clone(), item.values[..., :past, :].clone()) for item in layers)
-        lookup = torch.zeros(len(texts), dtype=torch.long, device=device)
-        return Layout(ids, ids[:, past:], lookup, mask, places[:, past:], kept)
+
+def _on(tensor: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
+    """Return indices on a tensor's device."""
+    return tuple(index.to(tensor.device) for index in indices)

@@ -19,12 +19,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from editcli.editing.steering import Layout, Row, Steering
+from editcli.editing.losses import cross_entropies
+from editcli.editing.steering import Chunk, Row, Steering
 from editcli.edits import EditRequest
 from editcli.errors import ModelError, NumericalError
 from editcli.interfaces import Values
 from editcli.models.forward import positions
 from editcli.models.loading import LoadedModel
+from editcli.models.matmul import quick_linears
 from editcli.options import option
 from editcli.report import Reporter
 
@@ -52,18 +54,20 @@ class TargetOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    """The rows of the edits that are still being optimised, as tensors; edits are numbered among themselves."""
+class _Part:
+    """A chunk of rows and what its logits are compared with; edits have their numbers in the micro-batch."""
 
-    layout: Layout
+    chunk: Chunk
     edit: Tensor
     """(rows,) the edit of each row."""
     head: tuple[Tensor, Tensor]
     """Where logits are needed: first at every target token's predecessor, then at the essences' lookup tokens."""
     token: Tensor
-    token_weight: Tensor
-    token_edit: Tensor
-    essence_edit: Tensor
+    """(t,) the target tokens."""
+    weight: Tensor
+    """(t + essences,) the share of each position in its edit's loss."""
+    owner: Tensor
+    """(t + essences,) the edit of each position."""
 
 
 def optimise(
@@ -77,9 +81,9 @@ def optimise(
     label: str = "Optimising targets",
 ) -> Values:
     """Return target values of ``requests`` at ``layer``, (d, n) each, float32."""
-    rows = _rows(loaded, requests, prefixes)
+    rows = _rows(loaded, requests, prefixes, options)
     parts: list[tuple[list[int], tuple[Tensor, Tensor, Tensor, Tensor]]] = []
-    with reporter.phase(label, len(requests), "edits") as advance:
+    with reporter.phase(label, len(requests), "edits") as advance, quick_linears(loaded.model):
         pending = _micro_batches(rows, options.batch_tokens)[::-1]
         while pending:
             edits = pending.pop()
@@ -119,7 +123,9 @@ def _check_finite(figures: Tensor, requests: Sequence[EditRequest], loaded: Load
         raise NumericalError(reason, site=site)
 
 
-def _rows(loaded: LoadedModel, requests: Sequence[EditRequest], prefixes: Sequence[str]) -> list[list[Row]]:
+def _rows(
+    loaded: LoadedModel, requests: Sequence[EditRequest], prefixes: Sequence[str], options: TargetOptions
+) -> list[list[Row]]:
     """Return the texts of each edit: its prompt bare and behind every prefix, then "{subject} is a"."""
     tokens = loaded.tokens
     contexts = ("", *prefixes)
@@ -128,10 +134,13 @@ def _rows(loaded: LoadedModel, requests: Sequence[EditRequest], prefixes: Sequen
     encoded = [text.without_last() for text in tokens.encode(texts)]
     closing = [text.up_to_lookup() for text in tokens.encode(essences)]
     rows = []
-    for edit in range(len(requests)):
+    for edit, request in enumerate(requests):
         own = encoded[edit * len(contexts) : (edit + 1) * len(contexts)]
-        prompts = [Row(text, edit, 1.0 / (len(contexts) * len(text.target)), False) for text in own]
-        rows.append([*prompts, Row(closing[edit], edit, 0.0, True)])
+        prompts = [
+            Row(text, edit, 1.0 / (len(contexts) * len(text.target)), False, (context, (context, request.before)))
+            for context, text in zip(contexts, own, strict=True)
+        ]
+        rows.append([*prompts, Row(closing[edit], edit, options.kl_factor, True, (None, None))])
     return rows
 
 
@@ -153,13 +162,15 @@ class _Optimiser:
         self.options = options
         self.norm = loaded.architecture.mlp_norm(layer)
         self.rows = [replace(row, edit=edit) for edit, own in enumerate(rows) for row in own]
-        self.steering = Steering(loaded, self.rows, layer, cached=options.cached)
+        self.steering = Steering(loaded, self.rows, layer, cached=options.cached, budget=options.batch_tokens)
         bare = [edit * len(rows[0]) for edit in range(len(rows))]
         self.initial, self.written = self.steering.at_lookup()[bare], self.steering.outputs[bare]
         # Where a norm stands between delta and the stream, delta is measured against what it is added to.
         self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
         # In front of a norm the length of what delta is added to is arbitrary, so steps are taken relative to it.
         self.unit = torch.ones_like(self.length) if self.norm is None else self.length / self.initial.shape[1] ** 0.5
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        """Of each row that is an essence: its distribution at delta = 0, and that distribution's entropy."""
 
     def run(self, advance: Callable[[int], None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (target, initial, written, loss), the first three (n, d)."""
@@ -167,22 +178,21 @@ class _Optimiser:
         loss = torch.full((len(delta),), float("inf"), device=delta.device)
         moments = (torch.zeros_like(delta), torch.zeros_like(delta))
         active = torch.arange(len(delta), device=delta.device)
-        block, before = self._gather(active), None
+        parts = self._gather(active)
+        self.steering.check(parts[0].chunk, parts[0].head)
         for step in range(1, self.options.steps + 1):
-            own = delta[active].requires_grad_(True)
-            parts, essence = self._loss(block, own, active, before)
-            before = essence.detach() if before is None else before
-            (gradient,) = torch.autograd.grad(parts.sum(), own)
-            loss[active] = parts.detach()
-            going = parts.detach() >= self.options.stop_loss
-            if step == self.options.steps or not going.any():
+            last = step == self.options.steps
+            found, gradient = self._evaluate(parts, delta, slopes=not last)
+            loss[active] = found[active]
+            going = found[active] >= self.options.stop_loss
+            if last or not going.any():
                 break
             # A finished edit keeps the delta at which its loss was measured.
             if not going.all():
                 advance(int((~going).sum()))
-                active, gradient, before = active[going], gradient[going], before[going]
-                block = self._gather(active)
-            self._adam(delta, gradient, moments, active, step)
+                active = active[going]
+                parts = self._gather(active)
+            self._adam(delta, gradient[active], moments, active, step)
         advance(len(active))
         return self.initial + delta, self.initial, self.written, loss
 
@@ -198,42 +208,70 @@ class _Optimiser:
         bound = self.options.clamp * self.length[active]
         delta[active] = moved * (bound / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
 
-    def _gather(self, active: Tensor) -> _Block:
-        """Return the rows of the active edits as tensors."""
-        local = {edit: place for place, edit in enumerate(active.tolist())}
-        chosen = [index for index, row in enumerate(self.rows) if row.edit in local]
-        rows = [self.rows[index] for index in chosen]
-        told = [(place, row) for place, row in enumerate(rows) if not row.is_essence]
-        essences = [(place, row) for place, row in enumerate(rows) if row.is_essence]
-        columns = self.steering.columns
-        heads = [(place, column) for place, row in told for column in columns(row, row.text.predicting)]
-        heads += [(place, columns(row, [row.text.lookup])[0]) for place, row in essences]
-        device = self.initial.device
-        return _Block(
-            layout=self.steering.layout.select(torch.tensor(chosen), max(map(self.steering.width, rows))),
-            edit=torch.tensor([local[row.edit] for row in rows], device=device),
+    def _gather(self, active: Tensor) -> list[_Part]:
+        """Return the rows of the active edits in chunks."""
+        left = set(active.tolist())
+        return [
+            self._part(chunk) for chunk in self.steering.chunks([i for i, r in enumerate(self.rows) if r.edit in left])
+        ]
+
+    def _part(self, chunk: Chunk) -> _Part:
+        index, device = chunk.rows.tolist(), self.initial.device
+        rows = [self.rows[row] for row in index]
+        places = [(place, row.text.predicting, row) for place, row in enumerate(rows) if not row.is_essence]
+        places += [(place, [row.text.lookup], row) for place, row in enumerate(rows) if row.is_essence]
+        heads = [(place, c) for place, at, _ in places for c in self.steering.columns(index[place], at)]
+        owners = [row for _, at, row in places for _ in at]
+        return _Part(
+            chunk=chunk,
+            edit=torch.tensor([row.edit for row in rows], device=device),
             head=positions(heads, device),
-            token=torch.tensor([token for _, row in told for token in row.text.target_ids], device=device),
-            token_weight=torch.tensor([row.weight for _, row in told for _ in row.text.target_ids], device=device),
-            token_edit=torch.tensor([local[row.edit] for _, row in told for _ in row.text.target_ids], device=device),
-            essence_edit=torch.tensor([local[row.edit] for _, row in essences], device=device),
+            token=torch.tensor([t for row in rows for t in row.text.target_ids], dtype=torch.long, device=device),
+            weight=torch.tensor([row.weight for row in owners], device=device),
+            owner=torch.tensor([row.edit for row in owners], device=device),
         )
 
-    def _loss(self, block: _Block, delta: Tensor, active: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return each active edit's loss, (n,), and its log-probabilities at the essence prompt, (n, vocabulary)."""
-        shift = self._shift(delta, self.written[active])
-        logits = self.steering.logits(block.layout, shift[block.edit], block.head).to(delta.device)
-        told = len(block.token)
-        chosen = logits[:told].gather(1, block.token[:, None]).squeeze(1)
-        surprise = (torch.logsumexp(logits[:told], dim=1) - chosen) * block.token_weight
-        loss = torch.zeros(len(delta), device=delta.device).index_add(0, block.token_edit, surprise)
-        essence = torch.log_softmax(logits[told:], dim=1)[torch.argsort(block.essence_edit)]
-        reference = essence.detach() if before is None else before
-        divergence = (reference.exp() * (reference - essence)).sum(dim=1)
-        decay = self.options.v_weight_decay * delta.norm(dim=1) / self.length[active] ** 2
-        return loss + self.options.kl_factor * divergence + decay, essence
+    def _evaluate(self, parts: Sequence[_Part], delta: Tensor, *, slopes: bool) -> tuple[Tensor, Tensor]:
+        """Return each edit's loss, (n,), and with ``slopes`` its gradient, (n, d); edits without rows get no sense."""
+        own = delta.clone().requires_grad_(True)
+        shift = self._shift(own)
+        slope, loss = torch.zeros_like(delta), torch.zeros_like(self.length)
+        for part in parts:
+            # Each chunk is differentiated on its own, so that no more than one chunk's activations are held.
+            offset = shift.detach()[part.edit].requires_grad_(slopes)
+            each = self._surprise(part, offset) * part.weight
+            loss.index_add_(0, part.owner, each.detach())
+            if slopes:
+                slope.index_add_(0, part.edit, torch.autograd.grad(each.sum(), offset)[0])
+        decay = self.options.v_weight_decay * own.norm(dim=1) / self.length**2
+        (gradient,) = torch.autograd.grad((shift * slope).sum() + decay.sum(), own)
+        return loss + decay.detach(), gradient
 
-    def _shift(self, delta: Tensor, written: Tensor) -> Tensor:
+    def _surprise(self, part: _Part, offset: Tensor) -> Tensor:
+        """Return cross-entropies of target tokens and divergences of essences, (t + essences,)."""
+        logits = self.steering.logits(part.chunk, offset, part.head).to(offset.device)
+        told, essences = len(part.token), self._essences(part)
+        if any(row not in self.before for row in essences):
+            self._remember(essences, logits.detach()[told:])
+        wanted = (
+            torch.stack([self.before[row][0] for row in essences]) if essences else logits.new_zeros(0, logits.shape[1])
+        )
+        found = cross_entropies(logits, part.token, wanted)
+        known = [self.before[row][1] for row in essences]
+        return torch.cat([found[:told], found[told:] - torch.stack(known)]) if known else found
+
+    def _essences(self, part: _Part) -> list[int]:
+        return [row for row in part.chunk.rows.tolist() if self.rows[row].is_essence]
+
+    def _remember(self, essences: Sequence[int], logits: Tensor) -> None:
+        """Keep the distributions at delta = 0, where the first step is."""
+        logs = logits.log_softmax(dim=1)
+        shares = logs.exp()
+        entropy = torch.logsumexp(logits, dim=1) - torch.linalg.vecdot(shares, logits)
+        for row, share, own in zip(essences, shares, entropy, strict=True):
+            self.before[row] = share, own
+
+    def _shift(self, delta: Tensor) -> Tensor:
         """Return what delta adds to the residual stream, (n, d).
 
         Where a family norms the MLP's output before it joins the stream, only what that norm can produce can be
@@ -242,4 +280,4 @@ class _Optimiser:
         if self.norm is None:
             return delta
         kind = next(self.norm.parameters()).dtype
-        return self.norm((written + delta).to(kind)).float() - self.norm(written.to(kind)).float()
+        return self.norm((self.written + delta).to(kind)).float() - self.norm(self.written.to(kind)).float()

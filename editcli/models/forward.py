@@ -94,10 +94,14 @@ def head_only_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[Non
 
 def chunks(rows: Sequence[Encoded], *, budget: int) -> Iterator[list[int]]:
     """Yield indices of rows, length-sorted, in groups whose padded size stays within ``budget`` tokens."""
-    order = sorted(range(len(rows)), key=lambda index: (len(rows[index].ids), index))
+    return batches([len(row.ids) for row in rows], budget=budget)
+
+
+def batches(lengths: Sequence[int], *, budget: int) -> Iterator[list[int]]:
+    """Yield indices of texts of these lengths, sorted, in groups whose padded size stays within ``budget`` tokens."""
     group: list[int] = []
-    for index in order:
-        if group and len(rows[index].ids) * (len(group) + 1) > budget:
+    for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
+        if group and lengths[index] * (len(group) + 1) > budget:
             yield group
             group = []
         group.append(index)

@@ -1,0 +1,135 @@
+"""Call a model's decoder blocks one by one, as the model itself calls them, whatever family it is.
+
+How a model calls its blocks (masks, rotary embeddings, position ids) is recorded once for some texts; from then on the
+blocks run on other hidden states of the same texts without the rest of the model. What stands behind the last block -
+norm, head, scaling, soft-capping - works on each position alone, so it runs on the positions that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache
+
+from editcli.models.forward import first, head_only_at, positions, replaced_forward, run, with_first
+from editcli.models.loading import LoadedModel
+
+
+class Past(DynamicCache):
+    """An attention cache that shows each layer its past and what is new, and forgets what is new."""
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]):
+        super().__init__()
+        for index, (keys, values) in enumerate(layers):
+            super().update(keys, values, index)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the layer's keys and values, past ones first."""
+        layer: Any = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a model called one block, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str | None
+    """The hidden states' keyword; None where they are the first argument."""
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run ``block`` on other hidden states."""
+        if self.name is None:
+            return first(block(hidden, *self.args, **self.kwargs))
+        return first(block(*self.args, **{self.name: hidden}, **self.kwargs))
+
+
+class Blocks:
+    """The blocks of one model above ``layer``, called one by one; ``example`` is what a block returns."""
+
+    def __init__(self, loaded: LoadedModel, layer: int, example: Any):
+        self.loaded, self.architecture, self.layer, self.example = loaded, loaded.architecture, layer, example
+        self.last = self.architecture.layers - 1
+
+    @torch.no_grad()
+    def record(self, ids: Tensor, options: dict[str, Any]) -> tuple[Call, ...]:
+        """Return how the model calls the upper blocks on ``ids``, (rows, columns); computes nothing in them."""
+        calls: list[Call] = []
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            name = None if args else next(iter(kwargs))
+            hidden = args[0] if args else kwargs.pop(name)
+            calls.append(Call(args[1:], kwargs, name))
+            return with_first(self.example, hidden)
+
+        with ExitStack() as stack:
+            self._stand_in(stack, range(self.layer + 1), self._pass_through)
+            self._stand_in(stack, range(self.layer + 1, self.last + 1), keep)
+            stack.enter_context(head_only_at(self.architecture.head, *positions([(0, 0)], ids.device)))
+            run(self.loaded.model, ids, **options)
+        return tuple(calls)
+
+    def logits(self, calls: Sequence[Call], hidden: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
+        """Return float32 logits at ``wanted`` (rows, columns) from the output of :attr:`layer`, (rows, columns, d)."""
+        rows, columns = (index.to(hidden.device) for index in wanted)
+        places = rows * hidden.shape[1] + columns
+        with ExitStack() as stack:
+            if hidden.device.type == "cpu":
+                # A few new tokens over a short past: torch's fused attention for CPUs is made for long texts.
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for layer, call in enumerate(calls, start=self.layer + 1):
+                if layer == self.last:
+                    mlp = self.architecture.mlp(layer)
+                    stack.enter_context(replaced_forward(mlp, _only_at(mlp.forward, places)))
+                hidden = call(self.architecture.block(layer), hidden)
+        return self._behind(hidden.flatten(0, 1)[places.to(hidden.device)])
+
+    def whole_logits(self, ids: Tensor, options: dict[str, Any], hidden: Tensor, wanted: tuple[Tensor, Tensor]) -> Any:
+        """Return what :meth:`logits` does, through the model's own forward pass."""
+        steered = with_first(self.example, hidden)
+        with ExitStack() as stack:
+            self._stand_in(stack, range(self.layer), self._pass_through)
+            self._stand_in(stack, [self.layer], lambda *args, **kwargs: steered)
+            stack.enter_context(head_only_at(self.architecture.head, *wanted))
+            return run(self.loaded.model, ids, **options).logits[0].float()
+
+    def _behind(self, hidden: Tensor) -> Tensor:
+        """Run what stands behind the last block on hidden states (n, d), each as a text of one token."""
+        answer = with_first(self.example, hidden[:, None])
+        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.loaded.input_device)
+        with ExitStack() as stack:
+            self._stand_in(stack, range(self.last + 1), lambda *args, **kwargs: answer)
+            return run(self.loaded.model, ids).logits[:, 0].float()
+
+    def _stand_in(self, stack: ExitStack, layers: Sequence[int], forward: Callable[..., Any]) -> None:
+        for layer in layers:
+            stack.enter_context(replaced_forward(self.architecture.block(layer), forward))
+
+    def _pass_through(self, *args: Any, **kwargs: Any) -> Any:
+        return with_first(self.example, args[0] if args else next(iter(kwargs.values())))
+
+
+def _only_at(forward: Callable[..., Any], places: Tensor) -> Callable[..., Any]:
+    """Return an MLP's forward that leaves every position but ``places`` zero: nothing reads the others."""
+
+    def pruned(hidden: Tensor, *others: Any, **more: Any) -> Any:
+        if others or more:
+            # What else an MLP is given may have to be cut as well, in a way that only its family knows.
+            return forward(hidden, *others, **more)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        where = places.to(flat.device)
+        # Some families flatten (rows, tokens) in front of their MLP; it gets the shape that it knows.
+        output = forward(flat[where] if hidden.ndim == 2 else flat[where][None])
+        wide = output.new_zeros(len(flat), output.shape[-1])
+        return wide.index_copy(0, where, output.reshape(len(where), -1)).view(*hidden.shape[:-1], -1)
+
+    return pruned
