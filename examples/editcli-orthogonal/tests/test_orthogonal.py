@@ -93,7 +93,7 @@ def reference(
             left, sigma, _ = torch.linalg.svd(change)
             rank = next(r for r in range(1, len(sigma) + 1) if sigma[:r].square().sum() >= share * sigma.square().sum())
             dense = (torch.eye(len(left)) - left[:, :rank] @ left[:, :rank].T) @ dense
-        elif number < 2:
+        if number < 2:
             mean = noise
         else:
             mean = decay * mean + (1 - decay) * noise

@@ -22,10 +22,8 @@ class Noise:
         return self.batches >= warmup and noise > self.mean + deviations * self.variance**0.5
 
     def counting(self, noise: float, *, decay: float, exceptional: bool) -> Noise:
-        """Return the figures with one more batch; what is exceptional does not change what is usual."""
-        seen = replace(self, batches=self.batches + 1)
-        if exceptional:
-            return replace(seen, exceptional=self.exceptional + 1)
+        """Return the figures with one more batch."""
+        seen = replace(self, batches=self.batches + 1, exceptional=self.exceptional + exceptional)
         if self.batches < 2:
             return replace(seen, mean=noise if self.batches else 0.0)
         mean = decay * self.mean + (1 - decay) * noise
