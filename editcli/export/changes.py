@@ -44,12 +44,14 @@ class SiteChange:
 
 @dataclass(frozen=True, slots=True)
 class _Triplets:
-    """Leading singular triplets; ``whole`` when there are no others but zeros."""
+    """Leading singular triplets of a change; ``whole`` when there are no others but zeros."""
 
     left: Tensor
     values: Tensor
     right: Tensor
     whole: bool
+    explained: bool
+    """Whether they come from the recorded factors, free of the rounding that every batch left in the weight."""
 
 
 def find_change(edited: Edited, site: Site, rank: int | None, *, device: torch.device) -> SiteChange:
@@ -63,7 +65,10 @@ def find_change(edited: Edited, site: Site, rank: int | None, *, device: torch.d
     limit = rank or share_rank(*delta.shape)
     kind = torch.float32 if master is not None else edited.run.after.dtype(name)
     found = _triplets(delta, target, edited.run.segments, site, limit)
-    above = int((found.values > ROUNDING_MARGIN * rounding_level(target, kind)).sum())
+    floor = ROUNDING_MARGIN * rounding_level(target, kind)
+    if kind == torch.float32 and not found.explained:
+        floor *= max(len(edited.run.history.batches), 1) ** 0.5
+    above = int((found.values > floor).sum())
     needed = above if found.whole or above < len(found.values) else None
     kept = min(limit, above)
     root = found.values[:kept].sqrt()
@@ -115,18 +120,19 @@ def _triplets(delta: Tensor, target: Tensor, segments: Sequence[Path], site: Sit
             return _compressed(left, right)
     if min(delta.shape) <= spectra.NORM_LIMIT:
         left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
-        return _Triplets(left, values, right.T, whole=True)
+        return _Triplets(left, values, right.T, whole=True, explained=False)
     # One more than is kept tells whether there are more.
     count = min(limit + 1, min(delta.shape))
-    found = krylov.leading(delta, count)
-    return _Triplets(found.left.double(), found.values, found.right.double(), whole=count == min(delta.shape))
+    # In float32 the iteration's own rounding would look like rank.
+    found = krylov.leading(delta.double(), count)
+    return _Triplets(found.left, found.values, found.right, whole=count == min(delta.shape), explained=False)
 
 
 def _compressed(left: Tensor, right: Tensor) -> _Triplets:
     """Return the singular triplets of ``left @ right.T`` from its factors."""
     outer, inner = torch.linalg.qr(left), torch.linalg.qr(right)
     first, values, second = torch.linalg.svd(outer.R @ inner.R.T, full_matrices=False)
-    return _Triplets(outer.Q @ first, values, inner.Q @ second.T, whole=True)
+    return _Triplets(outer.Q @ first, values, inner.Q @ second.T, whole=True, explained=True)
 
 
 def _factors(segments: Sequence[Path], site: Site, delta: Tensor) -> tuple[Tensor, Tensor] | None:

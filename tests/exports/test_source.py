@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from editcli.errors import EditError, OptionError, StateError
 from editcli.export.recipe import FORMATS, ExportRecipe, PatchRecipe
+from editcli.runs.stream import Stream
 
 
 @pytest.fixture
@@ -36,6 +39,32 @@ def test_a_run_that_is_not_finished_is_refused(
     with pytest.raises(StateError, match=f"is {status}, .* finish it with 'editcli apply --resume'"):
         make(run, form)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_interrupted_is_exported_once_it_was_resumed(
+    edit: Callable[..., Path],
+    runs: Callable[[str], Path],
+    make: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    helpers: Any,
+) -> None:
+    def apply(self: Stream, requests: Any, real: Any = Stream.apply) -> Any:
+        report = real(self, requests)
+        if report.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return report
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stream, "apply", apply)
+        run = edit("linear", tmp_path / "cut", ends="interrupted")
+    with pytest.raises(StateError, match="is interrupted"):
+        make(run, "lora")
+    edit("linear", run, resume=True)
+    make(run, "patch", out="resumed")
+    make(runs("linear"), "patch", out="unbroken")
+    name = "patch.safetensors"
+    assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
 def test_a_run_that_a_guard_stopped_is_exported(run: Path, make: Callable[..., Any]) -> None:
