@@ -120,10 +120,9 @@ def edit(workshop: Path, bases: Callable[[str], Path], plugins: Plugins) -> Call
 
     def edit(kind: str, out: Path, *, ends: str = "done", **choices: Any) -> Path:
         quick = {"targets": {"steps": 2, "prefixes": 0, "lr": 0.5, "clamp": 4.0}}
-        given: dict[str, Any] = {**dict(KINDS[kind].choices), **choices}
+        given: dict[str, Any] = {"model": str(bases(kind)), **dict(KINDS[kind].choices), **choices}
         recipe = Recipe(
             edits=str(workshop / "facts.jsonl"),
-            model=str(bases(kind)),
             corpus=str(workshop / "corpus.txt"),
             out=str(out),
             **{"layers": (1, 2), "batch_size": 1, "device": "cpu", "evaluate": False, "settings": quick, **given},

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from editcli.errors import EditError, OptionError, StateError
 from editcli.export.recipe import FORMATS, ExportRecipe, PatchRecipe
+from editcli.export.run import apply_patch
 from editcli.runs.stream import Stream
 
 
@@ -150,6 +151,44 @@ def test_a_plain_folder_can_be_exported_again(
     assert [site.rank for site in first.sites] == [site.rank for site in second.sites]
     make(plain, "full", out="again")
     assert helpers.files(tmp_path / "again") == helpers.files(plain)
+
+
+def test_a_base_of_the_hub_is_named_by_its_id_and_commit(
+    edit: Callable[..., Path],
+    bases: Callable[[str], Path],
+    make: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    helpers: Any,
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / commit
+    patch_of: dict[str, Path] = {}
+
+    def snapshot_download(name: str, *, revision: str | None = None, **options: Any) -> str:
+        assert revision in ("v1", commit)
+        return str(patch_of.get(name, cached))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    shutil.copytree(bases("linear"), cached)
+    run = edit("linear", tmp_path / "run", model="someone/tiny@v1")
+    base = json.loads((run / "editcli/run.json").read_text())["provenance"]["base"]
+    assert (base["name"], base["revision"], base["commit"]) == ("someone/tiny", "v1", commit)
+    # The cache moved: the base is fetched again, at the commit that was edited.
+    shutil.move(tmp_path / "hub", tmp_path / "moved")
+    cached = tmp_path / "moved" / "models--someone--tiny" / "snapshots" / commit
+    report = make(run, "lora")
+    assert report.base == "someone/tiny"
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny", commit)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "base_model: someone/tiny" in card
+    assert f'from_pretrained("someone/tiny", revision="{commit}")' in card
+    make(run, "patch", out="patch")
+    patch_of["someone/patch"] = tmp_path / "patch"
+    recipe = PatchRecipe(base="someone/tiny@v1", patch="someone/patch@v1", out=str(tmp_path / "rebuilt"))
+    assert apply_patch(recipe).different == ()
+    assert helpers.model_files(tmp_path / "rebuilt") == helpers.model_files(run)
 
 
 @pytest.mark.parametrize(
