@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -17,15 +18,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from editcli import API_VERSION
+import editcli.testing
+from editcli import API_VERSION, hookspecs
 from editcli.__main__ import main
 from editcli.errors import OptionError, PluginError
+from editcli.options import describe
 from editcli.plugins import KINDS as COMPONENTS
 from editcli.plugins import Plugins, load_plugins
 from editcli.scaffold import LICENSES, scaffold
 from editcli.scaffold.kinds import KINDS
 from editcli.scaffold.names import choose_names
 
+ROOT = Path(__file__).parent.parent
 PLUGINS = Plugins()
 
 
@@ -242,6 +246,34 @@ def test_a_name_is_shown_wherever_the_options_stand(arguments: list[str], capsys
     assert main(["plugins", *arguments]) == 0
     (row,) = json.loads(capsys.readouterr().out)["plugins"]
     assert (row["name"], row["kind"], row["api"]) == ("nas", "stabilizer", API_VERSION)
+
+
+def guide(language: str, containing: str) -> str:
+    """Return the guide's code block of a language that contains a text."""
+    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    (found,) = [text for text in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) if containing in text]
+    return found
+
+
+def test_the_guides_plugin_in_two_files_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "editcli_halve.py").write_text(guide("python", "class Halve"), encoding="utf-8")
+    project = tomllib.loads(guide("toml", "entry-points"))["project"]
+    (module,) = project["entry-points"]["editcli"].values()
+    plugins = Plugins()
+    plugins.register(importlib.import_module(module), "halve")
+    found = plugins.find("stabilizer", "halve")
+    assert (found.api, describe(found.component.Options)[0]["name"]) == (API_VERSION, "share")
+    assert f"editcli>={importlib.metadata.version('editcli')}" in project["dependencies"]
+
+
+def test_the_guide_names_every_hook_kind_and_contract() -> None:
+    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    names = [name for name in vars(hookspecs) if name.startswith("editcli_")]
+    names += [*KINDS, *(name for name in vars(editcli.testing) if name.endswith("Contract"))]
+    assert len(names) >= 14
+    assert [name for name in names if f"`{name}`" not in page] == []
+    assert f"`editcli_api = {API_VERSION}`" in page
 
 
 def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
