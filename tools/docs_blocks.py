@@ -12,7 +12,7 @@ DOCS = ROOT / "docs"
 
 
 def replaced(text: str, name: str, content: str) -> str:
-    """Return ``text`` with ``content`` between its comments ``name: begin`` and ``name: end``; KeyError without them."""
+    """Return ``text`` with ``content`` between its comments ``name: begin`` and ``name: end``; else raise KeyError."""
     pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.DOTALL)
     if not pattern.search(text):
         raise KeyError(f"the page has no comments '{name}: begin' and '{name}: end'")

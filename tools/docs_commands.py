@@ -30,10 +30,8 @@ def pages() -> dict[Path, str]:
     group = build_cli(load_plugins())
     index = FOLDER / "index.md"
     rows = [f"| [`editcli {name}`]({name}.md) | {summary} |" for name, (_, summary) in COMMANDS.items()]
-    found = {
-        index: replaced(index.read_text("utf-8"), "commands", "\n".join(["| command | does |", "|---|---|", *rows]))
-    }
-    found[index] = replaced(found[index], "help", _shown(group, "editcli", None))
+    listed = replaced(index.read_text("utf-8"), "commands", "\n".join(["| command | does |", "|---|---|", *rows]))
+    found = {index: replaced(listed, "help", _shown(group, "editcli", None))}
     for name, (_, summary) in COMMANDS.items():
         path = FOLDER / f"{name}.md"
         text = path.read_text("utf-8") if path.is_file() else TEMPLATE.format(name=name, summary=summary)

@@ -1,6 +1,6 @@
 """Write what the code says of itself into the pages: ``python -m tools.docs_reference``; ``--check`` only compares.
 
-Public names and their docstrings, the options of every method, the fields of the schemas, and the variables of settings.
+Public names and their docstrings, hooks, the options of every method, the fields of the schemas, settings, exit codes.
 """
 
 from __future__ import annotations
