@@ -1,6 +1,7 @@
 """Choose the bundled model's preset: where its facts can be written, and how strongly.
 
 ``python -m tools.sweep_preset layers`` prints the optimised loss of target values at every layer.
+``python -m tools.sweep_preset revive`` does so for the share of the singular values that REVIVE protects.
 ``python -m tools.sweep_preset grid`` edits batches with every combination of sites, weight and clamp, and prints what
 it did to efficacy, generalization, specificity and the norms. Edits come from a stream of another seed than the one
 that is shipped and reported, so nothing is tuned on what it is judged by.
@@ -23,6 +24,7 @@ from editcli.editing.targets import TargetOptions, optimise
 from editcli.edits import EditRequest, from_record, read_edits
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.plugins import load_plugins
+from editcli.presets import all_presets
 from editcli.recipe import parse_layers
 from editcli.report import Silent
 from tools.bundled_model.stream import build_stream
@@ -104,6 +106,41 @@ def grid(
         click.echo(json.dumps(rows[-1]))
     if out:
         out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+
+
+@main.command()
+@click.option("--model")
+@click.option("--edits", default=1000, show_default=True)
+@click.option("--batch", default=100, show_default=True)
+@click.option("--seed", default=2, show_default=True)
+@click.option("--prefixes", default=1, show_default=True, help="Contexts of the target values besides the bare prompt.")
+@click.option("--layers", "sites", default="0-1", show_default=True)
+@click.option("--tau", "taus", multiple=True, type=float, default=(0.02, 0.1, 0.3), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path))
+def revive(
+    model: str | None,
+    edits: int,
+    batch: int,
+    seed: int,
+    prefixes: int,
+    sites: str,
+    taus: tuple[float, ...],
+    out: Path | None,
+) -> None:
+    """Edit with MEMIT alone and with every share of the singular values protected."""
+    bench = StackBench(_open(model), load_plugins())
+    preset = next(preset for preset in all_presets() if preset.name == "bundled")
+    requests = tuning_edits(edits, seed)
+    rows: list[dict[str, Any]] = []
+    for tau in (None, *taus):
+        settings = {**preset.settings, "targets": {**preset.settings["targets"], "prefixes": prefixes}}
+        stack = ["memit"] if tau is None else ["memit", "revive"]
+        settings["revive"] = {} if tau is None else {"tau": tau}
+        found = bench.run(stack, requests, batch=batch, layers=parse_layers(sites), settings=settings)
+        rows.append({"tau": tau, "edits": edits, "seed": seed, **found})
+        click.echo(json.dumps(rows[-1]))
+        if out:
+            out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""Why edits are forgotten, and what a filter could do about it: read from the factors that the runs of a bench kept.
+
+``python -m benchmarks.interference BENCH --stats FILE --stats FILE`` takes the run folders of an ``editcli bench`` on
+the bundled model. Everything is computed with NumPy in float64 from the files alone, by the equations of the papers and
+not by the library's own code, so that it checks the library as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from editcli.models.loading import bundled_folder
+from editcli.presets import all_presets
+from editcli.runs.files import write_json
+from editcli.runs.history import read_history
+
+RESULTS = Path(__file__).parent / "results" / "interference.json"
+TAU = 0.1
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one batch wrote at one site: D = left right^T for keys and residual, one column per edit."""
+
+    keys: Matrix
+    residual: Matrix
+    left: Matrix
+    right: Matrix
+
+    def answer(self, keys: Matrix) -> Matrix:
+        """Return what this batch adds to the outputs for ``keys``."""
+        return self.left @ (self.right.T @ keys)
+
+
+class Protected:
+    """The leading singular directions that REVIVE protects, by its definition."""
+
+    def __init__(self, weight: Matrix, tau: float = TAU):
+        left, self.values, right = np.linalg.svd(weight, full_matrices=False)
+        self.k = int((self.values.cumsum() < tau * self.values.sum()).sum()) + 1
+        self.left, self.right = left[:, : self.k], right[: self.k].T
+
+    @cached_property
+    def spectrum(self) -> dict[str, float]:
+        """How flat the spectrum is."""
+        share = self.values / self.values.sum()
+        return {
+            "k": self.k,
+            "of": len(self.values),
+            "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
+            "largest_over_median": float(self.values[0] / np.median(self.values)),
+        }
+
+    def filtered(self, update: Matrix) -> Matrix:
+        """Return (I - U U^T) D (I - V V^T)."""
+        rows = update - self.left @ (self.left.T @ update)
+        return rows - (rows @ self.right) @ self.right.T
+
+
+@dataclass(frozen=True, slots=True)
+class Interference:
+    """What the batches of one stack did to the first of them, at one site."""
+
+    stack: str
+    site: str
+    unwritten: float
+    """||D K - R|| / ||R|| of the first batch: how much of what was to be written was not."""
+    later_over_own: float
+    """What all later batches add at the first batch's keys, over what it wrote there itself."""
+    removable: float
+    """Share of the energy of that addition which acts on the protected directions, left or right."""
+    residual_protected: float
+    """Share of the residuals' energy that lies in the protected output directions, mean over batches."""
+    touched: float
+    """The largest share of any update's norm on the protected directions; 0 for REVIVE but for rounding."""
+
+
+def measure(stack: str, site: str, batches: Sequence[Batch], kept: Protected) -> Interference:
+    """Measure one stack at one site."""
+    first, rest = batches[0], batches[1:]
+    own, later = first.answer(first.keys), sum(batch.answer(first.keys) for batch in rest)
+    through = first.keys - kept.right @ (kept.right.T @ first.keys)
+    outside = sum(batch.answer(through) for batch in rest)
+    outside = outside - kept.left @ (kept.left.T @ outside)
+    shares = [energy(kept.left.T @ batch.residual) / energy(batch.residual) for batch in batches]
+    sides = [(kept.left, batch.left) for batch in batches] + [(kept.right, batch.right) for batch in batches]
+    return Interference(
+        stack=stack,
+        site=site,
+        unwritten=ratio(own - first.residual, first.residual),
+        later_over_own=ratio(later, own),
+        removable=energy(later - outside) / energy(later),
+        residual_protected=float(np.mean(shares)),
+        touched=max(ratio(basis.T @ factor, factor) for basis, factor in sides),
+    )
+
+
+def published(batch: Batch, moment: Matrix, weight: float) -> Matrix:
+    """Return MEMIT's update as it is published, R K^T (lambda Cov + K K^T)^-1."""
+    gram = weight * moment + batch.keys @ batch.keys.T
+    return np.linalg.solve(gram, batch.keys @ batch.residual.T).T
+
+
+def energy(matrix: Matrix) -> float:
+    """Return ||A||_F^2."""
+    return float(np.square(matrix).sum())
+
+
+def ratio(part: Matrix, whole: Matrix) -> float:
+    """Return ||A||_F / ||B||_F."""
+    return float(np.linalg.norm(part) / np.linalg.norm(whole))
+
+
+def read_batches(run: Path) -> dict[str, list[Batch]]:
+    """Return the batches of a run by site."""
+    history = read_history(run)
+    if history is None:
+        raise click.UsageError(f"{run} is no run folder")
+    found: dict[str, list[Batch]] = {site: [] for site in history.sites}
+    for batch in history.batches:
+        tensors = load_file(history.folder.updates / str(batch.entry.segment))
+        for site, batches in found.items():
+            names = ("keys", "residual", "left", "right")
+            batches.append(Batch(*(tensors[f"{site}.{name}"].double().numpy() for name in names)))
+    return found
+
+
+def checks(
+    runs: Mapping[str, Mapping[str, Sequence[Batch]]], kept: Mapping[str, Protected], moments: Mapping[str, Matrix]
+) -> Iterator[dict[str, Any]]:
+    """Yield how far the recorded updates are from the published equations, computed anew."""
+    preset = next(preset for preset in all_presets() if preset.name == "bundled")
+    weight = float(preset.settings["memit"]["mom2_update_weight"])
+    for stack in ("memit", "memit+revive"):
+        for site, batches in runs.get(stack, {}).items():
+            wanted = published(batches[0], moments[site], weight)
+            wanted = kept[site].filtered(wanted) if stack.endswith("revive") else wanted
+            off = ratio(batches[0].left @ batches[0].right.T - wanted, wanted)
+            yield {"stack": stack, "site": site, "relative_error": off}
+
+
+def read_moments(files: Sequence[Path]) -> dict[str, Matrix]:
+    """Return second moments by site."""
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    ending = ".second_moment"
+    return {name.removesuffix(ending): t.double().numpy() for name, t in tensors.items() if name.endswith(ending)}
+
+
+@click.command()
+@click.argument("bench", type=click.Path(exists=True, path_type=Path))
+@click.option("--stats", multiple=True, type=click.Path(exists=True, path_type=Path), help="Second moments, to check.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS)
+def main(bench: Path, stats: tuple[Path, ...], out: Path) -> None:
+    """Measure the interference between the batches of every stack in BENCH."""
+    runs = {path.name: read_batches(path) for path in sorted(bench.iterdir()) if (path / "editcli").is_dir()}
+    base = load_file(bundled_folder() / "model.safetensors")
+    sites = next(iter(runs.values()))
+    kept = {site: Protected(base[f"{site}.weight"].double().numpy()) for site in sites}
+    rows = [measure(stack, site, run[site], kept[site]) for stack, run in runs.items() for site in sites]
+    moments = read_moments(stats)
+    found = {
+        "spectra": {site: protected.spectrum for site, protected in kept.items()},
+        "stacks": [asdict(row) for row in rows],
+        "checks": list(checks(runs, kept, moments)) if moments else [],
+    }
+    write_json(out, found)
+    click.echo(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
