@@ -8,7 +8,7 @@ not by the library's own code, so that it checks the library as well.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,9 +89,9 @@ class Interference:
 def measure(stack: str, site: str, batches: Sequence[Batch], kept: Protected) -> Interference:
     """Measure one stack at one site."""
     first, rest = batches[0], batches[1:]
-    own, later = first.answer(first.keys), sum(batch.answer(first.keys) for batch in rest)
+    own, later = first.answer(first.keys), total(batch.answer(first.keys) for batch in rest)
     through = first.keys - kept.right @ (kept.right.T @ first.keys)
-    outside = sum(batch.answer(through) for batch in rest)
+    outside = total(batch.answer(through) for batch in rest)
     outside = outside - kept.left @ (kept.left.T @ outside)
     shares = [energy(kept.left.T @ batch.residual) / energy(batch.residual) for batch in batches]
     sides = [(kept.left, batch.left) for batch in batches] + [(kept.right, batch.right) for batch in batches]
@@ -110,6 +110,11 @@ def published(batch: Batch, moment: Matrix, weight: float) -> Matrix:
     """Return MEMIT's update as it is published, R K^T (lambda Cov + K K^T)^-1."""
     gram = weight * moment + batch.keys @ batch.keys.T
     return np.linalg.solve(gram, batch.keys @ batch.residual.T).T
+
+
+def total(parts: Iterable[Matrix]) -> Matrix:
+    """Return the sum of matrices."""
+    return np.sum(list(parts), axis=0)
 
 
 def energy(matrix: Matrix) -> float:
