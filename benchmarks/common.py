@@ -19,6 +19,15 @@ from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, loa
 from editcli.runs.memory import hold
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
     "gpt2-124m": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
     "llama-1b": {
         "model_type": "llama",
@@ -41,7 +50,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 }
 """Shapes of models people edit; weights are random, so only times mean anything."""
 
-VOCABULARY: Mapping[str, int] = {"gpt2-124m": 50257, "llama-1b": 128256, "llama-3-8b": 128256}
+VOCABULARY: Mapping[str, int] = {"tiny": 4096, "gpt2-124m": 50257, "llama-1b": 128256, "llama-3-8b": 128256}
 
 
 def random_model(shape: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> LoadedModel:

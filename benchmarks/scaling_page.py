@@ -210,8 +210,7 @@ def share_of(gpu: Mapping[str, Any] | None) -> float:
     """Return the share of the peak that passes of the model reach: an accelerator's own figure where there is one."""
     if gpu is None or not gpu.get("matrix_flops") or gpu["device"].startswith("cpu"):
         return ASSUMED_SHARE
-    seconds = gpu["seconds"]["targets"]
-    return gpu["target_flops"] / seconds / DEVICES[0].half if seconds else ASSUMED_SHARE
+    return gpu["target_flops"] / gpu["matrix_flops"]
 
 
 def memory() -> Iterator[str]:

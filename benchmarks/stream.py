@@ -53,7 +53,7 @@ class Watch:
             self.resident.append(resident())
             return report
 
-        Stream.apply = apply
+        setattr(Stream, batch.__name__, apply)
 
     def _timed(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
