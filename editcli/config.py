@@ -6,6 +6,7 @@ error, because a mistyped setting that is silently ignored gives a wrong result 
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import tomli
 
 from editcli.errors import OptionError, near_miss
 from editcli.options import parse_assignments
+from editcli.printable import shorten
 
 FILE_NAME = "editcli.toml"
 OPTIONS_VARIABLE = "EDITCLI_OPTIONS"
@@ -64,11 +66,22 @@ def load_config(path: Path | None = None) -> Config:
         document = tomli.loads(chosen.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise OptionError(f"{chosen}: cannot be read: {error.strerror or error}") from error
-    except (tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError(f"{chosen}: is not valid TOML: {error or 'nested too deeply'}") from error
+    _refuse_infinite(document, chosen)
     values = {_plain(key): value for key, value in document.items() if not isinstance(value, dict)}
     tables = {key: _plain_keys(value) for key, value in document.items() if isinstance(value, dict)}
     return Config(str(chosen), values, tables)
+
+
+def _refuse_infinite(table: Mapping[str, Any], file: Path) -> None:
+    """Raise :class:`OptionError` for a number that is not finite: TOML has them, no setting does."""
+    for key, value in table.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise OptionError(f"{file}: {shorten(key)} = {item} is not a number that a setting can have")
+        if isinstance(value, dict):
+            _refuse_infinite(value, file)
 
 
 def environment_settings(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:

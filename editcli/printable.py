@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 _UNPRINTABLE = re.compile(
-    # Control characters but for tab and line feed, the marks that turn the direction of writing, and the separators
+    # Control characters but for tab and line feed, the marks that override the direction of writing, and the separators
     # that some terminals take for line feeds.
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 )
 
 

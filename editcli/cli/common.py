@@ -12,6 +12,7 @@ import click
 from editcli.distributed.launch import Launch
 from editcli.errors import OptionError
 from editcli.plugins import Plugins
+from editcli.printable import shorten
 from editcli.recipe import parse_layers
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ class Option(click.Option):
     def __init__(self, *args: Any, section: str = OTHER, **kwargs: Any):
         self.section = section
         super().__init__(*args, **kwargs)
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Convert a value; a settings file may hold a type that click's own converters trip over."""
+        try:
+            return super().type_cast_value(ctx, value)
+        except (AttributeError, TypeError, OverflowError) as error:
+            raise click.BadParameter(f"{shorten(repr(value))} is no value for it", ctx=ctx, param=self) from error
 
 
 class Command(click.Command):

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20
 _MAX_DIMENSIONS = 64
+_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\0]{1,250}$")
 CHUNK = 1 << 18
 """Bytes read at a time: larger pieces get fresh memory from the system each time, which costs more than reading."""
 
@@ -267,7 +269,7 @@ def _shards(folder: Path) -> tuple[str, ...]:
         raise ModelError(f"{path} is not a usable shard index: {error}") from error
     for name in names:
         # A shard named ../../x would make us read, and later write, outside the folder.
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        if not isinstance(name, str) or _PLAIN_NAME.match(name) is None:
             raise ModelError(f"{path} names the shard {shorten(repr(name))}, which is not a plain file name; refused")
         if not (folder / name).is_file():
             raise ModelError(f"{folder} lacks the shard {name} that its index names; download it again")

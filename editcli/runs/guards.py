@@ -27,7 +27,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 SITE_FIGURES = ("ratio", "drift")
 BATCH_FIGURES = ("efficacy", "retained")
 NONFINITE = "nonfinite"
-_CONDITION = re.compile(r"^\s*([A-Za-z_]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*$")
+_CONDITION = re.compile(r"^\s*([A-Za-z_]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*$", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
