@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ON_ERROR = ("stop", "skip")
+PARALLEL = ("data", "tensor")
 CORE_SECTIONS = ("targets", "statistics")
 """Sections of settings that belong to the core and not to a plugin."""
 
@@ -38,6 +39,7 @@ class Choices(TypedDict, total=False):
     device: str
     device_map: str | None
     solve_device: str | None
+    parallel: str
     dtype: str
     save_dtype: str
     resume: bool
@@ -84,6 +86,8 @@ class Recipe:
     device_map: str | None = None
     solve_device: str | None = None
     """Where masters, statistics and solves live; None is where the edited layers are."""
+    parallel: str = "data"
+    """What several processes share: edits (``data``), or the matrices of one model (``tensor``)."""
     dtype: str = "auto"
     save_dtype: str = "auto"
     resume: bool = False
@@ -112,6 +116,9 @@ class Recipe:
         _one_of("--dtype", self.dtype, DTYPES)
         _one_of("--save-dtype", self.save_dtype, DTYPES)
         _one_of("--on-error", self.on_error, ON_ERROR)
+        _one_of("--parallel", self.parallel, PARALLEL)
+        split = self.parallel == "tensor"
+        _require(not (split and self.device_map), "--parallel tensor and --device-map exclude each other; choose one")
         _check_layers(self.layers)
         _check_stabilizers(self.stabilizers)
 

@@ -20,7 +20,7 @@ EXIT_CODES = {"stopped": 3, "interrupted": 130}
 
 PLACES = (
     *("edits", "model", "revision", "out", "overwrite", "corpus", "stats"),
-    *("device", "device_map", "solve_device", "trust_remote_code"),
+    *("device", "device_map", "solve_device", "parallel", "trust_remote_code"),
 )
 """Settings that ``--recipe`` leaves to the command line: where things are, and where to compute."""
 UNRELATED = ("repeated", "dry_run", "as_json", "verbose", "quiet")
@@ -71,7 +71,8 @@ def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
 
     if not app.launch.leads:
         return 0
-    outcome = plan(recipe, app.plugins, app.reporter)
+    # One process looks ahead for all, so it looks at the whole model.
+    outcome = plan(replace(recipe, parallel="data"), app.plugins, app.reporter)
     if as_json:
         print_json(outcome.to_json())
     else:
@@ -123,7 +124,8 @@ def _apply(recipe: Recipe, app: App, as_json: bool) -> int:
     from editcli.distributed.group import joined
     from editcli.runs.apply import apply as run
 
-    with joined(app.launch, device=recipe.device, device_map=recipe.device_map) as team:
+    divided = recipe.parallel == "data"
+    with joined(app.launch, device=recipe.device, device_map=recipe.device_map, divided=divided) as team:
         report = run(recipe, app.plugins, app.reporter, team=team)
     if not app.launch.leads:
         return EXIT_CODES.get(report.status, 0)

@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 from editcli.cli.common import CommaSeparated, LayerRange, option, split_commas
-from editcli.recipe import DTYPES, ON_ERROR
+from editcli.recipe import DTYPES, ON_ERROR, PARALLEL
 
 COUNT = click.IntRange(min=1)
 
 
 def model_options(command: Any) -> Any:
     """Add which model to edit and how to load it."""
-    return _stack(command, source_options, device_options, code_options)
+    return _stack(command, source_options, device_options, parallel_option, code_options)
 
 
 def source_options(command: Any) -> Any:
@@ -47,6 +47,18 @@ def device_options(command: Any) -> Any:
             help="Type to run in; auto is float32 on a CPU, else the checkpoint's. Edited matrices are float32 anyway.",
         ),
     )
+
+
+def parallel_option(command: Any) -> Any:
+    """Add what several processes share."""
+    return option(
+        "--parallel",
+        type=click.Choice(PARALLEL),
+        default="data",
+        show_default=True,
+        section="Model",
+        help="What the processes of torchrun share: the edits, or the matrices of a model too large for one device.",
+    )(command)
 
 
 def code_options(command: Any) -> Any:

@@ -57,8 +57,12 @@ class GroupLink:
 
 
 @contextmanager
-def joined(launch: Launch, *, device: str = "auto", device_map: str | None = None) -> Iterator[Team]:
+def joined(
+    launch: Launch, *, device: str = "auto", device_map: str | None = None, divided: bool = True
+) -> Iterator[Team]:
     """Hold the team of a launch for as long as the context lasts; a team of one where nothing was launched.
+
+    ``divided`` is :attr:`Team.divided`.
 
     An error inside ends the other processes too, and only rank 0's is left to be told. Raises :class:`RankError` when
     the processes do not find each other and :class:`ModelError` when one has no device of its own.
@@ -70,7 +74,7 @@ def joined(launch: Launch, *, device: str = "auto", device_map: str | None = Non
     wait = timedelta(seconds=launch.timeout)
     with _reached(_NEVER_FOUND):
         dist.init_process_group(backends(place), rank=launch.rank, world_size=launch.size, timeout=wait)
-    team = Team(launch.rank, launch.size, GroupLink(place))
+    team = Team(launch.rank, launch.size, GroupLink(place), divided)
     with team.guard():
         yield team
         team.exchange("the end")

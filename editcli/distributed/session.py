@@ -33,7 +33,8 @@ class TeamSession(ModelSession):
         self.team = team
         if prefixes is None:
             # Sampled text hangs on the last digits of the model's output, so one rank's is everybody's.
-            prefixes = team.lead("prefixes", lambda: generate_prefixes(loaded, options or TargetOptions(), seed=seed))
+            made = options or TargetOptions()
+            prefixes = team.lead_model("prefixes", lambda: generate_prefixes(loaded, made, seed=seed))
         super().__init__(loaded, layers, options=options, prefixes=prefixes, seed=seed, **others)
         self._costs: tuple[Sequence[EditRequest], list[int]] = ((), [])
 
@@ -75,7 +76,7 @@ class TeamSession(ModelSession):
     ) -> Gradients:
         """Run one forward and backward pass of this rank's share and return what all ranks saw."""
         own = self.team.share(self._weigh(requests))
-        if self.team.size == 1 or not requests:
+        if self.team.parts == 1 or not requests:
             return super().gradients(requests, positions=positions, trial=trial)
         tensors: list[Tensor] = []
         if own:
@@ -100,7 +101,7 @@ class TeamSession(ModelSession):
 
     def _weigh(self, requests: Sequence[EditRequest]) -> list[int]:
         """Return what each edit costs: the tokens of its prompt and target, behind no prefix and behind all of them."""
-        if self.team.size == 1:
+        if self.team.parts == 1:
             return [1] * len(requests)
         of, costs = self._costs
         if list(of) != list(requests):

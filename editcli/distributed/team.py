@@ -64,6 +64,18 @@ class Team:
     rank: int = 0
     size: int = 1
     link: Link = field(default_factory=Loopback)
+    divided: bool = True
+    """False where the ranks hold one model together: then every rank takes part in all of the model's work."""
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the model's work is divided."""
+        return self.size if self.divided else 1
+
+    @property
+    def part(self) -> int:
+        """Which of them is this rank's."""
+        return self.rank if self.divided else 0
 
     @property
     def leads(self) -> bool:
@@ -72,7 +84,7 @@ class Team:
 
     def share(self, costs: Sequence[float]) -> list[int]:
         """Return which of the items with these ``costs`` are this rank's, ascending; all ranks must pass the same."""
-        return balanced(costs, self.size)[self.rank]
+        return balanced(costs, self.parts)[self.part]
 
     def exchange(self, what: str, value: Any = None) -> list[Any]:
         """Return the values of all ranks, as JSON makes of them; raise :class:`RankError` when one of them failed."""
@@ -81,6 +93,11 @@ class Team:
     def lead(self, what: str, action: Callable[[], Any]) -> Any:
         """Have rank 0 alone do something; return what it returned, which must be JSON's, on every rank."""
         return self.exchange(what, action() if self.leads else None)[0]
+
+    def lead_model(self, what: str, action: Callable[[], Any]) -> Any:
+        """Do as :meth:`lead` does with something that runs the model: with a model held together, all run it."""
+        found = action() if self.leads or not self.divided else None
+        return self.exchange(what, found)[0]
 
     def any(self, what: str, flag: bool) -> bool:
         """Tell whether ``flag`` is set on any rank."""
@@ -94,7 +111,10 @@ class Team:
             raise StateError(f"{what} differ between process 0 and process {', '.join(others)}; {remedy}")
 
     def gather(self, what: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """Return the tensors of all ranks, in their order; ranks may have different ones, or none."""
+        """Return the tensors of all parts, in their order; ranks may have different ones, or none."""
+        return self._gathered(what, tensors) if self.parts > 1 else [tuple(tensors)]
+
+    def _gathered(self, what: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         import torch
 
         kinds = self.exchange(what, [(str(t.dtype), list(t.shape), t.device.type == "cpu") for t in tensors])
@@ -116,7 +136,7 @@ class Team:
 
     def lead_tensors(self, what: str, action: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
         """Have rank 0 alone make tensors; return them, or none, on every rank."""
-        return self.gather(what, action() if self.leads else ())[0]
+        return self._gathered(what, action() if self.leads else ())[0]
 
     def spread(
         self, what: str, costs: Sequence[float], work: Callable[[Sequence[int]], Sequence[Tensor]]
@@ -128,19 +148,19 @@ class Team:
         """
         import torch
 
-        shares = balanced(costs, self.size)
-        own = shares[self.rank]
+        shares = balanced(costs, self.parts)
+        own = shares[self.part]
         found = tuple(work(own)) if own or not costs else ()
-        if self.size == 1:
+        if self.parts == 1:
             return found
         parts = [part for part in self.gather(what, found) if part]
         back = torch.argsort(torch.tensor([item for share in shares for item in share]))
         return tuple(torch.cat(column)[back.to(column[0].device)] for column in zip(*parts, strict=True))
 
     def total(self, what: str, tensors: Sequence[Tensor]) -> None:
-        """Overwrite each tensor, of one shape on all ranks, by its sum over the ranks: the same bits on every rank."""
+        """Overwrite each tensor, of one shape on all ranks, by its sum over the parts: the same bits on every rank."""
         self.exchange(what, len(tensors))
-        for tensor in tensors:
+        for tensor in tensors if self.parts > 1 else ():
             self.link.total(tensor)
 
     @contextmanager

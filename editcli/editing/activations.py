@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from editcli.errors import ModelError
 from editcli.models.forward import chunks, first, positions, replaced_forward, run, tapped, with_first
 from editcli.models.loading import LoadedModel
+from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
 from editcli.report import Reporter
 
@@ -117,7 +118,7 @@ class Activations:
 
         def show(number: int, tap: Tap) -> Any:
             def see(owner: Any, entered: Tensor, produced: Any) -> None:
-                seen[number] = _at_ends(first(produced) if tap.output else entered, part).float()
+                seen[number] = _at_ends(first(produced) if tap.output else whole_input(owner, entered), part).float()
 
             return see
 

@@ -17,6 +17,7 @@ from editcli.interfaces import Gradients, Site, SiteGradients
 from editcli.models.forward import chunks, first, head_only_at, run, tapped
 from editcli.models.forward import positions as index_pairs
 from editcli.models.loading import LoadedModel
+from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
 
 
@@ -67,6 +68,7 @@ def _one_pass(
 
     def see(site: Site) -> Any:
         def hook(module: Any, entered: Tensor, output: Any) -> Any:
+            entered = whole_input(module, entered)
             inputs[site] = entered.detach().reshape(*ids.shape, -1).float()
             produced = first(output)
             if site in trial:

@@ -23,6 +23,7 @@ from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve
 from editcli.models.checkpoint import Checkpoint
 from editcli.models.offload import device_of
+from editcli.models.sharded import loading_options
 from editcli.models.tokens import Tokens
 
 BUNDLED = "bundled"
@@ -108,8 +109,12 @@ def open_model(
     families: Sequence[Family] = (),
     chat_template: bool = False,
     trust_remote_code: bool = False,
+    split: bool = False,
 ) -> LoadedModel:
-    """Load model and tokenizer from a local folder; raise :class:`ModelError` with one sentence when that fails."""
+    """Load model and tokenizer from a local folder; raise :class:`ModelError` with one sentence when that fails.
+
+    With ``split`` the model is spread over all processes of torch's process group, by its family's own plan.
+    """
     Checkpoint(source.folder).entries  # noqa: B018 - damaged or pickled weights are refused before anything is built.
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
@@ -117,6 +122,7 @@ def open_model(
     if device_map and importlib.util.find_spec("accelerate") is None:
         raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
     options = {"device_map": device_map} if device_map else _straight_to(place)
+    options = loading_options(config) if split else options
     try:
         with _no_bars():
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(

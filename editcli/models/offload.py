@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editcli.models.sharded import parted, whole_weight
+
 
 def device_of(module: nn.Module) -> torch.device:
     """Return the device on which a module computes."""
@@ -18,7 +20,7 @@ def device_of(module: nn.Module) -> torch.device:
 def read_weight(module: nn.Module) -> Tensor:
     """Return a module's weight as the model holds it, on the device on which the module computes."""
     weight = module.get_parameter("weight").detach()
-    return _hook(module).weights_map["weight"].to(device_of(module)) if weight.is_meta else weight
+    return _hook(module).weights_map["weight"].to(device_of(module)) if weight.is_meta else whole_weight(weight)
 
 
 def replace_weight(module: nn.Module, value: Tensor) -> None:
@@ -26,7 +28,7 @@ def replace_weight(module: nn.Module, value: Tensor) -> None:
     weight = module.get_parameter("weight")
     if not weight.is_meta:
         with torch.no_grad():
-            weight.copy_(value)
+            weight.copy_(parted(value, weight))
         return
     hook = _hook(module)
     # The map may be shared by the whole model or lie on disk; the new weight only goes in front of it.

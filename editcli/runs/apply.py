@@ -31,7 +31,7 @@ from editcli.runs.files import tensor_digest, write_bytes
 from editcli.runs.guards import needs_retained
 from editcli.runs.identity import plan_digest, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
-from editcli.runs.outcome import Ending, efficacy, provenance, report_run
+from editcli.runs.outcome import Ending, efficacy, provenance, report_run, rounded_differently
 from editcli.runs.output import CARD, Verified, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
 from editcli.runs.recovery import Recovered, recover, remaining
@@ -53,6 +53,8 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *,
     team = team or Team()
     reporter = reporter if reporter is not None and team.leads else Silent()
     clock = Clock()
+    if recipe.parallel == "tensor" and team.size == 1:
+        raise OptionError("--parallel tensor splits a model over several processes; start them with torchrun")
     if recipe.edits == "-" and team.size > 1:
         raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
     with clock.spent("load"):
@@ -201,14 +203,12 @@ class Run:
             return {}
 
     def compare_versions(self) -> None:
-        """Warn where another version may round differently than the one that began the stream."""
+        """Tell what changed since the stream was begun: what may round differently, and the size of batches."""
         old = self._old_record().get("provenance", {})
-        for what in ("versions", "plugins", "device"):
-            if what in old and old[what] != self.provenance[what]:
-                self.reporter.warn(
-                    f"this run was made with other {what} ({old[what]}, now {self.provenance[what]}); what is written "
-                    "from here on may differ in its last digits"
-                )
+        for text in rounded_differently(old, self.provenance):
+            self.reporter.warn(text)
+        if old.get("batch_size", self.planned.batch_size) != self.planned.batch_size:
+            self.reporter.note(f"Batches of {self.planned.batch_size} from here on; they were of {old['batch_size']}")
 
     def _announce(self) -> None:
         planned = self.planned

@@ -196,6 +196,7 @@ def open_planned(planned: Planned) -> LoadedModel:
         families=planned.families,
         chat_template=recipe.chat_template,
         trust_remote_code=recipe.trust_remote_code,
+        split=recipe.parallel == "tensor",
     )
 
 

@@ -225,7 +225,7 @@ def _planned(
         raise StateError(f"{folder.record} does not say how the run was made ({error}); restore a backup") from error
     if recipe.model is not None and Path(base["folder"]).is_dir():
         recipe = replace(recipe, model=base["folder"])
-    recipe = replace(recipe, out=str(folder.out), resume=True, overwrite=False)
+    recipe = replace(recipe, out=str(folder.out), resume=True, overwrite=False, parallel="data")
     again = (request for batch in _again(folder, recovered, plan) for request in batch)
     file = EditFile(edits["file"], edits["sha256"], (*_kept(recovered, plan), *again), (), ())
     planned = planning.check(recipe, plugins, reporter, file=file)

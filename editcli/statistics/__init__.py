@@ -28,6 +28,7 @@ from editcli.models.checkpoint import file_digest
 from editcli.models.forward import chunks, run, tapped
 from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of
+from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
 from editcli.options import option
 from editcli.report import Reporter, Silent
@@ -163,7 +164,7 @@ class SecondMoments:
         with self.reporter.phase("Second moments", total, "tokens") as advance:
             for number, batch in enumerate(_batches(self.corpus.rows(), total, self.options.batch_tokens)):
                 # Batches are of one size in tokens, so taking turns shares them evenly.
-                if number % self.team.size == self.team.rank:
+                if number % self.team.parts == self.team.part:
                     for site, outer in self._outer(batch, modules).items():
                         sums[site].add_(outer)
                 advance(sum(len(row.ids) for row in batch))
@@ -188,6 +189,7 @@ class SecondMoments:
 
         def tap(site: Site) -> Any:
             def see(owner: Any, entered: Tensor, output: Any) -> None:
+                entered = whole_input(owner, entered)
                 keys = entered.reshape(-1, entered.shape[-1])[real.flatten().to(entered.device)].float()
                 outer = keys.T @ keys
                 seen[site] = outer.double() if _has_double(outer.device) else outer.cpu().double()

@@ -103,7 +103,7 @@ def _self_rows(loaded: LoadedModel, length: int, seed: int, team: Team) -> Itera
     Ranks take turns at the batches, each of which has a seed of its own, so the texts do not depend on their number.
     """
     for turn in itertools.count():
-        rows = _self_batch(loaded, length, seed, turn * team.size + team.rank)
+        rows = _self_batch(loaded, length, seed, turn * team.parts + team.part)
         for batch in team.gather("reference text", [rows.cpu()]):
             yield from _texts(batch[0], loaded.tokens.tokenizer.eos_token_id)
 
