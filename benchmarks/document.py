@@ -6,12 +6,14 @@ Each section is left out while its result file is missing, so the page never sho
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from benchmarks.markdown import table
+from benchmarks.speed import SECTIONS as SPEED
 from benchmarks.stacks import markdown as stacks_markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,15 +38,6 @@ thirds. REVIVE does not help here: the edited matrices' spectra are flat (effect
 is no dominant subspace to protect. Specificity falls for every stack to about a half in exact answers.
 Nothing was tuned on this stream.
 """
-
-
-def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table."""
-    yield f"| {' | '.join(heading)} |"
-    yield f"|{'---|' * len(heading)}"
-    for row in rows:
-        yield f"| {' | '.join(str(cell) for cell in row)} |"
-    yield ""
 
 
 def stacks(result: Mapping[str, Any]) -> Iterator[str]:
@@ -75,74 +68,6 @@ def proof(result: Mapping[str, Any]) -> Iterator[str]:
     yield from ("![Curves along the stream](bench.png)", "", READING)
 
 
-def targets(result: Mapping[str, Any]) -> Iterator[str]:
-    """Describe target optimisation against the published procedure."""
-    found = result["result"]
-    yield from ("## Target optimisation", "")
-    yield f"Edits per second of the published one-at-a-time procedure and of ours, {found['steps']} steps each, no"
-    yield f"early stop, {found['threads']} threads, median of {found['repeats']} interleaved rounds."
-    yield from ("`python -m benchmarks.targets`.", "")
-    rows = []
-    for row in found["rows"]:
-        rates = [f"{row['edits_per_second'][how]:.2f}" for how in ("plain", "uncached", "ours")]
-        rows.append([row["model"], row["batch"], *rates, f"{row['ratio']:.1f}"])
-    yield from table(("model", "batch", "published", "batched, no cache", "ours", "ours / published"), rows)
-
-
-def solve(result: Mapping[str, Any]) -> Iterator[str]:
-    """Describe the solve of a batch."""
-    found = result["result"]
-    yield from ("## One batch's solve", "")
-    yield f"{found['edits']} edits, {found['rows']} rows, {found['dtype']}. `python -m benchmarks.solve`."
-    yield ""
-    rows = [
-        [
-            row["d_in"],
-            f"{row['published']:.3f}",
-            f"{row['inverse_gram']:.3f}",
-            f"{row['downdate']:.3f}",
-            f"{row['published'] / row['inverse_gram']:.0f}",
-        ]
-        for row in found["rows_"]
-    ]
-    yield from table(("d_in", "torch.linalg.solve [s]", "inverse Gram [s]", "down-date [s]", "ratio"), rows)
-
-
-def saving(result: Mapping[str, Any]) -> Iterator[str]:
-    """Describe saving."""
-    yield from ("## Saving a sharded 2.5 GB model with one edited layer", "")
-    yield "`python -m benchmarks.saving`; ours includes reopening and comparing every tensor."
-    yield ""
-    ways = {"theirs": "load, save_pretrained", "ours": "editcli"}
-    rows = [
-        [ways[how], f"{run['seconds']:.1f}", f"{run['peak_bytes'] / 1e9:.2f}"] for how, run in result["result"].items()
-    ]
-    yield from table(("way", "seconds", "peak memory [GB]"), rows)
-
-
-def stream(result: Mapping[str, Any]) -> Iterator[str]:
-    """Describe the cost along a stream."""
-    found = result["result"]
-    seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in found["seconds"].items())
-    yield from ("## Cost along a stream", "")
-    yield f"{found['edits']:,} edits end to end, no evaluation, seconds: {seconds}. Time per batch in the last quarter"
-    yield f"over the first: {found['last_over_first_quarter']:.2f}. Peak memory {found['peak_bytes'] / 1e9:.2f} GB."
-    yield from ("`python -m benchmarks.stream`.", "")
-
-
-def memory(result: Mapping[str, Any]) -> Iterator[str]:
-    """Describe what safety costs along a stream."""
-    found = result["result"]
-    first, last = found["resident_bytes_at_500"], found["resident_bytes_at_end"]
-    yield from ("## What a safe stream costs", "")
-    yield f"2,000 edits in batches of {found['batch_size']}: resident memory {first / 1e9:.3f} GB after 500 edits and"
-    yield f"{last / 1e9:.3f} GB after all; time per batch in the last quarter over the first"
-    yield f"{found['last_over_first_quarter']:.2f}; snapshots took {found['snapshot_share']:.1%} of the time, journal"
-    yield f"and segments {found['journal_share']:.1%}. On disk {found['bytes_per_edit'] / 1e3:.1f} kB per edit here,"
-    yield f"{found['llama_3_8b_bytes_per_edit'] / 1e3:.0f} kB computed for a Llama-3-8B with five sites."
-    yield from ("`python -m benchmarks.stream_memory`.", "")
-
-
 def soak(result: Mapping[str, Any]) -> Iterator[str]:
     """Describe the soak of killed streams."""
     yield from ("## Killed and resumed", "")
@@ -154,11 +79,7 @@ def soak(result: Mapping[str, Any]) -> Iterator[str]:
 SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "stacks": stacks,
     "bench": proof,
-    "targets": targets,
-    "solve": solve,
-    "saving": saving,
-    "stream": stream,
-    "stream_memory": memory,
+    **SPEED,
     "soak": soak,
 }
 

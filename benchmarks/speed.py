@@ -1,0 +1,178 @@
+"""The sections about speed and memory of the benchmarks' page, each from one result file.
+
+A section takes the whole JSON document of its benchmark and yields lines of Markdown. :data:`SECTIONS` has them in the
+order of the page, by the name of the result file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from benchmarks.markdown import table
+
+
+def targets(document: Mapping[str, Any]) -> Iterator[str]:
+    """Describe target optimisation against the published procedure, and what it costs as the work grows."""
+    found = document["result"]
+    yield from ("## Target optimisation", "")
+    yield f"Edits per second of the published one-at-a-time procedure and of ours, {found['steps']} steps each, no"
+    yield f"early stop, {found['threads']} threads, median of {found['repeats']} interleaved rounds; each ratio is"
+    yield from ("taken within one round. `python -m benchmarks.targets`.", "")
+    ways = list(found["rows"][0]["edits_per_second"])
+    rows = [
+        [row["model"], row["batch"], *(f"{row['edits_per_second'][way]:.2f}" for way in ways), f"{row['ratio']:.1f}"]
+        for row in found["rows"]
+    ]
+    yield from table(("model", "batch", *ways, f"ours / {ways[0]}"), rows)
+    for axis, points in found.get("curves", {}).items():
+        yield from (f"Edits per second of ours as {axis} grow:", "")
+        yield from table(
+            [axis, *(f"{point[axis]:,}" for point in points)],
+            [["edits per second", *(f"{point['edits_per_second']:.2f}" for point in points)]],
+        )
+
+
+def profile(document: Mapping[str, Any]) -> Iterator[str]:
+    """Describe where the time of target optimisation goes, and what each idea gives."""
+    yield from ("## What each idea gives", "")
+    yield from ("`python -m benchmarks.profile_targets`.", "")
+    for name, model in document["result"]["models"].items():
+        spent = model["ms_per_edit"]
+        phases = dict.fromkeys(phase for way in spent.values() for phase in way)
+        yield from (f"Milliseconds per edit, {name}:", "")
+        rows = [[phase, *(f"{way.get(phase, 0):.1f}" for way in spent.values())] for phase in phases]
+        yield from table(("phase", *spent), rows)
+        yield from (f"How many times longer ours takes without one of its ideas, {name}:", "")
+        yield from table(("without", "times"), [[idea, f"{cost:.2f}"] for idea, cost in model["cost_without"].items()])
+
+
+def sites(document: Mapping[str, Any]) -> Iterator[str]:
+    """Describe reading and writing the sites of a batch."""
+    found = document["result"]
+    yield from ("## Keys and residuals of all sites", "")
+    yield f"CPU seconds to read and write every site of a batch of {found['batch_size']}: each read from token zero,"
+    yield from ("and going on from the last written site. The bytes are the same. `python -m benchmarks.sites`.", "")
+    rows = [
+        [row["model"], row["sites"], f"{row['zero']:.2f}", f"{row['going_on']:.2f}", f"{row['ratio']:.1f}"]
+        for row in found["rows"]
+    ]
+    yield from table(("model", "sites", "from token zero [s]", "going on [s]", "ratio"), rows)
+
+
+def solve(document: Mapping[str, Any]) -> Iterator[str]:
+    """Describe the solve of a batch."""
+    found = document["result"]
+    yield from ("## One batch's solve", "")
+    yield f"{found['edits']} edits, d_out {found['d_out']:,}, {found['dtype']} on {found['device']}. The published form"
+    yield "solves a (d_in, d_in) system for every batch; ours keeps the inverse and, where an editor remembers,"
+    yield from ("down-dates it. `python -m benchmarks.solve`.", "")
+    rows = [
+        [
+            row["d_in"],
+            *(f"{row[name]:.3f}" for name in ("published", "inverse_gram", "downdate")),
+            f"{row['ratio']:.1f}",
+            f"{row['with_downdate']:.1f}",
+            f"{row['apart']:.0e}",
+        ]
+        for row in found["rows"]
+    ]
+    times = ("torch.linalg.solve [s]", "inverse Gram [s]", "down-date [s]")
+    yield from table(("d_in", *times, "ratio", "ratio with down-date", "relative difference"), rows)
+
+
+def saving(document: Mapping[str, Any]) -> Iterator[str]:
+    """Describe saving."""
+    found = document["result"]
+    yield from (f"## Saving a sharded {found['bytes'] / 1e9:.1f} GB model with one edited layer", "")
+    yield f"Median of {found['repeats']} interleaved rounds, each way in a process of its own; ours includes reopening"
+    yield from ("and comparing every tensor. `python -m benchmarks.saving`.", "")
+    names = {
+        "theirs": "load, save_pretrained",
+        "parsed": "write the changed shard anew, copy the others",
+        "unverified": "editcli, without verifying",
+        "ours": "editcli",
+    }
+    rows = [
+        [names[how], f"{way['seconds']:.1f}", f"{way['cpu_seconds']:.1f}", f"{way['peak_bytes'] / 1e9:.2f}"]
+        for how, way in found["ways"].items()
+    ]
+    yield from table(("way", "seconds", "CPU seconds", "peak memory [GB]"), rows)
+
+
+def stream(document: Mapping[str, Any]) -> Iterator[str]:
+    """Describe time, memory and the cost of safety along a stream."""
+    found = document["result"]
+    method = " + ".join((found["editor"], *found["stabilizers"]))
+    yield from ("## Cost along a stream", "")
+    yield f"{found['edits']:,} edits end to end with {method} in batches of {found['batch_size']}, no evaluation."
+    yield from ("`python -m benchmarks.stream`.", "")
+    rows = [[f"seconds: {phase}", f"{seconds:.0f}"] for phase, seconds in found.get("phases", {}).items()]
+    if found.get("edits_per_second_by_quarter"):
+        rates = ", ".join(f"{rate:.2f}" for rate in found["edits_per_second_by_quarter"])
+        rows.append(["edits per second, by quarter", rates])
+    rows.append(["time per batch, last quarter / first", f"{found['last_over_first_quarter']:.2f}"])
+    rows += [
+        [f"resident memory after {int(count):,} edits [GB]", f"{size / 1e9:.3f}"]
+        for count, size in found["resident_bytes"].items()
+    ]
+    if found.get("peak_bytes"):
+        rows.append(["peak memory [GB]", f"{found['peak_bytes'] / 1e9:.2f}"])
+    rows += [[f"share of the time: {what}", f"{found[f'{what}_share']:.1%}"] for what in ("snapshot", "journal")]
+    rows.append(["bytes on disk per edit", f"{found['bytes_per_edit']:,}"])
+    rows.append(["the same, computed for Llama-3-8B with five sites", f"{found['llama_3_8b_bytes_per_edit']:,}"])
+    yield from table(("figure", "value"), rows)
+
+
+def reading(document: Mapping[str, Any]) -> Iterator[str]:
+    """Describe gathering second moments."""
+    found = document["result"]
+    yield from ("## Second moments of reference text", "")
+    yield f"Tokens per CPU second on the {found['model']} model, {found['sites']} sites, {found['tokens']:,} tokens:"
+    yield "one text at a time through the whole model with a hook on every site, as published, and ours. Peak memory"
+    yield from (f"{found['peak_bytes'] / 1e9:.2f} GB. `python -m benchmarks.statistics`.", "")
+    rates = found["tokens_per_second"]
+    yield from table(
+        (*rates, "ratio", "relative difference"),
+        [[*(f"{rate:,.0f}" for rate in rates.values()), f"{found['ratio']:.1f}", f"{found['apart']:.0e}"]],
+    )
+
+
+def inspecting(document: Mapping[str, Any]) -> Iterator[str]:
+    """Describe the memory that ``inspect`` takes."""
+    found = document["result"]
+    yield from ("## Memory of inspect", "")
+    yield f"Peak resident memory on a random checkpoint of {found['bytes'] / 2**30:.2f} GiB, {found['shards']} shards,"
+    yield f"matrices up to {found['hidden']:,} x {found['intermediate']:,}, and what importing alone takes."
+    yield from ("`python -m benchmarks.inspect_memory`.", "")
+    rows = [[what, f"{run['gib']:.2f}", f"{run['seconds']:.0f}"] for what, run in found["runs"].items()]
+    yield from table(("command", "GiB", "seconds"), rows)
+
+
+def gpu(document: Mapping[str, Any]) -> Iterator[str]:
+    """Describe a real shape on an accelerator."""
+    found = document["result"]
+    yield from (f"## {found['shape']} on {found['device']}", "")
+    yield f"Random bfloat16 weights, batches of {found['batch_size']}, {found['steps']} steps for every edit."
+    yield from ("`python -m benchmarks.gpu`.", "")
+    rows = [[f"{phase}, seconds per batch", f"{seconds:.2f}"] for phase, seconds in found["seconds_per_batch"].items()]
+    rows.append(["edits per second", f"{found['edits_per_second']:.1f}"])
+    rows.append(["targets, TFLOP/s", f"{found['target_flops'] / 1e12:.0f}"])
+    rows.append(["share of the measured matrix rate", f"{found['target_flops'] / found['matrix_flops']:.0%}"])
+    if found["peak_bytes"]:
+        rows.append(["peak memory [GB]", f"{found['peak_bytes'] / 1e9:.0f}"])
+    yield from table(("figure", "value"), rows)
+
+
+SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
+    "targets": targets,
+    "profile_targets": profile,
+    "gpu": gpu,
+    "sites": sites,
+    "solve": solve,
+    "statistics": reading,
+    "saving": saving,
+    "stream": stream,
+    "inspect_memory": inspecting,
+}
+"""The sections in the order of the page."""
