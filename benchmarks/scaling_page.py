@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.costs import (
     DOUBLE,
+    HALF,
     SINGLE,
     Batch,
     Plan,
@@ -41,12 +42,13 @@ class Device:
     memory: float
     size: float
     network: float
+    link: float
     per_machine: int = 8
 
 
 DEVICES = (
-    Device("H100 80 GB", 989e12, 67e12, 3.35e12, 80e9, 50e9),
-    Device("H200 141 GB", 989e12, 67e12, 4.8e12, 141e9, 50e9),
+    Device("H100 80 GB", 989e12, 67e12, 3.35e12, 80e9, 50e9, 450e9),
+    Device("H200 141 GB", 989e12, 67e12, 4.8e12, 141e9, 50e9, 450e9),
 )
 """NVIDIA's data sheets, dense rates; the network is one 400 Gbit/s port a device."""
 PLANS = (
@@ -58,7 +60,7 @@ PLANS = (
 GPUS = (1, 8, 16, 32, 64)
 STREAMS = (20_000, 1_000_000)
 BATCH = 100
-ASSUMED_SHARE, ASSUMED_SOLVE_SHARE, ASSUMED_MEMORY_SHARE = 0.30, 0.60, 0.60
+ASSUMED_SHARE, ASSUMED_SOLVE_SHARE, ASSUMED_MEMORY_SHARE, LINK_SHARE = 0.30, 0.60, 0.60, 0.60
 """Shares of the published peaks that are reached, where no benchmark of an accelerator says better."""
 MESSAGE, DISK = 1e-3, 2e9
 """Seconds of one exchange of short texts, and bytes a second that reach the disk."""
@@ -111,6 +113,26 @@ def predict(plan: Plan, device: Device, count: int, share: float) -> Prediction 
     start = statistics_flops(plan) / (rate * replicas)
     start += len(plan.layers) * 10.0 * plan.shape.inner**3 / (ASSUMED_SOLVE_SHARE * device.single)
     return Prediction(replicas, each, parts, start, evaluation_flops(plan, 1) / (rate * replicas))
+
+
+def predict_split(plan: Plan, device: Device, share: float) -> Prediction | None:
+    """Predict on one machine whose devices hold the model together; None where C and masters do not fit beside a part.
+
+    Every block then sums up twice on the way forward and twice on the way back, each device at its own link's rate.
+    """
+    batch, count = Batch.typical(BATCH), device.per_machine
+    whole, weights = held_bytes(plan, batch), 2 * plan.shape.weights
+    if whole - weights + weights / count > USABLE * device.size:
+        return None
+    # What one device would take if it had the room.
+    alone = predict(plan, replace(device, size=math.inf), 1, share)
+    assert alone is not None
+    above = plan.shape.layers - 1 - plan.last
+    sums = batch.steps * above * 4 * batch.again + 2 * plan.shape.layers * batch.once
+    parts = {name: seconds / (count if name in ("targets", "reads") else 1) for name, seconds in alone.parts.items()}
+    # Summing on a ring sends every number twice.
+    parts["talk"] += 2 * sums * plan.shape.hidden * HALF / (LINK_SHARE * device.link)
+    return Prediction(1, count, parts, alone.start / count, alone.evaluation / count)
 
 
 def _devices_each(plan: Plan, device: Device, batch: Batch) -> int | None:
@@ -200,6 +222,7 @@ def shares(gpu: Mapping[str, Any] | None) -> Iterator[str]:
         ("passes of the model, of the bfloat16 peak", f"{share:.2f}", known),
         ("products with C, of the float32 peak", f"{ASSUMED_SOLVE_SHARE:.2f}", "assumed"),
         ("memory traffic, of the bandwidth", f"{ASSUMED_MEMORY_SHARE:.2f}", "assumed"),
+        ("links within a machine, of their rate", f"{LINK_SHARE:.2f}", "assumed"),
         ("a message", f"{MESSAGE * 1e3:.0f} ms", "assumed; gloo on one machine takes as long"),
         ("the disk of process 0", f"{DISK / 1e9:.0f} GB/s", "assumed"),
     ]
@@ -241,8 +264,11 @@ def times(gpu: Mapping[str, Any] | None) -> Iterator[str]:
                 for count in GPUS:
                     found = predict(plan, device, count, share_of(gpu))
                     cells.append("-" if found is None else _duration(found.hours(edits)))
+                split = predict_split(plan, device, share_of(gpu))
+                cells.append("-" if split is None else _duration(split.hours(edits)))
                 rows.append((device.name, plan.shape.name, f"{edits:,}", *cells))
-    yield from table(("device", "model", "edits", *(f"{count} GPU{'s' * (count > 1)}" for count in GPUS)), rows)
+    heading = (f"{count} GPU{'s' * (count > 1)}" for count in GPUS)
+    yield from table(("device", "model", "edits", *heading, "8 GPUs, `--parallel tensor`"), rows)
 
 
 def parts(gpu: Mapping[str, Any] | None) -> Iterator[str]:
@@ -256,6 +282,10 @@ def parts(gpu: Mapping[str, Any] | None) -> Iterator[str]:
                 rows.append(
                     (plan.shape.name, str(count), str(found.replicas), *cells, f"{sum(found.parts.values()):.2f}")
                 )
+        split = predict_split(plan, DEVICES[1], share_of(gpu))
+        if split is not None:
+            cells = [f"{seconds:.3f}" for seconds in split.parts.values()]
+            rows.append((plan.shape.name, "8", "1, split", *cells, f"{sum(split.parts.values()):.2f}"))
     names = ("targets", "reads", "solves", "writes", "talk", "record")
     yield from table(("model", "GPUs", "replicas", *(f"{name}, s" for name in names), "batch, s"), rows)
 
