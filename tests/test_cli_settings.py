@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from editcli.__main__ import main
 from editcli.recipe import Recipe
+from editcli.testing import tiny_model_folder
 
 Recipes = Callable[..., Recipe]
 
@@ -202,3 +204,22 @@ def test_json_is_one_document_even_for_numbers_that_json_does_not_know(
 ) -> None:
     recipe()
     assert capsys.readouterr().out == '{\n  "plan": null\n}\n'
+
+
+def test_inspect_shows_the_configured_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the model is an argument there, and no option; what is written on the command line still wins."""
+    monkeypatch.chdir(tmp_path)
+
+    def shown(*arguments: str) -> str:
+        assert main(["inspect", "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)["model"]
+
+    folders = [str(tiny_model_folder(tmp_path / name)) for name in ("filed", "named", "given")]
+    assert shown() == "bundled"
+    Path("editcli.toml").write_text("model = 'filed'\n")
+    assert Path(shown()).name == "filed"
+    monkeypatch.setenv("EDITCLI_MODEL", "named")
+    assert Path(shown()).name == "named"
+    assert shown(folders[2]) == folders[2]

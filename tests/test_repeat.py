@@ -188,6 +188,29 @@ def test_a_strangers_record_cannot_have_code_run(run: Run) -> None:
     assert not recipe.overwrite
 
 
+def test_a_lost_snapshot_is_mended_as_the_message_says(run: Run) -> None:
+    state = Path("first/editcli/state.safetensors")
+    data = bytearray(state.read_bytes())
+    data[-1] ^= 1
+    state.write_bytes(bytes(data))
+    where = ("--model", "model", "--corpus", "corpus.txt", "--out", "first", "--resume")
+    code, _, err = run("facts.jsonl", *where)
+    assert code == 1
+    advice = " ".join(err.split()).rpartition("editcli apply ")[2].split()
+    assert advice == ["--recipe", RECORD]
+    code, out, err = run(*advice)
+    assert (code, "identical" in out) == (0, True), err
+
+
+def test_batches_of_another_size_are_noted_on_resuming(run: Run) -> None:
+    stack = ("--stabilizer", "clip", "--layers", "1-2", "--seed", "7", "-o", "memit.ridge=0.5", *QUICK)
+    where = ("--model", "model", "--corpus", "corpus.txt", "--out", "first", "--resume")
+    code, _, err = run("facts.jsonl", *where, *stack, "--batch-size", "1")
+    assert (code, err.count("Batches of 1 from here on; they were of 2")) == (0, 1), err
+    code, _, err = run("facts.jsonl", *where, *stack, "--batch-size", "1")
+    assert (code, "from here on; they were" in err) == (0, False), err
+
+
 def test_the_bundled_model_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ FIGURES = "Figures"
 
 
 @click.command(cls=Command)
-@click.argument("model", metavar="[MODEL|RUN]", required=False)
+@click.argument("model", metavar="[MODEL|RUN]", required=False, envvar="EDITCLI_MODEL")
 @option("--norms", is_flag=True, section=FIGURES, help="Norms of every site; against a base also R_n and drift.")
 @option(
     "--spectral",
@@ -57,7 +57,7 @@ def inspect(app: App, /, model: str | None, as_json: bool, plot: Path | None, **
     """Show what can be edited in MODEL, or how the edited matrices of RUN fare; never loads the model.
 
     Without --norms or --spectral only names and shapes are read. MODEL is a folder or a hub id, RUN the output of
-    "editcli apply"; without either the bundled model is shown.
+    "editcli apply"; without either the configured model is shown, else the bundled one.
     """
     # Torch takes seconds to import, so it waits until the command line has been read.
     from editcli.inspection import inspect as run

@@ -93,7 +93,8 @@ def _names(command: click.Command, *, shared: bool = True) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for parameter in command.params:
-        if isinstance(parameter, click.Option) and parameter.name and (parameter.envvar or not shared):
+        set_by_option = isinstance(parameter, click.Option) and not shared
+        if parameter.name and (parameter.envvar or set_by_option):
             long = (text[2:].replace("-", "_") for text in parameter.opts if text.startswith("--"))
             names.update(dict.fromkeys([parameter.name, *long], parameter.name))
     return names

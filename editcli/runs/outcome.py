@@ -111,6 +111,16 @@ def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> dict[
     }
 
 
+def rounded_differently(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a warning for everything in two provenances that may make the same arithmetic round differently."""
+    for what in ("versions", "plugins", "device"):
+        if what in old and old[what] != new[what]:
+            yield (
+                f"this run was made with other {what} ({old[what]}, now {new[what]}); what is written from here on may "
+                "differ in its last digits"
+            )
+
+
 def efficacy(evaluation: Evaluation) -> dict[str, float | None]:
     """Return efficacy under its two names."""
     return {name: getattr(evaluation, name) for name in EFFICACY}

@@ -155,7 +155,7 @@ class RunFolder:
         try:
             tensors, metadata = _load(self.state)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise StateError(f"{self.state} is damaged ({error}); restore a backup or start a new run") from error
+            raise StateError(f"{self.state} is damaged ({error}); {self._advice}") from error
         if metadata.get("format") != str(FORMAT):
             raise StateError(
                 f"{self.state} has format {metadata.get('format')!r}, this editcli reads format {FORMAT}; "
@@ -163,9 +163,7 @@ class RunFolder:
             )
         stated = metadata.pop("sha256", "")
         if stated != _digest(tensors, metadata):
-            raise StateError(
-                f"{self.state} is damaged: its content does not match its hash; restore a backup or start a new run"
-            )
+            raise StateError(f"{self.state} is damaged: its content does not match its hash; {self._advice}")
         return Snapshot(
             step=int(metadata["step"]),
             sequence=int(metadata["sequence"]),
@@ -174,6 +172,12 @@ class RunFolder:
             settings=json.loads(metadata["settings"]),
             line=metadata["line"],
         )
+
+    @property
+    def _advice(self) -> str:
+        """What to do about a lost snapshot: the model beside it is whole, but the stream cannot go on from it."""
+        again = f"editcli apply --recipe {self.record}"
+        return f"the model in {self.out} is not concerned; restore a backup, or repeat a run that had ended: {again}"
 
     def write_segment(
         self,
