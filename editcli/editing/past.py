@@ -37,8 +37,8 @@ class Kept:
 
     def above(self, layer: int) -> Kept:
         """Return the same without what the layers up to ``layer`` keep; their number of columns stays."""
-        hollow = tuple((k.new_zeros(1).expand(len(k), 1, k.shape[2], 1),) * 2 for k, _ in self.layers[: layer + 1])
-        return Kept((*hollow, *self.layers[layer + 1 :]), self.mask)
+        shells = (keys.new_zeros(1).expand(len(keys), 1, keys.shape[2], 1) for keys, _ in self.layers[: layer + 1])
+        return Kept((*((shell, shell) for shell in shells), *self.layers[layer + 1 :]), self.mask)
 
 
 def encode(loaded: LoadedModel, texts: Sequence[Ids], stems: Sequence[Sequence[Hashable]], *, budget: int) -> Kept:

@@ -70,7 +70,7 @@ class Steering:
         self.outputs, self._hidden, example = self._observe(kept)
         self._kept = kept.above(layer)
         self._blocks = Blocks(loaded, layer, example)
-        self._whole = False
+        self.whole = False
 
     def at_lookup(self) -> Tensor:
         """Return h at each row's lookup token, (rows, d) float32."""
@@ -107,7 +107,7 @@ class Steering:
         hidden = chunk.hidden.clone()
         where = _on(hidden, torch.arange(len(hidden)), chunk.lookup)
         hidden[where] = (hidden[where].float() + shift.to(hidden.device)).to(hidden.dtype)
-        if self._whole:
+        if self.whole:
             return self._blocks.whole_logits(chunk.ids, chunk.options, hidden, wanted)
         return self._blocks.logits(chunk.calls, hidden, wanted)
 
@@ -117,7 +117,7 @@ class Steering:
         whole = self._blocks.whole_logits(chunk.ids, chunk.options, chunk.hidden, wanted)
         alone = self._blocks.logits(chunk.calls, chunk.hidden, wanted)
         exact = chunk.hidden.dtype == torch.float32
-        self._whole = not bool((whole - alone).abs().max() <= (1e-3 if exact else 5e-2) * whole.abs().max())
+        self.whole = not bool((whole - alone).abs().max() <= (1e-3 if exact else 5e-2) * whole.abs().max())
 
     def _start(self, row: Row) -> int:
         """Return the first token position that is computed again."""

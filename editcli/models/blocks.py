@@ -66,10 +66,12 @@ class Blocks:
         calls: list[Call] = []
 
         def keep(*args: Any, **kwargs: Any) -> Any:
-            name = None if args else next(iter(kwargs))
-            hidden = args[0] if args else kwargs.pop(name)
-            calls.append(Call(args[1:], kwargs, name))
-            return with_first(self.example, hidden)
+            if args:
+                calls.append(Call(args[1:], kwargs, None))
+                return with_first(self.example, args[0])
+            name = next(iter(kwargs))
+            calls.append(Call((), {key: value for key, value in kwargs.items() if key != name}, name))
+            return with_first(self.example, kwargs[name])
 
         with ExitStack() as stack:
             self._stand_in(stack, range(self.layer + 1), self._pass_through)
