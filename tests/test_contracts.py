@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from editcli.editing.pipeline import edit_batch
+from editcli.errors import GuardError
 from editcli.formats import Format
 from editcli.interfaces import Diagnostic, Editor, Problem, Stabilizer, Update
 from editcli.testing import (
@@ -19,6 +21,8 @@ from editcli.testing import (
     FormatContract,
     PlainEditor,
     StabilizerContract,
+    tiny_requests,
+    tiny_session,
 )
 
 NAMES = {"name": "broken", "reference": "none", "__doc__": "Break a promise."}
@@ -202,6 +206,24 @@ def test_a_broken_promise_is_noticed(component: type, prefix: str, tmp_path: Pat
     arguments = (tmp_path,) if inspect.signature(test).parameters else ()
     with pytest.raises((AssertionError, KeyError, OSError, RuntimeError)):
         test(*arguments)
+
+
+class GivesNaN(PlainEditor):
+    def solve(self, problem: Problem) -> Update:
+        update = super().solve(problem)
+        return Update(update.left.clone().index_fill_(0, torch.tensor([0]), float("nan")), update.right)
+
+
+class HidesNaN(Stabilizer):
+    def stabilize_update(self, update: Update, problem: Problem, session: Any) -> Update:
+        return Update(update.left.nan_to_num(), update.right)
+
+
+def test_an_update_that_is_not_finite_is_refused_before_a_stabilizer_can_hide_it(tmp_path: Path) -> None:
+    session = tiny_session(tmp_path)
+    with pytest.raises(GuardError, match=r"the update is not finite at model\.layers\.0"):
+        edit_batch(session, GivesNaN(), [HidesNaN()], tiny_requests(0), lambda *_: None)
+    assert all(torch.equal(session.weight(site), session.baseline(site)) for site in session.sites)
 
 
 @pytest.mark.parametrize("prefix", sorted({prefix for item, prefix in BROKEN if issubclass(item, Editor)}))

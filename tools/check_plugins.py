@@ -51,10 +51,9 @@ class Bench:
         """Run editcli in the new environment."""
         return self.run(self.python, "-m", "editcli", *arguments, code=code)
 
-    def pip(self, *arguments: str | Path, own: bool = True) -> None:
-        """Run pip, on the new environment or in the one that was given."""
-        where = ("--python", self.python) if own else ()
-        self.run(self.base, "-m", "pip", *where, "--disable-pip-version-check", "-q", *arguments)
+    def pip(self, *arguments: str | Path) -> None:
+        """Run the other environment's pip on the new one."""
+        self.run(self.base, "-m", "pip", "--python", self.python, "--disable-pip-version-check", "-q", *arguments)
 
     def overlay(self) -> None:
         """Make the environment, which sees the other one's packages through a path file."""
@@ -66,10 +65,12 @@ class Bench:
         (Path(own) / "other-environment.pth").write_text(lines, encoding="utf-8")
 
     def wheels(self, folders: list[Path]) -> list[Path]:
-        """Build the wheels of ``folders``, with the environment's own build backend where it has one."""
-        probe = subprocess.run([self.base, "-c", "import hatchling"], capture_output=True, check=False)
-        isolation = () if probe.returncode else ("--no-build-isolation",)
-        self.pip("wheel", "--no-deps", "--no-cache-dir", *isolation, "-w", self.folder / "wheels", *folders, own=False)
+        """Build the wheels of ``folders`` with one build backend, which is installed where there is none."""
+        probe = subprocess.run([self.python, "-c", "import hatchling"], capture_output=True, check=False)
+        if probe.returncode:
+            self.pip("install", "hatchling>=1.24")
+        options = ("--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", self.folder / "wheels")
+        self.pip("wheel", *options, *folders)
         return sorted((self.folder / "wheels").glob("*.whl"))
 
 
@@ -88,7 +89,9 @@ def check_listing(bench: Bench) -> None:
 def check_run(bench: Bench) -> None:
     """All of them take part in a run, whose record names them; a format's records become edits."""
     stack = ("--editor", "my_editor", "--stabilizer", "orthogonal", "--stabilizer", "my_stabilizer")
-    bench.editcli("-q", "apply", FACTS, "--limit", "3", "--batch-size", "1", *stack, "--out", "out")
+    bench.editcli(
+        "-q", "apply", FACTS, "--limit", "3", "--batch-size", "1", *stack, "--out", "out", "-o", "targets.prefixes=1"
+    )
     record = json.loads((bench.folder / "out/editcli/run.json").read_text("utf-8"))
     brought = {part["name"]: part["version"] for part in record["provenance"]["plugins"]}
     assert brought == dict.fromkeys(("my_editor", "orthogonal", "my_stabilizer"), "0.1.0"), brought

@@ -40,10 +40,11 @@ def scaffolded(made: Scaffolded) -> RenderableType:
         f"editcli plugins {made.name}",
         made.usage,
     )
-    lines = [f"Wrote {made.folder} ({len(made.files)} files): {made.kind} {made.name!r}, which works as it is.", ""]
+    lines = [f"Wrote {made.folder}: {len(made.files)} files, {made.kind} {made.name!r}, which works as it is.", ""]
     lines += [f"  {command}" for command in commands]
     lines += ["", f"Replace the method in {method} by yours."]
-    return Text("\n".join(lines))
+    # A command that is broken into two lines cannot be copied.
+    return Text("\n".join(lines), no_wrap=True, overflow="ignore")
 
 
 def _detail(row: Mapping[str, Any]) -> RenderableType:
