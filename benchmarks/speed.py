@@ -130,7 +130,7 @@ def reading(document: Mapping[str, Any]) -> Iterator[str]:
     yield from ("## Second moments of reference text", "")
     yield f"Tokens per CPU second on the {found['model']} model, {found['sites']} sites, {found['tokens']:,} tokens:"
     yield "one text at a time through the whole model with a hook on every site, as published, and ours. Peak memory"
-    yield from (f"{found['peak_bytes'] / 1e9:.2f} GB. `python -m benchmarks.statistics`.", "")
+    yield from (f"{found['peak_bytes'] / 1e9:.2f} GB. `python -m benchmarks.moments`.", "")
     rates = found["tokens_per_second"]
     yield from table(
         (*rates, "ratio", "relative difference"),
@@ -170,7 +170,7 @@ SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
     "gpu": gpu,
     "sites": sites,
     "solve": solve,
-    "statistics": reading,
+    "moments": reading,
     "saving": saving,
     "stream": stream,
     "inspect_memory": inspecting,

@@ -1,0 +1,97 @@
+"""The benchmarks run, small: what takes a big machine must not be found broken there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import gpu, moments, sites, solve
+from benchmarks.document import SECTIONS, page
+from benchmarks.speed import SECTIONS as SPEED
+from benchmarks.stream import quarters
+
+
+def run(command: click.Command, out: Path, *arguments: str) -> dict[str, Any]:
+    done = CliRunner().invoke(command, [*arguments, "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    return json.loads(out.read_text())["result"]
+
+
+@pytest.fixture
+def small_gpu(tmp_path: Path) -> dict[str, Any]:
+    return run(
+        gpu.main,
+        tmp_path / "gpu.json",
+        *(
+            "--shape",
+            "tiny",
+            "--device",
+            "cpu",
+            "--batches",
+            "1",
+            "--batch-size",
+            "3",
+            "--layers",
+            "1,2",
+            "--steps",
+            "2",
+        ),
+    )
+
+
+def test_the_script_for_an_accelerator_runs_on_a_cpu(small_gpu: dict[str, Any]) -> None:
+    assert set(small_gpu["seconds_per_batch"]) == {"targets", "keys", "solve", "write"}
+    assert all(seconds > 0 for seconds in small_gpu["seconds_per_batch"].values())
+    assert small_gpu["edits_per_second"] == pytest.approx(3 / sum(small_gpu["seconds_per_batch"].values()))
+    assert 0 < small_gpu["target_flops"] < small_gpu["matrix_flops"]
+    assert small_gpu["peak_bytes"] is None
+
+
+def test_every_batch_but_the_first_stops_at_the_limit(tmp_path: Path) -> None:
+    assert run(gpu.main, tmp_path / "gpu.json", *SMALL, "--batches", "3", "--limit", "0")["batches"] == 1
+
+
+def test_the_solves_agree(tmp_path: Path) -> None:
+    found = run(solve.main, tmp_path / "solve.json", "--width", "48", "--edits", "5", "--rows", "16", "--repeats", "1")
+    assert found["rows"][0]["apart"] < 1e-9
+
+
+def test_the_ways_to_gather_second_moments_agree(tmp_path: Path) -> None:
+    arguments = ("--model", "tiny", "--sites", "2", "--tokens", "300", "--repeats", "1")
+    assert run(moments.main, tmp_path / "moments.json", *arguments)["apart"] < 1e-4
+
+
+def test_sites_are_timed_both_ways(tmp_path: Path) -> None:
+    (row,) = run(sites.main, tmp_path / "sites.json", "--model", "tiny", "--batch-size", "3", "--repeats", "1")["rows"]
+    assert row["zero"] > 0
+    assert row["going_on"] > 0
+
+
+def test_a_stream_is_cut_into_quarters() -> None:
+    assert quarters([10] * 8, [1.0] * 4 + [2.0] * 4) == [10, 10, 5, 5]
+    assert quarters([10, 10], [1.0, 4.0]) == [10, 2.5]
+
+
+def test_the_page_leaves_out_what_was_not_measured(tmp_path: Path) -> None:
+    assert "##" not in page(tmp_path)
+
+
+def test_every_result_that_is_kept_has_its_section() -> None:
+    results = Path(gpu.__file__).parent / "results"
+    for name, section in {**SECTIONS, **SPEED}.items():
+        path = results / f"{name}.json"
+        if path.is_file():
+            lines = list(section(json.loads(path.read_text())))
+            assert lines[0].startswith("## ")
+            assert all(isinstance(line, str) for line in lines)
+
+
+def test_fresh_results_have_their_section(small_gpu: dict[str, Any]) -> None:
+    lines = list(SPEED["gpu"]({"result": small_gpu}))
+    assert lines[0] == "## tiny on cpu"
+    assert any(line.startswith("| edits per second |") for line in lines)
