@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import json
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from pathlib import Path
 from unittest import mock
 
 import click
+import jsonschema
 import pytest
 
 from editcli.__main__ import main
@@ -33,6 +35,7 @@ from editcli.plugins import load_plugins
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SCHEMAS = ROOT / "editcli" / "schemas"
 SHELL = ("bash", "console")
 REASON = "not run: "
 BLOCK = re.compile(
@@ -157,6 +160,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, shared: Path, mo
         perform(todo[:opening], page)
         shutil.copytree(folder, begun)
     perform(todo[opening:], page)
+    check_records(folder)
 
 
 def steps(page: Path) -> Iterator[Step]:
@@ -177,6 +181,19 @@ def perform(todo: list[Step], page: Path) -> None:
             continue
         code, said = execute(step.text.removeprefix("pip install . && "))
         assert code == step.exit_code, f"{name_of(page)}: {step.text!r} gave {code}: {said[-2000:]}"
+
+
+def check_records(folder: Path) -> None:
+    """Hold what runs wrote against the schemas that the pages describe."""
+    run, journal = (
+        jsonschema.Draft202012Validator(json.loads((SCHEMAS / f"{name}.schema.json").read_text("utf-8")))
+        for name in ("run", "journal")
+    )
+    for path in folder.glob("*/editcli/run.json"):
+        run.validate(json.loads(path.read_text("utf-8")))
+    for path in folder.glob("*/editcli/journal.jsonl"):
+        for line in path.read_text("utf-8").splitlines():
+            journal.validate(json.loads(line))
 
 
 def execute(line: str) -> tuple[int, str]:
