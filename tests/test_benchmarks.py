@@ -22,26 +22,12 @@ def run(command: click.Command, out: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(out.read_text())["result"]
 
 
-@pytest.fixture
-def small_gpu(tmp_path: Path) -> dict[str, Any]:
-    return run(
-        gpu.main,
-        tmp_path / "gpu.json",
-        *(
-            "--shape",
-            "tiny",
-            "--device",
-            "cpu",
-            "--batches",
-            "1",
-            "--batch-size",
-            "3",
-            "--layers",
-            "1,2",
-            "--steps",
-            "2",
-        ),
-    )
+SMALL = ("--shape", "tiny", "--device", "cpu", "--batch-size", "3", "--layers", "1,2", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def small_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(gpu.main, tmp_path_factory.mktemp("gpu") / "gpu.json", *SMALL, "--batches", "1")
 
 
 def test_the_script_for_an_accelerator_runs_on_a_cpu(small_gpu: dict[str, Any]) -> None:
