@@ -241,7 +241,8 @@ def test_chunks_hold_every_row_once_and_stay_small(loaded: LoadedModel) -> None:
         patch.setattr(Steering, "groups", watched)
         patch.setattr("editcli.editing.steering.SETUP", 0.0)
         batch(loaded, requests(), replace(OPTIONS, steps=1))
-    found, steering = seen[-1]
+    # The first call lays out all rows; a later one may be about a few.
+    found, steering = seen[0]
     assert sorted(row for group in found for row in group) == list(range(len(steering.rows)))
     assert all(len({steering.width[row] for row in group}) == 1 for group in found)
 

@@ -179,7 +179,8 @@ class _Optimiser:
         moments = (torch.zeros_like(delta), torch.zeros_like(delta))
         active = torch.arange(len(delta), device=delta.device)
         parts = self._gather(active)
-        self.steering.check(parts[0].chunk, parts[0].head)
+        (few,) = self.steering.chunks(parts[0].chunk.rows[:1].tolist())
+        self.steering.check(few, self._part(few).head)
         for step in range(1, self.options.steps + 1):
             last = step == self.options.steps
             found, gradient = self._evaluate(parts, delta, slopes=not last)
