@@ -230,6 +230,7 @@ def test_unusable_edits_can_be_skipped(folder: Path, choices: Any) -> None:
         ({"tokenizer": object()}, OptionError, "has its own"),
         ({"resume": True}, OptionError, "resume= belongs to a run folder"),
         ({"checkpoint_every": 2}, OptionError, "pass out="),
+        ({"parallel": "tensor"}, OptionError, "needs several processes"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(folder: Path, given: Any, error: type[EditError], said: str) -> None:

@@ -97,6 +97,8 @@ def ask(
             raise OptionError("a stream into a folder reads its base from files; pass the model's folder, or out=None")
         refuse_full(Path(out))
     recipe = _recipe(edits if isinstance(edits, (str, Path)) else SOURCE, out, choices)
+    if recipe.parallel == "tensor":
+        raise OptionError("parallel='tensor' needs several processes; run 'editcli apply' with torchrun")
     held = None
     if not named:
         families = planning.brought_families(plugins)
