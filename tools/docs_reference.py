@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
+
 import editcli
 from editcli import errors, hookspecs
 from editcli.cli.apply import apply
@@ -208,7 +210,7 @@ def _resolved(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 def _settings() -> str:
     lines = ["| command line | `editcli.toml` | variable | |", "|---|---|---|---|"]
     for option in apply.params:
-        if getattr(option, "help", None) is None:
+        if not isinstance(option, click.Option) or not option.help:
             continue
         flag = max(option.opts, key=len)
         settable = option.envvar and option.name not in COMMAND_LINE_ONLY and flag != "--config"
