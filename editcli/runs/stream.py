@@ -133,6 +133,8 @@ class Stream:
             self.whole = False
             commit(self.session, self.stack.editor, self.stack.stabilizers, requests, written)
             self.stack.settle(self.session)
+            # An evaluation or a snapshot may come next, and has better use for the memory.
+            self.session.forget_reads()
         report = BatchReport(
             step=step,
             edits=tuple(request.id for request in requests),
