@@ -38,7 +38,10 @@ def _quick(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if type(module) not in (nn.Linear, Conv1D) or "forward" in module.__dict__:
         return None
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.requires_grad:
+    # A weight that is spread over processes is of a type of its own, with its own products.
+    if type(weight) is not nn.Parameter or weight.requires_grad:
+        return None
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
     matrix = weight.T if isinstance(module, Conv1D) else weight
     return lambda hidden: _product(hidden, matrix, bias)
