@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from benchmarks.markdown import table
+from benchmarks.proof_page import SECTIONS as PROOF
 from benchmarks.speed import SECTIONS as SPEED
 from benchmarks.stacks import markdown as stacks_markdown
 
@@ -27,45 +27,12 @@ times are that machine's, ratios are what to look at. `python -m benchmarks.docu
 """
 
 
-READING = """How to read it. Plain MEMIT overwrites what it wrote: at the end the last quarter of its edits is answered,
-most of the first is not, and its largest R_n has quadrupled. RLSEdit, the same solve with memory, keeps early
-and late edits alike; AlphaEdit keeps the early ones best. NAS slows the growth of R_n and keeps more edits
-and neighbours.
-
-What does not come out like the papers: no stack falls below 0.60 efficacy_success within 2,000 edits, so
-CP@60 is not reached; success asks only that the new answer beats the old one, exact answers fall to two
-thirds. REVIVE does not help here: the edited matrices' spectra are flat (effective rank 126 of 128), so there
-is no dominant subspace to protect. Specificity falls for every stack to about a half in exact answers.
-Nothing was tuned on this stream.
-"""
-
-
 def stacks(result: Mapping[str, Any]) -> Iterator[str]:
     """Describe the grid of editors and stabilizers."""
     yield from ("## Every editor with every stabilizer", "")
     yield "The first 200 edits of `sample_edits/stream.jsonl` on the bundled model, batches of 100 (ROME: 1);"
     yield "accuracies at the end, and the largest R_n of any edited matrix. `python -m benchmarks.stacks`."
     yield from ("", stacks_markdown(result))
-
-
-def proof(result: Mapping[str, Any]) -> Iterator[str]:
-    """Describe the long stream."""
-    yield from ("## A long stream", "")
-    yield f"`editcli bench --edits sample_edits/stream.jsonl -b {result['batch_size']} --every 2`: retained figures on"
-    yield "a fixed sample at the end of the stream. CP@60 is the number of edits after which retained efficacy_success"
-    yield "first fell below 0.60; early and late are the shares of the first and last quarter's edits answered at last."
-    yield ""
-    rows = []
-    for curve in result["curves"]:
-        last, cohorts = curve["points"][-1], curve["cohorts"] or [None]
-        figures = [_share(last["figures"].get(name)) for name in ("efficacy_accuracy", "efficacy_success")]
-        figures += [_share(last["figures"].get(f"{name}_accuracy")) for name in ("generalization", "specificity")]
-        collapse = curve["collapse"] or "-"
-        ends = (_share(cohorts[0]), _share(cohorts[-1]))
-        rows.append([curve["stack"], last["edits"], *figures, f"{last['ratio']:.2f}", collapse, *ends])
-    heading = ("stack", "edits", "efficacy_accuracy", "efficacy_success", "generalization", "specificity")
-    yield from table((*heading, "R_n", "CP@60", "early", "late"), rows)
-    yield from ("![Curves along the stream](bench.png)", "", READING)
 
 
 def soak(result: Mapping[str, Any]) -> Iterator[str]:
@@ -76,9 +43,9 @@ def soak(result: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "```json", json.dumps(result["result"], indent=1), "```", "")
 
 
-SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[str]]] = {
+SECTIONS: Mapping[str, Callable[[Any], Iterator[str]]] = {
     "stacks": stacks,
-    "bench": proof,
+    **PROOF,
     **SPEED,
     "soak": soak,
 }
@@ -92,10 +59,6 @@ def page(results: Path) -> str:
         if path.is_file():
             lines += section(json.loads(path.read_text("utf-8")))
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _share(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.2f}"
 
 
 @click.command()

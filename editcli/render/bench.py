@@ -23,15 +23,15 @@ _LEGEND = (
     "Retained at the end on a fixed sample of the stream, in percent: success/accuracy. success: the wanted answer is "
     "more probable than its rival; accuracy: the greedy answer is right. CP@60: edits when efficacy was first below "
     "60 %. early, late: efficacy of the first and the last quarter's edits. R_n: the largest of any site; doubling: "
-    "edits in which it doubles by the straight line through ln R_n; r2: share of R_n's variance that a law explains, "
-    "the largest in bold. s: seconds per edit."
+    "edits in which it doubles by the straight line through ln R_n; exp., linear, power, root: share of R_n's variance "
+    "that such a law explains, r2, the largest in bold. s: seconds per edit."
 )
 
 
 def bench_table(report: BenchReport) -> RenderableType:
     """Draw what every stack retains, and below it what it does to the norms."""
     retained = _table("edits", *(short for short, _ in _PAIRS), "CP@60", *(short for short, _ in _ENDS))
-    norms = _table("R_n", "doubling", *(f"r2 {name}" for name in _SHORT.values()), "s")
+    norms = _table("R_n", "doubling", *_SHORT.values(), "s")
     for curve in report.curves:
         retained.add_row(curve.stack, *_retained(curve))
         norms.add_row(curve.stack, *_norms(curve))
