@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,7 +223,10 @@ def test_a_decomposition_is_cached_by_the_content_of_its_moment(corpus: Path, tm
 
 
 @pytest.mark.parametrize("spec", ["nowhere.txt", "hf:some/dataset"])
-def test_a_corpus_that_cannot_be_had_is_one_sentence(spec: str, tmp_path: Path) -> None:
+def test_a_corpus_that_cannot_be_had_is_one_sentence(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # As if the extra were not installed.
     loaded = opened(tiny_model_folder(tmp_path / "model"))
     with pytest.raises(StatisticsError, match=r"nowhere\.txt|datasets"):
         moments(loaded, spec, tmp_path / "cache")(sites(loaded, 1)[0])
