@@ -19,7 +19,7 @@ from tools.docs_blocks import DOCS, ROOT
 
 COMMAND = "editcli apply sample_edits/facts.jsonl --stabilizer nas"
 PICTURE = DOCS / "assets" / "run.svg"
-WIDTH = 82
+WIDTH = 86
 FONTS = "ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
 
