@@ -1,16 +1,18 @@
 """Choose the bundled model's preset: where its facts can be written, and how strongly.
 
 ``python -m tools.sweep_preset layers`` prints the optimised loss of target values at every layer.
-``python -m tools.sweep_preset revive`` does so for the share of the singular values that REVIVE protects.
 ``python -m tools.sweep_preset grid`` edits batches with every combination of sites, weight and clamp, and prints what
 it did to efficacy, generalization, specificity and the norms. Edits come from a stream of another seed than the one
 that is shipped and reported, so nothing is tuned on what it is judged by.
+``python -m tools.sweep_preset revive`` tries shares of the singular values for REVIVE to protect, and ``stacks``
+editors with and without NAS, on a longer part of such a stream.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,39 +110,60 @@ def grid(
         out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
 
-@main.command()
-@click.option("--model")
-@click.option("--edits", default=1000, show_default=True)
-@click.option("--batch", default=100, show_default=True)
-@click.option("--seed", default=2, show_default=True)
-@click.option("--prefixes", default=1, show_default=True, help="Contexts of the target values besides the bare prompt.")
-@click.option("--layers", "sites", default="0-1", show_default=True)
-@click.option("--tau", "taus", multiple=True, type=float, default=(0.02, 0.1, 0.3), show_default=True)
-@click.option("--out", type=click.Path(path_type=Path))
-def revive(
-    model: str | None,
-    edits: int,
-    batch: int,
-    seed: int,
-    prefixes: int,
-    sites: str,
-    taus: tuple[float, ...],
-    out: Path | None,
-) -> None:
-    """Edit with MEMIT alone and with every share of the singular values protected."""
-    bench = StackBench(_open(model), load_plugins())
-    preset = next(preset for preset in all_presets() if preset.name == "bundled")
-    requests = tuning_edits(edits, seed)
-    rows: list[dict[str, Any]] = []
-    for tau in (None, *taus):
-        settings = {**preset.settings, "targets": {**preset.settings["targets"], "prefixes": prefixes}}
-        stack = ["memit"] if tau is None else ["memit", "revive"]
-        settings["revive"] = {} if tau is None else {"tau": tau}
-        found = bench.run(stack, requests, batch=batch, layers=parse_layers(sites), settings=settings)
-        rows.append({"tau": tau, "edits": edits, "seed": seed, **found})
-        click.echo(json.dumps(rows[-1]))
+class Tuning:
+    """Stacks on the first edits of a tuning stream, with the preset's settings but for what is being tried."""
+
+    def __init__(self, model: str | None, *, edits: int, batch: int, seed: int, prefixes: int):
+        preset = next(preset for preset in all_presets() if preset.name == "bundled")
+        self.settings = {**preset.settings, "targets": {**preset.settings["targets"], "prefixes": prefixes}}
+        self.layers, self.batch, self.seed = preset.layers, batch, seed
+        self.bench = StackBench(_open(model), load_plugins())
+        self.requests = tuning_edits(edits, seed)
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self, stack: str, out: Path | None, tried: Mapping[str, Mapping[str, Any]], **named: Any) -> None:
+        """Edit with a stack, print its row and write the rows so far."""
+        settings = {**self.settings, **tried}
+        found = self.bench.run(stack.split("+"), self.requests, batch=self.batch, layers=self.layers, settings=settings)
+        self.rows.append({"stack": stack, **named, "edits": len(self.requests), "seed": self.seed, **found})
+        click.echo(json.dumps(self.rows[-1]))
         if out:
-            out.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+            out.write_text(json.dumps(self.rows, indent=1) + "\n", "utf-8")
+
+
+def tuning_options(command: Any) -> Any:
+    """Add what a tuning stream is."""
+    for decorate in (
+        click.option("--out", type=click.Path(path_type=Path)),
+        click.option("--prefixes", default=1, show_default=True, help="Contexts of a target besides the bare prompt."),
+        click.option("--seed", default=2, show_default=True),
+        click.option("--batch", default=100, show_default=True),
+        click.option("--edits", default=1000, show_default=True),
+        click.option("--model"),
+    ):
+        command = decorate(command)
+    return command
+
+
+@main.command()
+@tuning_options
+@click.option("--tau", "taus", multiple=True, type=float, default=(0.02, 0.1, 0.3), show_default=True)
+def revive(model: str | None, taus: tuple[float, ...], out: Path | None, **stream: int) -> None:
+    """Edit with MEMIT alone and with every share of the singular values protected."""
+    tuning = Tuning(model, **stream)
+    tuning.run("memit", out, {}, tau=None)
+    for tau in taus:
+        tuning.run("memit+revive", out, {"revive": {"tau": tau}}, tau=tau)
+
+
+@main.command()
+@tuning_options
+@click.option("--stack", "stacks", multiple=True, default=("memit", "memit+nas", "rlsedit", "rlsedit+nas"))
+def stacks(model: str | None, stacks: tuple[str, ...], out: Path | None, **stream: int) -> None:
+    """Edit with every stack."""
+    tuning = Tuning(model, **stream)
+    for stack in stacks:
+        tuning.run(stack, out, {})
 
 
 if __name__ == "__main__":
