@@ -212,7 +212,7 @@ class Run:
 
     def _announce(self) -> None:
         planned = self.planned
-        if self.recipe.model is None:
+        if self.recipe.model is None and self.recovered is None:
             self.reporter.note("No --model given: editing the small model that ships with editcli")
         if planned.preset.label == "guessed":
             layers = ", ".join(map(str, planned.layers))
