@@ -71,7 +71,7 @@ class StackBench:
                 part.prepare(session)
             for start in range(0, len(edits), batch):
                 chosen = edits[start : start + batch]
-                written = edit_batch(session, editor, stabilizers, chosen, _finite)
+                written = edit_batch(session, editor, stabilizers, chosen, finite)
                 commit(session, editor, stabilizers, chosen, written)
             return {**self._measure(session, stabilizers, edits), "seconds": time.perf_counter() - started}
         finally:
@@ -93,7 +93,8 @@ class StackBench:
         }
 
 
-def _finite(site: Site, update: Update) -> None:
+def finite(site: Site, update: Update) -> None:
+    """Refuse an update that is not finite."""
     refuse_nonfinite(f"the update of {site.module}", (update.left, update.right), where="in this benchmark")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,18 +133,19 @@ class TestCopies:
 
     def test_writing_into_the_copy_leaves_the_base_alone(self, way: str, base: Checkpoint, tmp_path: Path) -> None:
         """Also where the base is what the hub's cache holds: links to files that other projects share."""
-        cache, out = tmp_path / "cache", tmp_path / "out"
+        blobs, cache, out = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "commit", tmp_path / "out"
+        shutil.copytree(base.folder, blobs)
         for folder in (cache, out):
-            folder.mkdir()
-        for path in base.folder.iterdir():
+            folder.mkdir(parents=True)
+        for path in blobs.iterdir():
             (cache / path.name).symlink_to(path)
-        before = {path.name: file_digest(path) for path in base.folder.iterdir()}
+        before = {path.name: file_digest(path) for path in blobs.iterdir()}
         write_model(Checkpoint(cache), out, edited(base))
         for path in out.iterdir():
             assert not path.is_symlink()
             with path.open("r+b") as file:
                 file.write(b"written in place")
-        assert {path.name: file_digest(path) for path in base.folder.iterdir()} == before
+        assert {path.name: file_digest(path) for path in blobs.iterdir()} == before
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this call")
     def test_a_file_system_that_cannot_clone_is_found_out(self, tmp_path: Path) -> None:
