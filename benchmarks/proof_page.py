@@ -108,12 +108,13 @@ def tau(result: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def weights(result: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Describe the sweep of MEMIT's weight at batch size 1."""
     yield from ("## MEMIT's weight, one edit at a time", "")
-    yield "The preset's `mom2_update_weight` was chosen for batches of 100. 200 edits of the tuning stream, one at a time"
-    yield "(`python -m tools.sweep_preset grid --batch 1 --edits 200 --layers 0-1 --clamp 1 --stack memit`):"
+    yield "The preset's `mom2_update_weight` was chosen for batches of 100. 200 edits of the tuning stream, one at a"
+    yield "time (`python -m tools.sweep_preset grid --batch 1 --edits 200 --layers 0-1 --clamp 1 --stack memit`):"
     yield ""
     rows = [(f"{row['weight']:,.0f}", *_single(row)) for row in sorted(result, key=lambda row: row["weight"])]
     yield from table(("weight", "efficacy", "specificity", "generalization_accuracy", "R_n"), rows)
-    yield "Tenfold more or less changes R_n a little and efficacy not at all, so this is not why MEMIT does not collapse."
+    yield "Three times more or less changes R_n a little and efficacy not at all: this is not why MEMIT does not"
+    yield "collapse."
     yield ""
 
 
