@@ -82,8 +82,14 @@ class RunReport:
     sites: tuple[SiteReport, ...]
     seconds: dict[str, float]
     out: str
-    verdict: str | None = None
+    stopped_by: str | None = None
+    """Which guard stopped the run, at which value and edits; None when none did."""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str | None:
+        """The older name of ``stopped_by``; whether a matrix is fine or drifting is what ``inspect`` calls verdict."""
+        return self.stopped_by
 
     def to_json(self) -> dict[str, Any]:
         """Return the documented JSON object."""
@@ -103,6 +109,7 @@ class RunReport:
             ],
             "seconds": self.seconds,
             "out": self.out,
+            "stopped_by": self.stopped_by,
             "verdict": self.verdict,
             **self.extra,
         }

@@ -84,6 +84,7 @@ def test_a_model_in_memory_is_edited_in_place_and_nothing_is_written(
     assert edited.tokenizer is tokenizer
     assert changed(model, before) == edited_names(model)
     assert (edited.report.applied, edited.report.status, edited.report.out) == (4, "done", "")
+    assert repr(edited) == f"<Edited {edited.report.model}: 4 of 4 edits with memit+nas, done>"
     assert edited.report.efficacy["retained"] is not None
     assert isinstance(edited.complete("The capital of France is", tokens=3), str)
     assert list(workplace.iterdir()) == []
@@ -171,6 +172,7 @@ def test_a_guard_keeps_the_batches_before(choices: Any) -> None:
     before = copies(model)
     edited = editcli.edit(model, EDITS, tokenizer=tokenizer, stop_if="drift>1e-9", **choices)
     assert edited.report.status == "stopped"
+    assert "drift>1e-09" in (edited.report.stopped_by or "")
     assert changed(model, before) == set()
 
 
@@ -272,6 +274,8 @@ def test_a_stream_may_live_in_memory(choices: Any, workplace: Path) -> None:
         assert stream.model is model
         assert stream.tokenizer is tokenizer
         assert stream.save().applied == 4
+        assert repr(stream) == "<Stream in (memory): 4 edits>"
+    assert repr(stream) == "<Stream in (memory): not open>"
     assert changed(model, before) == edited_names(model)
     assert list(workplace.iterdir()) == []
     with pytest.raises(StateError, match="not open"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,31 @@ def test_options_stand_in_their_sections(capsys: pytest.CaptureFixture[str]) -> 
         line[:-1] for line in shown.splitlines() if line and not line.startswith((" ", "Usage")) and line[-1] == ":"
     ]
     assert titles == ["Model", "Method", "Output", "Run", "Other options"]
+
+
+def test_help_fits_a_terminal_of_80_columns_with_one_line_for_each_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ([], *([name] for name in COMMANDS)):
+        program.main([*command, "--help"])
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if len(line) > 80 and "~/.config" not in line] == []
+    for name, (_, summary) in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", shown, re.MULTILINE), (
+            f"the summary of {name} is too long"
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("plugins", "stats", "completion")])
+def test_sections_that_all_commands_have_come_last_and_in_one_order(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program.main([name, "--help"])
+    titles = re.findall(r"^(\w[\w ]*):$", capsys.readouterr().out, re.MULTILINE)
+    shared = [title for title in ("Output", "Hub", "Run", "Other options") if title in titles]
+    assert titles[-len(shared) :] == shared
+    assert {"Output", "Run", "Other options"} <= set(titles)
 
 
 def test_every_option_can_be_set_by_a_variable_unless_it_is_dangerous_or_of_the_moment() -> None:

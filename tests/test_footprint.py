@@ -152,6 +152,8 @@ def test_a_plan_that_fits_or_cannot_be_judged_is_only_told(
     assert not [text for text in listener.warnings if "fit" in text]
     (told,) = [text for text in listener.notes if text.startswith("Memory:")]
     assert ("1000.0 GB free" in told) == (free is not None)
+    assert len(told) < 60, "one short line; what the memory is for is the dry run's to say"
+    assert "weights" in plan(recipe, PLUGINS).memory
 
 
 def test_a_spread_model_is_not_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

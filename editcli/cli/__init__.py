@@ -12,16 +12,16 @@ COMMANDS = {
     "eval": ("editcli.cli.eval:eval_", "Measure edits: efficacy, generalization, specificity, ability."),
     "check": ("editcli.cli.check:check", "Validate edits against a model's tokenizer; loads no weights."),
     "convert": ("editcli.cli.convert:convert", "Turn other tools' edit files into ours."),
-    "inspect": ("editcli.cli.inspect:inspect", "Show what can be edited, and whether an edited model is healthy."),
-    "diff": ("editcli.cli.diff:diff", "Show which tensors differ, by how much, and what both models say."),
+    "inspect": ("editcli.cli.inspect:inspect", "Show what can be edited, and how healthy an edited model is."),
+    "diff": ("editcli.cli.diff:diff", "Show which tensors differ, by how much, and what both say."),
     "export": ("editcli.cli.export:export", "Make an adapter, a patch or a plain folder of a run."),
     "apply-patch": ("editcli.cli.apply_patch:apply_patch", "Rebuild an edited model from its base and a patch."),
     "report": ("editcli.cli.report:report", "Write one self-contained page about a run."),
     "undo": ("editcli.cli.undo:undo", "Take back the last batches of a run, or single edits."),
-    "bench": ("editcli.cli.bench:bench", "Compare stacks on one stream: what they retain, when they collapse."),
-    "plugins": ("editcli.cli.plugins:plugins", "Show what is installed, from where, with which options and paper."),
-    "completion": ("editcli.cli.completion:completion", "Let the shell complete commands, options and names."),
+    "bench": ("editcli.cli.bench:bench", "Compare stacks on one stream: retention and collapse."),
     "stats": ("editcli.cli.stats:stats", "Compute and show the reference-text statistics of a model."),
+    "plugins": ("editcli.cli.plugins:plugins", "Show what is installed, from where, with options and papers."),
+    "completion": ("editcli.cli.completion:completion", "Let the shell complete commands, options and names."),
 }
 """Every built-in command: where it lives and what ``--help`` says, so that showing the list imports none of them."""
 
@@ -32,7 +32,7 @@ def build_cli(plugins: Plugins) -> click.Group:
         name="editcli",
         commands_table=COMMANDS,
         help="Rewrite facts inside a causal language model's weights, and see what that did to it.",
-        epilog="Every option can also be set in editcli.toml or as EDITCLI_<OPTION>; the command line wins.",
+        epilog="Most options can also be set in editcli.toml or as EDITCLI_<OPTION>; the command line wins.",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     group.params.append(_version_option())

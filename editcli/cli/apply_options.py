@@ -23,8 +23,10 @@ def source_options(command: Any) -> Any:
     """Add which model to take."""
     return _stack(
         command,
-        option("--model", "-m", section="Model", help="Folder or hub id. [default: the bundled model]"),
-        option("--revision", section="Model", help="Branch, tag or commit of a hub id."),
+        option(
+            "--model", "-m", metavar="MODEL", section="Model", help="Folder or hub id.  [default: the bundled model]"
+        ),
+        option("--revision", metavar="REVISION", section="Model", help="Branch, tag or commit of a hub id."),
     )
 
 
@@ -32,9 +34,17 @@ def device_options(command: Any) -> Any:
     """Add where and how a model is loaded."""
     return _stack(
         command,
-        option("--device", default="auto", show_default=True, section="Model", help="auto, cpu, cuda, cuda:1, mps ..."),
+        option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="DEVICE",
+            section="Model",
+            help="Where to compute: auto, cpu, cuda, cuda:1, mps.",
+        ),
         option(
             "--device-map",
+            metavar="MAP",
             section="Model",
             help="Spread the model over devices: auto, balanced, sequential (needs accelerate).",
         ),
@@ -90,7 +100,11 @@ def method_options(command: Any) -> Any:
     return _stack(
         command,
         option(
-            "--editor", "-e", section="Method", help="What turns facts into updates. [default: the preset's, or memit]"
+            "--editor",
+            "-e",
+            metavar="NAME",
+            section="Method",
+            help="What turns facts into updates.  [default: the preset's, or memit]",
         ),
         option(
             "--stabilizer",
@@ -100,16 +114,20 @@ def method_options(command: Any) -> Any:
             callback=split_commas,
             multiple=True,
             section="Method",
-            help="What keeps a stream of edits from wrecking the model; repeat it, they act in this order.",
+            help="What keeps a stream of edits from wrecking the model; repeat it: they act in the order given.",
         ),
         option(
             "--layers",
             type=LayerRange(),
             section="Method",
-            help="Layers to edit, such as 4-8 or 4-8,10. [default: the preset's]",
+            help="Layers to edit, such as 4-8 or 4-8,10.  [default: the preset's]",
         ),
         option(
-            "--batch-size", "-b", type=COUNT, section="Method", help="Edits written at once. [default: 100; 1 for rome]"
+            "--batch-size",
+            "-b",
+            type=COUNT,
+            section="Method",
+            help="Edits written at once.  [default: 100; 1 for rome]",
         ),
         option(
             "-o",
@@ -121,13 +139,24 @@ def method_options(command: Any) -> Any:
             section="Method",
             help="Set an option of a method; repeat it. 'editcli plugins NAME' lists them.",
         ),
-        option("--stats", section="Method", help="Statistics file to use instead of computing or looking one up."),
+        option(
+            "--stats",
+            metavar="FILE",
+            section="Method",
+            help="Statistics file to use instead of computing or looking one up.",
+        ),
         option(
             "--solve-device",
+            metavar="DEVICE",
             section="Method",
-            help="Device for the edited matrices and their solves. [default: where the edited layers are]",
+            help="Device for the edited matrices and their solves.  [default: where the edited layers are]",
         ),
-        option("--corpus", section="Method", help="Text for statistics: a file, hf:ID[:CONFIG] or self."),
+        option(
+            "--corpus",
+            metavar="TEXT",
+            section="Method",
+            help="Text for statistics: a file, hf:ID[:CONFIG], or self, which the model writes itself.",
+        ),
         option(
             "--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Method", help="Random seed."
         ),
@@ -139,12 +168,22 @@ def output_options(command: Any) -> Any:
     return _stack(
         command,
         option(
-            "--out", default="", metavar="DIR", section="Output", help="Folder to write. [default: <edits stem>-edited]"
+            "--out",
+            default="",
+            metavar="DIR",
+            section="Output",
+            help="Folder to write.  [default: <edits stem>-edited]",
         ),
         option(
-            "--overwrite", is_flag=True, env=False, section="Output", help="Replace OUT if one of our runs made it."
+            "--overwrite", is_flag=True, env=False, section="Output", help="Replace DIR if an earlier run wrote it."
         ),
-        option("--resume", is_flag=True, env=False, section="Output", help="Continue the stream in OUT."),
+        option(
+            "--resume",
+            is_flag=True,
+            env=False,
+            section="Output",
+            help="Go on with the run in DIR, with the same edits or more.",
+        ),
         option(
             "--save-dtype",
             type=click.Choice(DTYPES),
@@ -164,7 +203,7 @@ def run_options(command: Any) -> Any:
             "--dry-run", is_flag=True, env=False, section="Run", help="Check everything, print the plan, write nothing."
         ),
         reading_options,
-        option("--checkpoint-every", type=COUNT, metavar="N", section="Run", help="Save the state every N batches."),
+        option("--checkpoint-every", type=COUNT, section="Run", help="Save the state every N batches."),
         option(
             "--stop-if",
             multiple=True,
@@ -172,7 +211,8 @@ def run_options(command: Any) -> Any:
             callback=split_commas,
             metavar="EXPR",
             section="Run",
-            help="Stop before writing a batch that makes this true: ratio>2.5, drift>1, retained<0.6, efficacy<0.5.",
+            help="Stop, with exit code 3, before writing a batch that makes this true; repeat it: ratio>2.5, drift>1, "
+            "retained<0.6, efficacy<0.5.",
         ),
         option(
             "--eval/--no-eval",
@@ -183,10 +223,8 @@ def run_options(command: Any) -> Any:
             section="Run",
             help="Measure before and after.",
         ),
-        option(
-            "--eval-every", type=COUNT, metavar="N", section="Run", help="Measure what is retained every N batches."
-        ),
-        option("--diagnose-every", type=COUNT, metavar="N", section="Run", help="Look at spectra every N batches."),
+        option("--eval-every", type=COUNT, section="Run", help="Measure what is retained every N batches."),
+        option("--diagnose-every", type=COUNT, section="Run", help="Look at spectra every N batches."),
     )
 
 

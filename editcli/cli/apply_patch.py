@@ -13,7 +13,7 @@ from editcli.export.recipe import PatchRecipe
 @click.argument("base", metavar="BASE")
 @click.argument("patch", metavar="PATCH")
 @option(
-    "--out", default="", env=False, metavar="DIR", section="Output", help="A new folder. [default: <patch>-applied]"
+    "--out", default="", env=False, metavar="DIR", section="Output", help="A new folder.  [default: <patch>-applied]"
 )
 @json_option
 @config_option

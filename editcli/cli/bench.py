@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import COUNT, model_options
+from editcli.cli.apply_options import COUNT, code_options, device_options, source_options
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option
 from editcli.recipe import Recipe
@@ -16,7 +16,16 @@ STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
 
 
 @click.command(cls=Command)
-@option("--stacks", default=STACKS, show_default=True, section="Method", help="EDITOR+STABILIZER+..., with commas.")
+@source_options
+@device_options
+@code_options
+@option(
+    "--stacks",
+    default=STACKS,
+    metavar="STACK,...",
+    section="Method",
+    help=f"Stacks to compare, each EDITOR+STABILIZER+...  [default: {STACKS.replace(',', ', ')}]",
+)
 @option(
     "--edits",
     default="sample_edits/stream.jsonl",
@@ -26,7 +35,7 @@ STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
     help="The stream that every stack gets.",
 )
 @option("--batch-size", "-b", type=COUNT, default=100, show_default=True, section="Method", help="Edits at once.")
-@option("--until", type=COUNT, metavar="N", section="Method", help="Take only the first N edits.")
+@option("--limit", "--until", type=COUNT, section="Method", help="Take only the first N edits.")
 @option(
     "--option",
     "-o",
@@ -39,12 +48,12 @@ STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
 )
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Method", help="Random seed.")
 @option(
+    "--eval-every",
     "--every",
     type=COUNT,
     default=1,
     show_default=True,
-    metavar="N",
-    section="Output",
+    section="Run",
     help="Measure what is retained every N batches.",
 )
 @option(
@@ -55,7 +64,6 @@ STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
     section="Output",
     help="Folder for one run per stack, bench.json and bench.png; a stopped bench goes on in it.",
 )
-@model_options
 @json_option
 @config_option
 @click.pass_context
@@ -64,8 +72,6 @@ def bench(
     /,
     stacks: str,
     assignments: tuple[str, ...],
-    until: int | None,
-    every: int,
     as_json: bool,
     **values: Any,
 ) -> int:
@@ -75,7 +81,7 @@ def bench(
     early edits were overwritten. Without --model the bundled model is edited.
     """
     app: App = context.obj
-    recipe = Recipe(settings=component_settings(context, assignments), limit=until, eval_every=every, **values)
+    recipe = Recipe(settings=component_settings(context, assignments), **values)
     recipe.check(app.plugins)
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.
     from editcli.runs import bench as library

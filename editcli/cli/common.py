@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 OTHER = "Other options"
-"""The section of options that name none; it comes last."""
+"""The section of options that name none."""
 
 
 class App:
@@ -45,6 +45,10 @@ class App:
         stdout().print(renderable)
 
 
+LAST = ("Output", "Hub", "Run", OTHER)
+"""The sections that end every ``--help``, in this order; what a command is about comes before."""
+
+
 class Option(click.Option):
     """An option that belongs to a section of ``--help`` and can be set by a variable ``EDITCLI_<NAME>``."""
 
@@ -59,18 +63,28 @@ class Option(click.Option):
         except (AttributeError, TypeError, OverflowError) as error:
             raise click.BadParameter(f"{shorten(repr(value))} is no value for it", ctx=ctx, param=self) from error
 
+    def make_metavar(self, ctx: click.Context) -> str:
+        """Write a number that is counted with as ``N``."""
+        return "N" if self.metavar is None and isinstance(self.type, click.IntRange) else super().make_metavar(ctx)
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """Leave out bounds: who goes beyond them is told."""
+        extra = super().get_help_extra(ctx)
+        extra.pop("range", None)
+        return extra
+
 
 class Command(click.Command):
     """A command whose ``--help`` shows its options in sections."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section for each group of options, in the order in which the groups appear."""
+        """Write one section for each group of options: what the command is about first, then those of ``LAST``."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
                 sections.setdefault(getattr(parameter, "section", OTHER), []).append(record)
-        for title in sorted(sections, key=OTHER.__eq__):
+        for title in sorted(sections, key=lambda title: LAST.index(title) if title in LAST else -1):
             with formatter.section(title):
                 formatter.write_dl(sections[title])
 

@@ -15,7 +15,7 @@ from editcli.recipe import ON_ERROR
 
 @click.command(cls=Command)
 @click.argument("file", metavar="FILE")
-@option("--from", "form", env=False, metavar="FORMAT", section="Input", help="Format of FILE. [default: look and see]")
+@option("--from", "form", env=False, metavar="FORMAT", section="Input", help="Format of FILE.  [default: look and see]")
 @option(
     "--on-error",
     type=click.Choice(ON_ERROR),
@@ -24,7 +24,7 @@ from editcli.recipe import ON_ERROR
     section="Input",
     help="What to do with a record that cannot be used: skip and name it, or stop.",
 )
-@option("--out", env=False, metavar="FILE", section="Output", help="File to write. [default: standard output]")
+@option("--out", env=False, metavar="FILE", section="Output", help="File to write.  [default: standard output]")
 @option("--overwrite", is_flag=True, env=False, section="Output", help="Replace OUT if it exists.")
 @json_option
 @config_option

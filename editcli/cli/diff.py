@@ -12,7 +12,19 @@ from editcli.cli.settings import config_option
 @click.argument("base")
 @click.argument("edited")
 @option(
-    "--prompt", "prompts", multiple=True, metavar="TEXT", section="Generation", help="What do both say? Repeatable."
+    "--ranks/--no-ranks",
+    default=True,
+    show_default=True,
+    section="Comparison",
+    help="Find the numerical rank of each difference.",
+)
+@option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    section="Generation",
+    help="Show what both say to this; repeat it.",
 )
 @option(
     "--tokens",
@@ -22,14 +34,7 @@ from editcli.cli.settings import config_option
     section="Generation",
     help="Tokens to write after each prompt.",
 )
-@option(
-    "--ranks/--no-ranks",
-    default=True,
-    show_default=True,
-    section="Comparison",
-    help="Find the numerical rank of each difference.",
-)
-@option("--device", default="auto", show_default=True, section="Run", help="Where to compute.")
+@option("--device", default="auto", show_default=True, metavar="DEVICE", section="Run", help="Where to compute.")
 @json_option
 @config_option
 @click.pass_obj

@@ -11,7 +11,7 @@ from editcli.cli.common import App, Command, CommaSeparated, json_option, option
 from editcli.cli.settings import config_option
 
 METRICS_HELP = (
-    "counterfact, zsre, knowedit, fluency, consistency; repeat it. [default: what the records have fields for]"
+    "counterfact, zsre, knowedit, fluency, consistency; repeat it.  [default: what the records have fields for]"
 )
 BASE_HELP = (
     "Measure the base as well, and what the edits cost in general ability. A run knows its base: a bare --base, after "
@@ -36,8 +36,8 @@ HARNESS_HELP = (
     section="Measure",
     help=METRICS_HELP,
 )
-@option("--sample", type=COUNT, metavar="N", section="Measure", help="Measure N edits, drawn by --seed, not all.")
-@option("--text", metavar="FILE", section="Measure", help="Text for --base. [default: the bundled held-out text]")
+@option("--sample", type=COUNT, section="Measure", help="Measure N edits, drawn by --seed, not all.")
+@option("--text", metavar="FILE", section="Measure", help="Text for --base.  [default: the bundled held-out text]")
 @option(
     "--harness",
     multiple=True,

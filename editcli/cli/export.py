@@ -14,7 +14,7 @@ from editcli.export.recipe import FORMATS, LORA, ExportRecipe
 FORMAT_HELP = (
     "lora: a PEFT adapter; patch: the changed tensors, for apply-patch; full: the model without the run's state."
 )
-RANK_HELP = "Largest rank of the adapter, per matrix. [default: what loses nothing, up to half a matrix's size]"
+RANK_HELP = "Largest rank of the adapter, per matrix.  [default: what loses nothing, up to half a matrix's size]"
 REVISION_HELP = "Branch to push to; needed where the repository exists already."
 
 
@@ -41,11 +41,13 @@ REVISION_HELP = "Branch to push to; needed where the repository exists already."
     section="Measure",
     help="Ask the base with the adapter for the run's edits.",
 )
-@option("--sample", type=COUNT, default=100, show_default=True, metavar="N", section="Measure", help="Ask for N edits.")
+@option("--sample", type=COUNT, default=100, show_default=True, section="Measure", help="Ask for N edits.")
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Measure", help="Random seed.")
 @device_options
 @trust_options
-@option("--out", default="", env=False, metavar="DIR", section="Output", help="A new folder. [default: <run>-<format>]")
+@option(
+    "--out", default="", env=False, metavar="DIR", section="Output", help="A new folder.  [default: <run>-<format>]"
+)
 @json_option
 @option("--push", env=False, metavar="REPO", section="Hub", help="Send the result to a new repository of the hub.")
 @option("--private", is_flag=True, env=False, section="Hub", help="Let only its owner see the new repository.")

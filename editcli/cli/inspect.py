@@ -23,7 +23,15 @@ FIGURES = "Figures"
     help="Singular values, effective and stable rank, k(tau); against a base LS, SS (inferred formulas) and angles.",
 )
 @option("--base", metavar="MODEL", section=FIGURES, help="Compare with this model; a run knows its own.")
-@option("--tau", type=float, default=0.1, show_default=True, section=FIGURES, help="Share of the spectrum for k(tau).")
+@option(
+    "--tau",
+    type=float,
+    default=0.1,
+    show_default=True,
+    metavar="SHARE",
+    section=FIGURES,
+    help="Share of the spectrum for k(tau).",
+)
 @option("--layers", type=LayerRange(), metavar="4-8", section=FIGURES, help="Only these layers.")
 @option(
     "--svd",
@@ -42,7 +50,9 @@ FIGURES = "Figures"
     help="Where a site stops being fine: drifting_ or collapsing_, followed by ratio (1.25, 2.5), drift (0.75, 2.25), "
     "spectral (2, 5) or rank (0.9, 0.5).",
 )
-@option("--device", default="auto", show_default=True, section="Run", help="Where to decompose matrices.")
+@option(
+    "--device", default="auto", show_default=True, metavar="DEVICE", section="Run", help="Where to decompose matrices."
+)
 @option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -31,7 +31,13 @@ from editcli.cli.settings import config_option
     help="Decompose the edited matrices; minutes for a model of several billion parameters.",
 )
 @option(
-    "--tau", type=float, default=0.1, show_default=True, section="Figures", help="Share of the spectrum for k(tau)."
+    "--tau",
+    type=float,
+    default=0.1,
+    show_default=True,
+    metavar="SHARE",
+    section="Figures",
+    help="Share of the spectrum for k(tau).",
 )
 @option(
     "--threshold",
@@ -41,7 +47,9 @@ from editcli.cli.settings import config_option
     section="Figures",
     help="Where a site stops being fine; as for inspect.",
 )
-@option("--device", default="auto", show_default=True, section="Run", help="Where to decompose matrices.")
+@option(
+    "--device", default="auto", show_default=True, metavar="DEVICE", section="Run", help="Where to decompose matrices."
+)
 @config_option
 @click.pass_obj
 def report(

@@ -20,14 +20,19 @@ stats = LazyGroup(name="stats", commands_table=COMMANDS, help="Compute and show 
 
 
 @click.command(cls=Command)
-@click.argument("model", required=False)
-@option("--revision", section="Model", help="Branch, tag or commit of a hub id.")
+@click.argument("model", metavar="[MODEL]", required=False)
+@option("--revision", metavar="REVISION", section="Model", help="Branch, tag or commit of a hub id.")
 @device_options
 @trust_options
-@option("--layers", type=LayerRange(), section="Statistics", help="Layers such as 4-8. [default: the preset's]")
-@option("--corpus", section="Statistics", help="Text: a file, hf:ID[:CONFIG], or self, which the model writes itself.")
-@option("--tokens", type=COUNT, section="Statistics", help="Tokens to read. [default: 10 for each dimension of a key]")
-@option("--max-length", type=click.IntRange(min=2), section="Statistics", help="Longest sequence. [default: 512]")
+@option("--layers", type=LayerRange(), section="Statistics", help="Layers such as 4-8.  [default: the preset's]")
+@option(
+    "--corpus",
+    metavar="TEXT",
+    section="Statistics",
+    help="Text: a file, hf:ID[:CONFIG], or self, which the model writes itself.",
+)
+@option("--tokens", type=COUNT, section="Statistics", help="Tokens to read.  [default: 10 for each dimension of a key]")
+@option("--max-length", type=click.IntRange(min=2), section="Statistics", help="Longest sequence.  [default: 512]")
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Statistics", help="Random seed.")
 @option("--out", env=False, metavar="FILE", section="Output", help="Also write a file for apply --stats.")
 @json_option
@@ -54,8 +59,8 @@ def compute(
 
 
 @click.command(cls=Command)
-@click.argument("model", required=False)
-@option("--revision", section="Model", help="Branch, tag or commit of a hub id.")
+@click.argument("model", metavar="[MODEL]", required=False)
+@option("--revision", metavar="REVISION", section="Model", help="Branch, tag or commit of a hub id.")
 @json_option
 @config_option
 @click.pass_obj

@@ -12,10 +12,29 @@ from editcli.cli.settings import config_option
 @click.command(cls=Command)
 @click.argument("run", metavar="RUN")
 @option(
-    "--batches", type=click.IntRange(min=1), env=False, metavar="N", section="What", help="The last N. [default: 1]"
+    "--batches",
+    type=click.IntRange(min=1),
+    env=False,
+    section="What",
+    help="Take back the last N batches.  [default: 1]",
 )
-@option("--to", type=click.IntRange(min=0), env=False, metavar="STEP", section="What", help="Go back to this batch.")
-@option("--edit", "edits", multiple=True, env=False, metavar="ID", section="What", help="Leave an edit out; repeat it.")
+@option(
+    "--to",
+    type=click.IntRange(min=0),
+    env=False,
+    metavar="STEP",
+    section="What",
+    help="Go back to how it was after batch STEP; 0 is the base.",
+)
+@option(
+    "--edit",
+    "edits",
+    multiple=True,
+    env=False,
+    metavar="ID",
+    section="What",
+    help="Take back this edit alone; repeat it.",
+)
 @option("--dry-run", is_flag=True, env=False, section="Run", help="Say what it would do and cost; write nothing.")
 @json_option
 @config_option

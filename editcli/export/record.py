@@ -139,7 +139,7 @@ def report_of(record: Mapping[str, Any]) -> RunReport:
         ),
         seconds=dict(record["seconds"]),
         out=str(record["out"]),
-        verdict=record.get("verdict"),
+        stopped_by=record.get("stopped_by", record.get("verdict")),
     )
 
 

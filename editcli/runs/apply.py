@@ -95,7 +95,7 @@ class Run:
         self.planned, self.folder, self.plugins = planned, folder, plugins
         self.recipe, self.reporter, self.clock = planned.recipe, reporter, clock
         self.team = team or Team()
-        self.status, self.verdict = DONE, None
+        self.status, self.stopped_by = DONE, None
         self.read = 0
         # The lock is taken before anybody reads, and everybody has read before anything is changed.
         self.team.exchange("the lock")
@@ -279,7 +279,7 @@ class Run:
                 try:
                     report = stream.apply(batch)
                 except GuardError as error:
-                    self.status, self.verdict = STOPPED, str(error)
+                    self.status, self.stopped_by = STOPPED, str(error)
                     return
                 for phase, seconds in report.seconds.items():
                     self.clock.seconds[phase] += seconds
@@ -299,8 +299,8 @@ class Run:
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
         if self.team.leads:
             self.document(stream, report, after)
-        if self.verdict:
-            self.reporter.warn(self.verdict)
+        if self.stopped_by:
+            self.reporter.warn(self.stopped_by)
         return report
 
     def _saved(self, stream: Stream, weights: Mapping[Site, torch.Tensor]) -> Verified | None:
@@ -366,7 +366,7 @@ class Run:
     ) -> RunReport:
         ending = Ending(
             status=self.status,
-            verdict=self.verdict,
+            stopped_by=self.stopped_by,
             before=before,
             after=after,
             weights=weights,

@@ -64,8 +64,13 @@ class Footprint:
         figures = {name: int(getattr(self, name)) for name in names}
         return figures if self.free is None else {**figures, "free": self.free}
 
+    def summary(self) -> str:
+        """Say in a few words how much is needed of what is there."""
+        free = "" if self.free is None else f" of the {_size(self.free)} free"
+        return f"about {_size(self.expected)}{free} on {self.device}"
+
     def sentence(self) -> str:
-        """Say what is needed, of what, in one line."""
+        """Say what is needed, and what for, in one line."""
         parts = (
             (self.weights, "weights"),
             (self.masters, "float32 masters"),
@@ -75,8 +80,7 @@ class Footprint:
             (self.state, "base matrices"),
         )
         listed = ", ".join(f"{_size(count)} {name}" for count, name in parts if count)
-        free = "" if self.free is None else f" of {_size(self.free)} free"
-        return f"about {_size(self.expected)} on {self.device}{free}: {listed}"
+        return f"{self.summary()}: {listed}"
 
 
 def footprint(planned: Planned, base: LoadedModel) -> Footprint:
@@ -107,7 +111,8 @@ def check_memory(planned: Planned, base: LoadedModel, reporter: Reporter) -> Foo
     """Say what a run will hold; raise :class:`ModelError` when it cannot fit, warn when it may not."""
     found = footprint(planned, base)
     if found.free is None or found.expected <= found.free:
-        reporter.note(f"Memory: {found.sentence()}")
+        # What it is for stands in the plan that --dry-run prints.
+        reporter.note(f"Memory: {found.summary()}")
         return found
     if found.needed <= found.free:
         what = "use a smaller --dtype, fewer --layers or --device-map auto"

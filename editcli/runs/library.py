@@ -37,6 +37,11 @@ class Edited:
         self.report = report
         """What was applied and what it measured; ``report.status`` is ``done``, ``stopped`` or ``interrupted``."""
 
+    def __repr__(self) -> str:
+        report = self.report
+        method = "+".join((report.editor, *report.stabilizers))
+        return f"<Edited {report.model}: {report.applied} of {report.read} edits with {method}, {report.status}>"
+
     @property
     def model(self) -> Any:
         """The edited transformers model; the very object that was passed, if one was."""
@@ -167,6 +172,10 @@ class Stream:
             elif stream.whole:
                 stream.save()
         self._open = None
+
+    def __repr__(self) -> str:
+        state = "not open" if self._open is None else f"{len(self.edits)} edits"
+        return f"<Stream in {self._asked.recipe.folder}: {state}>"
 
     @property
     def model(self) -> Any:

@@ -29,7 +29,7 @@ class Ending:
     """How a run ended: ``before`` and ``after`` are None where nothing was evaluated."""
 
     status: str
-    verdict: str | None
+    stopped_by: str | None
     before: Evaluation | None
     after: Evaluation | None
     weights: Mapping[Site, torch.Tensor]
@@ -66,7 +66,7 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         sites=tuple(_site_reports(stream.session, ending.weights)),
         seconds=dict(ending.seconds),
         out=ending.out,
-        verdict=ending.verdict,
+        stopped_by=ending.stopped_by,
         extra={
             "components": {part.name: part.record() for part in planned.components},
             "preset": {

@@ -102,6 +102,7 @@ def _record(base: Path, out: Path, count: int, sites: list[dict[str, Any]]) -> d
         "sites": [{**site, "cast_loss": 0.0} for site in sites],
         "seconds": {"total": 12.5},
         "out": str(out),
+        "stopped_by": None,
         "verdict": None,
         "recipe": {"edits": "facts.jsonl", "model": str(base), "stabilizers": ["nas"]},
         "provenance": {

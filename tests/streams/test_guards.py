@@ -107,8 +107,9 @@ def test_a_guard_ends_the_run_with_code_3_and_says_why(shop: Any, helpers: Any, 
     assert ended.code == 3, ended.err
     document = json.loads(ended.out)
     assert document["status"] == "stopped"
-    assert re.search(said, document["verdict"])
-    assert json.loads((shop.folder / "out/editcli/run.json").read_text())["verdict"] == document["verdict"]
+    assert re.search(said, document["stopped_by"])
+    assert document["verdict"] == document["stopped_by"]
+    assert json.loads((shop.folder / "out/editcli/run.json").read_text())["stopped_by"] == document["stopped_by"]
     applied = document["edits"]["applied"]
     assert applied == len(recover(RunFolder(shop.folder / "out")).requests)
     assert (shop.folder / "out/model.safetensors").exists() == (applied > 0)
@@ -140,4 +141,4 @@ def test_a_weight_that_the_saved_type_cannot_hold_stops_the_run(shop: Any, helpe
     )
     ended = shop.apply("out", "--editor", "memit", "--save-dtype", "float16", "--json", prelude=prelude)
     assert ended.code == 3, ended.err
-    assert "the weight is not finite at model.layers." in json.loads(ended.out)["verdict"]
+    assert "the weight is not finite at model.layers." in json.loads(ended.out)["stopped_by"]
