@@ -161,6 +161,16 @@ def test_a_spread_model_is_not_refused(recipe: Recipe, monkeypatch: pytest.Monke
     assert planned(replace(recipe, device_map="auto")).free is None
 
 
+def test_what_lives_elsewhere_takes_nothing_here(recipe: Recipe) -> None:
+    here = planned(recipe)
+    assert planned(replace(recipe, solve_device="meta")).needed == here.weights
+    assert planned(replace(recipe, solve_device="meta")).state == 0
+    for device in ("auto", "cpu"):
+        same = planned(replace(recipe, device=device, solve_device="cpu"))
+        if same.device == "cpu":
+            assert same.needed == here.needed
+
+
 def test_a_dry_run_has_the_figures(recipe: Recipe) -> None:
     found = planned(recipe)
     bytes_ = plan(recipe, PLUGINS).to_json()["bytes"]

@@ -91,7 +91,7 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
     inner = [columns for _, columns in planned.shapes]
     spread = recipe.device_map is not None or recipe.parallel == "tensor"
     # What lives on a device of its own does not take this one's memory.
-    here = recipe.solve_device in (None, recipe.device)
+    here = recipe.solve_device is None or choose_device(recipe.solve_device) == device
     solves = isinstance(planned.editor, InverseGramEditor) and here
     own = working_dtype(device).itemsize if solves else 0
     entries = [base.checkpoint.entries[base.checkpoint.tensor_for(f"{site.module}.weight")] for site in planned.sites]
@@ -102,7 +102,7 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
         inverse_gram=sum(own * columns**2 for columns in inner),
         statistics=sum(_DOUBLE * columns**2 for columns in inner) if solves else 0,
         activations=_activations(planned, base, dtype.itemsize) if planned.editor.needs_values else 0,
-        state=sum(torch.Size(entry.shape).numel() * torch_dtype(entry).itemsize for entry in entries),
+        state=sum(torch.Size(entry.shape).numel() * torch_dtype(entry).itemsize for entry in entries) if here else 0,
         free=None if spread else free_bytes(device),
     )
 
