@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,16 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from transformers import AutoConfig
 
 from editcli.editing.reference import PlainTarget, plain_target
 from editcli.editing.steering import Chunk, Steering
 from editcli.editing.targets import TargetOptions, optimise
 from editcli.edits import EditRequest
-from editcli.errors import ModelError, NumericalError
+from editcli.errors import ModelError, NumericalError, RequestError
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.report import Silent
 from editcli.request import from_record
-from editcli.testing import TINY, tiny_model_folder
+from editcli.testing import TINY, tiny_model_folder, vocabulary_size
 
 LAYER = 2
 PREFIXES = ("Bob. ", "The river in London is. ")
@@ -163,7 +165,7 @@ class TestEveryFamily:
         assert bool(((delta - wanted).norm(dim=0) < 1e-3 * wanted.norm(dim=0)).all())
 
     def test_blocks_can_be_called_alone(self, family: str, tmp_path: Path) -> None:
-        """No known family needs the slower way through the model's own forward pass."""
+        """No known family needs the slower ways: through the model's own forward pass, or from the first token."""
         loaded = opened(tmp_path / "model", family)
         seen: list[bool] = []
         check = Steering.check
@@ -176,6 +178,7 @@ class TestEveryFamily:
             patch.setattr(Steering, "check", watched)
             batch(loaded, requests(), replace(OPTIONS, steps=1))
         assert seen == [False]
+        assert loaded.resumes
 
     def test_a_plain_family_equals_the_published_procedure(self, family: str, tmp_path: Path) -> None:
         loaded = opened(tmp_path / "model", family)
@@ -203,6 +206,78 @@ def test_a_model_that_does_more_behind_its_blocks_is_run_as_a_whole(tmp_path: Pa
         for column, fact in enumerate(facts):
             plain = plain_target(loaded, fact, PREFIXES, LAYER, replace(OPTIONS, kl_factor=0.0))
             assert distance(target[:, column], plain) < 1e-3
+
+
+UNKNOWN = {
+    # Its position biases count columns, padding included.
+    "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 4, "max_seq_len": 256, "expansion_ratio": 2},
+    # Every other layer is a convolution, whose state no attention cache holds.
+    "lfm2": {
+        **TINY["llama"][1],
+        "block_ff_dim": 40,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", UNKNOWN)
+def test_a_model_that_keys_and_values_do_not_take_along_reads_from_the_start(model_type: str, tmp_path: Path) -> None:
+    own = {"vocab_size": vocabulary_size(), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = AutoConfig.for_model(model_type, **{**UNKNOWN[model_type], **own})
+    loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", config)))
+    assert not loaded.resumes
+    target = batch(loaded, requests())[0]
+    for column, fact in enumerate(requests()):
+        assert distance(target[:, column], plain_target(loaded, fact, PREFIXES, LAYER, OPTIONS)) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_padding_behind_a_long_past_needs_no_position_that_the_model_lacks(family: str, tmp_path: Path) -> None:
+    positions = {"n_positions": 48} if family == "gpt2" else {"max_position_embeddings": 48}
+    loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", family, **positions)))
+    words = "the river in London is and was by the city of Rome and the tower"
+    facts = [
+        from_record({"id": "late", "prompt": f"{words} {words} {{}} is", "subject": "France", "target_new": "Rome"}),
+        from_record({"id": "early", "prompt": f"The {{}} is {words} {words}", "subject": "Bob", "target_new": "a"}),
+    ]
+    target = optimise(loaded, facts, (), LAYER, OPTIONS, Silent()).target
+    for column, fact in enumerate(facts):
+        assert distance(target[:, column], plain_target(loaded, fact, (), LAYER, OPTIONS)) < 1e-3
+
+
+def test_a_prompt_that_is_too_long_behind_a_prefix_is_one_sentence(tmp_path: Path) -> None:
+    loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", "gpt2", n_positions=16)))
+    prefix = "The river in London is and was by the city of Rome. "
+    with pytest.raises(RequestError, match=r"behind a prefix .* tokens, more than the model's context of 16"):
+        optimise(loaded, requests()[:1], (prefix,), LAYER, OPTIONS, Silent())
+
+
+def test_one_micro_batch_is_held_at_a_time(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that is done nor one that did not fit takes memory from the next."""
+    alive: weakref.WeakSet[Steering] = weakref.WeakSet()
+    start, real, refused = Steering.__init__, Steering.logits, [True]
+
+    def begin(self: Steering, *args: Any, **kwargs: Any) -> None:
+        assert not list(alive)
+        alive.add(self)
+        start(self, *args, **kwargs)
+
+    def full(self: Steering, *args: Any) -> Tensor:
+        if refused:
+            refused.clear()
+            raise torch.OutOfMemoryError("made up")
+        return real(self, *args)
+
+    monkeypatch.setattr(Steering, "__init__", begin)
+    monkeypatch.setattr(Steering, "logits", full)
+    batch(loaded, requests(), replace(OPTIONS, steps=2))
+    assert not refused
+
+
+def test_a_caller_who_turned_gradients_off_gets_the_same(loaded: LoadedModel) -> None:
+    expected = batch(loaded, requests()[:2])[0]
+    with torch.no_grad():
+        assert torch.equal(batch(loaded, requests()[:2])[0], expected)
 
 
 def test_reruns_are_byte_identical(loaded: LoadedModel) -> None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from editcli.models.forward import batches, head_only_at, positions, run
 from editcli.models.loading import LoadedModel
+from editcli.models.recall import cache_options
 
 Layer = tuple[Tensor, Tensor]
 Ids = tuple[int, ...]
@@ -116,17 +117,6 @@ def _grow(loaded: LoadedModel, kept: Kept, parents: Tensor, segments: Sequence[I
         run(loaded.model, ids.to(device), **options)
     layers: Any = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
-
-
-def cache_options(mask: Tensor, width: int, cache: DynamicCache, device: torch.device | str) -> dict[str, Any]:
-    """Return what a model is given to go on from ``cache``; ``mask`` (rows, past + width) has 0 where nothing is."""
-    places = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -width:]
-    return {
-        "attention_mask": mask.to(device),
-        "position_ids": places.to(device),
-        "past_key_values": cache,
-        "use_cache": True,
-    }
 
 
 def right_aligned(segments: Sequence[Ids], pad: int) -> tuple[Tensor, Tensor]:

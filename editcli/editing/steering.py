@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editcli.editing.past import Kept, cache_options, encode
+from editcli.editing.past import Kept, encode
 from editcli.models.blocks import Blocks, Call, Past
 from editcli.models.forward import first, run, tapped
 from editcli.models.loading import LoadedModel
+from editcli.models.recall import cache_options
 from editcli.models.tokens import Encoded
 
 SETUP = 60e6
@@ -131,7 +132,7 @@ class Steering:
         # Each level of shared beginnings is padded on its own.
         levels = len(self.rows[0].stems) + 1
         longest = max(row.text.lookup for row in self.rows) * levels + max(len(row.text.ids) for row in self.rows)
-        return window is None or longest < window
+        return (window is None or longest < window) and self.loaded.resumes
 
     def _block_size(self) -> int:
         block = self.loaded.architecture.block(self.layer)
@@ -157,10 +158,12 @@ class Steering:
         width = max(map(len, texts))
         # What follows a token cannot change it, so padding behind needs no mask.
         ids = torch.tensor([[*own, *[own[-1]] * (width - len(own))] for own in texts])
+        real = torch.tensor([[1] * len(own) + [0] * (width - len(own)) for own in texts])
         past = kept.select(rows)
         if not past.mask.shape[1]:
             return ids.to(device), {}
-        mask = torch.cat([past.mask, torch.ones_like(ids)], dim=1)
+        # Behind a past it is masked all the same, so that it gets no positions that the model may not have.
+        mask = torch.cat([past.mask, real], dim=1)
         return ids.to(device), cache_options(mask, width, Past(past.layers), device)
 
     @torch.no_grad()

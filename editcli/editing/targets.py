@@ -88,8 +88,8 @@ def optimise(
         while pending:
             edits = pending.pop()
             try:
-                optimiser = _Optimiser(loaded, [rows[edit] for edit in edits], layer, options)
-                parts.append((edits, optimiser.run(advance)))
+                # Without a name, so that its caches are gone before those of the next micro-batch come.
+                parts.append((edits, _Optimiser(loaded, [rows[edit] for edit in edits], layer, options).run(advance)))
             except torch.OutOfMemoryError as error:
                 pending += _halves(edits, loaded, layer, reporter, error)
     order = torch.tensor([edit for edits, _ in parts for edit in edits])
@@ -141,6 +141,12 @@ def _rows(
             for context, text in zip(contexts, own, strict=True)
         ]
         rows.append([*prompts, Row(closing[edit], edit, options.kl_factor, True, (None, None))])
+        longest = max(len(row.text.ids) for row in rows[-1])
+        if tokens.max_length is not None and longest > tokens.max_length:
+            raise request.refusal(
+                f"behind a prefix the prompt and target have {longest} tokens, more than the model's context of "
+                f"{tokens.max_length}; lower targets.prefix_tokens"
+            )
     return rows
 
 
@@ -232,6 +238,7 @@ class _Optimiser:
             owner=torch.tensor([row.edit for row in owners], device=device),
         )
 
+    @torch.enable_grad()
     def _evaluate(self, parts: Sequence[_Part], delta: Tensor, *, slopes: bool) -> tuple[Tensor, Tensor]:
         """Return each edit's loss, (n,), and with ``slopes`` its gradient, (n, d); edits without rows get no sense."""
         own = delta.clone().requires_grad_(True)

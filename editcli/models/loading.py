@@ -23,6 +23,7 @@ from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve
 from editcli.models.checkpoint import Checkpoint
 from editcli.models.offload import device_of
+from editcli.models.recall import resumes
 from editcli.models.sharded import loading_options
 from editcli.models.tokens import Tokens
 
@@ -69,6 +70,11 @@ class LoadedModel:
     def input_device(self) -> torch.device:
         """Where token ids belong: the device of the input embedding."""
         return device_of(self.model.get_input_embeddings())
+
+    @cached_property
+    def resumes(self) -> bool:
+        """Whether the model can go on from keys and values of earlier tokens; tried once."""
+        return resumes(self.model, self.input_device)
 
 
 def bundled_folder() -> Path:
@@ -178,6 +184,10 @@ def load_tokens(
         )
     # The tokenizers library raises a bare Exception for a file that it cannot parse.
     except Exception as error:
+        # What transformers says of a folder without one goes on about packages to install.
+        if not any(source.folder.glob("tokenizer*")):
+            what = "has no tokenizer; copy tokenizer.json and tokenizer_config.json into it"
+            raise ModelError(f"{source.folder} {what}") from error
         raise ModelError(f"cannot load a tokenizer from {source.folder}: {_first_line(error)}") from error
     text_config = config.get_text_config()
     length = getattr(text_config, "max_position_embeddings", None)
@@ -189,12 +199,16 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
+    cannot = f"the device {device!r} cannot be used here"
     try:
         place = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"{cannot}: torch knows none of that name; use auto or cpu") from error
+    try:
         torch.empty(1, device=place)
-    # Torch raises RuntimeError for a bad name and AssertionError or NotImplementedError for an absent backend.
+    # Torch raises any of these for an absent backend.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"the device {device!r} cannot be used here: {_first_line(error)}") from error
+        raise ModelError(f"{cannot}: {_first_line(error)}; use auto or cpu") from error
     return place
 
 
@@ -246,4 +260,4 @@ def _no_bars() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(" :.") if lines else type(error).__name__

@@ -1,0 +1,53 @@
+"""How a model goes on from the keys and values of earlier tokens, and whether they are all that it needs of them.
+
+A model that also carries convolutions or recurrent states along, or counts the columns of a padded cache as distances,
+has to read its texts from the first token. No list of families says which ones do: it is tried on a few tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from editcli.models.forward import run
+
+HALF = 12
+"""Columns of each half of the texts that are tried; the shorter text has ``FEW`` tokens in each and a gap behind."""
+FEW = 2
+
+
+def cache_options(mask: Tensor, width: int, cache: DynamicCache, device: torch.device | str) -> dict[str, Any]:
+    """Return what a model is given to go on from ``cache``; ``mask`` (rows, past + width) has 0 where nothing is."""
+    places = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -width:]
+    return {
+        "attention_mask": mask.to(device),
+        "position_ids": places.to(device),
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+
+
+@torch.no_grad()
+def resumes(model: Any, device: torch.device | str) -> bool:
+    """Tell whether ``model`` goes on from the keys and values of padded texts as if it had read the texts."""
+    size = len(model.get_input_embeddings().weight)
+    long = (torch.arange(2 * HALF) + 3) % size
+    first, second = long.reshape(2, HALF)
+    rows, real = torch.stack([long, long]), torch.ones(2, 2 * HALF, dtype=torch.long)
+    real[1].view(2, HALF)[:, FEW:] = 0
+    short = torch.cat([first[:FEW], second[:FEW]])
+    plain = [run(model, text[None].to(device)).logits[0, -1].float() for text in (long, short)]
+    cache = DynamicCache()
+    try:
+        run(model, rows[:, :HALF].to(device), **cache_options(real[:, :HALF], HALF, cache, device))
+        logits = run(model, rows[:, HALF:].to(device), **cache_options(real, HALF, cache, device)).logits
+    # A family that cannot work with such a cache says so in its own way, and is then run without one.
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        return False
+    found = torch.stack([logits[0, -1], logits[1, FEW - 1]]).float()
+    wanted = torch.stack(plain).to(found.device)
+    exact = logits.dtype == torch.float32
+    return bool((found - wanted).abs().max() <= (1e-3 if exact else 5e-2) * wanted.abs().max())
