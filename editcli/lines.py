@@ -76,7 +76,15 @@ def opened(source: str | Path, name: str) -> Iterator[Lines]:
         with Path(source).open("rb") as file:
             yield Lines(file)
     except OSError as error:
-        raise RequestError(f"cannot be read: {error.strerror or error}", file=name) from error
+        raise RequestError(f"cannot be read: {_why(error)}", file=name) from error
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file; check the path"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder; pass a file"
+    return error.strerror or str(error)
 
 
 def no_constant(name: str) -> Any:

@@ -307,6 +307,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing_half_written(
         (lambda folder: shutil.rmtree(folder), "there is no model folder"),
         (lambda folder: (folder / "config.json").unlink(), "without config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config"),
+        (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "has no tokenizer; copy tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "safetensors"),

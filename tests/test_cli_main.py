@@ -127,6 +127,21 @@ def test_every_command_in_the_list_exists_and_has_help(capsys: pytest.CaptureFix
     assert "Usage" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments", [["stats"], ["-v"]])
+def test_a_missing_command_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(arguments) == 2
+    assert re.fullmatch(r"error: Missing command \(see 'editcli( stats)? --help'\)\n", capsys.readouterr().err)
+
+
+def test_a_bench_without_a_stream_says_which_option_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert program.main(["bench"]) == 2
+    assert "pass a stream of edits with --edits" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_options_stand_in_their_sections(capsys: pytest.CaptureFixture[str]) -> None:
     program.main(["apply", "--help"])
     shown = capsys.readouterr().out

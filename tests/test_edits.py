@@ -180,8 +180,8 @@ def test_a_json_array_is_refused_with_what_to_do(write: Any) -> None:
 
 
 def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None:
-    assert "cannot be read" in refusal(tmp_path / "none.jsonl").reason
-    assert "cannot be read" in refusal(tmp_path).reason
+    assert "there is no such file" in refusal(tmp_path / "none.jsonl").reason
+    assert "it is a folder" in refusal(tmp_path).reason
 
 
 @pytest.mark.parametrize("ids", [("a", "a"), (1, "1"), (..., "line-1")])

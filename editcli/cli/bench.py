@@ -12,6 +12,7 @@ from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option
 from editcli.recipe import Recipe
 
+EDITS = "sample_edits/stream.jsonl"
 STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
 
 
@@ -28,7 +29,7 @@ STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
 )
 @option(
     "--edits",
-    default="sample_edits/stream.jsonl",
+    default=EDITS,
     show_default=True,
     metavar="FILE",
     section="Method",
@@ -81,6 +82,8 @@ def bench(
     early edits were overwritten. Without --model the bundled model is edited.
     """
     app: App = context.obj
+    if values["edits"] == EDITS and not Path(EDITS).is_file():
+        raise click.UsageError(f"there is no {EDITS} in this folder; pass a stream of edits with --edits", context)
     recipe = Recipe(settings=component_settings(context, assignments), **values)
     recipe.check(app.plugins)
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.

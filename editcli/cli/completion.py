@@ -13,10 +13,12 @@ VARIABLE = "_EDITCLI_COMPLETE"
 
 
 @click.command(cls=Command)
-@click.argument("shell", type=click.Choice(SHELLS))
+@click.argument("shell", metavar="SHELL", type=click.Choice(SHELLS))
 @click.pass_context
 def completion(context: click.Context, /, shell: str) -> None:
     """Print the script that lets SHELL complete editcli's commands, options, editors, stabilizers and models.
+
+    SHELL is bash, zsh or fish.
 
     \b
     bash: add to ~/.bashrc   eval "$(editcli completion bash)"

@@ -18,7 +18,8 @@ class LazyGroup(click.Group):
     """A group whose commands are named in a table ``name -> (module:attribute, help)``."""
 
     def __init__(self, *args: Any, commands_table: Mapping[str, tuple[str, str]] | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        # The help in the place of an error would be an error of 20 lines.
+        super().__init__(*args, no_args_is_help=False, **kwargs)
         self.table = dict(commands_table or {})
         self.params.extend(verbosity_options())
 

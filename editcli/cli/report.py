@@ -72,9 +72,11 @@ def report(
     from editcli.models.loading import choose_device
     from editcli.pages.page import check_page, run_page, write_page
     from editcli.runs.planning import brought_families
+    from editcli.runs.state import RunFolder
     from editcli.runs.verdict import parse_thresholds
 
     check_page(output)
+    RunFolder(Path(run)).require()
     found = inspect(
         run,
         wanted=Wanted(norms=True, spectral=spectra, tau=tau, thresholds=parse_thresholds(thresholds)),

@@ -17,6 +17,7 @@ from editcli.runs.apply import DONE, STOPPED
 from editcli.runs.files import tensor_digest
 from editcli.runs.history import History, read_history
 from editcli.runs.output import same_bytes
+from editcli.runs.state import RunFolder
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class Edited:
 
 def open_run(path: str) -> FinishedRun:
     """Read a run's record; raise :class:`StateError` unless its model folder is the run's result."""
+    RunFolder(Path(path)).require()
     history = read_history(Path(path))
-    if history is None:
-        raise StateError(f"{path} is not a run of editcli; pass the folder that 'editcli apply' wrote")
+    assert history is not None, "it is a run"
     if history.problem is not None and not history.record:
         raise StateError(history.problem)
     status = history.record.get("status")

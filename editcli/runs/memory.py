@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from editcli.editing.session import ModelSession
-from editcli.edits import EditRequest
 from editcli.errors import ModelError, StateError
 from editcli.evaluation import Evaluation
-from editcli.interfaces import Problem, Site, Update
+from editcli.interfaces import Site
 from editcli.models.architectures import Family, resolve
 from editcli.models.checkpoint import DTYPES, Checkpoint, TensorEntry
 from editcli.models.loading import LoadedModel, ModelSource
@@ -36,7 +35,7 @@ from editcli.runs.files import tensor_bytes
 from editcli.runs.outcome import provenance
 from editcli.runs.output import Verified, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
-from editcli.runs.state import RunFolder, Snapshot
+from editcli.runs.readonly import ReadOnlyFolder
 from editcli.runs.stream import Stream
 
 MEMORY = "(memory)"
@@ -132,8 +131,8 @@ def borrowed(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class Unrecorded(RunFolder):
-    """A run folder that keeps nothing."""
+class Unrecorded(ReadOnlyFolder):
+    """The folder of a run that stays in memory."""
 
     def __init__(self) -> None:
         super().__init__(Path(MEMORY))
@@ -142,28 +141,6 @@ class Unrecorded(RunFolder):
     def is_run(self) -> bool:
         """Never: there is nothing to go on with."""
         return False
-
-    def create(self) -> None:
-        """Make no folder."""
-
-    def write_snapshot(self, snapshot: Snapshot) -> None:
-        """Keep no snapshot: what is in memory is the state."""
-
-    def write_segment(
-        self,
-        sequence: int,
-        requests: Sequence[EditRequest],
-        problems: Mapping[Site, Problem],
-        updates: Mapping[Site, Update],
-    ) -> tuple[str, str]:
-        """Keep no factors."""
-        return "", ""
-
-    def append(self, line: str) -> None:
-        """Keep no journal."""
-
-    def write_record(self, record: Mapping[str, Any]) -> None:
-        """Keep no record."""
 
 
 class Saved(Run):

@@ -85,6 +85,11 @@ class RunFolder:
         """Whether this is an output folder of ours."""
         return self.record.is_file() or self.journal.is_file() or self.state.is_file()
 
+    def require(self) -> None:
+        """Raise :class:`StateError` unless this is an output folder of ours."""
+        if not self.is_run:
+            raise StateError(f"{self.out} is not a run of editcli; pass the folder that 'editcli apply' wrote")
+
     @property
     def is_fresh(self) -> bool:
         """Whether a run was begun here and was killed before it kept anything."""

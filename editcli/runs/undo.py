@@ -160,8 +160,7 @@ class _LostPilots(PilotSource):
 
 def _run_folder(request: Undo) -> RunFolder:
     folder = RunFolder(Path(request.run))
-    if not folder.is_run:
-        raise StateError(f"{request.run} is not a run of editcli; pass the folder that 'editcli apply' wrote")
+    folder.require()
     return folder
 
 

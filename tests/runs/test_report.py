@@ -157,7 +157,7 @@ def test_a_run_that_just_began_has_a_page(make_run, tmp_path):
 def test_a_model_is_no_run(base, tmp_path):
     result = report(base, tmp_path / "page.html")
     assert isinstance(result.exception, StateError)
-    assert "no output of editcli apply" in str(result.exception)
+    assert "is not a run of editcli" in str(result.exception)
     assert not (tmp_path / "page.html").exists()
 
 
