@@ -129,16 +129,7 @@ def method_options(command: Any) -> Any:
             section="Method",
             help="Edits written at once.  [default: 100; 1 for rome]",
         ),
-        option(
-            "-o",
-            "--option",
-            "assignments",
-            multiple=True,
-            env=False,
-            metavar="NAME.KEY=VALUE",
-            section="Method",
-            help="Set an option of a method; repeat it. 'editcli plugins NAME' lists them.",
-        ),
+        assignments_option,
         option(
             "--stats",
             metavar="FILE",
@@ -157,9 +148,28 @@ def method_options(command: Any) -> Any:
             section="Method",
             help="Text for statistics: a file, hf:ID[:CONFIG], or self, which the model writes itself.",
         ),
-        option(
-            "--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Method", help="Random seed."
-        ),
+        seed_option("Method"),
+    )
+
+
+def assignments_option(command: Any) -> Any:
+    """Add the options of methods."""
+    return option(
+        "-o",
+        "--option",
+        "assignments",
+        multiple=True,
+        env=False,
+        metavar="NAME.KEY=VALUE",
+        section="Method",
+        help="Set an option of a method; repeat it. 'editcli plugins NAME' lists them.",
+    )(command)
+
+
+def seed_option(section: str) -> Callable[[Any], Any]:
+    """Return the option for what is drawn at random."""
+    return option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, section=section, help="Random seed."
     )
 
 

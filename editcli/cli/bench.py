@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import COUNT, code_options, device_options, source_options
+from editcli.cli.apply_options import (
+    COUNT,
+    assignments_option,
+    code_options,
+    device_options,
+    seed_option,
+    source_options,
+)
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option
 from editcli.recipe import Recipe
@@ -37,17 +44,8 @@ STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
 )
 @option("--batch-size", "-b", type=COUNT, default=100, show_default=True, section="Method", help="Edits at once.")
 @option("--limit", "--until", type=COUNT, section="Method", help="Take only the first N edits.")
-@option(
-    "--option",
-    "-o",
-    "assignments",
-    multiple=True,
-    env=False,
-    metavar="NAME.KEY=VALUE",
-    section="Method",
-    help="Set an option of a method; repeat it.",
-)
-@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Method", help="Random seed.")
+@assignments_option
+@seed_option("Method")
 @option(
     "--eval-every",
     "--every",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import COUNT, code_options, device_options, reading_options
+from editcli.cli.apply_options import COUNT, code_options, device_options, reading_options, seed_option
 from editcli.cli.common import App, Command, CommaSeparated, json_option, option, print_json, split_commas
 from editcli.cli.settings import config_option
 
@@ -57,7 +57,7 @@ HARNESS_HELP = (
     section="Measure",
     help="Folder with more tasks; repeat it. A task's file may bring code, which then runs.",
 )
-@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Measure", help="Random seed.")
+@seed_option("Measure")
 @reading_options
 @device_options
 @code_options

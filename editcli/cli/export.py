@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import COUNT, device_options, trust_options
+from editcli.cli.apply_options import COUNT, device_options, seed_option, trust_options
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import config_option
 from editcli.export.recipe import FORMATS, LORA, ExportRecipe
@@ -42,7 +42,7 @@ REVISION_HELP = "Branch to push to; needed where the repository exists already."
     help="Ask the base with the adapter for the run's edits.",
 )
 @option("--sample", type=COUNT, default=100, show_default=True, section="Measure", help="Ask for N edits.")
-@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Measure", help="Random seed.")
+@seed_option("Measure")
 @device_options
 @trust_options
 @option(

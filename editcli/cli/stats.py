@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import COUNT, device_options, trust_options
+from editcli.cli.apply_options import COUNT, device_options, seed_option, trust_options
 from editcli.cli.common import App, Command, LayerRange, json_option, option, print_json
 from editcli.cli.group import LazyGroup
 from editcli.cli.settings import component_settings, config_option
@@ -33,7 +33,7 @@ stats = LazyGroup(name="stats", commands_table=COMMANDS, help="Compute and show 
 )
 @option("--tokens", type=COUNT, section="Statistics", help="Tokens to read.  [default: 10 for each dimension of a key]")
 @option("--max-length", type=click.IntRange(min=2), section="Statistics", help="Longest sequence.  [default: 512]")
-@option("--seed", type=click.IntRange(min=0), default=0, show_default=True, section="Statistics", help="Random seed.")
+@seed_option("Statistics")
 @option("--out", env=False, metavar="FILE", section="Output", help="Also write a file for apply --stats.")
 @json_option
 @config_option

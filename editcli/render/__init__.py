@@ -1,4 +1,4 @@
-"""Draw with rich: progress and notes on stderr, results on stdout. Tables of results are in ``render_*`` modules."""
+"""Draw with rich: progress and notes on stderr, results on stdout; the tables are in the other modules here."""
 
 from __future__ import annotations
 
