@@ -35,6 +35,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     place = out.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.parent / f".{place.name}.partial"
+    if partial.is_symlink():
+        raise StateError(f"{partial} is a symbolic link, and what it leads to would be cleared; remove the link")
     partial.mkdir(exist_ok=True)
     # The lock is the operating system's: it ends with its process however that ends.
     lock = FileLock(partial / _LOCK)
@@ -45,13 +47,17 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         _clear(partial)
         yield partial
-        lock.release()
-        (partial / _LOCK).unlink(missing_ok=True)
+        if os.name != "posix":
+            # Elsewhere no folder with an open file can be renamed.
+            lock.release()
         _take_name(partial, place)
+        # Only now, or else another process could begin in the hidden folder, and clear it, before it has its name.
+        (place / _LOCK).unlink(missing_ok=True)
     except BaseException:
-        lock.release()
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        lock.release()
 
 
 def _clear(partial: Path) -> None:

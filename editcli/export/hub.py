@@ -31,7 +31,8 @@ class Destination:
 def check_destination(repo: str, *, private: bool, revision: str | None) -> Destination:
     """Ask the hub whether ``repo`` may be written to; raise :class:`ModelError` with one sentence if not.
 
-    A repository that exists is refused unless ``revision`` names the branch to write to.
+    A repository that exists is refused unless ``revision`` names the branch to write to, and, where ``private`` is
+    wanted, when everybody can read it.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -42,6 +43,9 @@ def check_destination(repo: str, *, private: bool, revision: str | None) -> Dest
         owner = api.whoami()["name"]
         full = repo if "/" in repo else f"{owner}/{repo}"
         exists = api.repo_exists(full)
+        public = exists and private and not api.repo_info(full).private
+    if public:
+        raise ModelError(f"the repository {full} is public, and pushing does not make it --private; use another one")
     if exists and revision is None:
         raise ModelError(
             f"the repository {full} exists on the hub already; push to a new one, or name the branch to write to with "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.export.source import Edited
-from editcli.models.checkpoint import Checkpoint, file_digest
+from editcli.models.checkpoint import DTYPES, Checkpoint, file_digest
 from editcli.runs.files import tensor_digest, write_json, write_safetensors
 from editcli.runs.output import side_files
 
@@ -96,7 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         return Manifest(
             base=dict(fields["base"]),
-            tensors=tuple(PatchedTensor(**{**one, "shape": tuple(one["shape"])}) for one in fields["tensors"]),
+            tensors=tuple(_tensor(one) for one in fields["tensors"]),
             sha256=str(fields["patch"]["sha256"]),
             files={str(name): str(digest) for name, digest in fields["files"].items()},
         )
@@ -119,7 +119,7 @@ def read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
             tensors = {one.name: file.get_tensor(one.name) for one in manifest.tensors}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
-    if any(tensor_digest(tensors[one.name]) != one.sha256 for one in manifest.tensors):
+    if not all(_is(tensors[one.name], one) for one in manifest.tensors):
         raise ModelError(damaged)
     return tensors
 
@@ -140,6 +140,18 @@ def refuse_other_base(base: Checkpoint, name: str, manifest: Manifest) -> None:
                 f"{tensor.name} of {name} is not the one that the patch was made for: this is another model or another "
                 f"revision of it; apply it to {wanted}"
             )
+
+
+def _tensor(fields: Mapping[str, Any]) -> PatchedTensor:
+    texts = {key: value for key, value in fields.items() if key != "shape"}
+    if not all(isinstance(value, str) for value in texts.values()):
+        raise ValueError("a name, type or hash is not a text")
+    return PatchedTensor(**texts, shape=tuple(map(int, fields["shape"])))
+
+
+def _is(tensor: Tensor, said: PatchedTensor) -> bool:
+    kind = (DTYPES.get(said.dtype), said.shape, said.sha256)
+    return (tensor.dtype, tuple(tensor.shape), tensor_digest(tensor)) == kind
 
 
 def _named(base: Mapping[str, Any]) -> str:

@@ -32,7 +32,8 @@ def portable(run: FinishedRun) -> dict[str, Any]:
         if recipe.get(name):
             recipe[name] = _last(recipe[name])
     base = provenance["base"]
-    public = base["name"] == BUNDLED or is_hub_copy(Path(str(base.pop("folder", ""))))
+    folder = Path(str(base.pop("folder", "")))
+    public = base["name"] == BUNDLED or is_hub_copy(folder)
     base["name"] = base["name"] if public else _last(base["name"])
     record["model"] = base["name"]
     if recipe.get("model"):
@@ -56,23 +57,25 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
     try:
         record = json.loads(path.read_text("utf-8"))
-        report_of(record)
-        recipe_of(record)
-        str(record["provenance"]["base"]["name"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        # What cannot be written now would fail after the model was.
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
+        _card(FULL, record).encode()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
     return record
 
 
 def write_card(folder: Path, kind: str, record: Mapping[str, Any], sites: Sequence[SiteExport] = ()) -> None:
     """Write the card of a result: how to use it, and what was edited."""
+    write_bytes(folder / CARD, _card(kind, record, sites).encode())
+
+
+def _card(kind: str, record: Mapping[str, Any], sites: Sequence[SiteExport] = ()) -> str:
     report, recipe, provenance = report_of(record), recipe_of(record), record["provenance"]
     if kind == FULL:
-        text = model_card(report, recipe, provenance, diagnostics={})
-    else:
-        lines = [*_front(kind, record), *_usage(kind, record), *_rendered(sites), "", "# The edits", ""]
-        text = "\n".join([*lines, *card_body(report, recipe, provenance, {})]) + "\n"
-    write_bytes(folder / CARD, text.encode())
+        return model_card(report, recipe, provenance, diagnostics={})
+    lines = [*_front(kind, record), *_usage(kind, record), *_rendered(sites), "", "# The edits", ""]
+    return "\n".join([*lines, *card_body(report, recipe, provenance, {})]) + "\n"
 
 
 def _front(kind: str, record: Mapping[str, Any]) -> list[str]:

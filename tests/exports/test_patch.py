@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from editcli.errors import ModelError, StateError
+from editcli.export import folder as folders
 from editcli.export.recipe import PatchRecipe
 from editcli.export.run import apply_patch
-from editcli.models.checkpoint import Checkpoint
+from editcli.models.checkpoint import Checkpoint, file_digest
+from editcli.runs.files import tensor_digest
 from editcli.testing import tiny_model_folder
 
 KINDS = ("linear", "conv1d", "tied", "sharded", "bfloat16", "saved as bfloat16", "read out")
@@ -215,3 +217,72 @@ def test_a_full_disk_leaves_nothing_and_is_one_sentence(
 
     monkeypatch.setattr("editcli.export.run.write_model", full)
     assert "No space left on device" in refusal(bases("linear"), patch, tmp_path / "rebuilt")
+
+
+def redo(patch: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change a patch's tensors and every hash with them, as somebody who made it by hand would."""
+    weights, manifest = patch / "patch.safetensors", json.loads((patch / "manifest.json").read_text())
+    tensors = {name: change(tensor).contiguous() for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights)
+    manifest["patch"]["sha256"] = file_digest(weights)
+    for one in manifest["tensors"]:
+        one["sha256"] = tensor_digest(tensors[one["name"]])
+    (patch / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda weight: weight.double()[:1], lambda weight: weight.T, lambda weight: torch.cat([weight, weight])],
+    ids=["dtype", "turned", "longer"],
+)
+def test_tensors_of_another_kind_than_the_manifest_says_are_refused(
+    patch: Path, bases: Callable[[str], Path], tmp_path: Path, change: Any
+) -> None:
+    redo(patch, change)
+    assert "is not what manifest.json says" in refusal(bases("linear"), patch, tmp_path / "rebuilt")
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("manifest.json", lambda found: found["tensors"][0].update(name=["a", "list"])),
+        ("editcli/run.json", lambda found: found["sites"][0].update(ratio="not a number")),
+        ("editcli/run.json", lambda found: found["seconds"].update(load=float("inf"))),
+        ("editcli/run.json", lambda found: found.update(note="\ud800")),
+        ("editcli/run.json", lambda found: found["provenance"].pop("options")),
+    ],
+)
+def test_a_record_of_another_make_is_refused(
+    patch: Path, bases: Callable[[str], Path], tmp_path: Path, file: str, change: Callable[[Any], Any]
+) -> None:
+    record = json.loads((patch / file).read_text())
+    change(record)
+    (patch / file).write_text(json.dumps(record))
+    assert "cannot be read" in refusal(bases("linear"), patch, tmp_path / "rebuilt")
+
+
+def test_a_link_in_the_place_of_the_hidden_folder_is_not_followed(
+    patch: Path, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    (tmp_path / ".rebuilt.partial").symlink_to(mine)
+    with pytest.raises(StateError, match="symbolic link"):
+        applied(bases("linear"), patch, tmp_path / "rebuilt")
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere no folder with an open file can be renamed")
+def test_the_hidden_folder_is_held_until_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_name = folders._take_name
+
+    def second(partial: Path, place: Path) -> None:
+        with pytest.raises(StateError, match="being written by another"), folders.new_folder(place):
+            pass
+        take_name(partial, place)
+
+    monkeypatch.setattr(folders, "_take_name", second)
+    with folders.new_folder(tmp_path / "out") as folder:
+        (folder / "first.txt").write_text("first")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["first.txt"]

@@ -13,11 +13,15 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from editcli.errors import ModelError
+from editcli.export.record import portable
+from editcli.export.source import open_run
+from editcli.models.loading import BUNDLED
 
 # The hub's client uses its HTTP library in a way that the library's next release drops.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -37,6 +41,7 @@ class FakeHub:
         self.refuse: dict[str, int] = {}
         """``{part of a path: status}``."""
         self.blobs: dict[str, bytes] = {}
+        self.private: set[str] = set()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -78,7 +83,8 @@ class FakeHub:
         if repo is None:
             return 404, {"error": "Repository not found"}
         if what is None:
-            return 200, {"id": name, "modelId": name, "sha": "0" * 40, "siblings": []}
+            private = name in self.private
+            return 200, {"id": name, "modelId": name, "sha": "0" * 40, "siblings": [], "private": private}
         assert branch is not None
         if what == "branch":
             repo[branch] = dict(repo["main"])
@@ -254,3 +260,24 @@ def test_the_command_pushes_and_says_where_and_never_shows_the_token(
     assert TOKEN not in done.stdout + done.stderr
     assert holds_token(tmp_path) == []
     assert holds_token(runs("linear")) == []
+
+
+def test_what_is_to_be_private_does_not_go_where_everybody_reads(
+    hub: FakeHub, runs: Callable[[str], Path], make: Callable[..., Any], tmp_path: Path
+) -> None:
+    hub.repos["me/open"] = {"main": {}}
+    with pytest.raises(ModelError, match="me/open is public"):
+        make(runs("linear"), "patch", push="me/open", revision="main", private=True)
+    assert not (tmp_path / "out").exists()
+    assert hub.repos["me/open"] == {"main": {}}
+    hub.private.add("me/open")
+    make(runs("linear"), "patch", push="me/open", revision="main", private=True)
+    assert hub.repos["me/open"]["main"]
+
+
+def test_a_record_does_not_say_where_the_bundled_model_is_installed(runs: Callable[[str], Path]) -> None:
+    run = open_run(str(runs("linear")))
+    base = {**run.record["provenance"]["base"], "name": BUNDLED}
+    record = {**run.record, "provenance": {**run.record["provenance"], "base": base}}
+    bundled = SimpleNamespace(record=record, path=run.path)
+    assert base["folder"] not in json.dumps(portable(bundled))
