@@ -30,7 +30,7 @@ from editcli.runs.files import is_leftover, sync_folder, tensor_bytes, write_byt
 
 FORMAT = 1
 _ROWS, _MIX = 256, 0x9E3779B97F4A7C15 - 2**64
-"""Rows that are summed at once, and an odd number whose multiples spread over all 64 bits."""
+"""Rows that are summed at once, and the increment of SplitMix64."""
 START = "0" * 64
 """What the first journal line names as its predecessor."""
 
@@ -240,11 +240,13 @@ class RunFolder:
     def append(self, line: str) -> None:
         """Append one line to the journal and make it durable; a line that does not fit is taken back."""
         new = not self.journal.exists()
-        with self.journal.open("ab") as file:
+        data = line.encode() + b"\n"
+        # Unbuffered, because a buffer that could not be written is written again on closing, behind what was cut.
+        with self.journal.open("ab", buffering=0) as file:
             size = file.tell()
             try:
-                file.write(line.encode() + b"\n")
-                file.flush()
+                while data:
+                    data = data[file.write(data) :]
                 os.fsync(file.fileno())
             except OSError:
                 # A part of a line would swallow the next one; what cannot be cut now is cut on resuming.
@@ -348,12 +350,24 @@ def weights_digest(weights: Iterable[Tensor]) -> str:
     total = 0
     for number, weight in enumerate(weights, start=1):
         bits = weight.contiguous().view(torch.int32)
-        columns = torch.arange(1, bits.shape[1] + 1, device=bits.device) * _MIX
+        columns = _scattered(torch.arange(bits.shape[1], device=bits.device))
+        rows = _scattered(torch.arange(len(bits)) + (number << 32))
         # A few rows at a time, since the 64-bit copies take twice the room of the matrix.
         for start in range(0, len(bits), _ROWS):
             sums = (bits[start : start + _ROWS].long() * columns).sum(dim=1).cpu()
-            total += int((sums * torch.arange(start + 1, start + len(sums) + 1) * (_MIX + 2 * number)).sum())
+            total += int((sums * rows[start : start + len(sums)]).sum())
     return f"{total % 2**64:016x}"
+
+
+def _scattered(numbers: Tensor) -> Tensor:
+    """Return odd 64-bit numbers that no small multiples relate: what rounding changes must not cancel in a sum.
+
+    The last steps of SplitMix64 (Steele et al., 2014), with shifts that keep the sign.
+    """
+    numbers = (numbers + 1) * _MIX
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        numbers = (numbers ^ (numbers >> shift)) * factor
+    return (numbers ^ (numbers >> 31)) | 1
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

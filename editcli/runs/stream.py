@@ -100,7 +100,9 @@ class Stream:
 
     def prepare(self) -> None:
         """Calibrate every component on the unedited model."""
-        self.stack.prepare(self.session)
+        # A component may draw here too, and every rank and every repetition must draw the same.
+        with self._seeded(0):
+            self.stack.prepare(self.session)
 
     def begin(self) -> None:
         """Write the first snapshot of a prepared stream."""
@@ -126,24 +128,24 @@ class Stream:
             written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
             try:
                 metrics = self._measure(requests)
+                # From here on a failure leaves components and journal apart; what is on disk stays whole.
+                self.whole = False
+                commit(self.session, self.stack.editor, self.stack.stabilizers, requests, written)
+                self.stack.settle(self.session)
+                # An evaluation or a snapshot may come next, and has better use for the memory.
+                self.session.forget_reads()
+                report = BatchReport(
+                    step=step,
+                    edits=tuple(request.id for request in requests),
+                    dropped=written.dropped,
+                    sites=tuple(reports.values()),
+                    metrics=finite({**metrics, **self._observe(written)}),
+                    seconds=written.seconds,
+                )
+                self._record(requests, written, report)
             except BaseException:
                 self.session.restore(before)
                 raise
-            # From here on a failure leaves weights, editor and journal apart; what is on disk stays whole.
-            self.whole = False
-            commit(self.session, self.stack.editor, self.stack.stabilizers, requests, written)
-            self.stack.settle(self.session)
-            # An evaluation or a snapshot may come next, and has better use for the memory.
-            self.session.forget_reads()
-        report = BatchReport(
-            step=step,
-            edits=tuple(request.id for request in requests),
-            dropped=written.dropped,
-            sites=tuple(reports.values()),
-            metrics=finite({**metrics, **self._observe(written)}),
-            seconds=written.seconds,
-        )
-        self._record(requests, written, report)
         self.whole = True
         return report
 
@@ -184,7 +186,8 @@ class Stream:
         """
         self._check_settings(recovered.snapshot.settings)
         self._settle(recovered)
-        self.stack.load_state(recovered.snapshot.tensors, self.session, afresh=self.stack.rebuilt)
+        with self._seeded(0):
+            self.stack.load_state(recovered.snapshot.tensors, self.session, afresh=self.stack.rebuilt)
         live, exact = recovered.live[:step], True
         requests: list[EditRequest] = []
         with self.session.reporter.phase("Replaying", len(live), "batches") as advance:
@@ -233,14 +236,15 @@ class Stream:
 
     @contextmanager
     def _seeded(self, step: int) -> Iterator[None]:
-        """Give each step random numbers of its own, and the caller's back afterwards."""
+        """Give each step random numbers of its own, calibration being step 0, and the caller's back afterwards."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.session.seed * 1_000_003 + step) % 2**63)
             yield
 
     def _refuse(self, requests: Sequence[EditRequest]) -> None:
         if not self.whole:
-            raise StateError(f"a batch of the stream in {self.folder.out} failed half-way; open it again and resume")
+            remedy = "open it again and resume" if self.folder.is_run else "its weights are as before; open another"
+            raise StateError(f"a batch of the stream in {self.folder.out} failed half-way; {remedy}")
         seen: set[str] = set()
         for request in requests:
             if request.id in self._ids or request.id in seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -179,3 +180,31 @@ def test_a_refused_process_leaves_the_folder_of_the_other_alone(
 def test_journal_lines_hold_no_figure_that_json_lacks(run: RunFolder) -> None:
     for line in run.journal.read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_what_rounding_changes_does_not_cancel_in_the_checksum() -> None:
+    """Opposite steps in columns, rows or both whose numbers are multiples of each other."""
+    weight = torch.randn(8, 8)
+    known = weights_digest([weight])
+    for steps in ({(0, 0): 2, (0, 1): -1}, {(1, 0): -2, (3, 0): 1}, {(0, 1): 1, (1, 0): -1}):
+        changed = weight.clone()
+        for (row, column), step in steps.items():
+            changed.view(torch.int32)[row, column] += step
+        assert weights_digest([changed]) != known
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+def test_a_journal_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path: Path) -> None:
+    import resource
+
+    run = RunFolder(tmp_path)
+    run.folder.mkdir()
+    run.append("first")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            run.append("a line that is longer than the room that is left")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run.journal.read_bytes() == b"first\n"

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import editcli
 from editcli.edits import from_record
 from editcli.errors import EditError, GuardError, NumericalError, RequestError, StateError
 from editcli.runs.recovery import recover
+from editcli.runs.stack import Stack
 from editcli.runs.state import RunFolder
 from editcli.runs.stream import Stream
 
@@ -272,3 +274,19 @@ def test_figures_that_are_not_finite_reach_the_journal_as_null(
     monkeypatch.setattr(Stream, "_observe", lambda self, written: {"diagnostics": {"wild": float("inf")}})
     with editcli.EditStream("out", **choices) as stream:
         assert stream.apply(EDITS[:2]).metrics["diagnostics"]["wild"] is None
+
+
+def test_what_components_draw_while_they_calibrate_hangs_on_the_seed_alone(
+    choices: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, prepare = [], Stack.prepare
+
+    def drawing(self: Stack, session: Any) -> None:
+        drawn.append(torch.rand(1).item())
+        prepare(self, session)
+
+    monkeypatch.setattr(Stack, "prepare", drawing)
+    for number, seed in enumerate((1, 1, 2)):
+        with editcli.EditStream(f"out-{number}", **{**choices, "seed": seed}):
+            pass
+    assert drawn[0] == drawn[1] != drawn[2]
