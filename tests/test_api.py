@@ -167,6 +167,67 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(choices: Any, monkeypatch: 
     assert model.training
 
 
+def test_a_result_that_cannot_be_written_leaves_the_model_as_it_was(
+    choices: Any, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    before = copies(model)
+
+    def full(folder: Path) -> None:
+        (folder / "half").write_text("written")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", full)
+    with pytest.raises(StateError, match="No space left"):
+        editcli.edit(model, EDITS, tokenizer=tokenizer, out="out", **choices)
+    assert changed(model, before) == set()
+    # Nor is there half a folder that stands in the way of the next attempt.
+    assert list(workplace.iterdir()) == []
+
+
+def test_a_batch_that_fails_at_its_end_leaves_a_model_in_memory_as_before(
+    choices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from editcli.runs import stream as streams
+
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+
+    def failing(*arguments: Any) -> None:
+        raise NumericalError("lost", site="here")
+
+    def program() -> None:
+        with editcli.Stream(model=model, tokenizer=tokenizer, **choices) as stream:
+            stream.apply(EDITS[:2])
+            kept.update(copies(model))
+            monkeypatch.setattr(streams, "commit", failing)
+            with pytest.raises(NumericalError):
+                stream.apply(EDITS[2:])
+
+    kept: dict[str, Tensor] = {}
+    with pytest.raises(StateError, match="failed half-way; its weights are as before; open another"):
+        program()
+    assert changed(model, kept) == set()
+
+
+def test_a_stream_that_could_not_be_saved_is_not_open(
+    folder: Path, choices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = editcli.Stream("out", model=folder, **choices)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def program() -> None:
+        with stream:
+            stream.apply(EDITS[:2])
+            monkeypatch.setattr("editcli.runs.apply.write_model", full)
+
+    with pytest.raises(StateError, match="No space left"):
+        program()
+    with pytest.raises(StateError, match="not open"):
+        stream.apply(EDITS[2:])
+
+
 def test_a_guard_keeps_the_batches_before(choices: Any) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     before = copies(model)

@@ -101,14 +101,14 @@ def edit(
         run = asked.start(stack, gather(edits, asked))
         try:
             report = run.go()
+            run.session.restore(run.weights)
+            edited = Edited(run, report)
+            if asked.held is not None and out is not None:
+                edited.save(out)
         except BaseException:
             if asked.held is not None:
                 put_back(asked.held, run.planned.sites)
             raise
-        run.session.restore(run.weights)
-    edited = Edited(run, report)
-    if asked.held is not None and out is not None:
-        edited.save(out)
     return edited
 
 
@@ -164,14 +164,17 @@ class Stream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._exit:
-            run, stream = self._opened()
-            if error is None:
-                self.save()
-                run.session.restore(run.weights)
-            elif stream.whole:
-                stream.save()
-        self._open = None
+        try:
+            with self._exit:
+                run, stream = self._opened()
+                if error is None:
+                    self.save()
+                    run.session.restore(run.weights)
+                elif stream.whole:
+                    stream.save()
+        finally:
+            # Also where saving failed: the lock is gone, and somebody else may go on with the folder.
+            self._open = None
 
     def __repr__(self) -> str:
         state = "not open" if self._open is None else f"{len(self.edits)} edits"

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError, StateError
 from editcli.evaluation import Evaluation
+from editcli.export.folder import new_folder
 from editcli.interfaces import Site
 from editcli.models.architectures import Family, resolve
 from editcli.models.checkpoint import DTYPES, Checkpoint, TensorEntry
@@ -164,9 +165,8 @@ class Saved(Run):
         """Write the model as it is read out into a new folder."""
         if not self.weights:
             raise StateError("there is no edit in this model, so there is nothing to save")
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self.write_plain(folder)
+        with writing(folder), new_folder(folder) as partial:
+            self.write_plain(partial)
         return folder
 
     def write_plain(self, folder: Path) -> None:
