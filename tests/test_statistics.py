@@ -230,3 +230,12 @@ def test_a_corpus_that_cannot_be_had_is_one_sentence(
     loaded = opened(tiny_model_folder(tmp_path / "model"))
     with pytest.raises(StatisticsError, match=r"nowhere\.txt|datasets"):
         moments(loaded, spec, tmp_path / "cache")(sites(loaded, 1)[0])
+
+
+def test_what_is_cached_does_not_stay_in_memory(corpus: Path, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    found = moments(loaded, corpus, tmp_path / "cache")
+    found.plan(sites(loaded, 0, 1, 2))
+    for site in sites(loaded, 0, 1, 2):
+        found(site)
+    assert not found._computed

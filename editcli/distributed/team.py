@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_LARGE = 1 << 26
+"""Bytes from which on all ranks wait until each of them has the memory for what is sent."""
+
+
 class Link(Protocol):
     """How the processes reach each other; :class:`RankError` when one cannot be reached."""
 
@@ -126,12 +130,17 @@ class Team:
             for place, (dtype, shape, on_cpu) in enumerate(kind):
                 device = torch.device("cpu") if on_cpu else self.link.device
                 if rank == self.rank:
-                    part = tensors[place].detach().to(device).contiguous()
+                    parts.append(tensors[place].detach().to(device).contiguous())
                 else:
-                    part = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
-                self.link.broadcast(part, rank)
-                parts.append(part)
+                    kept = getattr(torch, dtype.removeprefix("torch."))
+                    parts.append(torch.empty(shape, dtype=kept, device=device))
             found.append(tuple(parts))
+        if sum(part.nbytes for parts in found for part in parts) > _LARGE:
+            # A rank without the room for them can say so here, but no longer once the others send.
+            self.exchange(f"room for {what}")
+        for rank, parts in enumerate(found):
+            for part in parts:
+                self.link.broadcast(part, rank)
         return found
 
     def lead_tensors(self, what: str, action: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:

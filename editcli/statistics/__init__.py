@@ -109,7 +109,9 @@ class SecondMoments:
                 wanted = sorted({*self._wanted, site}, key=lambda s: s.layer)
                 missing = self.team.lead("missing", lambda: [not self.is_cached(s) for s in wanted])
                 self.compute([s for s, is_missing in zip(wanted, missing, strict=True) if is_missing])
-            kept = (self._computed.pop(site),)
+            kept = (self._computed[site],)
+        # Computed with others and read from the cache by now, it would stay in memory to the end.
+        self._computed.pop(site, None)
         (found,) = kept
         device = device_of(self.loaded.architecture.projection(site.layer))
         # Single precision on disk and in memory alike: a cached run then equals the run that filled the cache.

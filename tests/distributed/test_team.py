@@ -217,3 +217,24 @@ def test_a_session_of_a_team_reads_what_one_reads_and_each_rank_does_its_part(
 def _request(name: str) -> EditRequest:
     record = {"id": name, "prompt": "The capital of {} is", "subject": name, "target_new": "Greece and Spain"}
     return from_record(record, file="test", line=1)
+
+
+def test_a_rank_without_room_for_what_comes_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def full(*arguments: Any, **options: Any) -> torch.Tensor:
+        if threading.current_thread().name.endswith("_1"):
+            raise torch.OutOfMemoryError("full")
+        return empty(*arguments, **options)
+
+    def work(team: Team) -> Any:
+        threading.current_thread().name = f"rank_{team.rank}"
+        return team.lead_tensors("moments", lambda: [torch.zeros(1000)])
+
+    monkeypatch.setattr("editcli.distributed.team._LARGE", 1000)
+    monkeypatch.setattr(torch, "empty", full)
+    leader, failed, other = together(3, work)
+    assert isinstance(failed, torch.OutOfMemoryError)
+    for error in (leader, other):
+        assert isinstance(error, RankError)
+        assert "process 1 of 3: it stopped on an internal error, OutOfMemoryError" in str(error)
