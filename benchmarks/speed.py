@@ -35,7 +35,7 @@ def targets(document: Mapping[str, Any]) -> Iterator[str]:
     yield 'The published code takes the head\'s product twice in every step; "one head" is the same procedure without'
     yield from ("that repetition.", "")
     for axis, points in found.get("curves", {}).items():
-        yield from (f"Edits per second of ours as {axis} grow:", "")
+        yield from (f"Edits per CPU second of ours as {axis} grow:", "")
         yield from table(
             [axis, *(f"{point[axis]:,}" for point in points)],
             [["edits per second", *(f"{point['edits_per_second']:.2f}" for point in points)]],

@@ -9,8 +9,9 @@ threshold is switched off so that every edit costs all its steps. Layers are tho
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,15 @@ def longer(edits: Sequence[EditRequest], words: int) -> list[EditRequest]:
     return [edit.in_context(" ".join(before.split()[:words]) + " ") for edit in edits]
 
 
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU seconds of ``work``, which other programs on the machine change little."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
 def curves(edits: int, steps: int) -> dict[str, list[dict[str, float]]]:
-    """Return edits per second of ours as prompts and as depth double; everything else stays."""
+    """Return edits per CPU second of ours as prompts and as depth double; everything else stays."""
     options = TargetOptions(steps=steps, stop_loss=0.0, lr=0.1)
     batch = sample_edits(edits)
     base = grown(8)
@@ -121,7 +129,7 @@ def curves(edits: int, steps: int) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {}
     for axis, points in (("words", by_words), ("layers", by_layers)):
         for size, loaded, work in points:
-            rate = 1 / min(our_seconds(loaded, work, options) for _ in range(2))
+            rate = len(work) / min(cpu_seconds(partial(our_seconds, loaded, work, options)) for _ in range(2))
             found.setdefault(axis, []).append({axis: size, "edits_per_second": rate})
     return found
 
