@@ -202,8 +202,8 @@ What does not come out like the papers:
 """
 
 BATCH1 = """One at a time the picture is the same as in batches, and milder than in the papers: where theirs lose
-Llama-3-8B after some 400 edits, this model answers all of its 500 edits. The order is theirs: RLSEdit, AlphaEdit,
-MEMIT with NAS, MEMIT; and REVIVE equals MEMIT. R_n of MEMIT follows the square root again.
+Llama-3-8B after some 400 edits, this model still answers 95 % or more of its 500. The order is theirs: RLSEdit,
+AlphaEdit, MEMIT with NAS, MEMIT; and REVIVE equals MEMIT. R_n of MEMIT follows the square root again.
 """
 
 LONG = """Plain MEMIT's efficacy_accuracy falls below 0.60 after 2,800 edits; its efficacy_success is at 0.82 after
