@@ -148,9 +148,11 @@ def test_a_plan_that_fits_or_cannot_be_judged_is_only_told(
 ) -> None:
     leave(monkeypatch, free)
     listener = Listener()
-    planning.check(recipe, PLUGINS, listener)
+    found = planning.check(recipe, PLUGINS, listener).footprint
     assert not [text for text in listener.warnings if "fit" in text]
-    (told,) = [text for text in listener.notes if text.startswith("Memory:")]
+    assert found is not None
+    assert found.fits
+    told = found.summary()
     assert ("1000.0 GB free" in told) == (free is not None)
     assert len(told) < 60, "one short line; what the memory is for is the dry run's to say"
     assert "weights" in plan(recipe, PLUGINS).memory

@@ -208,7 +208,7 @@ def test_a_model_that_does_more_behind_its_blocks_is_run_as_a_whole(tmp_path: Pa
             assert distance(target[:, column], plain) < 1e-3
 
 
-UNKNOWN = {
+UNKNOWN: dict[str, dict[str, Any]] = {
     # Its position biases count columns, padding included.
     "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 4, "max_seq_len": 256, "expansion_ratio": 2},
     # Every other layer is a convolution, whose state no attention cache holds.
@@ -233,7 +233,7 @@ def test_a_model_that_keys_and_values_do_not_take_along_reads_from_the_start(mod
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
 def test_padding_behind_a_long_past_needs_no_position_that_the_model_lacks(family: str, tmp_path: Path) -> None:
-    positions = {"n_positions": 48} if family == "gpt2" else {"max_position_embeddings": 48}
+    positions: dict[str, Any] = {"n_positions": 48} if family == "gpt2" else {"max_position_embeddings": 48}
     loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", family, **positions)))
     words = "the river in London is and was by the city of Rome and the tower"
     facts = [
