@@ -84,10 +84,15 @@ class GuardError(EditError):
     exit_code: ClassVar[int] = 3
 
 
+LISTED = 30
+"""Names that an error lists at the most; the edits of a run may be thousands."""
+
+
 def near_miss(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, else the list of known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return f"; known: {', '.join(names[:LISTED])}{more}" if names else ""

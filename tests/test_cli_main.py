@@ -16,7 +16,7 @@ import pytest
 from editcli import __main__ as program
 from editcli.cli import COMMANDS, build_cli
 from editcli.cli.common import App, Command
-from editcli.errors import GuardError, NumericalError, RequestError
+from editcli.errors import GuardError, NumericalError, RequestError, near_miss
 from editcli.plugins import Plugins, load_plugins
 
 
@@ -70,6 +70,13 @@ def test_an_error_is_one_line_and_an_exit_code(
     # Click ends the line of a terminal's ^C first.
     (line,) = filter(None, captured.err.splitlines())
     assert line.startswith(said)
+
+
+def test_an_error_lists_no_more_names_than_can_be_read() -> None:
+    assert near_miss("x", ["b", "a"]) == "; known: a, b"
+    said = near_miss("nothing", [f"s{number:05}" for number in range(20_000)])
+    assert len(said) < 300
+    assert said.endswith(" and 19,970 more")
 
 
 def test_an_error_of_several_lines_is_shown_as_one(main_raising: Any, capsys: pytest.CaptureFixture[str]) -> None:

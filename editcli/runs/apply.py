@@ -214,6 +214,9 @@ class Run:
         planned = self.planned
         if self.recipe.model is None and self.recovered is None:
             self.reporter.note("No --model given: editing the small model that ships with editcli")
+        if planned.footprint is not None and planned.footprint.fits:
+            # What it is for stands in the plan that --dry-run prints.
+            self.reporter.note(f"Memory: {planned.footprint.summary()}")
         if planned.preset.label == "guessed":
             layers = ", ".join(map(str, planned.layers))
             self.reporter.warn(f"no preset for this model ({planned.preset.name}): layers {layers} are a guess")

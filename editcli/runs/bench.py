@@ -23,6 +23,7 @@ from editcli.runs.files import write_json
 from editcli.runs.growth import Growth, fit_growth
 from editcli.runs.history import Batch, History, read_history
 from editcli.runs.outcomes import read_lines
+from editcli.runs.planning import read_requested
 from editcli.runs.retention import METRICS
 from editcli.runs.state import RunFolder
 
@@ -122,6 +123,8 @@ def bench(
 ) -> BenchReport:
     """Run every stack as ``recipe`` says, each in its own folder under the recipe's; go on with what is there."""
     reporter = reporter or Silent()
+    # A stream that cannot be read is refused before anything is written.
+    read_requested(recipe, plugins)
     recipe.folder.mkdir(parents=True, exist_ok=True)
     curves = []
     with reporter.phase("Stacks", len(stacks), "stacks") as advance:

@@ -58,6 +58,11 @@ class Footprint:
         """What is held at the worst moment, estimates included."""
         return self.needed + self.state + max(self.statistics, self.activations)
 
+    @property
+    def fits(self) -> bool:
+        """Whether nothing speaks against it, as far as is known."""
+        return self.free is None or self.expected <= self.free
+
     def to_json(self) -> dict[str, int]:
         """Return the figures for the ``bytes`` of a plan; ``free`` is left out where it is not known."""
         names = ("weights", "masters", "inverse_gram", "statistics", "activations", "state", "needed", "expected")
@@ -108,11 +113,9 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
 
 
 def check_memory(planned: Planned, base: LoadedModel, reporter: Reporter) -> Footprint:
-    """Say what a run will hold; raise :class:`ModelError` when it cannot fit, warn when it may not."""
+    """Return what a run will hold; raise :class:`ModelError` when it cannot fit, warn when it may not."""
     found = footprint(planned, base)
-    if found.free is None or found.expected <= found.free:
-        # What it is for stands in the plan that --dry-run prints.
-        reporter.note(f"Memory: {found.summary()}")
+    if found.free is None or found.fits:
         return found
     if found.needed <= found.free:
         what = "use a smaller --dtype, fewer --layers or --device-map auto"

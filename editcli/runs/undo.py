@@ -171,7 +171,8 @@ def _plan(request: Undo, recovered: Recovered) -> UndoPlan:
     else:
         step = request.to if request.to is not None else len(live) - (request.batches or 1)
     if not 0 <= step <= len(live) or (step == len(live) and not request.edits):
-        raise StateError(f"{request.run} has {len(live)} batches in force; there is no way back from there to {step}")
+        asked = f"back to {step}" if step >= 0 else f"back by {request.batches}"
+        raise StateError(f"{request.run} has {len(live)} batches in force; there is no way {asked} from there")
     later = [*live[step:], *waiting] if request.edits else []
     digests = {r.id: r.digest for r in (*recovered.requests, *(r for batch in recovered.redo for r in batch))}
     again = [entry for entry in later if _left(entry, recovered, request.edits)]

@@ -148,7 +148,7 @@ def test_a_dry_run_changes_nothing(shop: Any, run: Callable[[str], Path]) -> Non
     ("request_", "said"),
     [
         ({"batches": 5}, "has 4 batches in force"),
-        ({"to": 4}, "no way back from there to 4"),
+        ({"to": 4}, "no way back to 4 from there"),
         ({"edits": ("Parris",)}, "did you mean 'Paris'"),
     ],
 )
