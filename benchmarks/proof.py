@@ -63,7 +63,14 @@ PARTS: Mapping[str, Part] = {
     "batch100": Part(f"{FIVE},rlsedit+nas,rlsedit+nas+revive", batch=100, edits=2000, every=2, drift=True),
     "batch1": Part(FIVE, batch=1, edits=500, every=50),
     # One generated context instead of five for each target value, because the stream is twice as long.
-    "long": Part("memit,memit+nas,alphaedit,rlsedit", batch=100, edits=4000, every=4, facts=3, settings={"targets": {"prefixes": "1"}}),
+    "long": Part(
+        "memit,memit+nas,alphaedit,rlsedit",
+        batch=100,
+        edits=4000,
+        every=4,
+        facts=3,
+        settings={"targets": {"prefixes": "1"}},
+    ),
 }
 
 
