@@ -146,6 +146,8 @@ def test_a_bench_without_a_stream_says_which_option_is_missing(
     monkeypatch.chdir(tmp_path)
     assert program.main(["bench"]) == 2
     assert "pass a stream of edits with --edits" in capsys.readouterr().err
+    assert program.main(["bench", "--edits", "none.jsonl"]) == 2
+    assert "none.jsonl: cannot be read: there is no such file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
