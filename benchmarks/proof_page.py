@@ -206,16 +206,20 @@ Llama-3-8B after some 400 edits, this model still answers 95 % or more of its 50
 AlphaEdit, MEMIT with NAS, MEMIT; and REVIVE equals MEMIT. R_n of MEMIT follows the square root again.
 """
 
-LONG = """Plain MEMIT's efficacy_accuracy falls below 0.60 after 2,800 edits; its efficacy_success is at 0.82 after
-4,000 and has not collapsed in the papers' sense. With NAS the accuracy is mostly higher (0.48 against 0.38 at the
-end) but crosses 0.60 at the same measurement (0.598 against 0.515), so NAS does not move that collapse point by 4
-times here, or at all. What it does move is what it acts on: MEMIT's updates nearly double in size along the stream
-(layer 1: ||D|| 25 after 400 edits, 45 after 4,000) and R_n rises past 6, straight and no longer flattening; with
-NAS they stay at 23 and R_n levels off below 4, as its bound says. Neighbours follow the norms: specificity_success
-0.71 without NAS, 0.85 with it.
+LONG = """This is more than the model can hold. RLSEdit holds longest: 0.96 of the exact answers after 2,000 edits, and
+below 0.60 only at the last measurement (0.595 after 4,000). MEMIT's efficacy_accuracy is below 0.60 after 2,800 edits; its
+efficacy_success is at 0.82 after 4,000 and has not collapsed in the papers' sense, nor has any other. AlphaEdit falls
+below 0.60 with MEMIT, from the other end: its first quarter of edits is kept (0.71) and its last is not (0.25), since
+its null space is used up.
+
+With NAS MEMIT's accuracy is mostly higher (0.48 against 0.38 at the end) but crosses 0.60 at the same measurement
+(0.598 against 0.515), so NAS does not move that collapse point by 4 times here, or at all. What it does move is what
+it acts on: MEMIT's updates nearly double in size along the stream (layer 1: ||D|| 25 after 400 edits, 45 after 4,000)
+and R_n rises past 6, straight and no longer flattening; with NAS they stay at 23 and R_n levels off below 4, as its
+bound says. Neighbours follow the norms: specificity_success 0.71 without NAS, 0.85 with it.
 
 The reason why NAS does not save MEMIT's exact answers is in the next section: they are lost because later keys
-overlap with earlier ones, at whatever norm. The stacks that remember keys do not lose them.
+overlap with earlier ones, at whatever norm. RLSEdit, which remembers keys, loses them later and keeps its early ones.
 """
 
 INTERFERENCE = """So the implementation does what the paper says, and the reason lies in the model. Its spectra are
