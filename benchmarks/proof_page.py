@@ -209,8 +209,8 @@ AlphaEdit, MEMIT with NAS, MEMIT; and REVIVE equals MEMIT. R_n of MEMIT follows 
 LONG = """This is more than the model can hold. RLSEdit holds longest: 0.96 of the exact answers after 2,000 edits, and
 below 0.60 only at the last measurement (0.595 after 4,000). MEMIT's efficacy_accuracy is below 0.60 after 2,800 edits;
 its efficacy_success is at 0.82 after 4,000 and has not collapsed in the papers' sense, nor has any other.
-AlphaEdit falls below 0.60 with MEMIT, from the other end: its first quarter of edits is kept (0.71) and its last is not (0.25)
-since its null space is used up.
+AlphaEdit falls below 0.60 with MEMIT, from the other end: its first quarter of edits is kept (0.71)
+and its last is not (0.25) since its null space is used up.
 
 With NAS MEMIT's accuracy is mostly higher (0.48 against 0.38 at the end) but crosses 0.60 at the same measurement
 (0.598 against 0.515), so NAS does not move that collapse point by 4 times here, or at all. What it does move is what
