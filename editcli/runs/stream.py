@@ -23,6 +23,7 @@ from editcli.editing.session import ModelSession
 from editcli.edits import EditRequest
 from editcli.errors import StateError
 from editcli.interfaces import Editor, Problem, Site, Update
+from editcli.models.memory import give_back
 from editcli.report import SiteReport
 from editcli.runs.batch import BatchReport, body_of, finite, report_of
 from editcli.runs.guards import Guard, refuse_nonfinite
@@ -134,6 +135,7 @@ class Stream:
                 self.stack.settle(self.session)
                 # An evaluation or a snapshot may come next, and has better use for the memory.
                 self.session.forget_reads()
+                give_back()
                 report = BatchReport(
                     step=step,
                     edits=tuple(request.id for request in requests),
