@@ -20,6 +20,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editcli.__main__ import main
+from editcli.models.checkpoint import Checkpoint, file_digest
 from editcli.testing import POSITIONS, tiny_model_folder
 
 EDITS = [
@@ -78,8 +79,11 @@ def refused(done: SimpleNamespace, *, code: int, out: str = "facts-edited") -> s
     return line
 
 
-def weights(folder: str | Path = "facts-edited") -> bytes:
-    return Path(folder, "model.safetensors").read_bytes()
+def weights(folder: str | Path = "facts-edited") -> dict[str, str]:
+    """Return the digest of the file and of each of its tensors, so that a difference says where it is."""
+    checkpoint = Checkpoint(folder)
+    tensors = {name: checkpoint.digest_of([name]) for name in checkpoint.names()}
+    return {**tensors, "file": file_digest(Path(folder, "model.safetensors"))}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -12,6 +12,7 @@ import pytest
 
 from editcli.__main__ import main
 from editcli.errors import StateError
+from editcli.models.checkpoint import file_digest
 from editcli.runs.recorded import read_recorded
 from editcli.testing import tiny_model_folder
 
@@ -74,7 +75,7 @@ def test_a_run_is_repeated_bit_by_bit(run: Run, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("EDITCLI_OPTIONS", "memit.ridge=9")
     code, out, err = run("--recipe", RECORD)
     assert (code, "identical: all 2 edited tensors" in " ".join(out.split())) == (0, True), err
-    first, second = (Path(name, "model.safetensors").read_bytes() for name in ("first", "first-repeated"))
+    first, second = (file_digest(Path(name, "model.safetensors")) for name in ("first", "first-repeated"))
     assert first == second
     settings = [json.loads(Path(name, "editcli/run.json").read_text()) for name in ("first", "first-repeated")]
     assert settings[0]["provenance"]["options"] == settings[1]["provenance"]["options"]

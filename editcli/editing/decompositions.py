@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from editcli.editing.leastsquares import double, eigh
 from editcli.errors import StatisticsError
 from editcli.interfaces import Site
 from editcli.report import Reporter
-from editcli.runs.files import write_safetensors
+from editcli.runs.files import read_safetensors, write_safetensors
 
 FORMAT = 1
 
@@ -39,7 +38,7 @@ class Decompositions:
             # Rounded as on disk, so that a run that reads the cache equals the run that filled it.
             return values, vectors.float().double()
         try:
-            found = load_file(path)
+            found, _ = read_safetensors(path)
             return double(found["values"], device), double(found["vectors"], device)
         except (SafetensorError, OSError, KeyError) as error:
             raise StatisticsError(f"cannot read {path}: {error}; delete it, it will be computed again") from error

@@ -108,7 +108,7 @@ class Checkpoint:
         path = self.folder / self.entries[name].file
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                return file.get_tensor(name)
+                return owned(file.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"cannot read tensor {name} of {path}: {error}") from error
 
@@ -281,3 +281,12 @@ def _refuse_strange(path: Path) -> None:
     """Refuse a link out of the folder to something that does not even call itself weights."""
     if not is_own(path) and path.resolve().suffix != ".safetensors":
         raise ModelError(f"{path} is a link to {path.resolve()}, which is not a safetensors file; refused")
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """Return a tensor just read from a file in memory of its own, aligned as torch aligns what it allocates.
+
+    On the CPU, safetensors maps files. Kernels may round differently on memory that is not aligned, so that results
+    would depend on the length of a file's header, and a file replaced in place would change under its readers.
+    """
+    return tensor.clone() if tensor.device.type == torch.device("cpu").type else tensor

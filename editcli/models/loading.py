@@ -21,10 +21,10 @@ import transformers
 
 from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve
-from editcli.models.checkpoint import Checkpoint
+from editcli.models.checkpoint import Checkpoint, owned
 from editcli.models.offload import device_of
 from editcli.models.recall import resumes
-from editcli.models.sharded import loading_options
+from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
 
 BUNDLED = "bundled"
@@ -151,7 +151,15 @@ def open_model(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
     model.eval().requires_grad_(False)
+    _own(model)
     return LoadedModel(model, tokens, resolve(model, families), source)
+
+
+def _own(model: Any) -> None:
+    """Take a model's weights out of the files that transformers maps on the CPU; see :func:`owned`."""
+    for parameter in model.parameters():
+        if not (parameter.is_meta or is_split(parameter)):
+            parameter.data = owned(parameter.data)
 
 
 def _straight_to(place: torch.device) -> dict[str, Any]:

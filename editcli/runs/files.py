@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from editcli.models.checkpoint import CHUNK, DTYPES
+from editcli.models.checkpoint import CHUNK, DTYPES, owned
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIX, _SUFFIX = ".", ".tmp"
@@ -143,6 +144,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             digest.update(data)
             file.write(data)
     return digest.hexdigest()
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a file's tensors and metadata; the tensors own their memory, aligned as torch aligns its own."""
+    with safe_open(path, framework="pt") as file:
+        return {name: owned(file.get_tensor(name)) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

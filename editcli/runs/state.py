@@ -26,7 +26,15 @@ from editcli.edits import EditRequest, from_record
 from editcli.errors import RequestError, StateError
 from editcli.interfaces import Problem, Site, Update
 from editcli.models.checkpoint import file_digest
-from editcli.runs.files import is_leftover, sync_folder, tensor_bytes, write_bytes, write_json, write_safetensors
+from editcli.runs.files import (
+    is_leftover,
+    read_safetensors,
+    sync_folder,
+    tensor_bytes,
+    write_bytes,
+    write_json,
+    write_safetensors,
+)
 
 FORMAT = 1
 _ROWS, _MIX = 256, 0x9E3779B97F4A7C15 - 2**64
@@ -158,7 +166,7 @@ class RunFolder:
         if not self.state.is_file():
             raise StateError(f"{self.out} has no {self.state.name}: there is nothing to resume from; start a new run")
         try:
-            tensors, metadata = _load(self.state)
+            tensors, metadata = read_safetensors(self.state)
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise StateError(f"{self.state} is damaged ({error}); {self._advice}") from error
         if metadata.get("format") != str(FORMAT):
@@ -210,7 +218,7 @@ class RunFolder:
         """Read one batch's edits and factors; raise :class:`StateError` unless it is what the journal says."""
         path = self._checked_segment(entry)
         try:
-            tensors, metadata = _load(path)
+            tensors, metadata = read_safetensors(path)
             return _requests(metadata), tensors
         except (SafetensorError, OSError, ValueError, KeyError, RequestError) as error:
             raise StateError(f"{path} cannot be read: {error}") from error
@@ -377,13 +385,6 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a file's tensors and metadata; the tensors own their memory, aligned as torch aligns its own."""
-    with safe_open(path, framework="pt") as file:
-        # Kernels may round differently on unaligned memory, and a mapped file could change under us.
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def _requests(metadata: Mapping[str, str]) -> list[EditRequest]:

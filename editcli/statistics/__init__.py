@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_path
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from editcli.distributed.team import Team
@@ -32,7 +32,7 @@ from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
 from editcli.options import option
 from editcli.report import Reporter, Silent
-from editcli.runs.files import write_safetensors
+from editcli.runs.files import read_safetensors, write_safetensors
 from editcli.statistics.corpus import Corpus, open_corpus
 
 FORMAT = 1
@@ -279,8 +279,8 @@ def _batches(rows: Iterator[list[int]], total: int, budget: int) -> Iterator[lis
 
 def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = read_safetensors(path)
+        return metadata, tensors
     except (SafetensorError, OSError) as error:
         raise StatisticsError(f"cannot read the statistics in {path}: {error}; delete or compute them again") from error
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from editcli.models.checkpoint import file_digest
 from editcli.runs.recovery import recover
 from editcli.runs.state import RunFolder
 from editcli.testing import tiny_model_folder
@@ -166,8 +167,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shop_in: Callable[[Path],
     return finished
 
 
-def weights(out: Path) -> bytes:
-    return (out / "model.safetensors").read_bytes()
+def weights(out: Path) -> str:
+    return file_digest(out / "model.safetensors")
 
 
 def same_stream(one: Path, other: Path) -> None:

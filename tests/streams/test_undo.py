@@ -79,7 +79,7 @@ def test_everything_can_be_taken_back(
 ) -> None:
     out = run("alphaedit")
     undo(shop, "--batches", "4")
-    assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert helpers.weights(out) == helpers.weights(model)
     assert shop.apply("out", *helpers.STACKS["alphaedit"], "--resume").code == 0
     helpers.same_stream(out, finished("alphaedit"))
 
