@@ -16,6 +16,7 @@ from editcli.cli.common import App
 from editcli.cli.completion import VARIABLE
 from editcli.distributed.launch import Launch
 from editcli.errors import EditError, RankError
+from editcli.heap import keep_freed
 from editcli.plugins import load_plugins
 from editcli.printable import printable
 
@@ -25,6 +26,7 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``editcli`` and return its exit code."""
+    keep_freed()
     _quieten_libraries()
     _accept_any_text()
     app: App | None = None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -226,19 +224,3 @@ class TestFreeMemory:
 
     def test_a_device_that_cannot_be_asked_is_unknown(self) -> None:
         assert memory.free_bytes(torch.device("mps")) is None
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked to")
-def test_freed_memory_is_given_back() -> None:
-    own = psutil.Process().memory_info
-    # Pieces below the size that glibc maps apart, the last of which keeps the heap from shrinking by itself.
-    pieces = [bytearray(60_000) for _ in range(2_000)]
-    full, last = own().rss, pieces[-1]
-    pieces = [last]
-    memory.give_back()
-    assert own().rss < full - 80_000_000
-
-
-def test_a_system_that_cannot_give_back_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
-    memory.give_back()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from editcli.distributed.team import Team
+from editcli.editing.effort import target_costs
 from editcli.editing.session import ModelSession, generate_prefixes
 from editcli.editing.targets import TargetOptions
 from editcli.edits import EditRequest
@@ -45,7 +46,8 @@ class TeamSession(ModelSession):
             found = super(TeamSession, self).values([requests[item] for item in own], prefixed=prefixed)
             return found.target.T, found.initial.T, found.written.T, found.loss
 
-        target, initial, written, loss = self.team.spread("targets", self._weigh(requests), work)
+        costs = self._weigh_targets(requests, len(self.prefixes) + 1 if prefixed else 1)
+        target, initial, written, loss = self.team.spread("targets", costs, work)
         return Values(target=target.T, initial=initial.T, written=written.T, dropped={}, loss=loss)
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
@@ -99,8 +101,14 @@ class TeamSession(ModelSession):
         values, vectors = self.team.lead_tensors("decompositions", lambda: super(TeamSession, self).decomposition(site))
         return values.to(device), vectors.to(device)
 
+    def _weigh_targets(self, requests: Sequence[EditRequest], contexts: int) -> list[int]:
+        """Return what each edit's target costs in so many contexts."""
+        if self.team.parts == 1:
+            return [1] * len(requests)
+        return target_costs(self.loaded, requests, contexts, self.layers[-1], self.options)
+
     def _weigh(self, requests: Sequence[EditRequest]) -> list[int]:
-        """Return what each edit costs: the tokens of its prompt and target, behind no prefix and behind all of them."""
+        """Return what reading each edit costs: the tokens of its prompt and target, bare and behind every prefix."""
         if self.team.parts == 1:
             return [1] * len(requests)
         of, costs = self._costs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,18 +23,6 @@ def free_bytes(device: torch.device) -> int | None:
         warnings.simplefilter("ignore", RuntimeWarning)
         swap = psutil.swap_memory().free
     return min([psutil.virtual_memory().available + swap, *_group_bytes(_groups())])
-
-
-def give_back() -> None:
-    """Return to the system what glibc has freed and keeps; elsewhere nothing happens.
-
-    Batches of texts of ever other lengths leave its heap in pieces, so that a process grows although nothing is held.
-    """
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # Another C library, or none that can be asked.
-        return
-    trim(0)
 
 
 def _groups() -> list[Path]:

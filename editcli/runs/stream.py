@@ -22,8 +22,8 @@ from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
 from editcli.edits import EditRequest
 from editcli.errors import StateError
+from editcli.heap import give_back
 from editcli.interfaces import Editor, Problem, Site, Update
-from editcli.models.memory import give_back
 from editcli.report import SiteReport
 from editcli.runs.batch import BatchReport, body_of, finite, report_of
 from editcli.runs.guards import Guard, refuse_nonfinite

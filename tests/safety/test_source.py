@@ -21,8 +21,8 @@ FORBIDDEN_CALLS = {
     *("os.system", "os.popen", "os.startfile", "torch.load", "torch.hub.load", "numpy.load", "np.load"),
     *("tempfile.mktemp", "shutil.unpack_archive", "zipfile.ZipFile", "tarfile.open"),
 }
-# Asking glibc to give freed memory back has no other door; it loads the library that the process already runs on.
-ALLOWED = {"editcli/models/memory.py": ["ctypes"]}
+# Telling glibc what to do with freed memory has no other door; it loads the library that the process already runs on.
+ALLOWED = {"editcli/heap.py": ["ctypes"]}
 SHELLS = ("subprocess.", "os.exec", "os.spawn", "asyncio.create_subprocess")
 
 
