@@ -28,6 +28,7 @@ from editcli.distributed.session import TeamSession
 from editcli.distributed.team import Team
 from editcli.editing.session import generate_prefixes
 from editcli.editing.targets import TargetOptions
+from editcli.heap import keep_freed
 
 TALKS = 50
 """Exchanges and gathers that are timed."""
@@ -86,6 +87,7 @@ def main(processes: int, batch: int, repeats: int, steps: int, out: Path | None)
     if launch.size == 1:
         sys.exit(_launch(processes, sys.argv[1:]))
     torch.set_num_threads(1)
+    keep_freed()
     options = TargetOptions(steps=steps, stop_loss=0.0, lr=0.1)
     with joined(launch, device="cpu") as team:
         found = measured(team, batch, repeats, options)

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import bundled, median, peak_memory, random_model, write_result
+from editcli.heap import keep_freed
 from editcli.interfaces import Site
 from editcli.models.forward import tapped
 from editcli.models.loading import LoadedModel, bundled_folder
@@ -77,6 +78,7 @@ def taken(loaded: LoadedModel, tokens: int) -> list[list[int]]:
 @click.option("--out", type=click.Path(path_type=Path))
 def main(model: str, count: int, tokens: int, repeats: int, out: Path | None) -> None:
     """Time second moments, both ways."""
+    keep_freed()
     loaded = bundled() if model == "bundled" else random_model(model)
     sites = [loaded.architecture.site(layer) for layer in range(1, min(loaded.architecture.layers, count + 1))]
     rows = taken(loaded, tokens)

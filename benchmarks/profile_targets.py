@@ -26,6 +26,7 @@ from editcli.editing import past, steering, targets
 from editcli.editing.reference import plain_target
 from editcli.editing.session import generate_prefixes
 from editcli.editing.targets import TargetOptions
+from editcli.heap import keep_freed
 from editcli.models import blocks, matmul
 from editcli.models.loading import LoadedModel
 from editcli.report import Silent
@@ -169,6 +170,7 @@ def ablations(loaded: LoadedModel, edits: int, options: TargetOptions, repeats: 
 def main(names: tuple[str, ...], edits: int, steps: int, repeats: int, out: Path | None) -> None:
     """Profile target optimisation and measure what each idea gives."""
     torch.set_num_threads(1)
+    keep_freed()
     options = TargetOptions(steps=steps, stop_loss=0.0, lr=0.1)
     result: dict[str, Any] = {"edits": edits, "steps": steps, "repeats": repeats, "models": {}}
     for name in names:

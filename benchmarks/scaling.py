@@ -34,6 +34,7 @@ from editcli.editing.leastsquares import InverseGram
 from editcli.editing.session import ModelSession
 from editcli.editing.targets import TargetOptions
 from editcli.edits import EditRequest
+from editcli.heap import keep_freed
 from editcli.interfaces import Problem, Update
 from editcli.models.loading import ModelSource, bundled_folder, load_tokens
 from editcli.report import Silent
@@ -185,6 +186,7 @@ def main(anew: bool, out: Path | None) -> None:
     """Write the page about scaling from what was measured."""
     if anew:
         torch.set_num_threads(1)
+        keep_freed()
         rates = {str(kind).removeprefix("torch."): matrix_rate(kind) for kind in (torch.float32, torch.float64)}
         rows = [measure(shape) for shape in SHAPES]
         result = {"edits": EDITS, "steps": STEPS, "rates": rates, "rows": rows, "parts": fitted(rows, rates)}

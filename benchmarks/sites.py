@@ -18,6 +18,7 @@ from rich.table import Table
 from benchmarks.common import bundled, median, random_model, sample_edits, write_result
 from editcli.editing.session import ModelSession
 from editcli.edits import EditRequest
+from editcli.heap import keep_freed
 from editcli.interfaces import Update, Values
 
 
@@ -47,6 +48,7 @@ def seconds(session: ModelSession, edits: Sequence[EditRequest], values: Values,
 @click.option("--out", type=click.Path(path_type=Path))
 def main(names: tuple[str, ...], batch_size: int, repeats: int, device: str, out: Path | None) -> None:
     """Time the sites of one batch, both ways."""
+    keep_freed()
     table = Table("model", "sites", "from token zero, s", "going on, s", "ratio")
     rows = []
     for name in names:

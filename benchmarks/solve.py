@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.common import median, write_result
 from editcli.editing.leastsquares import InverseGram, working_dtype
+from editcli.heap import keep_freed
 from editcli.report import Silent
 
 LARGE = 14336
@@ -92,6 +93,7 @@ def main(
     widths: tuple[int, ...], large: bool, edits: int, rows: int, repeats: int, device: str, out: Path | None
 ) -> None:
     """Time one batch's solve at several key widths."""
+    keep_freed()
     table = Table("d_in", "published solve, s", "inverse Gram, s", "down-date, s", "solve ratio", "with down-date")
     place, results = torch.device(device), []
     for width in (*widths, *([LARGE] if large else [])):

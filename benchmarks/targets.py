@@ -26,6 +26,7 @@ from editcli.editing.reference import plain_target
 from editcli.editing.session import generate_prefixes
 from editcli.editing.targets import TargetOptions, optimise
 from editcli.edits import EditRequest
+from editcli.heap import keep_freed
 from editcli.models.architectures import resolve
 from editcli.models.loading import LoadedModel
 from editcli.presets import load_preset
@@ -154,6 +155,7 @@ def main(
     out: Path | None,
 ) -> None:
     """Time target optimisation, plain and ours, and print edits per second and their ratio."""
+    keep_freed()
     options = TargetOptions(steps=steps, stop_loss=0.0, lr=0.1)
     table = Table("model", "layer", "batch", "published edits/s", "one head edits/s", "ours edits/s", "ratio")
     rows = []
