@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.profile_targets`` prints CPU seconds by phase, for the published procedure and for ours, and the
 cost of ours with one idea left out at a time, in interleaved rounds; it writes benchmarks/results/profile_targets.json.
-CPU time of one thread, so that other work on the machine disturbs it little.
+CPU time of one thread, so that other work on the machine disturbs it little. Where an idea saves multiplications with
+weights, their count predicts what leaving it out costs; the other ideas make the same work cheaper, or share it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,11 +25,14 @@ from torch import nn
 from benchmarks.common import median, sample_edits, write_result
 from benchmarks.targets import last_layer, opened
 from editcli.editing import past, steering, targets
+from editcli.editing.effort import target_costs
 from editcli.editing.reference import plain_target
 from editcli.editing.session import generate_prefixes
 from editcli.editing.targets import TargetOptions
+from editcli.edits import EditRequest
 from editcli.heap import keep_freed
 from editcli.models import blocks, matmul
+from editcli.models.forward import run, tapped
 from editcli.models.loading import LoadedModel
 from editcli.report import Silent
 
@@ -131,14 +136,64 @@ def without() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     patch = mock.patch.object
     return {
         "everything": nullcontext,
+        "all edits of a batch at once": lambda: patch(targets, "_micro_batches", _one_by_one),
+        "only from the lookup token on": lambda: patch(steering.Steering, "_cacheable", lambda self: False),
+        "nothing below the edited layer": _with_lower_layers,
+        "head and last MLP only where read": lambda: patch(blocks.Blocks, "logits", _everywhere),
         "oneDNN products": lambda: patch(matmul, "_available", lambda: False),
         "blocks called alone": lambda: patch(steering.Steering, "check", _always_whole),
-        "last MLP where it is read": lambda: patch(blocks, "_only_at", lambda forward, places: forward),
         "plain attention for few tokens": lambda: patch(blocks, "sdpa_kernel", lambda backend: nullcontext()),
         "shared beginnings": lambda: patch(steering, "encode", _no_past),
         "chunks of equal width": lambda: patch(steering, "SETUP", 1e18),
         "chunks that fit the caches": lambda: patch(steering, "CACHE_BYTES", 1 << 40),
     }
+
+
+def _one_by_one(rows: Sequence[Any], budget: int) -> list[list[int]]:
+    return [[edit] for edit in range(len(rows))]
+
+
+@contextmanager
+def _with_lower_layers() -> Iterator[None]:
+    """Run the lower layers in every step as well; what they keep of earlier tokens is not dropped then."""
+    patch = mock.patch.object
+    with patch(past.Kept, "above", lambda self, layer: self), patch(steering.Steering, "logits", _from_the_bottom):
+        yield
+
+
+def _from_the_bottom(self: Any, chunk: Any, shift: Any, wanted: Any, real: Any = steering.Steering.logits) -> Any:
+    with torch.no_grad(), tapped(self.loaded.architecture.block(self.layer), lambda *seen: None, stop=True):
+        run(self.loaded.model, chunk.ids, **chunk.options)
+    return real(self, chunk, shift, wanted)
+
+
+def _everywhere(self: Any, calls: Any, hidden: Any, wanted: Any, real: Any = blocks.Blocks.logits) -> Any:
+    rows, columns = hidden.shape[:2]
+    everywhere = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    return real(self, calls, hidden, everywhere)[wanted[0] * columns + wanted[1]]
+
+
+def predicted(loaded: LoadedModel, batch: Sequence[EditRequest], contexts: int, options: TargetOptions) -> Clock:
+    """Return how many times more multiplications there are without an idea that saves some."""
+    architecture, layer, tokens = loaded.architecture, last_layer(loaded), loaded.tokens
+    texts = tokens.encode([tokens.locate(edit, edit.target_new) for edit in batch])
+    block, mlp, head = (
+        sum(parameter.numel() for parameter in module.parameters())
+        for module in (architecture.block(layer), architecture.mlp(layer), architecture.head)
+    )
+    once = sum(target_costs(loaded, batch, contexts, layer, options))
+    # Every step runs this many tokens, and needs the logits of so many.
+    again = sum(contexts * (len(text.ids) - 1 - text.lookup) + 1 for text in texts)
+    told = sum(contexts * len(text.target) + 1 for text in texts)
+    more = {
+        "only from the lookup token on": sum(
+            target_costs(loaded, batch, contexts, layer, replace(options, cached=False))
+        )
+        - once,
+        "nothing below the edited layer": options.steps * again * (layer + 1) * block,
+        "head and last MLP only where read": 2 * options.steps * (again - told) * (head + mlp),
+    }
+    return {name: 1 + count / once for name, count in more.items()}
 
 
 def _always_whole(self: Any, chunk: Any, wanted: Any) -> None:
@@ -176,14 +231,15 @@ def main(names: tuple[str, ...], edits: int, steps: int, repeats: int, out: Path
     for name in names:
         loaded = opened(name, "cpu")
         shares, gains = phases(loaded, edits, options), ablations(loaded, edits, options, repeats)
-        result["models"][name] = {"ms_per_edit": shares, "cost_without": gains}
+        counted = predicted(loaded, sample_edits(edits), options.prefixes + 1, options)
+        result["models"][name] = {"ms_per_edit": shares, "cost_without": gains, "predicted": counted}
         table = Table(f"{name}: phase", "published ms/edit", "ours ms/edit")
         for phase in dict.fromkeys((*shares["published"], *shares["ours"])):
             table.add_row(phase, *(f"{shares[way].get(phase, 0):.1f}" for way in ("published", "ours")))
         Console().print(table)
-        table = Table(f"{name}: without", "cost")
+        table = Table(f"{name}: without", "predicted", "cost")
         for idea, ratio in gains.items():
-            table.add_row(idea, f"{ratio:.2f}")
+            table.add_row(idea, f"{counted[idea]:.2f}" if idea in counted else "", f"{ratio:.2f}")
         Console().print(table)
     write_result("profile_targets", result, out)
 

@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import gpu, moments, sites, solve
+from benchmarks import gpu, heap, moments, profile_targets, sites, solve
 from benchmarks.document import SECTIONS, page
 from benchmarks.speed import SECTIONS as SPEED
 from benchmarks.stream import quarters
@@ -50,6 +50,22 @@ def test_the_solves_agree(tmp_path: Path) -> None:
 def test_the_ways_to_gather_second_moments_agree(tmp_path: Path) -> None:
     arguments = ("--model", "tiny", "--sites", "2", "--tokens", "300", "--repeats", "1")
     assert run(moments.main, tmp_path / "moments.json", *arguments)["apart"] < 1e-4
+
+
+def test_every_idea_can_be_left_out_and_the_counted_ones_are_predicted(tmp_path: Path) -> None:
+    arguments = ("--model", "tiny", "--edits", "2", "--steps", "2", "--repeats", "1")
+    found = run(profile_targets.main, tmp_path / "profile.json", *arguments)["models"]["tiny"]
+    assert set(found["cost_without"]) == set(profile_targets.without())
+    assert all(cost > 0 for cost in found["cost_without"].values())
+    assert set(found["predicted"]) < set(found["cost_without"])
+    assert all(cost > 1 for cost in found["predicted"].values())
+
+
+def test_freed_memory_is_measured_both_ways(tmp_path: Path) -> None:
+    arguments = ("--batch", "2", "--steps", "2", "--repeats", "1")
+    found = run(heap.main, tmp_path / "heap.json", *arguments)
+    assert set(found["ways"]) == set(heap.WAYS)
+    assert found["ratio"] > 0
 
 
 def test_sites_are_timed_both_ways(tmp_path: Path) -> None:
