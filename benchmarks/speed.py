@@ -24,8 +24,8 @@ to be had on two cores; forward passes that several threads may enter at once wo
 def targets(document: Mapping[str, Any]) -> Iterator[str]:
     """Describe target optimisation against the published procedure, and what it costs as the work grows."""
     yield from ("## Target optimisation", "")
-    yield 'The published code takes the head\'s product twice in every step; "one head" is the same procedure without'
-    yield from ("that repetition.", "")
+    yield "The published procedure is measured as it is published, which takes the head's product twice in every step,"
+    yield from ('and without that repetition ("one head").', "")
     yield from _targets(document, "python -m benchmarks.targets")
 
 
