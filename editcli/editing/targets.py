@@ -64,12 +64,13 @@ def optimise(
     rows = _rows(loaded, requests, prefixes, options)
     parts: list[tuple[list[int], tuple[Tensor, Tensor, Tensor, Tensor]]] = []
     with reporter.phase(label, len(requests), "edits") as advance, quick_linears(loaded.model):
-        pending = _micro_batches(rows, options.batch_tokens)[::-1]
+        pending, progress = _micro_batches(rows, options.batch_tokens)[::-1], _Progress(advance)
         while pending:
             edits = pending.pop()
+            progress.go_on_from(sum(len(own) for own, _ in parts))
             try:
                 # Without a name, so that its caches are gone before those of the next micro-batch come.
-                parts.append((edits, _Optimiser(loaded, [rows[edit] for edit in edits], layer, options).run(advance)))
+                parts.append((edits, _Optimiser(loaded, [rows[edit] for edit in edits], layer, options).run(progress)))
             except torch.OutOfMemoryError as error:
                 pending += _halves(edits, loaded, layer, reporter, error)
     order = torch.tensor([edit for edits, _ in parts for edit in edits])
@@ -139,6 +140,23 @@ def _micro_batches(rows: Sequence[Sequence[Row]], budget: int) -> list[list[int]
             groups.append([])
         groups[-1].append(edit)
     return groups
+
+
+class _Progress:
+    """Tells how many edits are done, each once: those of a micro-batch that failed half-way are done again."""
+
+    def __init__(self, advance: Callable[[int], None]):
+        self._advance, self._done, self._told = advance, 0, 0
+
+    def go_on_from(self, done: int) -> None:
+        """Forget what was done beyond the first ``done`` edits; what was told of it is not told again."""
+        self._done = done
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        if self._done > self._told:
+            self._advance(self._done - self._told)
+            self._told = self._done
 
 
 class _Optimiser:
