@@ -242,6 +242,14 @@ def test_a_file_without_line_breaks_does_not_fill_the_memory(
     assert peak < size // 4
 
 
+@pytest.mark.parametrize("name", ["corpus.txt", "corpus.jsonl"])
+def test_a_corpus_in_another_encoding_is_refused_with_a_sentence(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes('"Caf\u00e9 au lait"\n'.encode("latin-1"))
+    with pytest.raises(StatisticsError, match=f"{name} is not UTF-8 text"):
+        list(corpora._file_texts(path)())
+
+
 def test_a_record_of_the_largest_size_is_read_whole_and_tokenised_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,8 +68,11 @@ def _tokenised(loaded: LoadedModel, texts: Callable[[], Iterator[str]], max_leng
 
 def _file_texts(path: Path) -> Callable[[], Iterator[str]]:
     def texts() -> Iterator[str]:
-        with path.open(encoding="utf-8") as file:
-            yield from _record_texts(file, path) if path.suffix == ".jsonl" else _line_texts(file)
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield from _record_texts(file, path) if path.suffix == ".jsonl" else _line_texts(file)
+        except UnicodeDecodeError as error:
+            raise StatisticsError(f"the corpus {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
     return texts
 
