@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from editcli.core_options import CORE
 from editcli.errors import OptionError, near_miss
 from editcli.options import build
 from editcli.runs.guards import parse_guards
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ON_ERROR = ("stop", "skip")
 PARALLEL = ("data", "tensor")
-CORE_SECTIONS = ("targets", "statistics")
-"""Sections of settings that belong to the core and not to a plugin."""
-
 MAX_LAYER = 9_999
 """No model has more layers; a mistyped range must not fill the memory."""
 
@@ -164,8 +162,10 @@ def check_section(name: str, settings: Mapping[str, Any], plugins: Plugins) -> N
     found = [components[name] for kind in plugins.kinds if name in (components := plugins.all(kind))]
     if found:
         build(found[0].component.Options, settings, owner=name)
-    elif name not in CORE_SECTIONS:
-        known = {*CORE_SECTIONS, *(component for kind in plugins.kinds for component in plugins.all(kind))}
+    elif name in CORE:
+        build(CORE[name], settings, owner=name)
+    else:
+        known = {*CORE, *(component for kind in plugins.kinds for component in plugins.all(kind))}
         raise OptionError(f"there is nothing called {name!r} to set options of{near_miss(name, known)}")
 
 

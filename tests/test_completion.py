@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from editcli.__main__ import main
 from editcli.cli import COMMANDS, build_cli
 from editcli.cli.common import App
 from editcli.cli.completion import SHELLS, VARIABLE
+from editcli.core_options import CORE
 from editcli.errors import EditError
 from editcli.options import build, parse_assignments
 from editcli.plugins import load_plugins
@@ -51,13 +53,23 @@ def test_every_option_that_is_offered_can_be_given() -> None:
     found = values("apply", "-o", "")
     assert {"memit.remember=true", "memit.remember=false"} <= set(found)
     assert values("apply", "-o", "memit.re") == ["memit.remember=true", "memit.remember=false"]
-    components = {name: part for kind in plugins.kinds for name, part in plugins.all(kind).items()}
+    components = {name: part.component.Options for kind in plugins.kinds for name, part in plugins.all(kind).items()}
     for text in found:
         ((name, settings),) = parse_assignments([text]).items()
         try:
-            build(components[name].component.Options, settings, owner=name)
+            build({**components, **CORE}[name], settings, owner=name)
         except EditError as error:
             pytest.fail(f"{text} is offered, but {error}")
+
+
+@pytest.mark.parametrize("section", ["targets", "statistics"])
+def test_the_options_of_the_core_are_offered_as_those_of_methods_are(section: str) -> None:
+    found = values("apply", "-o", f"{section}.")
+    assert {text.partition("=")[0] for text in found} == {
+        f"{section}.{field.name}" for field in dataclasses.fields(CORE[section])
+    }
+    assert values("apply", "-o", "targets.cac") == ["targets.cached=true", "targets.cached=false"]
+    assert values("apply", "-o", "statistics.tokens=") == ["statistics.tokens=none"]
 
 
 def test_models_are_the_bundled_one_cached_ones_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +137,8 @@ def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'bash', 'zsh', 'fish'" in capsys.readouterr().err
 
 
-def test_an_answer_is_quick_and_quiet() -> None:
+@pytest.mark.parametrize(("typed", "answer"), [("--editor me", "memit"), ("-o targets.clamp", "targets.clamp=0.75")])
+def test_an_answer_is_quick_and_quiet(typed: str, answer: str) -> None:
     """In a process of its own, as a shell asks; a broken plugin does not draw into the line being typed."""
     ask = (
         "import sys, importlib.metadata as m\n"
@@ -142,6 +155,6 @@ def test_an_answer_is_quick_and_quiet() -> None:
         "finally:\n"
         "    assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
-    line = {"COMP_WORDS": "editcli apply --editor me", "COMP_CWORD": "3", VARIABLE: "bash_complete"}
+    line = {"COMP_WORDS": f"editcli apply {typed}", "COMP_CWORD": "3", VARIABLE: "bash_complete"}
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, env={**os.environ, **line})
-    assert (done.returncode, done.stdout, done.stderr) == (0, "plain,memit\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"plain,{answer}\n", "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from editcli.models.forward import tapped
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.report import Silent
 from editcli.statistics import SecondMoments, StatisticsOptions
+from editcli.statistics import corpus as corpora
+from editcli.statistics.corpus import open_corpus
 from editcli.testing import tiny_model_folder
 
 TEXT = [
@@ -180,6 +184,86 @@ def test_sequences_stay_short_whatever_context_the_model_claims(tmp_path: Path) 
     with tapped(loaded.architecture.block(0), see):
         moments(loaded, corpus, tmp_path / "cache", tokens=3000, max_length=512, batch_tokens=600)(sites(loaded, 1)[0])
     assert longest == 512
+
+
+ENDINGS = "one\r\ntwo\rthree\n\n \u00a0\n\ufeff four\u2028and\x85five \x0b six\n\tseven eight"
+
+
+@pytest.mark.parametrize("text", [ENDINGS, "\ufeff" + ENDINGS + "\n", "", "\n", "x" * 5000 + "\n" + "y z " * 3000])
+def test_the_texts_of_an_ordinary_corpus_are_its_lines(text: str, tmp_path: Path) -> None:
+    """Statistics that were computed before lines had a bound stay what they are."""
+    plain, records = tmp_path / "corpus.txt", tmp_path / "corpus.jsonl"
+    plain.write_text(text, encoding="utf-8", newline="")
+    with plain.open(encoding="utf-8") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    assert list(corpora._file_texts(plain)()) == lines
+    written = "".join(f"{json.dumps({'text': f' {line} '}, ensure_ascii=False)}\n\n" for line in lines)
+    records.write_text(written.removesuffix("\n\n"), encoding="utf-8")
+    assert list(corpora._file_texts(records)()) == [f" {line} " for line in lines]
+    assert all(list(corpora._pieces(line)) == [line] for line in lines)
+
+
+@pytest.mark.parametrize("line", ["a bc def ghij " * 9, "x" * 95, " " * 70 + "end", "a" + "b" * 20 + " c" * 30])
+@pytest.mark.parametrize("after", ["", "\n", "\nlast", "\r\n\nlast\n"])
+def test_a_long_line_is_cut_at_spaces_and_nothing_is_lost(
+    line: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpora, "PIECE", 16)
+    path = tmp_path / "corpus.txt"
+    path.write_text(line + after, encoding="utf-8", newline="")
+    found = list(corpora._file_texts(path)())
+    assert max(map(len, found)) <= 16
+    assert "".join("".join(found).split()) == "".join((line + after).split())
+    if "x" not in line and "b" * 20 not in line:
+        assert [word for text in found for word in text.split()] == (line + after).split()
+
+
+@pytest.mark.parametrize("name", ["corpus.txt", "corpus.jsonl"])
+def test_a_file_without_line_breaks_does_not_fill_the_memory(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 1 << 24
+    monkeypatch.setattr(corpora, "PIECE", 1 << 14)
+    monkeypatch.setattr(corpora, "MAX_RECORD", 1 << 14)
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    path = tmp_path / name
+    path.write_bytes(b"Paris Rome Spain" * (size // 16))
+    rows = open_corpus(str(path), loaded, max_length=64).rows()
+    tracemalloc.start()
+    try:
+        if name.endswith("jsonl"):
+            with pytest.raises(StatisticsError, match=r"corpus\.jsonl:1: the line is longer than 16,384 characters"):
+                next(rows)
+        else:
+            assert [len(next(rows)) for _ in range(20)] == [64] * 20
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < size // 4
+
+
+@pytest.mark.parametrize("name", ["corpus.txt", "corpus.jsonl"])
+def test_a_corpus_in_another_encoding_is_refused_with_a_sentence(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes('"Caf\u00e9 au lait"\n'.encode("latin-1"))
+    with pytest.raises(StatisticsError, match=f"{name} is not UTF-8 text"):
+        list(corpora._file_texts(path)())
+
+
+def test_a_record_of_the_largest_size_is_read_whole_and_tokenised_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    path = tmp_path / "corpus.jsonl"
+    line = json.dumps(" ".join(TEXT))
+    path.write_text(f"{line}\n{line}")
+    monkeypatch.setattr(corpora, "MAX_RECORD", len(line))
+    whole = [token for row in open_corpus(str(path), loaded, max_length=10_000).rows() for token in row]
+    monkeypatch.setattr(corpora, "PIECE", 100)
+    rows = list(open_corpus(str(path), loaded, max_length=10_000).rows())
+    assert 2 * len(line) // 100 <= len(rows)
+    parts = [loaded.tokens.tokenizer.decode(row, skip_special_tokens=True) for row in [whole, *rows]]
+    assert "".join(parts[0].split()) == "".join("".join(parts[1:]).split())
 
 
 def test_a_corpus_that_ends_early_is_said(corpus: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +110,34 @@ def test_a_batch_that_does_not_fit_is_halved(loaded: LoadedModel, monkeypatch: p
     monkeypatch.setattr(Steering, "logits", small)
     for one, other in zip(whole, batch(loaded, requests()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("moments", [(), (1,), (2, 2), (1, 3)])
+def test_an_edit_that_is_done_again_is_counted_once(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, moments: tuple[int, ...]
+) -> None:
+    """The memory runs out when some edits are done already: they are among those that run again."""
+    losses = batch(loaded, requests(), replace(OPTIONS, steps=1))[3]
+    options = replace(OPTIONS, stop_loss=float(losses.sort().values[1:3].mean()))
+    told, left, real = [0], list(moments), Steering.logits
+
+    class Counting(Silent):
+        @contextmanager
+        def phase(self, name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+            assert total == len(FACTS)
+            yield told.append
+
+    def full(self: Steering, *args: Any) -> Tensor:
+        if left and sum(told) >= left[0]:
+            left.pop(0)
+            raise torch.OutOfMemoryError("made up")
+        return real(self, *args)
+
+    monkeypatch.setattr(Steering, "logits", full)
+    optimise(loaded, requests(), PREFIXES, LAYER, options, Counting())
+    assert not left
+    assert all(count > 0 for count in told[1:])
+    assert sum(told) == len(FACTS)
 
 
 def test_one_edit_that_does_not_fit_is_one_sentence(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

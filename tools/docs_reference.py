@@ -19,16 +19,14 @@ import editcli
 from editcli import errors, hookspecs
 from editcli.cli.apply import apply
 from editcli.config import COMMAND_LINE_ONLY
-from editcli.editing.targets import TargetOptions
+from editcli.core_options import CORE
 from editcli.errors import EditError
 from editcli.options import describe
 from editcli.plugins import Plugins, load_plugins
 from editcli.runs.verdict import Thresholds
-from editcli.statistics import StatisticsOptions
 from tools.docs_blocks import DOCS, ROOT, finish, replaced
 
 SCHEMAS = ROOT / "editcli" / "schemas"
-CORE = {"targets": TargetOptions, "statistics": StatisticsOptions}
 FOREIGN = {"hookimpl": "Mark a function of a plugin as one of the hooks below: pluggy's decorator for this program."}
 """What to say of names that are other libraries' objects."""
 

@@ -12,10 +12,11 @@ import click
 
 from editcli.cli.common import App, option
 from editcli.config import Config, environment_settings, load_config
+from editcli.core_options import CORE
 from editcli.errors import OptionError
 from editcli.options import merge, parse_assignments
 from editcli.plugins import Plugins
-from editcli.recipe import CORE_SECTIONS, Recipe, check_section
+from editcli.recipe import Recipe, check_section
 
 _META = "editcli.component-settings"
 
@@ -68,7 +69,7 @@ def _check(config: Config, context: click.Context, app: App) -> None:
     from editcli.cli.apply import apply
 
     components = {name for kind in app.plugins.kinds for name in app.plugins.all(kind)}
-    config.check(options={*_names(apply), *_names(context.command)}, tables={*components, *CORE_SECTIONS, *_commands()})
+    config.check(options={*_names(apply), *_names(context.command)}, tables={*components, *CORE, *_commands()})
     own = context.info_name or ""
     table = Config(f"{config.source} [{own}]", config.tables.get(own, {}))
     table.check(options=_names(context.command, shared=False), tables=())

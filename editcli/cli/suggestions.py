@@ -13,6 +13,8 @@ from click.types import StringParamType
 
 from editcli.catalogue import catalogue
 from editcli.cli.common import App, CommaSeparated
+from editcli.core_options import CORE
+from editcli.options import describe
 from editcli.plugins import Plugins
 from editcli.runs.guards import BATCH_FIGURES, SITE_FIGURES
 
@@ -72,12 +74,13 @@ def _components(kind: str) -> Suggest:
 
 def _options(plugins: Plugins) -> Iterator[tuple[str, str]]:
     """Yield ``NAME.KEY=VALUE`` with the values that are possible, or with the default."""
-    for row in catalogue(plugins):
-        for option in row["options"]:
+    owners = [(row["name"], row["options"]) for row in catalogue(plugins)]
+    for name, options in [*owners, *((section, describe(options)) for section, options in CORE.items())]:
+        for option in options:
             values = option["type"].split("|") if "|" in option["type"] else [option["default"]]
             for value in values:
                 text = "none" if value is None else value
-                yield f"{row['name']}.{option['name']}={text}", option["help"]
+                yield f"{name}.{option['name']}={text}", option["help"]
 
 
 def _models(plugins: Plugins) -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from editcli.core_options import TargetOptions
 from editcli.editing.losses import cross_entropies
 from editcli.editing.steering import Chunk, Row, Steering
 from editcli.edits import EditRequest
@@ -27,30 +28,9 @@ from editcli.interfaces import Values
 from editcli.models.forward import positions
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import quick_linears
-from editcli.options import option
 from editcli.report import Reporter
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
-
-
-@dataclass(frozen=True)
-class TargetOptions:
-    """How target values are optimised; the names are those of the published configurations where they have one."""
-
-    steps: int = option(25, "most evaluations of the loss for one edit (published: v_num_grad_steps)")
-    lr: float = option(0.5, "Adam's learning rate (published: v_lr)")
-    clamp: float = option(0.75, "largest ||delta|| as a share of ||h|| (published: clamp_norm_factor)")
-    v_weight_decay: float = option(0.5, "weight of ||delta|| / ||h||^2 in the loss")
-    kl_factor: float = option(0.0625, "weight of the divergence on '{subject} is a'")
-    stop_loss: float = option(0.05, "an edit whose loss is below this is done")
-    prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
-    prefix_tokens: int = option(10, "tokens of each generated prefix")
-    batch_tokens: int = option(24576, "most tokens in one forward pass")
-    cached: bool = option(True, "reuse attention keys and values before the subject's last token")
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or self.clamp <= 0 or self.prefixes < 0:
-            raise ValueError("steps must be at least 1, lr and clamp positive, prefixes not negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +64,13 @@ def optimise(
     rows = _rows(loaded, requests, prefixes, options)
     parts: list[tuple[list[int], tuple[Tensor, Tensor, Tensor, Tensor]]] = []
     with reporter.phase(label, len(requests), "edits") as advance, quick_linears(loaded.model):
-        pending = _micro_batches(rows, options.batch_tokens)[::-1]
+        pending, progress = _micro_batches(rows, options.batch_tokens)[::-1], _Progress(advance)
         while pending:
             edits = pending.pop()
+            progress.go_on_from(sum(len(own) for own, _ in parts))
             try:
                 # Without a name, so that its caches are gone before those of the next micro-batch come.
-                parts.append((edits, _Optimiser(loaded, [rows[edit] for edit in edits], layer, options).run(advance)))
+                parts.append((edits, _Optimiser(loaded, [rows[edit] for edit in edits], layer, options).run(progress)))
             except torch.OutOfMemoryError as error:
                 pending += _halves(edits, loaded, layer, reporter, error)
     order = torch.tensor([edit for edits, _ in parts for edit in edits])
@@ -159,6 +140,23 @@ def _micro_batches(rows: Sequence[Sequence[Row]], budget: int) -> list[list[int]
             groups.append([])
         groups[-1].append(edit)
     return groups
+
+
+class _Progress:
+    """Tells how many edits are done, each once: those of a micro-batch that failed half-way are done again."""
+
+    def __init__(self, advance: Callable[[int], None]):
+        self._advance, self._done, self._told = advance, 0, 0
+
+    def go_on_from(self, done: int) -> None:
+        """Forget what was done beyond the first ``done`` edits; what was told of it is not told again."""
+        self._done = done
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        if self._done > self._told:
+            self._advance(self._done - self._told)
+            self._told = self._done
 
 
 class _Optimiser:

@@ -192,6 +192,11 @@ def read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size
 
 
+def is_plain_name(name: object) -> bool:
+    """Tell whether what a record calls a file's name is one, and leads to no other folder."""
+    return isinstance(name, str) and _PLAIN_NAME.match(name) is not None
+
+
 def file_digest(path: Path) -> str:
     """Return a file's sha256."""
     digest = hashlib.sha256()
@@ -269,7 +274,7 @@ def _shards(folder: Path) -> tuple[str, ...]:
         raise ModelError(f"{path} is not a usable shard index: {error}") from error
     for name in names:
         # A shard named ../../x would make us read, and later write, outside the folder.
-        if not isinstance(name, str) or _PLAIN_NAME.match(name) is None:
+        if not is_plain_name(name):
             raise ModelError(f"{path} names the shard {shorten(repr(name))}, which is not a plain file name; refused")
         if not (folder / name).is_file():
             raise ModelError(f"{folder} lacks the shard {name} that its index names; download it again")

@@ -25,7 +25,8 @@ from torch import Tensor
 from editcli.edits import EditRequest, from_record
 from editcli.errors import RequestError, StateError
 from editcli.interfaces import Problem, Site, Update
-from editcli.models.checkpoint import file_digest
+from editcli.models.checkpoint import file_digest, is_plain_name
+from editcli.printable import shorten
 from editcli.runs.files import (
     is_leftover,
     read_safetensors,
@@ -233,10 +234,7 @@ class RunFolder:
             raise StateError(f"{path} cannot be read: {error}") from error
 
     def _checked_segment(self, entry: Entry) -> Path:
-        name = str(entry.segment)
-        if Path(name).name != name:
-            raise StateError(f"{self.journal} names the segment {name!r}, which is not a plain file name; refused")
-        path = self.updates / name
+        path = self.updates / str(entry.segment)
         try:
             found = file_digest(path)
         except OSError as error:
@@ -338,6 +336,9 @@ def _chain(lines: Sequence[bytes], path: Path) -> Iterator[tuple[Entry, str]]:
             linked = fields.pop("previous") == _line_digest(previous)
         except (ValueError, KeyError, TypeError) as error:
             raise StateError(f"{path}:{number} is damaged ({error}); restore it from a backup") from error
+        if entry.segment is not None and not is_plain_name(entry.segment):
+            name = shorten(repr(entry.segment))
+            raise StateError(f"{path}:{number} names the segment {name}, which is not a plain file name; refused")
         if entry.sequence != number:
             raise StateError(f"{path}:{number} is damaged: it is numbered {entry.sequence}; restore it from a backup")
         if not linked:

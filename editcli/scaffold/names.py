@@ -7,16 +7,16 @@ import re
 from dataclasses import dataclass
 
 from editcli.catalogue import catalogue
+from editcli.core_options import CORE
 from editcli.errors import OptionError, PluginError
 from editcli.plugins import Plugins
-from editcli.recipe import CORE_SECTIONS
 
 PREFIX = "editcli"
 LONGEST = 60
 """Longer names would make file names that not every file system takes."""
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 """A distribution's name, as PEP 508 defines it."""
-RESERVED = (*CORE_SECTIONS, PREFIX, "new")
+RESERVED = (*CORE, PREFIX, "new")
 """Names that mean something else on the command line."""
 
 

@@ -21,6 +21,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from editcli.core_options import StatisticsOptions
 from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.interfaces import Site
@@ -30,22 +31,11 @@ from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of
 from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
-from editcli.options import option
 from editcli.report import Reporter, Silent
 from editcli.runs.files import read_safetensors, write_safetensors
 from editcli.statistics.corpus import Corpus, open_corpus
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class StatisticsOptions:
-    """How much reference text is read."""
-
-    tokens_per_dim: int = option(10, "tokens read for each dimension of a key")
-    tokens: int | None = option(None, "tokens read in total, instead of tokens_per_dim times the key's width")
-    max_length: int = option(512, "most tokens of one sequence, whatever context the model has")
-    batch_tokens: int = option(8192, "tokens in one forward pass")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -18,6 +18,10 @@ from editcli.models.loading import LoadedModel, bundled_folder
 
 SELF = "self"
 _SELF_BATCH, _SELF_LENGTH = 32, 256
+PIECE = 1 << 22
+"""Most characters of a text that are tokenised at once: a file without line breaks must not exhaust memory."""
+MAX_RECORD = 1 << 26
+"""Most characters of a JSONL line; whole books are shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ def open_corpus(
 
 
 def _tokenised(loaded: LoadedModel, texts: Callable[[], Iterator[str]], max_length: int) -> Iterator[list[int]]:
-    for text in texts():
+    for text in itertools.chain.from_iterable(map(_pieces, texts())):
         ids = loaded.tokens.tokenizer(text, verbose=False)["input_ids"]
         for start in range(0, len(ids), max_length):
             piece = ids[start : start + max_length]
@@ -64,12 +68,49 @@ def _tokenised(loaded: LoadedModel, texts: Callable[[], Iterator[str]], max_leng
 
 def _file_texts(path: Path) -> Callable[[], Iterator[str]]:
     def texts() -> Iterator[str]:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _json_text(line, path, number) if path.suffix == ".jsonl" else line.strip()
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield from _record_texts(file, path) if path.suffix == ".jsonl" else _line_texts(file)
+        except UnicodeDecodeError as error:
+            raise StatisticsError(f"the corpus {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
     return texts
+
+
+def _line_texts(file: TextIO) -> Iterator[str]:
+    """Yield the lines that are not blank; one that would fill the memory comes in pieces."""
+    rest = ""
+    while read := file.readline(PIECE):
+        *whole, rest = _pieces(rest + read)
+        if read.endswith("\n"):
+            whole, rest = [*whole, rest], ""
+        yield from (text.strip() for text in whole if text.strip())
+    if rest.strip():
+        yield rest.strip()
+
+
+def _record_texts(file: TextIO, path: Path) -> Iterator[str]:
+    """Yield the text of each line's JSON; a line that would fill the memory cannot be read in pieces."""
+    for number in itertools.count(1):
+        line = file.readline(MAX_RECORD + 1)
+        if not line:
+            return
+        if len(line) > MAX_RECORD and not line.endswith("\n"):
+            raise StatisticsError(
+                f"{path}:{number}: the line is longer than {MAX_RECORD:,} characters; split its text over several lines"
+            )
+        if line.strip():
+            yield _json_text(line, path, number)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield a text in pieces of at most :data:`PIECE` characters, cut in front of a space where there is one."""
+    while len(text) > PIECE:
+        end = text.rfind(" ", 1, PIECE)
+        end = end if end > 0 else PIECE
+        yield text[:end]
+        text = text[end:]
+    yield text
 
 
 def _json_text(line: str, path: Path, number: int) -> str:

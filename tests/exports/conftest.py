@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editcli import Stabilizer, hookimpl
@@ -55,7 +57,6 @@ KINDS = {
     "saved as bfloat16": Kind(choices=(("save_dtype", "bfloat16"),)),
     "read out": Kind(choices=(("stabilizers", ("half",)),)),
 }
-FLOAT32 = ("linear", "conv1d", "square", "tied", "sharded", "read out")
 
 
 class Half(Stabilizer):
@@ -148,6 +149,12 @@ def runs(workshop: Path, edit: Callable[..., Path]) -> Callable[[str], Path]:
 
 
 @pytest.fixture
+def run(runs: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the plain run that may be changed."""
+    return Path(shutil.copytree(runs("linear"), tmp_path / "run"))
+
+
+@pytest.fixture
 def make(plugins: Plugins, tmp_path: Path) -> Callable[..., ExportReport]:
     """Return a function that exports a run to ``out`` in the test's folder, without measuring anything."""
 
@@ -179,6 +186,14 @@ def files(folder: Path) -> dict[str, bytes]:
 def model_files(folder: Path) -> dict[str, bytes]:
     """Return the content of the files that a model is loaded from."""
     return {name: data for name, data in files(folder).items() if "/" not in name and name != "README.md"}
+
+
+def change_weight(folder: Path, layer: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change one matrix of a model folder in place."""
+    file, name = folder / "model.safetensors", f"{SITES['llama'].format(layer)}.weight"
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, file, {"format": "pt"})
 
 
 @pytest.fixture(scope="session")

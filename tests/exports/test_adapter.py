@@ -146,14 +146,13 @@ def test_dense_updates_are_cut_at_a_share_of_the_matrix(
 
 
 def test_an_adapter_after_an_undo_holds_what_is_left(
-    runs: Callable[[str], Path],
+    run: Path,
     bases: Callable[[str], Path],
     make: Callable[..., Any],
     plugins: Any,
     tmp_path: Path,
     helpers: Any,
 ) -> None:
-    run = Path(shutil.copytree(runs("linear"), tmp_path / "run"))
     undo(Undo(run=str(run), batches=3), plugins)
     report = make(run, "lora")
     assert all(site.rank == 1 for site in report.sites)
@@ -172,6 +171,7 @@ def test_an_adapter_after_an_undo_holds_what_is_left(
 def test_what_a_run_lost_is_found_in_its_weights(
     lost: str,
     large: bool,
+    run: Path,
     runs: Callable[[str], Path],
     make: Callable[..., Any],
     tmp_path: Path,
@@ -181,7 +181,6 @@ def test_what_a_run_lost_is_found_in_its_weights(
     if large:
         # Matrices above this size are not decomposed whole.
         monkeypatch.setattr("editcli.spectra.NORM_LIMIT", 4)
-    run = Path(shutil.copytree(runs("linear"), tmp_path / "run"))
     path = run / "editcli" / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     whole, part = make(runs("linear"), "lora", out="whole"), make(run, "lora", out="part")

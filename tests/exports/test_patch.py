@@ -83,16 +83,6 @@ def test_the_manifest_says_what_it_is_for(patch: Path, bases: Callable[[str], Pa
     assert str(workshop) not in "".join(path.read_text("utf-8", "replace") for path in patch.rglob("*.json"))
 
 
-def changed(folder: Path, layer: int, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
-    """Return a copy of a model with one matrix changed."""
-    copy = Path(shutil.copytree(folder, tmp_path / "other"))
-    tensors = load_file(copy / "model.safetensors")
-    name = f"model.layers.{layer}.mlp.down_proj.weight"
-    tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    return copy
-
-
 def flip(weight: torch.Tensor) -> torch.Tensor:
     weight = weight.clone()
     weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
@@ -109,9 +99,10 @@ def flip(weight: torch.Tensor) -> torch.Tensor:
     ids=["a bit", "dtype", "shape"],
 )
 def test_another_base_is_refused_by_the_tensor_that_differs(
-    patch: Path, bases: Callable[[str], Path], tmp_path: Path, change: Any, said: str
+    patch: Path, bases: Callable[[str], Path], tmp_path: Path, change: Any, said: str, helpers: Any
 ) -> None:
-    other = changed(bases("linear"), 2, tmp_path, change)
+    other = Path(shutil.copytree(bases("linear"), tmp_path / "other"))
+    helpers.change_weight(other, 2, change)
     sentence = refusal(other, patch, tmp_path / "rebuilt")
     assert "model.layers.2.mlp.down_proj.weight" in sentence
     assert said in sentence

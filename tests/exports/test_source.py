@@ -11,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from editcli.errors import EditError, OptionError, StateError
 from editcli.export.recipe import FORMATS, ExportRecipe, PatchRecipe
 from editcli.export.run import apply_patch
 from editcli.runs.stream import Stream
-
-
-@pytest.fixture
-def run(runs: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A copy of a run that may be changed."""
-    return Path(shutil.copytree(runs("linear"), tmp_path / "run"))
 
 
 def rewrite(run: Path, **fields: Any) -> None:
@@ -106,10 +99,8 @@ def test_another_model_is_not_the_base(run: Path, bases: Callable[[str], Path], 
         make(run, "lora", base=str(bases("tied")))
 
 
-def test_a_folder_that_was_changed_since_is_refused(run: Path, make: Callable[..., Any]) -> None:
-    tensors = load_file(run / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight"] += 1
-    save_file(tensors, run / "model.safetensors", {"format": "pt"})
+def test_a_folder_that_was_changed_since_is_refused(run: Path, make: Callable[..., Any], helpers: Any) -> None:
+    helpers.change_weight(run, 0, lambda weight: weight + 1)
     with pytest.raises(StateError, match="though the run did not edit it"):
         make(run, "lora")
     with pytest.raises(StateError, match="though the run did not edit it"):
@@ -117,10 +108,10 @@ def test_a_folder_that_was_changed_since_is_refused(run: Path, make: Callable[..
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_edited_tensor_that_was_changed_since_is_refused(run: Path, make: Callable[..., Any], form: str) -> None:
-    tensors = load_file(run / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"] += 1
-    save_file(tensors, run / "model.safetensors", {"format": "pt"})
+def test_an_edited_tensor_that_was_changed_since_is_refused(
+    run: Path, make: Callable[..., Any], form: str, helpers: Any
+) -> None:
+    helpers.change_weight(run, 1, lambda weight: weight + 1)
     with pytest.raises(StateError, match="is not what the run wrote"):
         make(run, form)
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import struct
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 from editcli.__main__ import main
 from editcli.errors import ModelError, StateError
 from editcli.models.checkpoint import INDEX, SINGLE, Checkpoint, read_header
+from editcli.runs.history import read_history
 from editcli.runs.output import side_files
-from editcli.runs.state import RunFolder
+from editcli.runs.state import RunFolder, journal_line
 
 # Headers of weights.
 
@@ -209,11 +211,22 @@ def test_overwriting_removes_links_and_not_what_they_lead_to(work: Path, apply: 
     assert not (work / "out" / "folder").exists()
 
 
-def test_a_journal_cannot_name_a_segment_elsewhere(work: Path, apply: Any) -> None:
-    from dataclasses import replace
-
+@pytest.mark.parametrize("name", ["../state.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\0b", 5, ["x"]])
+def test_a_journal_cannot_name_a_segment_elsewhere(work: Path, apply: Any, name: Any, capsys: Any) -> None:
     assert apply("--out", "out") == 0
     folder = RunFolder(Path("out"))
-    entry = folder.read_journal()[0][0]
+    entries = [entry for entry, _ in folder.read_journal()]
+    lines: list[str] = []
+    for entry in (*entries[:-1], replace(entries[-1], segment=name)):
+        lines.append(journal_line(entry, lines[-1] if lines else ""))
+    folder.cut_journal(lines)
     with pytest.raises(StateError, match="not a plain file name"):
-        folder.read_requests(replace(entry, segment="../state.safetensors"))
+        folder.read_journal()
+    # Neither a table of edits nor an export looks at such a file.
+    history = read_history(Path("out"))
+    assert history is not None
+    assert "not a plain file name" in str(history.problem)
+    assert (history.requests(), history.top_edits()) == ({}, ())
+    capsys.readouterr()
+    assert main(["inspect", "out", "--norms"]) == 0
+    assert "not a plain file name" in " ".join(capsys.readouterr().err.split())
