@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,16 @@ def test_what_fails_on_another_process_is_told_by_process_0(crew: Any) -> None:
     leader, other = crew.call(2, *given, preludes={1: ON_RANK})
     assert (leader.code, leader.out, leader.err) == (1, "", "error: process 1 of 2: a probe does not fit\n")
     assert (other.code, other.out, other.err) == (1, "", "")
+
+
+def test_a_process_that_dies_is_not_waited_for(crew: Any) -> None:
+    strike = "import os, signal\nscoring._score_rows = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)"
+    given = ("eval", str(crew.shop.model), facts(crew), "--device", "cpu", "--out", "raw.jsonl")
+    leader, other = crew.call(2, *given, preludes={1: f"import editcli.evaluation.scoring as scoring\n{strike}"})
+    assert (leader.code, other.code) == (1, -signal.SIGKILL)
+    assert leader.err.startswith("error: another process of this run died")
+    assert len(leader.err.splitlines()) == 1
+    assert not (crew.shop.folder / "raw.jsonl").exists()
 
 
 def test_what_is_wrong_for_all_is_told_once(crew: Any) -> None:
