@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A shell that asks what fits has no place for warnings: they would be drawn into the line being typed.
         if launch.leads and VARIABLE not in os.environ:
             _warn_broken(app)
-        _refuse_company(launch, _or_help(arguments))
         code = group.main(args=_or_help(arguments), prog_name="editcli", obj=app, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -61,13 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _or_help(arguments: Sequence[str] | None) -> Sequence[str]:
     return (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-
-
-def _refuse_company(launch: Launch, arguments: Sequence[str]) -> None:
-    """Refuse what several processes cannot do together: each would do the whole, and write over the others."""
-    command = next((text for text in arguments if not text.startswith("-")), None)
-    if launch.size > 1 and command is not None and command != "apply":
-        raise click.UsageError(f"{launch.size} processes can only 'apply' together; run 'editcli {command}' on its own")
 
 
 def _fail(message: str, code: int) -> int:

@@ -27,7 +27,7 @@ UNRELATED = ("repeated", "dry_run", "as_json", "verbose", "quiet")
 """Options that decide nothing about a run."""
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @click.argument("edits", metavar="EDITS.jsonl", required=False)
 @model_options
 @method_options

@@ -75,7 +75,15 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose ``--help`` shows its options in sections."""
+    """A command whose ``--help`` shows its options in sections.
+
+    ``shared`` says that the processes of a launcher can run it together; any other would do all of its work in each of
+    them and write over the others, and is refused.
+    """
+
+    def __init__(self, *args: Any, shared: bool = False, **kwargs: Any):
+        self.shared = shared
+        super().__init__(*args, **kwargs)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section for each group of options: what the command is about first, then those of ``LAST``."""

@@ -23,7 +23,7 @@ HARNESS_HELP = (
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @click.argument("model", metavar="MODEL")
 @click.argument("edits", metavar="[EDITS.jsonl]", required=False)
 @option("--base", is_flag=False, flag_value="own", env=False, metavar="[MODEL]", section="Measure", help=BASE_HELP)
@@ -72,9 +72,13 @@ def eval_(app: App, /, as_json: bool, **values: Any) -> None:
     """
     if values["edits"] is None and not (values["harness"] or values["base"]):
         raise click.UsageError("give EDITS.jsonl, or what else to measure: --harness or --base")
+    from editcli.distributed.group import joined
     from editcli.evaluation.measurement import EvalRecipe, measure
 
-    found = measure(EvalRecipe(**values), app.plugins, app.reporter)
+    with joined(app.launch, device=values["device"], device_map=values["device_map"]) as team:
+        found = measure(EvalRecipe(**values), app.plugins, app.reporter, team=team)
+    if not app.launch.leads:
+        return
     if as_json:
         print_json(found.to_json())
         return

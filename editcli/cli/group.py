@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from editcli.cli.common import verbosity_options
+from editcli.cli.common import App, verbosity_options
 from editcli.cli.suggestions import with_suggestions
 from editcli.errors import near_miss
 from editcli.plugins import Plugins
@@ -42,7 +42,9 @@ class LazyGroup(click.Group):
         if not name.startswith("-") and self.get_command(ctx, name) is None and not ctx.resilient_parsing:
             known = self.list_commands(ctx)
             raise click.UsageError(f"there is no command {name!r}{near_miss(name, known)}", ctx)
-        return super().resolve_command(ctx, args)
+        found = super().resolve_command(ctx, args)
+        _refuse_company(ctx, *found[:2])
+        return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands from the table, importing none of the built-in ones."""
@@ -52,6 +54,16 @@ class LazyGroup(click.Group):
 
     def _short_help(self, name: str) -> str:
         return self.table[name][1] if name in self.table else self.commands[name].get_short_help_str(limit=80)
+
+
+def _refuse_company(ctx: click.Context, name: str | None, command: click.Command | None) -> None:
+    """Refuse a command that the processes of a launcher cannot run together."""
+    app = ctx.find_object(App)
+    if app is None or app.launch.size == 1 or isinstance(command, LazyGroup) or getattr(command, "shared", False):
+        return
+    raise click.UsageError(
+        f"{app.launch.size} processes cannot run '{ctx.command_path} {name}' together; run it without a launcher", ctx
+    )
 
 
 def furnished(command: click.Command) -> click.Command:

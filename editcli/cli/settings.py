@@ -62,7 +62,8 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
     }
     context.meta["editcli.config"] = config.source
     context.meta[_META] = {name: table for name, table in config.tables.items() if name not in _commands()}
-    _warn_near_misses(context, app)
+    if app.launch.leads:
+        _warn_near_misses(context, app)
 
 
 def _check(config: Config, context: click.Context, app: App) -> None:

@@ -19,7 +19,7 @@ COMMANDS = {
 stats = LazyGroup(name="stats", commands_table=COMMANDS, help="Compute and show the second moments of keys on text.")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, shared=True)
 @click.argument("model", metavar="[MODEL]", required=False)
 @option("--revision", metavar="REVISION", section="Model", help="Branch, tag or commit of a hub id.")
 @device_options
@@ -42,6 +42,7 @@ def compute(
     context: click.Context, /, tokens: int | None, max_length: int | None, as_json: bool, **values: Any
 ) -> None:
     """Compute the second moments of MODEL that are not in the cache yet; without MODEL, of the bundled one."""
+    from editcli.distributed.group import joined
     from editcli.options import build
     from editcli.runs.planning import brought_families
     from editcli.statistics import StatisticsOptions
@@ -53,9 +54,12 @@ def compute(
         **component_settings(context).get("statistics", {}),
         **{k: v for k, v in given.items() if v is not None},
     }
-    recipe = MomentsRecipe(options=build(StatisticsOptions, settings, owner="statistics"), **values)
     app: App = context.obj
-    _show(app, run(recipe, brought_families(app.plugins), app.reporter), as_json)
+    with joined(app.launch, device=values["device"], device_map=values["device_map"]) as team:
+        recipe = MomentsRecipe(options=build(StatisticsOptions, settings, owner="statistics"), **values)
+        report = run(recipe, brought_families(app.plugins), app.reporter, team=team)
+    if app.launch.leads:
+        _show(app, report, as_json)
 
 
 @click.command(cls=Command)

@@ -19,7 +19,7 @@ from editcli.models.loading import choose_device
 _CPU = torch.device("cpu")
 _LOST = (
     "another process of this run died, cannot be reached or was waited for longer than "
-    f"{TIMEOUT_VARIABLE} allows; what was saved is whole: go on with --resume"
+    f"{TIMEOUT_VARIABLE} allows; what was saved is whole: start it again, 'apply' with --resume"
 )
 _NEVER_FOUND = (
     "the processes of this run did not find each other; check that all were started and that MASTER_ADDR and "

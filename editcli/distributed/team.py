@@ -205,5 +205,7 @@ class Team:
         for rank, item in enumerate(heard):
             if item["what"] != heard[0]["what"]:
                 places = f"process 0 is at {heard[0]['what']!r}, process {rank} at {item['what']!r}"
-                raise RankError(f"the processes came apart: {places}; go on with --resume, and report this")
+                raise RankError(
+                    f"the processes came apart: {places}; start again, 'apply' with --resume, and report this"
+                )
         return heard

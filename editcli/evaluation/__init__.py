@@ -127,7 +127,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure ``requests`` on a model as it stands; all prompts go through it in one length-sorted pass.
 
-    The scoring is shared out over ``team``, whose ranks all get the same answer.
+    Scoring and generating are shared out over ``team``, whose ranks all get the same answer.
 
     ``metrics`` names protocols of :data:`METRICS`; by default all those that need no generated text and whose fields
     are there. Raises :class:`OptionError` for an unknown metric and :class:`RequestError` for a prompt too long.
@@ -142,7 +142,7 @@ def evaluate(
     generations: Mapping[str, Generation] = {}
     if chosen & {"fluency", "consistency"}:
         prompts = [prompt for request in requests for prompt in request.generation_prompts]
-        generations = generate(loaded, prompts, seed=seed, batch_tokens=batch_tokens, reporter=reporter)
+        generations = generate(loaded, prompts, seed=seed, batch_tokens=batch_tokens, reporter=reporter, team=team)
     outcomes = tuple(
         _outcome(request, plan, scores, generations) for request, plan in zip(requests, plans, strict=True)
     )

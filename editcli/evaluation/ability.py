@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from editcli.distributed.team import Team
 from editcli.errors import ModelError
 from editcli.evaluation.scoring import BATCH_TOKENS, logits_at
 from editcli.models.forward import chunks, positions
@@ -48,8 +49,11 @@ def general_drift(
     max_tokens: int = 20_000,
     batch_tokens: int = BATCH_TOKENS // 4,
     reporter: Reporter | None = None,
+    team: Team | None = None,
 ) -> Drift:
     """Compare two loaded models on about the first ``max_tokens`` tokens of ``texts``, cut to ``max_length``.
+
+    The batches are shared out over ``team``, whose ranks all get the same figures.
 
     Raises :class:`ModelError` when the models do not share their tokens, or when there is no text.
     """
@@ -60,11 +64,15 @@ def general_drift(
     if total == 0:
         raise ModelError("there is no text to measure general ability on; pass another one with --text")
     sums = torch.zeros(3, dtype=torch.float64)
-    with (reporter or Silent()).phase("Comparing with the base", total, "tokens") as advance:
-        for chunk in chunks(rows, budget=batch_tokens):
-            batch = [rows[index] for index in chunk]
-            sums += _batch_sums(edited, base, batch)
-            advance(sum(len(row.ids) - 1 for row in batch))
+    team = team or Team()
+    batches = [[rows[index] for index in chunk] for chunk in chunks(rows, budget=batch_tokens)]
+    predicted = [sum(len(row.ids) - 1 for row in batch) for batch in batches]
+    own = team.share(predicted)
+    with (reporter or Silent()).phase("Comparing with the base", sum(predicted[n] for n in own), "tokens") as advance:
+        for number in own:
+            sums += _batch_sums(edited, base, batches[number])
+            advance(predicted[number])
+    team.total("sums of the drift", [sums])
     nll, nll_base, kl = (sums / total).tolist()
     # Rounding may leave a model that equals its base a hair below zero.
     return Drift(math.exp(nll), math.exp(nll_base), max(kl, 0.0), total)

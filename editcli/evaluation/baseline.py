@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from editcli.distributed.team import Team
 from editcli.edits import EditRequest, Neighbor
 from editcli.evaluation.generation import generate
 from editcli.evaluation.scoring import Probe, score
@@ -19,20 +20,24 @@ TOKENS = 5
 
 
 def answer_locality(
-    base: LoadedModel, requests: Sequence[EditRequest], *, reporter: Reporter | None = None
+    base: LoadedModel,
+    requests: Sequence[EditRequest],
+    *,
+    reporter: Reporter | None = None,
+    team: Team | None = None,
 ) -> tuple[EditRequest, ...]:
     """Return ``requests`` with the base model's greedy answers as the targets of locality prompts that have none.
 
     An answer that the tokenizer does not read back as the same tokens cannot be compared; its prompt stays without one
-    and is counted in a warning.
+    and is counted in a warning. The work is shared out over ``team``.
     """
     reporter = reporter or Silent()
     prompts = _unanswered(requests)
     if not prompts:
         return tuple(requests)
-    written = generate(base, prompts, tokens=TOKENS, top_k=1, to_end=True, reporter=reporter)
+    written = generate(base, prompts, tokens=TOKENS, top_k=1, to_end=True, reporter=reporter, team=team)
     probes = [Probe(prompt, text) for prompt, found in written.items() if (text := found.text.strip())]
-    scores = score(base, probes, reporter=reporter)
+    scores = score(base, probes, reporter=reporter, team=team)
     answers = {probe.prompt: probe.target for probe, found in zip(probes, scores, strict=True) if found.exact}
     if len(answers) < len(prompts):
         reporter.warn(f"{len(prompts) - len(answers)} locality prompts left out: the base model's answer is no text")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from editcli.distributed.team import Team
 from editcli.models.tokens import Encoded, Text
 from editcli.report import Reporter, Silent
 
@@ -51,17 +52,23 @@ def generate(
     batch_tokens: int = 8192,
     to_end: bool = False,
     reporter: Reporter | None = None,
+    team: Team | None = None,
 ) -> dict[str, Generation]:
     """Continue each prompt by ``tokens`` tokens, or as many as the context holds; ``top_k=1`` is greedy.
 
-    With ``to_end`` a text stops where the model ends it; else it goes on, as where fluency is measured.
+    With ``to_end`` a text stops where the model ends it; else it goes on, as where fluency is measured. The batches are
+    shared out over ``team``, whose ranks all get all texts.
     """
+    team = team or Team()
     unique = list(dict.fromkeys(prompts))
     rows = loaded.tokens.encode([Text(prompt, None, None) for prompt in unique])
+    batches = list(_same_length(rows, max(1, batch_tokens // (tokens + 1))))
+    # Whole batches: what is sampled hangs on the last digits of the logits, and those on what else is in a batch.
+    own = [batches[number] for number in team.share([len(batch) for batch in batches])]
     written: dict[str, Generation] = {}
     end = loaded.tokens.tokenizer.eos_token_id
-    with (reporter or Silent()).phase("Generating", len(unique), "texts") as advance:
-        for batch in _same_length(rows, max(1, batch_tokens // (tokens + 1))):
+    with (reporter or Silent()).phase("Generating", sum(map(len, own)), "texts") as advance:
+        for batch in own:
             names = [unique[index] for index in batch]
             sources = [_generator(prompt, seed) for prompt in names]
             count = min(tokens, (loaded.tokens.max_length or math.inf) - len(rows[batch[0]].ids))
@@ -70,7 +77,15 @@ def generate(
                 kept = list(takewhile(lambda token: token != end, row)) if to_end else row
                 written[prompt] = Generation(prompt, loaded.tokens.decode(kept))
             advance(len(batch))
-    return written
+    return written if team.parts == 1 else _of_all(written, [unique[i] for b in batches for i in b], team)
+
+
+def _of_all(written: Mapping[str, Generation], order: Sequence[str], team: Team) -> dict[str, Generation]:
+    """Return what all ranks wrote, in the order in which one would have written it."""
+    texts: dict[str, str] = {}
+    for part in team.exchange("texts", {prompt: found.text for prompt, found in written.items()}):
+        texts |= part
+    return {prompt: Generation(prompt, texts[prompt]) for prompt in order}
 
 
 def fluency(texts: Mapping[str, Sequence[str]]) -> float | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from editcli.distributed.agreement import agree_on_inputs, agree_on_models
+from editcli.distributed.team import Team
 from editcli.edits import EditFile, EditRequest, read_edits
 from editcli.errors import ModelError, OptionError
 from editcli.evaluation import Evaluation, evaluate
@@ -100,9 +102,16 @@ class Measurement:
         return {"model": self.base, **evaluation.to_json(), "harness": harness}
 
 
-def measure(recipe: EvalRecipe, plugins: Plugins, reporter: Reporter | None = None) -> Measurement:
-    """Run ``recipe``; raises an :class:`~editcli.errors.EditError` in one sentence."""
-    reporter = reporter or Silent()
+def measure(
+    recipe: EvalRecipe, plugins: Plugins, reporter: Reporter | None = None, *, team: Team | None = None
+) -> Measurement:
+    """Run ``recipe``; raises an :class:`~editcli.errors.EditError` in one sentence.
+
+    Every process of ``team`` calls this alike and returns the same figures; rank 0 alone writes and reports.
+    """
+    team = team or Team()
+    reporter = reporter if reporter is not None and team.leads else Silent()
+    _refuse_company(recipe, team)
     if recipe.harness:
         require_harness()
     file = _read(recipe, plugins)
@@ -112,13 +121,18 @@ def measure(recipe: EvalRecipe, plugins: Plugins, reporter: Reporter | None = No
     source = resolve_model(recipe.model)
     base_source = _base(recipe, source)
     texts = list(_texts(recipe)) if base_source is not None else []
+    parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
+    agree_on_inputs(team, "recipe, edits and text", parts)
     families = tuple(family for _, family in plugins.brought("editcli_architectures"))
     loaded = _open(source, recipe, families)
     base = None if base_source is None else _open(base_source, recipe, families)
+    if team.size > 1:
+        # A fingerprint costs a pass over the files, which a process on its own has no use for.
+        agree_on_models(team, [one.checkpoint.fingerprint() for one in (loaded, base) if one is not None])
     if base is not None:
-        requests = answer_locality(base, requests, reporter=reporter)
-    evaluation = _evaluate(loaded, requests, recipe, reporter)
-    if recipe.out is not None:
+        requests = answer_locality(base, requests, reporter=reporter, team=team)
+    evaluation = _evaluate(loaded, requests, recipe, reporter, team)
+    if recipe.out is not None and team.leads:
         _write_raw(Path(recipe.out), evaluation)
     return Measurement(
         model=source.name,
@@ -127,9 +141,9 @@ def measure(recipe: EvalRecipe, plugins: Plugins, reporter: Reporter | None = No
         evaluation=evaluation,
         harness=_harness(loaded, recipe, reporter),
         base=None if base_source is None else base_source.name,
-        base_evaluation=None if base is None else _evaluate(base, requests, recipe, reporter),
+        base_evaluation=None if base is None else _evaluate(base, requests, recipe, reporter, team),
         base_harness=None if base is None else _harness(base, recipe, reporter),
-        drift=None if base is None else general_drift(loaded, base, texts, reporter=reporter),
+        drift=None if base is None else general_drift(loaded, base, texts, reporter=reporter, team=team),
         rejected=tuple(str(error) for error in file.rejected),
     )
 
@@ -140,6 +154,17 @@ def sample(requests: Sequence[EditRequest], count: int | None, *, seed: int) -> 
         return tuple(requests)
     chosen = random.Random(seed).sample(range(len(requests)), count)
     return tuple(requests[index] for index in sorted(chosen))
+
+
+def _refuse_company(recipe: EvalRecipe, team: Team) -> None:
+    if team.size == 1:
+        return
+    if recipe.harness:
+        raise OptionError(
+            f"--harness runs in one process, not in {team.size}; run it without a launcher, the edits' metrics with one"
+        )
+    if recipe.edits == "-":
+        raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
 
 
 def _read(recipe: EvalRecipe, plugins: Plugins) -> EditFile:
@@ -158,9 +183,9 @@ def _harness(loaded: LoadedModel, recipe: EvalRecipe, reporter: Reporter) -> Har
 
 
 def _evaluate(
-    loaded: LoadedModel, requests: Sequence[EditRequest], recipe: EvalRecipe, reporter: Reporter
+    loaded: LoadedModel, requests: Sequence[EditRequest], recipe: EvalRecipe, reporter: Reporter, team: Team
 ) -> Evaluation:
-    return evaluate(loaded, requests, metrics=recipe.metrics or None, seed=recipe.seed, reporter=reporter)
+    return evaluate(loaded, requests, metrics=recipe.metrics or None, seed=recipe.seed, reporter=reporter, team=team)
 
 
 def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family]) -> LoadedModel:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from editcli.distributed.agreement import agree_on_inputs, agree_on_models
 from editcli.distributed.folder import run_folder
 from editcli.distributed.session import TeamSession
 from editcli.distributed.team import Team
@@ -29,7 +30,7 @@ from editcli.runs.card import model_card
 from editcli.runs.clock import Clock
 from editcli.runs.files import tensor_digest, write_bytes
 from editcli.runs.guards import needs_retained
-from editcli.runs.identity import plan_digest, statistics_file, stream_settings
+from editcli.runs.identity import plan_parts, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
 from editcli.runs.outcome import Ending, efficacy, provenance, report_run, rounded_differently
 from editcli.runs.output import CARD, Verified, stored_tensors, verify, write_model
@@ -60,7 +61,7 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *,
     with clock.spent("load"):
         planned = planning.check(recipe, plugins, reporter)
     # Nobody looks whether the folder is free any more once rank 0 has taken it.
-    team.agree("recipe and edits", plan_digest(planned), remedy="start them with the same command and files")
+    agree_on_inputs(team, "recipe and edits", plan_parts(planned))
     folder = run_folder(recipe.folder, team)
     with writing(recipe.folder), folder.locked():
         return Run(planned, folder, plugins, reporter, clock, team=team).go()
@@ -143,10 +144,7 @@ class Run:
         with self.clock.spent("load"):
             self.loaded = planning.open_planned(self.planned)
             self.provenance = provenance(self.planned, self.plugins, self.loaded)
-        base, versions = self.provenance["base"]["fingerprint"], self.provenance["versions"]
-        self.team.agree("model files", base, remedy="give every machine the same copy of the model")
-        versions = [versions, self.provenance["plugins"]]
-        self.team.agree("versions", versions, remedy="install the same packages on every machine")
+        agree_on_models(self.team, [self.provenance["base"]["fingerprint"]], self.provenance["plugins"])
 
     def todo(self) -> list[Sequence[EditRequest]]:
         """Return the batches to write: what an undo left to be written again, then what was not read yet."""

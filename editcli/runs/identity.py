@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,16 +15,15 @@ from editcli.runs.planning import Planned
 from editcli.statistics import SecondMoments
 
 
-def plan_digest(planned: Planned) -> str:
-    """Return a sha256 over the recipe, the edits and what was made of them."""
-    parts = {
+def plan_parts(planned: Planned) -> dict[str, Any]:
+    """Return the recipe, the edits and what was made of them, as far as JSON can tell them."""
+    return {
         "recipe": planned.recipe.to_json(),
         "file": planned.file.sha256,
         "edits": [request.digest for request in planned.requests],
         "sites": [site.module for site in planned.sites],
         "batch_size": planned.batch_size,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def stream_settings(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any
 
 import torch
-import transformers
 
+from editcli.distributed.agreement import versions
 from editcli.editing.session import ModelSession
 from editcli.evaluation import Evaluation
 from editcli.interfaces import Site
@@ -98,12 +96,7 @@ def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> dict[
         "statistics": dataclasses.asdict(planned.statistics),
         "layers": list(planned.layers),
         "batch_size": planned.batch_size,
-        "versions": {
-            "editcli": version("editcli"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "device": str(loaded.input_device),
         "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

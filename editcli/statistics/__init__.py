@@ -96,9 +96,7 @@ class SecondMoments:
         kept = self.team.lead_tensors("second moments", lambda: self._kept(site))
         if not kept:
             if site not in self._computed:
-                wanted = sorted({*self._wanted, site}, key=lambda s: s.layer)
-                missing = self.team.lead("missing", lambda: [not self.is_cached(s) for s in wanted])
-                self.compute([s for s, is_missing in zip(wanted, missing, strict=True) if is_missing])
+                self.compute(self.missing(sorted({*self._wanted, site}, key=lambda s: s.layer)))
             kept = (self._computed[site],)
         # Computed with others and read from the cache by now, it would stay in memory to the end.
         self._computed.pop(site, None)
@@ -111,6 +109,11 @@ class SecondMoments:
     def is_cached(self, site: Site) -> bool:
         """Tell whether a site's second moment can be read instead of computed."""
         return self.file is not None or self._path(site).is_file()
+
+    def missing(self, sites: Sequence[Site]) -> list[Site]:
+        """Return those of ``sites`` that rank 0, which keeps the cache, has to have computed."""
+        flags = self.team.lead("missing", lambda: [not self.is_cached(site) for site in sites])
+        return [site for site, is_missing in zip(sites, flags, strict=True) if is_missing]
 
     def tokens_for(self, site: Site) -> int:
         """Return how many tokens are read for a site."""
@@ -142,8 +145,10 @@ class SecondMoments:
                 self._store(site, moment)
 
     def save(self, path: Path, sites: Sequence[Site]) -> None:
-        """Write the second moments of ``sites`` to one file that ``--stats`` accepts."""
+        """Have rank 0 write the second moments of ``sites`` to one file that ``--stats`` accepts."""
         tensors = {f"{site.module}.second_moment": self(site).float().cpu() for site in sites}
+        if not self.team.leads:
+            return
         identities = {site.module: asdict(self.identity(site)) for site in sites}
         models = {site.module: self.identity(site).model for site in sites}
         metadata = {"format": str(FORMAT), "identities": json.dumps(identities), "models": json.dumps(models)}

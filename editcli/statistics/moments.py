@@ -12,6 +12,8 @@ from typing import Any
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 
+from editcli.distributed.agreement import agree_on_inputs, agree_on_models
+from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.interfaces import Site
 from editcli.models.architectures import Family, resolve, skeleton
@@ -72,9 +74,19 @@ class MomentsReport:
         return {"model": self.model, "sites": sites, "seconds": round(self.seconds, 3), "out": self.out}
 
 
-def compute(recipe: MomentsRecipe, families: Sequence[Family] = (), reporter: Reporter | None = None) -> MomentsReport:
-    """Compute what is missing, in one pass over the text, and return where everything lies."""
-    reporter = reporter or Silent()
+def compute(
+    recipe: MomentsRecipe,
+    families: Sequence[Family] = (),
+    reporter: Reporter | None = None,
+    *,
+    team: Team | None = None,
+) -> MomentsReport:
+    """Compute what is missing, in one pass over the text, and return where everything lies.
+
+    Every process of ``team`` calls this alike and reads a share of the text; rank 0 alone writes, and keeps the cache.
+    """
+    team = team or Team()
+    reporter = reporter if reporter is not None and team.leads else Silent()
     source = resolve_model(recipe.model, revision=recipe.revision)
     loaded = open_model(
         source,
@@ -86,15 +98,22 @@ def compute(recipe: MomentsRecipe, families: Sequence[Family] = (), reporter: Re
     )
     layers = recipe.layers or load_preset(loaded.model.config, loaded.architecture).layers
     sites = [loaded.architecture.site(layer) for layer in layers]
-    moments = SecondMoments(loaded, options=recipe.options, corpus=recipe.corpus, reporter=reporter, seed=recipe.seed)
+    moments = SecondMoments(
+        loaded, options=recipe.options, corpus=recipe.corpus, reporter=reporter, seed=recipe.seed, team=team
+    )
+    agree_on_inputs(team, "recipe and text", {"recipe": asdict(recipe), "text": moments.corpus.identity})
+    if team.size > 1:
+        # A fingerprint costs a pass over the files, which a process on its own has no use for.
+        agree_on_models(team, [loaded.checkpoint.fingerprint()])
     started = time.perf_counter()
-    missing = [site for site in sites if not moments.is_cached(site)]
+    missing = moments.missing(sites)
     if missing:
         moments.compute(missing)
     seconds = time.perf_counter() - started
     if recipe.out is not None:
         _save(moments, Path(recipe.out), sites)
-    by_module = {stored.module: stored for stored in _of(moments, sites)}
+    kept = team.lead("what is kept", lambda: [asdict(stored) for stored in _of(moments, sites)])
+    by_module = {item["module"]: Stored(**item) for item in kept}
     found = [replace(by_module[s.module], computed=s in missing) for s in sites if s.module in by_module]
     return MomentsReport(source.name, tuple(found), seconds, recipe.out)
 

@@ -22,15 +22,17 @@ class Crew:
     def __init__(self, shop: Workshop):
         self.shop = shop
 
-    def start(
+    def start(self, size: int, out: str, *arguments: str, edits: str = "facts.jsonl", **choices: Any) -> list[Child]:
+        return self.launch(size, lambda shop: shop.command(out, *EDITS, *arguments, edits=edits), **choices)
+
+    def launch(
         self,
         size: int,
-        out: str,
-        *arguments: str,
+        command: Callable[[Workshop], Sequence[str]],
+        *,
         preludes: dict[int, str] | None = None,
         shops: Sequence[Workshop] | None = None,
         timeout: float = 60,
-        edits: str = "facts.jsonl",
     ) -> list[Child]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -42,11 +44,15 @@ class Crew:
             launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "EDITCLI_RANK_TIMEOUT": timeout}
             prelude = f"import os; os.environ.update({ {name: str(value) for name, value in launch.items()} })\n"
             prelude += (preludes or {}).get(rank, "")
-            ranks.append(shop.start(*shop.command(out, *EDITS, *arguments, edits=edits), prelude=prelude))
+            ranks.append(shop.start(*command(shop), prelude=prelude))
         return ranks
 
     def run(self, size: int, out: str, *arguments: str, **choices: Any) -> list[Ended]:
         return [child.wait() for child in self.start(size, out, *arguments, **choices)]
+
+    def call(self, size: int, *command: str, **choices: Any) -> list[Ended]:
+        """Run any command; a crew of one is a process that nobody launched together with others."""
+        return [child.wait() for child in self.launch(size, lambda shop: command, **choices)]
 
     def alone(self, out: str, *arguments: str, prelude: str = "") -> Ended:
         return self.shop.apply(out, *EDITS, *arguments, prelude=prelude)

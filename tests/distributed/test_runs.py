@@ -204,7 +204,7 @@ def test_what_cannot_be_done_together_is_refused_once(crew: Any) -> None:
     launched = "import os; os.environ.update(RANK='{rank}', WORLD_SIZE='2', MASTER_ADDR='nowhere')"
     leader, other = (crew.shop.run("stats", "show", prelude=launched.format(rank=rank)) for rank in range(2))
     assert (leader.code, other.code, other.err) == (2, 2, "")
-    assert leader.err.startswith("error: 2 processes can only 'apply' together; run 'editcli stats' on its own")
+    assert leader.err.startswith("error: 2 processes cannot run 'editcli stats show' together; run it without")
     piped = crew.run(2, "out", edits="-")
     assert [one.code for one in piped] == [1, 1]
     assert piped[0].err.startswith("error: 2 processes cannot share the standard input")
