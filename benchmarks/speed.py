@@ -31,7 +31,7 @@ def targets(document: Mapping[str, Any]) -> Iterator[str]:
 
 def large_targets(document: Mapping[str, Any]) -> Iterator[str]:
     """Describe the same on a model that is large for a CPU, with few edits."""
-    yield from ("### A model of a billion parameters", "")
+    yield from ("## Target optimisation: a model of a billion parameters", "")
     yield from _targets(
         document, "python -m benchmarks.targets --model llama-1b --batch 1 --batch 10 --plain-edits 1 --steps 5"
     )
@@ -66,7 +66,7 @@ def _targets(document: Mapping[str, Any], command: str) -> Iterator[str]:
 def heap(document: Mapping[str, Any]) -> Iterator[str]:
     """Describe what keeping freed memory gives."""
     found = document["result"]
-    yield from ("### Freed memory kept for the next pass", "")
+    yield from ("## Freed memory kept for the next pass", "")
     yield f"One batch of {found['batch']} targets on the {found['model']} model, {found['threads']} threads, each way"
     yield f"in processes of its own, median of {found['repeats']}: {found['ratio']:.2f} times as fast where glibc keeps"
     yield "what is freed until the batch ends. The program `editcli` does that unless `MALLOC_*` or `GLIBC_TUNABLES`"
