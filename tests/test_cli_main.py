@@ -235,3 +235,16 @@ def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
     done = run("check", str(tmp_path / "facts.jsonl"), PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\\u6771" in done.stdout
+
+
+def test_an_interrupt_that_an_import_turned_into_its_own_error_is_an_interrupt(main_raising: Any, capsys: Any) -> None:
+    error = ModuleNotFoundError("Could not import module 'PreTrainedModel'")
+    error.__cause__ = ImportError("initialization failed")
+    error.__cause__.__context__ = KeyboardInterrupt()
+    assert main_raising(error) == 130
+    assert "error: interrupted" in capsys.readouterr().err
+
+
+def test_a_bug_still_shows_where_it_is(main_raising: Any) -> None:
+    with pytest.raises(ZeroDivisionError):
+        main_raising(ZeroDivisionError("a bug"))
