@@ -57,6 +57,7 @@ def main_raising(monkeypatch: pytest.MonkeyPatch) -> Any:
         (RequestError("bad", file="e.jsonl", line=3, column=4), 2, "error: e.jsonl:3:4: bad"),
         (GuardError("stopped by ratio>2"), 3, "error: stopped by ratio>2"),
         (NumericalError("lost definiteness", site="m.0", condition=1e9), 1, "error: m.0: lost definiteness"),
+        (PermissionError(13, "Permission denied", "/home/x/run"), 1, "error: there is no permission for /home/x/run"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (click.UsageError("no"), 2, "error: no"),
     ],

@@ -169,7 +169,7 @@ def test_a_record_that_says_nothing_of_versions_warns_of_nothing(theirs: dict[st
 
 
 def test_another_editor_is_refused_without_a_word_about_digits(shop: Any, anchored: Path) -> None:
-    out = Path(shutil.copytree(anchored, shop.folder / "out"))
+    shutil.copytree(anchored, shop.folder / "out")
     asked = [*ANCHORED, "--resume"]
     asked[asked.index("--editor") + 1] = "memit"
     said = shop.apply("out", *asked).err
