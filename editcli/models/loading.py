@@ -142,6 +142,7 @@ def open_model(
             )
         if not options:
             model = model.to(place)
+        _own(model)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"the model in {source.folder} does not fit the memory of {place}; use a smaller --dtype, --device cpu or "
@@ -151,7 +152,6 @@ def open_model(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
     model.eval().requires_grad_(False)
-    _own(model)
     return LoadedModel(model, tokens, resolve(model, families), source)
 
 
