@@ -61,5 +61,5 @@ def test_memory_that_runs_out_over_the_copy_is_a_sentence(tmp_path: Path, monkey
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(loading, "owned", full)
-    with pytest.raises(ModelError, match="cannot load the model in .* allocate memory"):
+    with pytest.raises(ModelError, match=r"cannot load the model in .* allocate memory"):
         open_model(resolve_model(tiny_model_folder(tmp_path / "model", "llama")), device="cpu")
