@@ -56,6 +56,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone, as in `editcli plugins | head -1`; the flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except PermissionError as error:
+        # Any file or folder that is only looked for may lie in a folder that this user may not enter.
+        if app is not None and app.verbosity > 0:
+            traceback.print_exc()
+        return _fail(f"there is no permission for {error.filename or error}; change it, or name another path", 1)
+    except Exception as error:
+        if not _was_interrupted(error):
+            raise
+        return _fail("interrupted", INTERRUPTED) if launch.leads else INTERRUPTED
+
+
+def _was_interrupted(error: BaseException) -> bool:
+    """Tell whether Ctrl-C is behind an error; a library that is interrupted while it is imported raises its own."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        if isinstance(found, KeyboardInterrupt):
+            return True
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def _or_help(arguments: Sequence[str] | None) -> Sequence[str]:

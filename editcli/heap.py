@@ -9,6 +9,8 @@ from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
+_MOST_KEPT = (1 << 30, 1 << 25)
+"""Largest piece in bytes that is kept; glibc before 2.35 refuses more than the second."""
 _OWN_CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -21,9 +23,9 @@ def keep_freed(environment: Mapping[str, str] = os.environ) -> None:
     set_option = _function("mallopt")
     if set_option is None or any(name in environment for name in _OWN_CHOICES):
         return
-    # Both, because setting one of them stops glibc from adapting the other.
-    set_option(_TRIM_THRESHOLD, 2**31 - 1)
-    set_option(_MMAP_THRESHOLD, 2**30)
+    # Both or none, because setting one of them stops glibc from adapting the other.
+    if any(set_option(_MMAP_THRESHOLD, most) for most in _MOST_KEPT):
+        set_option(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back() -> None:

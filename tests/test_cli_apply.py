@@ -282,6 +282,7 @@ def test_the_base_model_is_never_the_output(apply: Any, models: dict[str, Path],
 def test_an_output_that_cannot_be_written_is_refused(apply: Any, work: Path) -> None:
     (work / "file").write_text("")
     assert "file is a file" in apply("--out", "file").err
+    assert "file is a file" in apply("--out", "file/run").err
     assert "error: file/below" in apply("--out", "file/below").err
     if sys.platform == "linux":
         done = apply("--out", "/proc/editcli-test", "--no-eval")

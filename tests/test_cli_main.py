@@ -57,6 +57,7 @@ def main_raising(monkeypatch: pytest.MonkeyPatch) -> Any:
         (RequestError("bad", file="e.jsonl", line=3, column=4), 2, "error: e.jsonl:3:4: bad"),
         (GuardError("stopped by ratio>2"), 3, "error: stopped by ratio>2"),
         (NumericalError("lost definiteness", site="m.0", condition=1e9), 1, "error: m.0: lost definiteness"),
+        (PermissionError(13, "Permission denied", "/home/x/run"), 1, "error: there is no permission for /home/x/run"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (click.UsageError("no"), 2, "error: no"),
     ],
@@ -235,3 +236,16 @@ def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
     done = run("check", str(tmp_path / "facts.jsonl"), PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\\u6771" in done.stdout
+
+
+def test_an_interrupt_that_an_import_turned_into_its_own_error_is_an_interrupt(main_raising: Any, capsys: Any) -> None:
+    error = ModuleNotFoundError("Could not import module 'PreTrainedModel'")
+    error.__cause__ = ImportError("initialization failed")
+    error.__cause__.__context__ = KeyboardInterrupt()
+    assert main_raising(error) == 130
+    assert "error: interrupted" in capsys.readouterr().err
+
+
+def test_a_bug_still_shows_where_it_is(main_raising: Any) -> None:
+    with pytest.raises(ZeroDivisionError):
+        main_raising(ZeroDivisionError("a bug"))

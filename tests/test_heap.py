@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+import types
 
 import psutil
 import pytest
@@ -67,3 +68,26 @@ def test_a_system_that_cannot_be_asked_is_left_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
     heap.keep_freed({})
     heap.give_back()
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, most: int) -> list[tuple[int, int]]:
+    """Return what a C library whose mapping threshold may be at most ``most`` bytes was told and took."""
+    taken = []
+
+    def mallopt(option: int, value: int) -> int:
+        accepted = option != heap._MMAP_THRESHOLD or value <= most
+        if accepted:
+            taken.append((option, value))
+        return int(accepted)
+
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: types.SimpleNamespace(mallopt=mallopt))
+    heap.keep_freed({})
+    return taken
+
+
+def test_an_older_glibc_is_told_the_greatest_threshold_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (heap._MMAP_THRESHOLD, 1 << 25) in asked(monkeypatch, 1 << 25)
+
+
+def test_where_no_threshold_is_taken_glibc_goes_on_adapting_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(monkeypatch, 1 << 19) == []

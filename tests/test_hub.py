@@ -108,3 +108,15 @@ def test_a_file_and_a_folder_without_a_model_are_refused(tmp_path: Path) -> None
         resolve_model(tmp_path / "file")
     with pytest.raises(ModelError, match=r"without config\.json"):
         resolve_model(tmp_path)
+
+
+def test_a_run_that_has_written_no_model_yet_is_told_apart_from_a_folder_of_something_else(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.create()
+    run.state.touch()
+    with pytest.raises(ModelError, match=r"has written no model yet.*--resume"):
+        resolve_model(tmp_path)
+    # As in an exported adapter, which has the record of its run.
+    run.state.rename(run.record)
+    with pytest.raises(ModelError, match=r"without config\.json"):
+        resolve_model(tmp_path)

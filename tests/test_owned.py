@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from editcli.errors import ModelError
+from editcli.models import loading
 from editcli.models.checkpoint import SINGLE, Checkpoint
 from editcli.models.loading import open_model, resolve_model
 from editcli.runs.files import read_safetensors
@@ -52,3 +54,12 @@ def test_a_file_that_changes_in_place_does_not_change_who_has_read_it(family: st
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert tied is bool(model.config.tie_word_embeddings)
+
+
+def test_memory_that_runs_out_over_the_copy_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: Tensor) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(loading, "owned", full)
+    with pytest.raises(ModelError, match=r"cannot load the model in .* allocate memory"):
+        open_model(resolve_model(tiny_model_folder(tmp_path / "model", "llama")), device="cpu")

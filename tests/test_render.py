@@ -141,6 +141,19 @@ def test_a_run_that_ended_early_says_so() -> None:
     assert "memit + nas + revive, stopped" in " ".join(drawn(run_table(report(status="stopped"))).split())
 
 
+def test_an_interrupted_run_does_not_claim_a_model_that_is_written_only_at_the_end() -> None:
+    shown = " ".join(drawn(run_table(report(status="interrupted"))).split())
+    assert "holds the edited model" not in shown
+    assert "--resume" in shown
+
+
+@pytest.mark.parametrize("status", ["done", "stopped"])
+def test_a_run_without_an_edit_does_not_claim_an_edited_model(status: str) -> None:
+    shown = " ".join(drawn(run_table(report(status=status, applied=0))).split())
+    assert "holds the edited model" not in shown
+    assert "holds no edit" in shown
+
+
 def test_rejected_edits_are_listed_up_to_a_point_and_never_read_as_markup() -> None:
     rejected = tuple(Rejection(f"e{i}", "the subject [red]'x'[/red] is not in the prompt", i) for i in range(9))
     shown = " ".join(drawn(run_table(report(rejected=rejected))).split())

@@ -30,6 +30,8 @@ from editcli.models.tokens import Tokens
 BUNDLED = "bundled"
 """The name of the small trained model that ships inside the package."""
 
+_RUN = Path("editcli", "state.safetensors")
+"""What only a run has, before its model is in its folder; exports have its record as well."""
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _REVISION = re.compile(r"^[\w./-]+$")
@@ -93,6 +95,8 @@ def resolve_model(source: str | Path | None, *, revision: str | None = None) -> 
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / _RUN).is_file():
+                raise ModelError(f"the run in {name} has written no model yet; go on with 'editcli apply' and --resume")
             raise ModelError(f"{name} is a folder without config.json; is it a Hugging Face model folder?")
         return ModelSource(name, folder.resolve())
     if folder.exists():
@@ -142,6 +146,7 @@ def open_model(
             )
         if not options:
             model = model.to(place)
+        _own(model)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"the model in {source.folder} does not fit the memory of {place}; use a smaller --dtype, --device cpu or "
@@ -151,7 +156,6 @@ def open_model(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
     model.eval().requires_grad_(False)
-    _own(model)
     return LoadedModel(model, tokens, resolve(model, families), source)
 
 

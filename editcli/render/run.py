@@ -138,7 +138,12 @@ def _ending(report: RunReport) -> Iterator[RenderableType]:
     seconds = report.seconds
     spent = [f"{name} {duration(seconds[name])}" for name in _PHASES if seconds.get(name)]
     yield Text(f"{duration(seconds.get('total', 0.0))}: {', '.join(spent)}", style="dim")
-    yield Text.assemble((f"{report.out}/", "bold"), " holds the edited model and, in editcli/, the record of this run")
+    holds = " holds the edited model and, in editcli/, the record of this run"
+    if report.status == "interrupted":
+        holds = " holds, in editcli/, the edits so far; the model is written when --resume has done the rest"
+    elif not report.applied:
+        holds = " holds no edit; editcli/ has the record of this run"
+    yield Text.assemble((f"{report.out}/", "bold"), holds)
 
 
 def _table(*headings: str) -> Table:

@@ -17,6 +17,7 @@ from editcli.models.loading import LoadedModel
 from editcli.plugins import Plugins
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.planning import Planned
+from editcli.runs.requirements import requirements
 from editcli.runs.stream import Stream
 
 EFFICACY = ("efficacy_accuracy", "efficacy_success")
@@ -106,12 +107,27 @@ def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> dict[
 
 def rounded_differently(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Yield a warning for everything in two provenances that may make the same arithmetic round differently."""
-    for what in ("versions", "plugins", "device"):
-        if what in old and old[what] != new[what]:
+    before = _arithmetic(old)
+    for what, parts in _arithmetic(new).items():
+        # What only one of the two has belongs to another stack, which is refused with a sentence of its own.
+        pairs = [(name, before[what].get(name, value), value) for name, value in parts.items()]
+        others = [f"{name} was {earlier}, now {value}".strip() for name, earlier, value in pairs if earlier != value]
+        if others:
             yield (
-                f"this run was made with other {what} ({old[what]}, now {new[what]}); what is written from here on may "
+                f"this run was made with other {what} ({'; '.join(others)}); what is written from here on may "
                 "differ in its last digits"
             )
+
+
+def _arithmetic(provenance: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return what rounding hangs on, by kind and name; a record that says nothing usable of a kind has none of it."""
+    versions, device = provenance.get("versions"), provenance.get("device")
+    brought = requirements({"provenance": provenance})
+    return {
+        "versions": dict(versions) if isinstance(versions, Mapping) else {},
+        "plugins": {part.name: f"{part.distribution} {part.version}".strip() for part in brought},
+        "device": {"": device} if isinstance(device, str) else {},
+    }
 
 
 def efficacy(evaluation: Evaluation) -> dict[str, float | None]:

@@ -305,7 +305,9 @@ def check_output(recipe: Recipe, source: ModelSource) -> None:
         if not run.is_run:
             raise StateError(f"{out} is not a run of editcli, so --overwrite leaves it alone; choose another --out")
     parent = _existing(out)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
+        raise StateError(f"{out} cannot be made: {parent} is a file; choose another --out")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise StateError(f"{out} cannot be written: no permission in {parent}; choose another --out")
 
 

@@ -15,6 +15,7 @@ import torch
 import editcli
 from editcli.edits import from_record
 from editcli.errors import EditError, GuardError, NumericalError, RequestError, StateError
+from editcli.runs.outcome import rounded_differently
 from editcli.runs.recovery import recover
 from editcli.runs.stack import Stack
 from editcli.runs.state import RunFolder
@@ -152,7 +153,28 @@ def test_other_versions_are_warned_of(shop: Any, anchored: Path) -> None:
     changed = record(out)
     changed["provenance"]["versions"]["torch"] = "1.0"
     (out / "editcli/run.json").write_text(json.dumps(changed))
-    assert "made with other versions" in shop.apply("out", *ANCHORED, "--resume").err
+    said = shop.apply("out", *ANCHORED, "--resume").err
+    assert "made with other versions (torch was 1.0, now " in said
+    assert "{" not in said, "what is the same is left out, and nothing reads like a program"
+
+
+@pytest.mark.parametrize("theirs", [{}, {"plugins": 3, "versions": [], "device": None}, {"plugins": [{"name": "a"}]}])
+def test_a_record_that_says_nothing_of_versions_warns_of_nothing(theirs: dict[str, Any]) -> None:
+    mine = {
+        "versions": {"torch": "2"},
+        "plugins": [{"name": "b", "distribution": "d", "version": "1"}],
+        "device": "cpu",
+    }
+    assert list(rounded_differently(theirs, mine)) == []
+
+
+def test_another_editor_is_refused_without_a_word_about_digits(shop: Any, anchored: Path) -> None:
+    shutil.copytree(anchored, shop.folder / "out")
+    asked = [*ANCHORED, "--resume"]
+    asked[asked.index("--editor") + 1] = "memit"
+    said = shop.apply("out", *asked).err
+    assert "resume with the same" in said
+    assert "last digits" not in said
 
 
 def test_what_an_edit_says_survives_the_segment(tmp_path: Path) -> None:
