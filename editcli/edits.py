@@ -145,8 +145,14 @@ def translate(record: Mapping[str, Any], form: Format, *, file: str, line: int |
         return list(form.read(record))
     # A record that only looks like the format fails in the reader with one of these.
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise RequestError(f"not a usable {form.name} record: {reason}", file=file, line=line) from error
+        raise RequestError(f"not a usable {form.name} record: {_reason(error)}", file=file, line=line) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error in a format's reader says about the record."""
+    if isinstance(error, KeyError):
+        return f"the field {error} is missing"
+    return str(error) if isinstance(error, ValueError) else f"its fields have another shape ({error})"
 
 
 def parse_line(raw: bytes, *, file: str, line: int) -> EditRequest:

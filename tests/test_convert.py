@@ -62,7 +62,7 @@ def test_a_bad_record_is_named_by_its_index(tmp_path: Path):
 
 def test_a_format_asked_for_by_name_says_what_is_wrong(tmp_path: Path):
     path = array(tmp_path / "facts.json", GOOD)
-    with pytest.raises(RequestError, match="not a usable counterfact record"):
+    with pytest.raises(RequestError, match="not a usable counterfact record: the field 'requested_rewrite' is missing"):
         convert(path, form=find_format("counterfact", FORMATS))
 
 

@@ -203,7 +203,7 @@ def test_zsre(file: Any, formats: tuple[Format, ...]):
         ({**ZSRE, "subject": "Red Heron"}, "the subject 'Red Heron' is not in the prompt"),
         ({**EASYEDIT, "target_new": []}, "'target_new' is missing"),
         ({**MQUAKE, "requested_rewrite": []}, "at least one"),
-        ({**MQUAKE, "requested_rewrite": ["text"]}, "not a usable mquake record"),
+        ({**MQUAKE, "requested_rewrite": ["text"]}, "not a usable mquake record: its fields have another shape"),
     ],
 )
 def test_unusable_records_are_refused_with_their_line(

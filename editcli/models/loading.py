@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -160,10 +161,10 @@ def open_model(
 
 
 def _own(model: Any) -> None:
-    """Take a model's weights out of the files that transformers maps on the CPU; see :func:`owned`."""
-    for parameter in model.parameters():
-        if not (parameter.is_meta or is_split(parameter)):
-            parameter.data = owned(parameter.data)
+    """Take a model's tensors out of the files that transformers maps on the CPU; see :func:`owned`."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if not (tensor.is_meta or is_split(tensor)):
+            tensor.data = owned(tensor.data)
 
 
 def _straight_to(place: torch.device) -> dict[str, Any]:
