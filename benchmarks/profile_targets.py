@@ -142,7 +142,6 @@ def without() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
         "head and last MLP only where read": lambda: patch(blocks.Blocks, "logits", _everywhere),
         "oneDNN products": lambda: patch(matmul, "_available", lambda: False),
         "blocks called alone": lambda: patch(steering.Steering, "check", _always_whole),
-        "plain attention for few tokens": lambda: patch(blocks, "sdpa_kernel", lambda backend: nullcontext()),
         "shared beginnings": lambda: patch(steering, "encode", _no_past),
         "chunks of equal width": lambda: patch(steering, "SETUP", 1e18),
         "chunks that fit the caches": lambda: patch(steering, "CACHE_BYTES", 1 << 40),

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_arithmetic() -> Iterator[None]:
+    """Check that a test leaves torch's switches for the whole process alone: later tests would round differently."""
+    yield
+    import torch
+
+    kernels = torch.backends.cuda
+    fused = (kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled())
+    assert (*fused, torch.backends.mkldnn.enabled, torch.get_num_threads()) == (True, True, True, True, 1)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from editcli.models.forward import first, head_only_at, positions, replaced_forward, run, with_first
@@ -85,9 +84,6 @@ class Blocks:
         rows, columns = (index.to(hidden.device) for index in wanted)
         places = rows * hidden.shape[1] + columns
         with ExitStack() as stack:
-            if hidden.device.type == "cpu":
-                # A few new tokens over a short past: torch's fused attention for CPUs is made for long texts.
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             for layer, call in enumerate(calls, start=self.layer + 1):
                 if layer == self.last:
                     mlp = self.architecture.mlp(layer)
