@@ -93,12 +93,19 @@ def test_equals_the_mean_outer_product_of_the_keys(family: str, corpus: Path, tm
         assert found(site).dtype == torch.float64
 
 
-def test_sites_that_were_planned_are_computed_in_one_pass(corpus: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def three_sites(corpus: Path, tmp_path: Path) -> SecondMoments:
+    """The moments of a model of which three sites were planned, and then asked for."""
     loaded = opened(tiny_model_folder(tmp_path / "model"))
     found = moments(loaded, corpus, tmp_path / "cache")
     found.plan(sites(loaded, 0, 1, 2))
     for site in sites(loaded, 0, 1, 2):
         found(site)
+    return found
+
+
+def test_sites_that_were_planned_are_computed_in_one_pass(three_sites: SecondMoments) -> None:
+    found = three_sites
     assert isinstance(found.reporter, Listener)
     assert found.reporter.phases == ["Second moments"]
 
@@ -316,10 +323,5 @@ def test_a_corpus_that_cannot_be_had_is_one_sentence(
         moments(loaded, spec, tmp_path / "cache")(sites(loaded, 1)[0])
 
 
-def test_what_is_cached_does_not_stay_in_memory(corpus: Path, tmp_path: Path) -> None:
-    loaded = opened(tiny_model_folder(tmp_path / "model"))
-    found = moments(loaded, corpus, tmp_path / "cache")
-    found.plan(sites(loaded, 0, 1, 2))
-    for site in sites(loaded, 0, 1, 2):
-        found(site)
-    assert not found._computed
+def test_what_is_cached_does_not_stay_in_memory(three_sites: SecondMoments) -> None:
+    assert not three_sites._computed

@@ -173,6 +173,19 @@ def seed_option(section: str) -> Callable[[Any], Any]:
     )
 
 
+def tau_option(section: str) -> Callable[[Any], Any]:
+    """Return the option for how much of a spectrum counts as dominant."""
+    return option(
+        "--tau",
+        type=float,
+        default=0.1,
+        show_default=True,
+        metavar="SHARE",
+        section=section,
+        help="Share of the spectrum for k(tau).",
+    )
+
+
 def output_options(command: Any) -> Any:
     """Add where the result goes."""
     return _stack(

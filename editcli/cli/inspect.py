@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from editcli.cli.apply_options import tau_option
 from editcli.cli.common import App, Command, LayerRange, json_option, option, print_json
 from editcli.cli.settings import config_option
 
@@ -23,15 +24,7 @@ FIGURES = "Figures"
     help="Singular values, effective and stable rank, k(tau); against a base LS, SS (inferred formulas) and angles.",
 )
 @option("--base", metavar="MODEL", section=FIGURES, help="Compare with this model; a run knows its own.")
-@option(
-    "--tau",
-    type=float,
-    default=0.1,
-    show_default=True,
-    metavar="SHARE",
-    section=FIGURES,
-    help="Share of the spectrum for k(tau).",
-)
+@tau_option(FIGURES)
 @option("--layers", type=LayerRange(), metavar="4-8", section=FIGURES, help="Only these layers.")
 @option(
     "--svd",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from editcli.cli.apply_options import tau_option
 from editcli.cli.common import App, Command, option
 from editcli.cli.settings import config_option
 
@@ -30,15 +31,7 @@ from editcli.cli.settings import config_option
     section="Figures",
     help="Decompose the edited matrices; minutes for a model of several billion parameters.",
 )
-@option(
-    "--tau",
-    type=float,
-    default=0.1,
-    show_default=True,
-    metavar="SHARE",
-    section="Figures",
-    help="Share of the spectrum for k(tau).",
-)
+@tau_option("Figures")
 @option(
     "--threshold",
     "thresholds",

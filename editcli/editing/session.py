@@ -185,9 +185,7 @@ class ModelSession:
     def write(self, site: Site, update: Update) -> None:
         """Add an update to a site's weight."""
         master = self._masters[site]
-        # Contiguous, as the factors of a recorded batch are when it is replayed, so that both round alike.
-        left, right = (factor.to(master).contiguous() for factor in (update.left, update.right))
-        self.set_weight(site, torch.addmm(master, left, right.T))
+        self.set_weight(site, torch.addmm(master, update.left.to(master), update.right.to(master).T))
 
     def set_weight(self, site: Site, weight: Tensor) -> None:
         """Replace a site's weight, (d_out, d_in), in the master and in the model."""

@@ -220,9 +220,8 @@ class Stream:
                 # Such an editor measures here what it remembers later.
                 editor.values(session, requests)
             for site in session.sites:
-                # Copied, because kernels round differently on memory that is not aligned, as a file's is not.
                 keys, residual, left, right = (
-                    tensors[f"{site.module}.{name}"].to(session.weight(site).device, copy=True)
+                    tensors[f"{site.module}.{name}"].to(session.weight(site).device)
                     for name in ("keys", "residual", "left", "right")
                 )
                 updates[site] = Update(left, right)

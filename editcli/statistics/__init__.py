@@ -211,14 +211,14 @@ class SecondMoments:
         path = self._path(site)
         if not path.is_file():
             return None
-        metadata, tensors = _open(path)
+        tensors, metadata = _open(path)
         if metadata.get("fingerprint") != self.identity(site).fingerprint:
             raise StatisticsError(f"{path} belongs to another model or corpus than its name says; delete it")
         return tensors[f"{site.module}.second_moment"]
 
     def _from_file(self, site: Site) -> Tensor:
         assert self.file is not None
-        metadata, tensors = _open(self.file)
+        tensors, metadata = _open(self.file)
         models = json.loads(metadata.get("models", "{}"))
         if site.module not in models:
             raise StatisticsError(f"{self.file} has nothing on {site.module}; compute it with: editcli stats compute")
@@ -272,10 +272,9 @@ def _batches(rows: Iterator[list[int]], total: int, budget: int) -> Iterator[lis
             yield [window[index] for index in islice(group, None)]
 
 
-def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        tensors, metadata = read_safetensors(path)
-        return metadata, tensors
+        return read_safetensors(path)
     except (SafetensorError, OSError) as error:
         raise StatisticsError(f"cannot read the statistics in {path}: {error}; delete or compute them again") from error
 
