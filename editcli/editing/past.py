@@ -111,8 +111,8 @@ def _grow(loaded: LoadedModel, kept: Kept, parents: Tensor, segments: Sequence[I
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(kept.layers):
         cache.update(keys[parents.to(keys.device)], values[parents.to(values.device)], layer)
-    options = cache_options(torch.cat([kept.mask[parents], own], dim=1), ids.shape[1], cache, loaded.input_device)
     device = loaded.input_device
+    options = cache_options(loaded.model, torch.cat([kept.mask[parents], own], dim=1), ids.shape[1], cache, device)
     with head_only_at(loaded.architecture.head, *positions([(0, 0)], device)):
         run(loaded.model, ids.to(device), **options)
     layers: Any = cache.layers

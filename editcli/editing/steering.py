@@ -164,7 +164,7 @@ class Steering:
             return ids.to(device), {}
         # Behind a past it is masked all the same, so that it gets no positions that the model may not have.
         mask = torch.cat([past.mask, real], dim=1)
-        return ids.to(device), cache_options(mask, width, Past(past.layers), device)
+        return ids.to(device), cache_options(self.loaded.model, mask, width, Past(past.layers), device)
 
     @torch.no_grad()
     def _observe(self, kept: Kept) -> tuple[Tensor, Tensor, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from editcli.distributed.team import Team
+from editcli.models.recall import cache_of, with_cache
 from editcli.models.tokens import Encoded, Text
 from editcli.report import Reporter, Silent
 
@@ -155,11 +156,13 @@ def _continue(
     written: list[Tensor] = []
     cache: Any = None
     for _ in range(count):
-        output = loaded.model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = loaded.model(input_ids=step, **with_cache(loaded.model, cache))
+        cache = cache_of(output)
         chosen = _sample(output.logits[:, -1].float().cpu(), sources, top_k)
         written.append(chosen)
-        step = chosen[:, None].to(loaded.input_device)
+        column = chosen[:, None].to(loaded.input_device)
+        # A model without a cache reads its text again from the first token.
+        step = torch.cat([step, column], dim=1) if cache is None else column
     return torch.stack(written, dim=1) if written else torch.empty(len(sources), 0, dtype=torch.long)
 
 

@@ -6,6 +6,8 @@ has to read its texts from the first token. No list of families says which ones 
 
 from __future__ import annotations
 
+import inspect
+from functools import cache as remembered
 from typing import Any
 
 import torch
@@ -14,25 +16,52 @@ from transformers import DynamicCache
 
 from editcli.models.forward import run
 
+SPELLINGS = ("cache", "past_key_values")
+"""What families and versions of transformers call the keys and values of earlier tokens; 5.24 renamed the second."""
+
 HALF = 12
 """Columns of each half of the texts that are tried; the shorter text has ``FEW`` tokens in each and a gap behind."""
 FEW = 2
 
 
-def cache_options(mask: Tensor, width: int, cache: DynamicCache, device: torch.device | str) -> dict[str, Any]:
-    """Return what a model is given to go on from ``cache``; ``mask`` (rows, past + width) has 0 where nothing is."""
+@remembered
+def cache_argument(model_class: Any) -> str | None:
+    """Return the argument of a model class's forward that takes keys and values; None where it takes none.
+
+    The signature says it for every version of transformers, so no version is compared.
+    """
+    parameters = inspect.signature(model_class.forward).parameters
+    return next((name for name in SPELLINGS if name in parameters), None)
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the arguments that make ``model`` continue from ``cache`` and extend it; None starts an empty one.
+
+    A model whose forward takes no cache gets none: it has to read each text from its first token.
+    """
+    name = cache_argument(type(model))
+    return {"use_cache": False} if name is None else {name: cache, "use_cache": True}
+
+
+def cache_of(output: Any) -> Any:
+    """Return the keys and values in a model's output; None where it has none."""
+    # Looking a key up does not touch the attributes that newer versions keep for old names, which warn.
+    return next((output[name] for name in SPELLINGS if name in output), None)
+
+
+def cache_options(
+    model: Any, mask: Tensor, width: int, cache: DynamicCache, device: torch.device | str
+) -> dict[str, Any]:
+    """Return the arguments that continue from ``cache``; ``mask`` (rows, past + width) is 0 where nothing stands."""
     places = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -width:]
-    return {
-        "attention_mask": mask.to(device),
-        "position_ids": places.to(device),
-        "past_key_values": cache,
-        "use_cache": True,
-    }
+    return {"attention_mask": mask.to(device), "position_ids": places.to(device), **with_cache(model, cache)}
 
 
 @torch.no_grad()
 def resumes(model: Any, device: torch.device | str) -> bool:
     """Tell whether ``model`` goes on from the keys and values of padded texts as if it had read the texts."""
+    if cache_argument(type(model)) is None:
+        return False
     size = len(model.get_input_embeddings().weight)
     long = (torch.arange(2 * HALF) + 3) % size
     first, second = long.reshape(2, HALF)
@@ -42,8 +71,8 @@ def resumes(model: Any, device: torch.device | str) -> bool:
     plain = [run(model, text[None].to(device)).logits[0, -1].float() for text in (long, short)]
     cache = DynamicCache()
     try:
-        run(model, rows[:, :HALF].to(device), **cache_options(real[:, :HALF], HALF, cache, device))
-        logits = run(model, rows[:, HALF:].to(device), **cache_options(real, HALF, cache, device)).logits
+        run(model, rows[:, :HALF].to(device), **cache_options(model, real[:, :HALF], HALF, cache, device))
+        logits = run(model, rows[:, HALF:].to(device), **cache_options(model, real, HALF, cache, device)).logits
     # A family that cannot work with such a cache says so in its own way, and is then run without one.
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
         return False
