@@ -1,11 +1,18 @@
-"""Keep every test offline, single-threaded and away from the user's own files."""
+"""Keep every test offline, single-threaded and away from the user's own files.
+
+A plain ``pytest`` leaves out the tests marked ``slow``, which are many like cases of what the others show; ``--all`` runs
+them, and so does naming their file or folder. ``--deprecations FILE`` writes down which calls newer versions of the
+dependencies will take away; such a warning fails no test.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +25,68 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Libraries read these when they are imported, which is before any fixture runs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--deprecations", type=Path, metavar="FILE", help="write the dependencies' deprecations to FILE")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all") or config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+class Deprecations:
+    """Writes down each deprecation that tests met, once, with the test that met it first."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.first: dict[str, str] = {}
+        file.write_text("", encoding="utf-8")
+
+    def pytest_warning_recorded(self, warning_message: warnings.WarningMessage, nodeid: str) -> None:
+        """Note a warning; pytest calls this in the process that gathers the results of all workers."""
+        if issubclass(warning_message.category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+            text = " ".join(str(warning_message.message).split())
+            if text not in self.first:
+                self.first[text] = nodeid
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(f"{text}\n    first met in {nodeid}\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--deprecations")
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Deprecations(file), "deprecations")
+
+
+class AsWarning(logging.Handler):
+    """Raises what a library logs about its deprecated names as a warning, so that it is collected like the others."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Warn of a record that speaks of a deprecation."""
+        text = record.getMessage()
+        if "deprecated" in text or "will be removed" in text:
+            warnings.warn(text, FutureWarning, stacklevel=2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logged_deprecations() -> None:
+    """Collect the deprecations that transformers logs instead of raising them."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_warning()
+    logging.getLogger("transformers").addHandler(AsWarning())
+
+
+@pytest.fixture(autouse=True)
+def heard_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the program from silencing libraries in this process, where pytest collects what they say."""
+    monkeypatch.setattr(sys, "warnoptions", ["default"])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from editcli.cli import libraries
 from editcli.distributed.launch import Launch
 from editcli.errors import OptionError
 from editcli.plugins import Plugins
@@ -182,7 +183,7 @@ def verbosity_options() -> list[click.Option]:
             is_flag=True,
             expose_value=False,
             callback=_set_verbosity(1),
-            help="Say more; show the library's own warnings.",
+            help="Say more; show the warnings of the libraries below.",
         ),
         Option(
             ["-q", "--quiet"],
@@ -199,5 +200,7 @@ def _set_verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool
         app = context.find_object(App)
         if value and app is not None:
             app.verbosity = level
+            if level > 0:
+                libraries.show()
 
     return callback
