@@ -53,6 +53,7 @@ def cases(pairs: Sequence[tuple[str, ...]]) -> list[Any]:
         pytest.param(*pair, marks=[] if pair[-1] in QUICK else pytest.mark.slow, id="-".join(pair)) for pair in pairs
     ]
 
+
 # Without prefixes a key is the bare prompt's, so that what is written can be read back exactly; the weights of the
 # reference text are small for the same reason.
 TARGETS: Mapping[str, Any] = {"steps": 8, "lr": 0.2, "prefixes": 0}

@@ -46,10 +46,9 @@ class TakesOnlyPastKeyValues(Renamed):
 
 
 class TakesNone(LlamaForCausalLM):
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         assert not set(kwargs) & set(NAMES)
-        options = {**kwargs, "use_cache": False}
-        return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **options)
+        return super().forward(input_ids, attention_mask=attention_mask, **{**kwargs, "use_cache": False})
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,8 @@ def test_a_cache_is_extended_by_each_step(folder: Path) -> None:
 
 def test_libraries_are_silent_until_the_user_asks_and_warn_once_then() -> None:
     code = (
-        "import warnings; from editcli.cli import libraries; libraries.quieten(); warnings.warn('old name', FutureWarning);"
+        "import warnings; from editcli.cli import libraries\n"
+        "libraries.quieten(); warnings.warn('old name', FutureWarning)\n"
         "libraries.show(); [warnings.warn('new name', FutureWarning) for _ in range(3)]"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

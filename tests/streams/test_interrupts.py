@@ -23,8 +23,8 @@ import editcli.runs.stream
 def edit_batch(*arguments, real=editcli.runs.stream.edit_batch):
     written = real(*arguments)
     if arguments[0].written and calls.append(1) is None and len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     return written
 calls = []
 editcli.runs.stream.edit_batch = edit_batch
@@ -72,7 +72,7 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
         with Interrupts(told := Told()) as interrupts:
             os.kill(os.getpid(), signal.SIGTERM)
             assert not interrupts.asked
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert interrupts.asked
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert len(told.notes) == 1
@@ -87,7 +87,7 @@ def test_a_note_that_cannot_be_written_inside_a_handler_does_no_harm() -> None:
             raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
 
     with Interrupts(Busy()) as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert interrupts.asked
 
 
