@@ -1,8 +1,8 @@
 """Keep every test offline, single-threaded and away from the user's own files.
 
-A plain ``pytest`` leaves out the tests marked ``slow``, which are many like cases of what the others show; ``--all`` runs
-them, and so does naming their file or folder. ``--deprecations FILE`` writes down which calls newer versions of the
-dependencies will take away; such a warning fails no test.
+A plain ``pytest`` leaves out the tests marked ``slow``, which are many like cases of what the others show; ``--all``
+runs them, and so does naming their file or folder. ``--deprecations FILE`` writes down which calls newer versions of
+the dependencies will take away; such a warning fails no test.
 """
 
 from __future__ import annotations
