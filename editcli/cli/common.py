@@ -56,6 +56,9 @@ class Option(click.Option):
     def __init__(self, *args: Any, section: str = OTHER, **kwargs: Any):
         self.section = section
         super().__init__(*args, **kwargs)
+        if self.metavar is None and isinstance(self.type, click.IntRange):
+            # A number that is counted with; versions of click differ in how they ask for the name of a value.
+            self.metavar = "N"
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         """Convert a value; a settings file may hold a type that click's own converters trip over."""
@@ -63,10 +66,6 @@ class Option(click.Option):
             return super().type_cast_value(ctx, value)
         except (AttributeError, TypeError, OverflowError) as error:
             raise click.BadParameter(f"{shorten(repr(value))} is no value for it", ctx=ctx, param=self) from error
-
-    def make_metavar(self, ctx: click.Context) -> str:
-        """Write a number that is counted with as ``N``."""
-        return "N" if self.metavar is None and isinstance(self.type, click.IntRange) else super().make_metavar(ctx)
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Leave out bounds: who goes beyond them is told."""
