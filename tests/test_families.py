@@ -214,6 +214,7 @@ def surprise(loaded: LoadedModel, request: EditRequest) -> Tensor:
     return -logits.log_softmax(dim=1).gather(1, torch.tensor(text.target_ids)[:, None]).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "falcon-new"])
 def test_the_guessed_preset_runs(name: str, shared: Path, plugins: Plugins, tmp_path: Path) -> None:
     base = tiny_model_folder(tmp_path / "base", name)
@@ -222,6 +223,7 @@ def test_the_guessed_preset_runs(name: str, shared: Path, plugins: Plugins, tmp_
     assert changed(base, tmp_path / "out") == planned(base, report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings_stay_tied(name: str, tied: bool, shared: Path, plugins: Plugins, tmp_path: Path) -> None:
@@ -254,6 +256,7 @@ def test_half_precision_checkpoints_keep_their_dtype(shared: Path, plugins: Plug
     assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_padding_side_of_the_tokenizer_changes_nothing(
     name: str, shared: Path, plugins: Plugins, tmp_path: Path

@@ -56,6 +56,7 @@ def test_a_signal_ends_the_run_with_its_state_saved(
     helpers.same_stream(shop.folder / "out", finished("alphaedit"))
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(shop: Any, finished: Callable[[str], Path], helpers: Any) -> None:
     ended = shop.apply("out", *helpers.STACKS["memit"], "--checkpoint-every", "1", prelude=TWICE)
     assert ended.code == 130, ended.err
