@@ -12,7 +12,8 @@ from editcli.errors import EditError, ModelError
 from editcli.export.recipe import FULL, LORA, PATCH
 from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
-from editcli.models.loading import BUNDLED, is_hub_copy
+from editcli.models.hub import is_hub_copy
+from editcli.models.loading import BUNDLED
 from editcli.recipe import Recipe
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.card import card_body, model_card

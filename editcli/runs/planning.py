@@ -129,12 +129,19 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     file = file or read_requested(recipe, plugins)
     for warning in file.warnings:
         reporter.warn(warning)
-    source = resolve_model(recipe.model, revision=recipe.revision)
+    # What is wrong with the output or the model's configuration is said before its weights are fetched.
+    source = located(recipe, weights=False)
     check_output(recipe, source)
     base = described(recipe, source, plugins)
+    located(recipe)
     planned = replace(plan_on(base, recipe, plugins, file), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
     return replace(planned, footprint=check_memory(planned, base, reporter))
+
+
+def located(recipe: Recipe, *, weights: bool = True) -> ModelSource:
+    """Return where the model of a recipe lies, fetched when it is a hub id."""
+    return resolve_model(recipe.model, revision=recipe.revision, weights=weights, code=recipe.trust_remote_code)
 
 
 def read_requested(recipe: Recipe, plugins: Plugins) -> EditFile:

@@ -17,6 +17,7 @@ from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.interfaces import Site
 from editcli.models.architectures import Family, resolve, skeleton
+from editcli.models.hub import lacks_weights
 from editcli.models.loading import LoadedModel, load_config, load_tokens, open_model, resolve_model
 from editcli.presets import load_preset
 from editcli.report import Reporter, Silent
@@ -87,7 +88,7 @@ def compute(
     """
     team = team or Team()
     reporter = reporter if reporter is not None and team.leads else Silent()
-    source = resolve_model(recipe.model, revision=recipe.revision)
+    source = resolve_model(recipe.model, revision=recipe.revision, code=recipe.trust_remote_code)
     loaded = open_model(
         source,
         device=recipe.device,
@@ -128,7 +129,10 @@ def show(
     """List the second moments in the cache: those of ``model``, or of every model for None. Loads no weights."""
     if model is None:
         return MomentsReport(None, tuple(stored for stored, _ in _kept(cache_folder())))
-    source = resolve_model(model, revision=revision)
+    source = resolve_model(model, revision=revision, weights=False, code=trust_remote_code)
+    if lacks_weights(source.folder):
+        # Nothing was computed here from a model whose weights never were here; they are not fetched to say so.
+        return MomentsReport(source.name, ())
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, trust_remote_code=trust_remote_code)
     bare = skeleton(config, trust_remote_code)
