@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from editcli.errors import ModelError
 from editcli.evaluation.checking import check
+from editcli.export.recipe import ExportRecipe
+from editcli.export.run import export
 from editcli.models.checkpoint import Checkpoint
 from editcli.models.loading import BUNDLED, bundled_folder, load_config, load_tokens, open_model, resolve_model
+from editcli.plugins import load_plugins
+from editcli.recipe import Recipe
+from editcli.runs.apply import apply
 from editcli.runs.history import History
 from editcli.runs.state import RunFolder
 from editcli.testing import tiny_model_folder
@@ -92,7 +98,6 @@ class Hub:
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
 
     def _do(self) -> None:
         status, data, headers = self.hub.answer(self.command, self.path.partition("?")[0].replace("%2F", "/"))
@@ -118,7 +123,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     constants = "huggingface_hub.constants."
     monkeypatch.setattr(constants + "ENDPOINT", fake.url)
     template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    # Where it is looked up depends on the client's version.
+    for place in (constants, "huggingface_hub.file_download."):
+        monkeypatch.setattr(place + "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants + "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
@@ -143,7 +150,9 @@ def edits(tmp_path: Path) -> Path:
 
 
 def unreachable(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the client find nobody at the hub's address."""
+    """Have the client find nobody at the hub's address, and know that it need not try."""
+    hub.server.shutdown()
+    hub.server.server_close()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
@@ -164,7 +173,7 @@ def test_checking_edits_fetches_no_weights(hub: Hub, tiny: Path, edits: Path) ->
     assert "acme/tiny tokenizer.json" in hub.sent
 
 
-VARIANTS = ("consolidated.safetensors", "original/model.safetensors", "metal/model.safetensors", "model.fp16.safetensors")
+COPIES = ("consolidated.safetensors", "original/model.safetensors", "metal/model.safetensors", "model.fp16.safetensors")
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -173,7 +182,7 @@ def test_one_set_of_weights_is_fetched(hub: Hub, shards: int, tmp_path: Path) ->
     folder = tiny_model_folder(tmp_path / "model", shards=shards)
     wanted = sorted(Checkpoint(folder).files)
     files = hub.add("acme/copies", folder)
-    files |= {name: b"x" * number for number, name in enumerate(VARIANTS, 1)}
+    files |= {name: b"x" * number for number, name in enumerate(COPIES, 1)}
     files["original/params.json"] = b"{}"
     source = resolve_model("acme/copies")
     assert hub.weights_sent() == wanted
@@ -196,7 +205,7 @@ def test_a_single_file_goes_before_an_index(hub: Hub, tmp_path: Path) -> None:
     ("files", "said"),
     [
         (("pytorch_model.bin",), "only as pickle files"),
-        (("model.fp16.safetensors", "pytorch_model.bin"), r"only model\.fp16\.safetensors, which transformers does not"),
+        (("model.fp16.safetensors", "pytorch_model.bin"), r"only model\.fp16\.safetensors, which trans"),
         (("unet/model.safetensors",), r"only unet/model\.safetensors"),
         ((), "is it a causal language model"),
     ],
@@ -283,6 +292,7 @@ def test_a_cache_that_another_program_filled_serves_without_a_network(
 
 
 def test_a_hub_that_cannot_be_reached_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.server.shutdown()
     hub.server.server_close()
     with pytest.raises(ModelError, match=r"there is no folder acme/tiny, .*the hub cannot be reached.*connection"):
         resolve_model("acme/tiny")
@@ -371,13 +381,37 @@ def test_a_folder_of_the_cache_is_the_commit_that_it_is_a_copy_of(hub: Hub, tiny
     assert (again.name, again.revision, again.commit, again.folder) == ("acme/tiny", OLDER, OLDER, source.folder)
 
 
+def test_a_run_on_a_hub_model_names_it_and_no_path(hub: Hub, tiny: Path, edits: Path, tmp_path: Path) -> None:
+    """Card and adapter name the repository and its commit, also when the model was given as a folder of the cache."""
+    hub.add(
+        "acme/tiny", tiny, **{"README.md": b"---\nlicense: other\nlicense_name: tiny-1\nlanguage: [en]\n---\n# Tiny\n"}
+    )
+    folder = resolve_model("acme/tiny@v1").folder
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("The capital of France is Rome. Bob plays in London.\n" * 20, "utf-8")
+    recipe = Recipe(
+        edits=str(edits), model=str(folder), out=str(tmp_path / "run"), layers=(1,), corpus=str(corpus), evaluate=False,
+        settings={"targets": {"steps": 2, "prefixes": 0}, "memit": {"ridge": 1e-3}},
+    )  # fmt: skip
+    apply(recipe, load_plugins())
+    export(ExportRecipe(run=recipe.out, out=str(tmp_path / "lora"), format="lora", evaluate=False), load_plugins())
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text("utf-8"))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("acme/tiny", OLDER)
+    for result, library in (("run", "transformers"), ("lora", "peft")):
+        card = ModelCard.load(tmp_path / result / "README.md")
+        assert (card.data.base_model, card.data.library_name) == ("acme/tiny", library)
+        assert (card.data.license, card.data.license_name, card.data.language) == ("other", "tiny-1", ["en"])
+        assert str(tmp_path) not in card.content
+        assert f"--model acme/tiny --revision {OLDER}" in card.text
+
+
 def test_a_cache_that_cannot_be_written_is_one_sentence(
     hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add("acme/tiny", tiny)
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    with pytest.raises(ModelError, match="acme/tiny cannot be written to the hub's cache .*set HF_HOME") as caught:
+    with pytest.raises(ModelError, match=r"acme/tiny cannot be written to the hub's cache .*set HF_HOME") as caught:
         resolve_model("acme/tiny")
     assert "\n" not in str(caught.value)
 

@@ -76,7 +76,7 @@ def push(folder: Path, to: Destination, message: str, reporter: Reporter) -> Pus
 @contextmanager
 def _asking(repo: str, folder: Path | None = None) -> Iterator[None]:
     """Turn what the hub and its client raise into one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
 
     kept = "" if folder is None else f"; the result is in {folder}"
     try:

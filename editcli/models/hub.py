@@ -79,7 +79,7 @@ def _small_files(name: str, revision: str | None) -> Path:
     A cache that another program filled may lack a card or a licence. Without a network it still serves.
     """
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import LocalEntryNotFoundError
 
     try:
         return _download(name, revision, _SMALL, ignore=_BELOW)
@@ -129,7 +129,7 @@ def _no_weights(name: str, commit: str | None, folder: Path) -> str:
 def _listed(name: str, commit: str | None) -> list[str] | None:
     """Return the names of a repository's files; None without a network."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         return list(HfApi().list_repo_files(name, revision=commit))
@@ -140,7 +140,7 @@ def _listed(name: str, commit: str | None) -> list[str] | None:
 
 
 def _fetch_foreign_code(name: str, folder: Path) -> None:
-    """Fetch the Python files of other repositories that a model's configuration names (``OWNER/NAME--module.Class``)."""
+    """Fetch the Python files that a model's configuration names in other repositories (``ID--module.Class``)."""
     for other in sorted(set(_foreign_code(folder)) - {name}):
         with _asking(other, None):
             _download(other, None, [_CODE, "config.json"])
@@ -209,7 +209,7 @@ def _exactly(file: str) -> str:
 @contextmanager
 def _asking(name: str, revision: str | None, folder: Path | None = None) -> Iterator[None]:
     """Turn what the hub and its client raise into one sentence; ``folder`` is what the cache has of the model."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         yield
@@ -217,10 +217,11 @@ def _asking(name: str, revision: str | None, folder: Path | None = None) -> Iter
         # The last three are ours to mend.
         raise
     except HFValidationError as error:
-        raise ModelError(f"{name!r} cannot be the id of a hub model; write OWNER/NAME, or the path of a folder") from error
+        raise ModelError(f"{name!r} cannot be the id of a hub model; write OWNER/NAME, or a folder's path") from error
     except LocalEntryNotFoundError as error:
         answer = _answer(error)
-        raise ModelError(_refusal(answer, name, revision) if answer else _unreachable(name, revision, folder)) from error
+        what = _unreachable(name, revision, folder) if answer is None else _refusal(answer, name, revision)
+        raise ModelError(what) from error
     except HfHubHTTPError as error:
         raise ModelError(_refusal(error, name, revision)) from error
     # Which HTTP library the client uses, and so what it raises without a network, depends on its version.
@@ -232,7 +233,7 @@ def _asking(name: str, revision: str | None, folder: Path | None = None) -> Iter
 
 def _answer(error: BaseException) -> Any:
     """Return the hub's refusal that made the client look into its cache; None when the hub could not be asked."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import HfHubHTTPError
 
     cause = error.__cause__
     return cause if isinstance(cause, HfHubHTTPError) else None
@@ -240,20 +241,19 @@ def _answer(error: BaseException) -> Any:
 
 def _refusal(error: Any, name: str, revision: str | None) -> str:
     """Say in plain words what the hub answered, and what to do about it."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import get_token, utils
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     login = "log in with 'hf auth login' or set HF_TOKEN"
     logged_in = get_token() is not None
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name} has no revision {revision!r} on the hub; its branches, tags and commits are at {page(name)}/tree/main"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, utils.RevisionNotFoundError):
+        return f"{name} has no revision {revision!r} on the hub; its branches and tags are at {page(name)}/tree/main"
+    if isinstance(error, utils.GatedRepoError):
         then = "with the account that is logged in on this machine" if logged_in else f"then {login}"
         return f"{name} is gated: its owner asks for consent first; accept the terms at {page(name)}, {then}"
-    if isinstance(error, DisabledRepoError):
+    if isinstance(error, utils.DisabledRepoError):
         return f"the hub has disabled access to {name}; see {page(name)}"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, utils.RepositoryNotFoundError):
         private = "not shown to the login of this machine" if logged_in else f"private: {login}"
         if status == 404 and not logged_in:
             return f"there is no folder {name}, and the hub has no model of that name; check how it is spelled"
