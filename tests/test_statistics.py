@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from editcli.report import Silent
 from editcli.statistics import SecondMoments, StatisticsOptions
 from editcli.statistics import corpus as corpora
 from editcli.statistics.corpus import open_corpus
+from editcli.statistics.moments import MomentsRecipe, compute
 from editcli.testing import tiny_model_folder
 
 TEXT = [
@@ -321,6 +323,57 @@ def test_a_corpus_that_cannot_be_had_is_one_sentence(
     loaded = opened(tiny_model_folder(tmp_path / "model"))
     with pytest.raises(StatisticsError, match=r"nowhere\.txt|datasets"):
         moments(loaded, spec, tmp_path / "cache")(sites(loaded, 1)[0])
+
+
+@pytest.fixture
+def no_cache(tmp_path: Path) -> Path:
+    """A cache folder that nobody can make, whatever the rights of who runs the tests."""
+    (tmp_path / "file").write_text("in the way", "utf-8")
+    return tmp_path / "file" / "cache"
+
+
+def test_a_cache_that_cannot_be_written_is_mentioned_once(corpus: Path, no_cache: Path, tmp_path: Path) -> None:
+    """Nothing is computed twice for that, and what is computed of the moments says no more."""
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    found = moments(loaded, corpus, no_cache)
+    found.plan(sites(loaded, 0, 1))
+    session = ModelSession(loaded, (0, 1), prefixes=(), second_moment=found, cache=found.cache, reporter=found.reporter)
+    cached = moments(loaded, corpus, tmp_path / "cache")
+    for site in (*sites(loaded, 0, 1), *sites(loaded, 0, 1)):
+        session.decomposition(site)
+        assert torch.equal(found(site), cached(site))
+    assert isinstance(found.reporter, Listener)
+    assert found.reporter.phases == ["Second moments"]
+    (warning,) = (text for text in found.reporter.told if "cache" in text)
+    assert str(no_cache) in warning
+    assert "XDG_CACHE_HOME" in warning
+
+
+def test_statistics_that_cannot_be_cached_need_a_file(
+    corpus: Path, no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is computed; with a file the command does its work."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_cache))
+    folder = tiny_model_folder(tmp_path / "model")
+    recipe = MomentsRecipe(model=str(folder), layers=(1,), corpus=str(corpus), options=StatisticsOptions(tokens=60))
+    with pytest.raises(StatisticsError, match=r"cannot be written; write to a file with --out"):
+        compute(recipe)
+    report = compute(replace(recipe, out=str(tmp_path / "stats.safetensors")))
+    assert [(site.path, site.computed) for site in report.sites] == [(str(tmp_path / "stats.safetensors"), True)]
+    loaded = opened(folder)
+    SecondMoments(loaded, file=tmp_path / "stats.safetensors")(*sites(loaded, 1))
+
+
+def test_an_account_without_a_home_folder_gets_no_folder_of_that_name(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    found = moments(loaded, corpus, Path("~/.cache/editcli"))
+    found(*sites(loaded, 1))
+    assert not (tmp_path / "~").exists()
+    assert isinstance(found.reporter, Listener)
+    assert any("no home folder" in text for text in found.reporter.told)
 
 
 def test_what_is_cached_does_not_stay_in_memory(three_sites: SecondMoments) -> None:

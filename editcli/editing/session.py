@@ -26,6 +26,7 @@ from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of, read_weight, replace_weight
 from editcli.models.tokens import Encoded
 from editcli.report import Reporter, Silent
+from editcli.runs.cache import CacheFolder
 
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 """What the generated prefixes start with, as in ROME's code."""
@@ -58,7 +59,7 @@ class ModelSession:
         second_moment: SecondMoment | None = None,
         pilots: PilotSource | None = None,
         save_dtype: torch.dtype | None = None,
-        cache: Path | None = None,
+        cache: Path | CacheFolder | None = None,
         reporter: Reporter | None = None,
         seed: int = 0,
         solve_device: torch.device | None = None,
@@ -70,7 +71,7 @@ class ModelSession:
         self.sites = tuple(loaded.architecture.site(layer) for layer in self.layers)
         self.prefixes = tuple(generate_prefixes(loaded, self.options, seed=seed) if prefixes is None else prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
-        self._decompose = Decompositions(cache, self.reporter)
+        self._decompose = Decompositions(CacheFolder(cache, self.reporter) if isinstance(cache, Path) else cache)
         self._activations = Activations(loaded, batch_tokens=self.options.batch_tokens, reporter=self.reporter)
         self._rows: tuple[Sequence[EditRequest], dict[tuple[str, ...], list[Encoded]]] = ((), {})
         self._moments: dict[Site, Tensor] = {}

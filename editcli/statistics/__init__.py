@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from editcli.models.offload import device_of
 from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
 from editcli.report import Reporter, Silent
+from editcli.runs.cache import CacheFolder, moments_folder
 from editcli.runs.files import read_safetensors, write_safetensors
 from editcli.statistics.corpus import Corpus, open_corpus
 
@@ -82,10 +82,11 @@ class SecondMoments:
         length = self.options.max_length
         self.corpus: Corpus = open_corpus(corpus, loaded, max_length=length, seed=seed, team=self.team)
         self.file, self.reporter = file, reporter or Silent()
-        self.cache = cache if cache is not None else user_cache_path("editcli") / "second-moments"
+        self.cache = CacheFolder(cache if cache is not None else moments_folder(), self.reporter)
         self._digests: dict[str, str] = {}
         self._computed: dict[Site, Tensor] = {}
         self._wanted: tuple[Site, ...] = ()
+        self._uncached: dict[Site, Tensor] = {}
 
     def plan(self, sites: Sequence[Site]) -> None:
         """Say which sites will be asked for, so that what is missing is computed in one pass over the corpus."""
@@ -108,12 +109,17 @@ class SecondMoments:
 
     def is_cached(self, site: Site) -> bool:
         """Tell whether a site's second moment can be read instead of computed."""
-        return self.file is not None or self._path(site).is_file()
+        return self.file is not None or site in self._uncached or self.cache.holds(self._name(site))
 
     def missing(self, sites: Sequence[Site]) -> list[Site]:
         """Return those of ``sites`` that rank 0, which keeps the cache, has to have computed."""
         flags = self.team.lead("missing", lambda: [not self.is_cached(site) for site in sites])
         return [site for site, is_missing in zip(sites, flags, strict=True) if is_missing]
+
+    @property
+    def uncached(self) -> Mapping[Site, Tensor]:
+        """What was computed and could not be cached: it stays in memory."""
+        return self._uncached
 
     def tokens_for(self, site: Site) -> int:
         """Return how many tokens are read for a site."""
@@ -199,17 +205,20 @@ class SecondMoments:
             run(self.loaded.model, ids)
         return seen
 
-    def _path(self, site: Site) -> Path:
-        return self.cache / f"{self.identity(site).fingerprint}.safetensors"
+    def _name(self, site: Site) -> str:
+        return f"{self.identity(site).fingerprint}.safetensors"
 
     def _kept(self, site: Site) -> tuple[Tensor, ...]:
         """Return what the user's file or the cache holds on a site; nothing when it has to be computed."""
+        if site in self._uncached:
+            # The cache did not take it; computing it again for every reader would take minutes.
+            return (self._uncached[site],)
         found = self._from_file(site) if self.file is not None else self._cached(site)
         return () if found is None else (found,)
 
     def _cached(self, site: Site) -> Tensor | None:
-        path = self._path(site)
-        if not path.is_file():
+        path = self.cache.path(self._name(site))
+        if not self.cache.holds(path.name):
             return None
         tensors, metadata = _open(path)
         if metadata.get("fingerprint") != self.identity(site).fingerprint:
@@ -232,12 +241,8 @@ class SecondMoments:
     def _store(self, site: Site, moment: Tensor) -> None:
         identity = self.identity(site)
         metadata = {"fingerprint": identity.fingerprint, "identity": json.dumps(asdict(identity))}
-        try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            write_safetensors(self._path(site), {f"{site.module}.second_moment": moment}, metadata)
-        except OSError as error:
-            # A cache that cannot be written costs time on the next run, nothing else.
-            self.reporter.warn(f"second moments could not be cached in {self.cache}: {error.strerror or error}")
+        if not self.cache.store(self._name(site), {f"{site.module}.second_moment": moment}, metadata):
+            self._uncached[site] = moment
 
     def _weights_digest(self, site: Site) -> str:
         """Hash the tensors that a site's keys depend on: everything but the blocks above it."""

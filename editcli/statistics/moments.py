@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 
 from editcli.distributed.agreement import agree_on_inputs, agree_on_models
@@ -21,6 +20,7 @@ from editcli.models.hub import lacks_weights
 from editcli.models.loading import LoadedModel, load_config, load_tokens, open_model, resolve_model
 from editcli.presets import load_preset
 from editcli.report import Reporter, Silent
+from editcli.runs.cache import moments_folder
 from editcli.statistics import Identity, SecondMoments, StatisticsOptions
 
 
@@ -108,12 +108,14 @@ def compute(
         agree_on_models(team, [loaded.checkpoint.fingerprint()])
     started = time.perf_counter()
     missing = moments.missing(sites)
+    if missing and recipe.out is None and not all(team.lead("cache", lambda: [moments.cache.is_writable()])):
+        raise StatisticsError(f"the cache {moments.cache.folder} cannot be written; write to a file with --out FILE")
     if missing:
         moments.compute(missing)
     seconds = time.perf_counter() - started
     if recipe.out is not None:
         _save(moments, Path(recipe.out), sites)
-    kept = team.lead("what is kept", lambda: [asdict(stored) for stored in _of(moments, sites)])
+    kept = team.lead("what is kept", lambda: [asdict(stored) for stored in _of(moments, sites, recipe.out)])
     by_module = {item["module"]: Stored(**item) for item in kept}
     found = [replace(by_module[s.module], computed=s in missing) for s in sites if s.module in by_module]
     return MomentsReport(source.name, tuple(found), seconds, recipe.out)
@@ -139,15 +141,15 @@ def show(
     loaded = LoadedModel(bare, tokens, resolve(bare, families), source)
     moments = SecondMoments(loaded)
     sites = [loaded.architecture.site(layer) for layer in range(loaded.architecture.layers)]
-    kept = {identity.module for _, identity in _kept(moments.cache)}
+    kept = {identity.module for _, identity in _kept(moments.cache.folder)}
     wanted = {moments.identity(site).model for site in sites if site.module in kept}
-    found = [stored for stored, identity in _kept(moments.cache) if identity.model in wanted]
+    found = [stored for stored, identity in _kept(moments.cache.folder) if identity.model in wanted]
     return MomentsReport(source.name, tuple(found))
 
 
 def cache_folder() -> Path:
     """Return where second moments are kept."""
-    return user_cache_path("editcli") / "second-moments"
+    return moments_folder()
 
 
 def _save(moments: SecondMoments, path: Path, sites: Sequence[Site]) -> None:
@@ -157,9 +159,13 @@ def _save(moments: SecondMoments, path: Path, sites: Sequence[Site]) -> None:
         raise StatisticsError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
 
 
-def _of(moments: SecondMoments, sites: Sequence[Site]) -> Iterator[Stored]:
+def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Iterator[Stored]:
+    """Yield what there is on ``sites``: in the cache, or only in the file ``out`` where the cache cannot be written."""
     wanted = {moments.identity(site).fingerprint for site in sites}
-    return (stored for stored, identity in _kept(moments.cache) if identity.fingerprint in wanted)
+    yield from (stored for stored, identity in _kept(moments.cache.folder) if identity.fingerprint in wanted)
+    for site, moment in moments.uncached.items() if out is not None else ():
+        identity, size = moments.identity(site), moment.numel() * moment.element_size()
+        yield Stored(site.module, len(moment), identity.tokens, identity.corpus, identity.dtype, size, out)
 
 
 def _kept(folder: Path) -> Iterator[tuple[Stored, Identity]]:
