@@ -201,11 +201,39 @@ def test_a_single_file_goes_before_an_index(hub: Hub, tmp_path: Path) -> None:
     assert hub.weights_sent() == ["model.safetensors"]
 
 
+def test_the_weights_that_the_config_names_go_before_all_others(hub: Hub, tiny: Path) -> None:
+    files = hub.add("acme/named", tiny)
+    files["other.safetensors"] = files["model.safetensors"]
+    config = {**json.loads(files["config.json"]), "transformers_weights": "other.safetensors"}
+    files["config.json"] = json.dumps(config).encode()
+    resolve_model("acme/named")
+    assert hub.weights_sent() == ["other.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"adapter_config.json": b'{"base_model_name_or_path": "acme/tiny"}'},
+            "is an adapter of acme/tiny, not a model",
+        ),
+        ({"tiny-Q8_0.gguf": b"GGUF"}, "holds GGUF files"),
+        ({"data.json": b"{}"}, r"has no config\.json on the hub"),
+    ],
+)
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_repository_that_is_no_model(hub: Hub, files: dict[str, bytes], said: str, weights: bool) -> None:
+    hub.repositories["acme/odd"] = {**files, "adapter_model.safetensors": b"x", "README.md": b"# Odd"}
+    with pytest.raises(ModelError, match=said):
+        resolve_model("acme/odd", weights=weights)
+    assert hub.weights_sent() == []
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
         (("pytorch_model.bin",), "only as pickle files"),
-        (("model.fp16.safetensors", "pytorch_model.bin"), r"only model\.fp16\.safetensors, which trans"),
+        (("model.fp16.safetensors", "pytorch_model.bin"), r"only model\.fp16\.safetensors, which tr"),
         (("unet/model.safetensors",), r"only unet/model\.safetensors"),
         ((), "is it a causal language model"),
     ],
@@ -406,7 +434,7 @@ def test_a_run_on_a_hub_model_names_it_and_no_path(hub: Hub, tiny: Path, edits: 
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(
-    hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.add("acme/tiny", tiny)
     (tmp_path / "file").write_text("in the way")
@@ -414,6 +442,8 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(
     with pytest.raises(ModelError, match=r"acme/tiny cannot be written to the hub's cache .*set HF_HOME") as caught:
         resolve_model("acme/tiny")
     assert "\n" not in str(caught.value)
+    # The client says nothing beside it.
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("path", ["./none", "/none/at/all", "a/b/c", "no such model", "a/b@", "a/b@x y", "@v1"])

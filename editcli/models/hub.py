@@ -17,12 +17,15 @@ from typing import Any
 
 from editcli.errors import EditError, ModelError
 from editcli.models.checkpoint import INDEX, SINGLE, is_plain_name
+from editcli.printable import shorten
 
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _PREFIX = "models--"
 _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "LICENCE*", "NOTICE*")
 """Files beside the weights: config, tokenizer, chat template, card and licence."""
 _BELOW = "*/*"
+_ADAPTER = "adapter_config.json"
+_AN_INDEX = ".safetensors.index.json"
 _FURTHER = ("config.json", "editcli/run.json", "additional_chat_templates/*.jinja")
 """What is needed of the files in folders, and a file that is there, since the client warns when none is."""
 _CODE = "*.py"
@@ -58,6 +61,7 @@ def fetch(name: str, revision: str | None = None, *, weights: bool = True, code:
         folder = _small_files(name, revision)
     at = folder.name if is_hub_copy(folder) else revision
     with _asking(name, revision, folder):
+        _refuse_other(name, at, folder)
         # The commit, so that everything is of one state of the repository.
         _download(name, at, [*_FURTHER, *([_CODE] if code else [])])
         if weights:
@@ -92,38 +96,69 @@ def _small_files(name: str, revision: str | None) -> Path:
 
 def _fetch_weights(name: str, commit: str | None, folder: Path) -> None:
     """Fetch one set of weights in the order of transformers; raise :class:`ModelError` where there is none."""
-    _download(name, commit, [SINGLE, "config.json"], bars=True)
-    if (folder / SINGLE).is_file():
-        return
-    if not (folder / INDEX).is_file():
-        raise ModelError(_no_weights(name, commit, folder))
+    named = _read_object(folder / "config.json").get("transformers_weights")
+    candidates = [named] if is_plain_name(named) else [SINGLE, INDEX]
+    for file in candidates:
+        # Another file that is there as well keeps the client from warning where this one is not.
+        _download(name, commit, [_exactly(file), "config.json"], bars=True)
+        if (folder / file).is_file():
+            break
+    else:
+        raise ModelError(_no_weights(name, commit, folder, candidates))
+    if file.endswith(_AN_INDEX):
+        _fetch_shards(name, commit, folder / file)
+
+
+def _fetch_shards(name: str, commit: str | None, index: Path) -> None:
+    """Fetch the shards that an index names, those that may be files of its folder."""
     try:
-        shards = {str(file) for file in json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()}
+        shards = {str(file) for file in json.loads(index.read_text("utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{INDEX} of {name} on the hub is not a usable shard index: {error}") from error
-    missing = sorted(file for file in shards if is_plain_name(file) and not (folder / file).is_file())
+        raise ModelError(f"{index.name} of {name} on the hub is not a usable shard index: {error}") from error
+    missing = sorted(file for file in shards if is_plain_name(file) and not (index.parent / file).is_file())
     if missing:
         _download(name, commit, [_exactly(file) for file in missing], bars=True)
 
 
-def _no_weights(name: str, commit: str | None, folder: Path) -> str:
-    """Say why no weights of a repository can be used, as exactly as the hub's list of its files allows."""
+def _refuse_other(name: str, commit: str | None, folder: Path) -> None:
+    """Raise :class:`ModelError` for a repository that is no model of transformers, saying what it is instead."""
+    if (folder / "config.json").is_file():
+        return
+    if (folder / _ADAPTER).is_file():
+        base = _read_object(folder / _ADAPTER).get("base_model_name_or_path")
+        of = f" of {shorten(base)}" if isinstance(base, str) else ""
+        raise ModelError(
+            f"{name} on the hub is an adapter{of}, not a model; merge it into its base (merge_and_unload of peft, then "
+            "save_pretrained) and pass the merged folder"
+        )
     files = _listed(name, commit)
     if files is None:
+        raise ModelError(f"the hub's cache lacks config.json of {name}, and the hub cannot be reached to fetch it")
+    if any(file.endswith(".gguf") for file in files):
+        raise ModelError(
+            f"{name} holds GGUF files, which cannot be edited; choose the repository with safetensors that they were "
+            "made from"
+        )
+    raise ModelError(f"{name} has no config.json on the hub, so it is no model of transformers")
+
+
+def _no_weights(name: str, commit: str | None, folder: Path, wanted: list[str]) -> str:
+    """Say why no weights of a repository can be used, as exactly as the hub's list of its files allows."""
+    files, lacks = _listed(name, commit), f"has no {' and no '.join(wanted)} on the hub"
+    if files is None:
         return f"the hub's cache has no weights of {name} in {folder}, and the hub cannot be reached to fetch them"
-    top = [file for file in files if "/" not in file]
     if other := [file for file in files if file.endswith(".safetensors")]:
         shown = ", ".join(other[:3]) + (", ..." if len(other) > 3 else "")
         return (
-            f"{name} has no {SINGLE} and no {INDEX} on the hub, only {shown}, which transformers does not load either; "
-            f"download the files, name the weights {SINGLE} and pass the folder"
+            f"{name} {lacks}, only {shown}, which transformers does not load by itself; load the model as its card "
+            "says, save it with save_pretrained, and pass that folder"
         )
-    if any(fnmatch(file, pattern) for file in top for pattern in _PICKLES):
+    if any(fnmatch(file, pattern) for file in files if "/" not in file for pattern in _PICKLES):
         return (
             f"{name} has its weights on the hub only as pickle files, which editcli never opens; convert it to "
             "safetensors first (load it with transformers where you trust it, then save_pretrained)"
         )
-    return f"{name} has no {SINGLE} and no {INDEX} on the hub; is it a causal language model of transformers?"
+    return f"{name} {lacks}; is it a causal language model of transformers?"
 
 
 def _listed(name: str, commit: str | None) -> list[str] | None:
@@ -160,14 +195,19 @@ def names_code(file: Path) -> bool:
 
 
 def _code_of(file: Path) -> Iterator[str]:
-    """Yield the classes of a configuration's ``auto_map``; none of a file that cannot be read, as its reader says."""
+    """Yield the classes of a configuration's ``auto_map``."""
+    named = _read_object(file).get("auto_map")
+    for classes in named.values() if isinstance(named, dict) else ():
+        yield from (str(path) for path in (classes if isinstance(classes, list) else [classes]) if path)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return a file's JSON object; an empty one of a file that cannot be read, as whoever loads it says so."""
     try:
         document = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        return
-    named = document.get("auto_map") if isinstance(document, dict) else None
-    for classes in named.values() if isinstance(named, dict) else ():
-        yield from (str(path) for path in (classes if isinstance(classes, list) else [classes]) if path)
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def page(name: str) -> str:
@@ -183,7 +223,7 @@ def _download(
     """Fetch the files of a repository that fit; ``bars`` show the progress of large ones to a person who waits."""
     from huggingface_hub import snapshot_download
 
-    with nullcontext() if bars and sys.stderr.isatty() else without_bars():
+    with _without_remarks(), nullcontext() if bars and sys.stderr.isatty() else without_bars():
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(allow), ignore_patterns=ignore))
 
 
@@ -199,6 +239,19 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bars()
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Keep the client from remarking on what is said in one sentence when it fails, and does not matter otherwise."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _exactly(file: str) -> str:

@@ -189,7 +189,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
-        _refuse_code(source, "config.json", trust_remote_code)
+        _refuse_code(source, "config.json", trust_remote_code, error)
         raise ModelError(f"cannot read the config of {source.folder}: {_first_line(error)}") from error
 
 
@@ -203,7 +203,7 @@ def load_tokens(
         )
     # The tokenizers library raises a bare Exception for a file that it cannot parse.
     except Exception as error:
-        _refuse_code(source, "tokenizer_config.json", trust_remote_code)
+        _refuse_code(source, "tokenizer_config.json", trust_remote_code, error)
         # What transformers says of a folder without one goes on about packages to install.
         if not any(source.folder.glob("tokenizer*")):
             what = "has no tokenizer; copy tokenizer.json and tokenizer_config.json into it"
@@ -214,9 +214,16 @@ def load_tokens(
     return Tokens(tokenizer, max_length=length, chat_template=chat_template)
 
 
-def _refuse_code(source: ModelSource, file: str, trusted: bool) -> None:
-    """Raise :class:`ModelError` when a file that could not be read names Python code that was not trusted."""
-    if trusted or not names_code(source.folder / file):
+def _refuse_code(source: ModelSource, file: str, trusted: bool, error: Exception) -> None:
+    """Raise :class:`ModelError` when a file could not be read because of the Python code that it names."""
+    if not names_code(source.folder / file):
+        return
+    if trusted:
+        if isinstance(error, PermissionError):
+            raise ModelError(
+                f"the Python code of {source.name} cannot be copied to {error.filename}, from where transformers runs "
+                f"it ({error.strerror}); set HF_HOME to a folder that can be written"
+            ) from error
         return
     code = f"{page(source.name)}/tree/{source.folder.name}" if source.commit else str(source.folder)
     raise ModelError(
