@@ -15,8 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from editcli.errors import EditError, ModelError
+from editcli.errors import ModelError
 from editcli.models.checkpoint import INDEX, SINGLE, is_plain_name
+from editcli.models.refusals import asking
 from editcli.printable import shorten
 
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -26,8 +27,8 @@ _SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "LICENCE*
 _BELOW = "*/*"
 _ADAPTER = "adapter_config.json"
 _AN_INDEX = ".safetensors.index.json"
-_FURTHER = ("config.json", "editcli/run.json", "additional_chat_templates/*.jinja")
-"""What is needed of the files in folders, and a file that is there, since the client warns when none is."""
+_FURTHER = ("editcli/run.json", "additional_chat_templates/*.jinja")
+"""What is needed of the files in folders."""
 _CODE = "*.py"
 _PATCH = ("*.json", "*.safetensors", "*.md")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -54,13 +55,13 @@ def lacks_weights(folder: Path) -> bool:
 def fetch(name: str, revision: str | None = None, *, weights: bool = True, code: bool = False) -> Path:
     """Return the folder of a hub model in the hub's cache; raise :class:`ModelError` when it cannot be had.
 
-    Without ``weights`` only the small files are fetched. Python files are fetched with ``code`` alone: whoever does not
-    trust them has no use for them.
+    Without ``weights`` only the small files are fetched. Python files are fetched with ``code`` alone: without trust
+    they are of no use.
     """
-    with _asking(name, revision):
+    with asking(name, revision):
         folder = _small_files(name, revision)
     at = folder.name if is_hub_copy(folder) else revision
-    with _asking(name, revision, folder):
+    with asking(name, revision, folder):
         _refuse_other(name, at, folder)
         # The commit, so that everything is of one state of the repository.
         _download(name, at, [*_FURTHER, *([_CODE] if code else [])])
@@ -73,7 +74,7 @@ def fetch(name: str, revision: str | None = None, *, weights: bool = True, code:
 
 def fetch_patch(name: str, revision: str | None = None) -> Path:
     """Return the folder of a patch of the hub in the hub's cache; raise :class:`ModelError` when it cannot be had."""
-    with _asking(name, revision):
+    with asking(name, revision):
         return _download(name, revision, _PATCH)
 
 
@@ -97,10 +98,9 @@ def _small_files(name: str, revision: str | None) -> Path:
 def _fetch_weights(name: str, commit: str | None, folder: Path) -> None:
     """Fetch one set of weights in the order of transformers; raise :class:`ModelError` where there is none."""
     named = _read_object(folder / "config.json").get("transformers_weights")
-    candidates = [named] if is_plain_name(named) else [SINGLE, INDEX]
+    candidates = [str(named)] if is_plain_name(named) else [SINGLE, INDEX]
     for file in candidates:
-        # Another file that is there as well keeps the client from warning where this one is not.
-        _download(name, commit, [_exactly(file), "config.json"], bars=True)
+        _download(name, commit, [_exactly(file)], bars=True)
         if (folder / file).is_file():
             break
     else:
@@ -142,9 +142,9 @@ def _refuse_other(name: str, commit: str | None, folder: Path) -> None:
     raise ModelError(f"{name} has no config.json on the hub, so it is no model of transformers")
 
 
-def _no_weights(name: str, commit: str | None, folder: Path, wanted: list[str]) -> str:
+def _no_weights(name: str, commit: str | None, folder: Path, candidates: list[str]) -> str:
     """Say why no weights of a repository can be used, as exactly as the hub's list of its files allows."""
-    files, lacks = _listed(name, commit), f"has no {' and no '.join(wanted)} on the hub"
+    files, lacks = _listed(name, commit), f"has no {' and no '.join(candidates)} on the hub"
     if files is None:
         return f"the hub's cache has no weights of {name} in {folder}, and the hub cannot be reached to fetch them"
     if other := [file for file in files if file.endswith(".safetensors")]:
@@ -177,7 +177,7 @@ def _listed(name: str, commit: str | None) -> list[str] | None:
 def _fetch_foreign_code(name: str, folder: Path) -> None:
     """Fetch the Python files that a model's configuration names in other repositories (``ID--module.Class``)."""
     for other in sorted(set(_foreign_code(folder)) - {name}):
-        with _asking(other, None):
+        with asking(other, None):
             _download(other, None, [_CODE, "config.json"])
 
 
@@ -202,19 +202,12 @@ def _code_of(file: Path) -> Iterator[str]:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    """Return a file's JSON object; an empty one of a file that cannot be read, as whoever loads it says so."""
+    """Return a file's JSON object; an empty one where it cannot be read, which its loader reports."""
     try:
         document = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
-
-
-def page(name: str) -> str:
-    """Return the address of a repository's page."""
-    from huggingface_hub import constants
-
-    return f"{constants.ENDPOINT}/{name}"
 
 
 def _download(
@@ -247,7 +240,7 @@ def _without_remarks() -> Iterator[None]:
     from huggingface_hub.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity(max(level, logging.ERROR))
+    logging.set_verbosity_error()
     try:
         yield
     finally:
@@ -257,91 +250,3 @@ def _without_remarks() -> Iterator[None]:
 def _exactly(file: str) -> str:
     """Return the pattern that fits one name alone."""
     return re.sub(r"([*?[])", r"[\1]", file)
-
-
-@contextmanager
-def _asking(name: str, revision: str | None, folder: Path | None = None) -> Iterator[None]:
-    """Turn what the hub and its client raise into one sentence; ``folder`` is what the cache has of the model."""
-    from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        yield
-    except (EditError, TypeError, AttributeError, NameError):
-        # The last three are ours to mend.
-        raise
-    except HFValidationError as error:
-        raise ModelError(f"{name!r} cannot be the id of a hub model; write OWNER/NAME, or a folder's path") from error
-    except LocalEntryNotFoundError as error:
-        answer = _answer(error)
-        what = _unreachable(name, revision, folder) if answer is None else _refusal(answer, name, revision)
-        raise ModelError(what) from error
-    except HfHubHTTPError as error:
-        raise ModelError(_refusal(error, name, revision)) from error
-    # Which HTTP library the client uses, and so what it raises without a network, depends on its version.
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
-            raise ModelError(_unwritable(error, name)) from error
-        raise ModelError(f"{_unreachable(name, revision, folder)} ({_first_line(error)})") from error
-
-
-def _answer(error: BaseException) -> Any:
-    """Return the hub's refusal that made the client look into its cache; None when the hub could not be asked."""
-    from huggingface_hub.utils import HfHubHTTPError
-
-    cause = error.__cause__
-    return cause if isinstance(cause, HfHubHTTPError) else None
-
-
-def _refusal(error: Any, name: str, revision: str | None) -> str:
-    """Say in plain words what the hub answered, and what to do about it."""
-    from huggingface_hub import get_token, utils
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    login = "log in with 'hf auth login' or set HF_TOKEN"
-    logged_in = get_token() is not None
-    if isinstance(error, utils.RevisionNotFoundError):
-        return f"{name} has no revision {revision!r} on the hub; its branches and tags are at {page(name)}/tree/main"
-    if isinstance(error, utils.GatedRepoError):
-        then = "with the account that is logged in on this machine" if logged_in else f"then {login}"
-        return f"{name} is gated: its owner asks for consent first; accept the terms at {page(name)}, {then}"
-    if isinstance(error, utils.DisabledRepoError):
-        return f"the hub has disabled access to {name}; see {page(name)}"
-    if isinstance(error, utils.RepositoryNotFoundError):
-        private = "not shown to the login of this machine" if logged_in else f"private: {login}"
-        if status == 404 and not logged_in:
-            return f"there is no folder {name}, and the hub has no model of that name; check how it is spelled"
-        return f"there is no folder {name}, and the hub shows no model of that name: it is mistyped, or {private}"
-    if status == 401:
-        return f"the hub does not accept the login of this machine to read {name}; log in again with 'hf auth login'"
-    if status == 403:
-        return f"the login of this machine may not read {name}; use a token with read access to it, or see {page(name)}"
-    said = str(getattr(error, "server_message", None) or _first_line(error)).splitlines()[0]
-    return f"the hub did not send {name} (status {status}: {said}); try again later"
-
-
-def _unreachable(name: str, revision: str | None, folder: Path | None) -> str:
-    """Say that the hub cannot be asked, and what of the model the cache has."""
-    from huggingface_hub import constants
-
-    offline = bool(constants.HF_HUB_OFFLINE)
-    why = "HF_HUB_OFFLINE forbids to ask the hub" if offline else "the hub cannot be reached"
-    advice = "unset it" if offline else "check your connection"
-    if folder is not None:
-        return f"the hub's cache has only a part of {name}, and {why}; {advice} to fetch the rest"
-    wanted = f"{name} in revision {revision}" if revision else name
-    return f"there is no folder {name}, the hub's cache has no {wanted}, and {why}; check the path, or {advice}"
-
-
-def _unwritable(error: OSError, name: str) -> str:
-    from huggingface_hub import constants
-
-    where = error.filename or constants.HF_HUB_CACHE
-    return (
-        f"{name} cannot be written to the hub's cache ({where}: {error.strerror}); set HF_HOME to a folder that can be "
-        "written and has room for it"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" :.") if lines else type(error).__name__

@@ -23,9 +23,10 @@ import transformers
 from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve
 from editcli.models.checkpoint import Checkpoint, owned
-from editcli.models.hub import fetch, is_hub_copy, names_code, page, repository_of
+from editcli.models.hub import fetch, is_hub_copy, names_code, repository_of
 from editcli.models.offload import device_of
 from editcli.models.recall import resumes
+from editcli.models.refusals import page
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
 

@@ -163,7 +163,9 @@ def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Itera
     """Yield what there is on ``sites``: in the cache, or only in the file ``out`` where the cache cannot be written."""
     wanted = {moments.identity(site).fingerprint for site in sites}
     yield from (stored for stored, identity in _kept(moments.cache.folder) if identity.fingerprint in wanted)
-    for site, moment in moments.uncached.items() if out is not None else ():
+    if out is None:
+        return
+    for site, moment in moments.uncached.items():
         identity, size = moments.identity(site), moment.numel() * moment.element_size()
         yield Stored(site.module, len(moment), identity.tokens, identity.corpus, identity.dtype, size, out)
 
