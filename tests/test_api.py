@@ -362,6 +362,7 @@ def test_the_earlier_name_of_the_stream_still_works() -> None:
     assert editcli.EditStream is editcli.Stream
 
 
+@pytest.mark.slow
 def test_the_example_does_what_it_says(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -231,6 +231,7 @@ def test_quiet_and_verbose_work_before_and_after_the_command() -> None:
         assert run(*arguments).returncode == 0
 
 
+@pytest.mark.slow
 def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
     (tmp_path / "facts.jsonl").write_text('{"prompt": "{} is", "subject": "\u6771\u4eac", "target_new": "Rome"}')
     done = run("check", str(tmp_path / "facts.jsonl"), PYTHONIOENCODING="ascii")

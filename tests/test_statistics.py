@@ -171,6 +171,7 @@ def test_a_statistics_file_of_another_model_is_refused(corpus: Path, tmp_path: P
         own(sites(loaded, 2)[0])
 
 
+@pytest.mark.slow
 def test_text_of_the_models_own_needs_no_file_and_repeats(tmp_path: Path) -> None:
     loaded = opened(tiny_model_folder(tmp_path / "model"))
     (site,) = sites(loaded, 1)

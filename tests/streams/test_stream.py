@@ -44,6 +44,7 @@ def test_lines_added_to_the_file_are_picked_up(shop: Any, helpers: Any) -> None:
     assert record(out)["edits"] == {"read": 8, "applied": 8, "rejected": 0}
 
 
+@pytest.mark.slow
 def test_another_file_is_appended_even_after_a_kill_in_its_middle(shop: Any, helpers: Any) -> None:
     shop.edits("first.jsonl", UNNAMED[:2])
     shop.edits("second.jsonl", [{**edit, "target_new": "Paris"} for edit in UNNAMED])

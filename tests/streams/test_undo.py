@@ -15,7 +15,10 @@ from editcli.runs.recovery import recover
 from editcli.runs.state import RunFolder
 from editcli.runs.undo import Undo, plan_undo
 
-STACKS = ("memit", "remembering", "alphaedit", "rlsedit", "ultraedit")
+STACKS = [
+    "memit",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("remembering", "alphaedit", "rlsedit", "ultraedit")),
+]
 
 
 @pytest.fixture
@@ -88,6 +91,7 @@ def without(edits: Sequence[dict[str, Any]], *ids: str) -> list[dict[str, Any]]:
     return [edit for edit in edits if edit["id"] not in ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["alphaedit", "rlsedit"])
 def test_an_edit_in_the_middle_goes_and_what_followed_is_computed_again(shop: Any, helpers: Any, stack: str) -> None:
     """One edit a batch, so that the stream that never had the edit has the same batches."""
