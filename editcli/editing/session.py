@@ -25,10 +25,14 @@ from editcli.interfaces import Gradients, Site, Stabilizer, Update, Values
 from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of, read_weight, replace_weight
 from editcli.models.tokens import Encoded
+from editcli.models.writing import continue_rows
 from editcli.report import Reporter, Silent
 
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 """What the generated prefixes start with, as in ROME's code."""
+
+LIKELY = 10
+"""How many of the likeliest tokens a prefix is sampled from: few enough to keep it readable."""
 
 SecondMoment = Callable[[Site], Tensor]
 
@@ -277,27 +281,43 @@ def _through(norm: Any, columns: Tensor) -> Tensor:
         return norm(columns.T.to(weight)).T.to(columns)
 
 
-@torch.no_grad()
 def generate_prefixes(loaded: LoadedModel, options: TargetOptions, *, seed: int) -> list[str]:
     """Generate the prefixes of section "target values": a few sampled words that end in a full stop and a space."""
     starts = [PREFIX_STARTS[index % len(PREFIX_STARTS)] for index in range(options.prefixes)]
-    if not starts:
-        return []
+    rows = [tuple(loaded.tokens.tokenizer(start)["input_ids"]) for start in starts]
     generator = torch.Generator().manual_seed(seed)
-    prefixes = []
-    for start in starts:
-        ids = loaded.tokens.tokenizer(start, return_tensors="pt")["input_ids"].to(loaded.input_device)
-        for _ in range(options.prefix_tokens):
-            logits = loaded.model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
-            # A special token would end the text, or vanish from it when it is decoded. Some tokenizers have more of
-            # them than the model has logits.
-            logits[
-                [special for special in loaded.tokens.tokenizer.all_special_ids if special < len(logits)]
-            ] = -torch.inf
-            # Sampling from the ten likeliest keeps the prefixes readable; on the CPU it is the same on every device.
-            best = torch.topk(logits, k=min(10, len(logits)))
-            choice = torch.multinomial(torch.softmax(best.values, dim=0), 1, generator=generator)
-            ids = torch.cat([ids, best.indices[choice].to(ids.device)[None]], dim=1)
-        text = loaded.tokens.decode(ids[0].tolist())
-        prefixes.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". ")
-    return prefixes
+    # All noise is drawn in the order of the prefixes, so that how they are batched does not change them.
+    noise = torch.stack([_exponentials(options.prefix_tokens, generator) for _ in rows]) if rows else torch.empty(0)
+    texts = [""] * len(rows)
+    for length in sorted({len(row) for row in rows}):
+        alike = [index for index, row in enumerate(rows) if len(row) == length]
+        begin = torch.tensor([rows[index] for index in alike])
+        choose = _Likely(loaded.tokens.tokenizer.all_special_ids, noise[alike])
+        written = continue_rows(loaded, begin, choose, count=options.prefix_tokens)
+        for index, ids in zip(alike, torch.cat([begin, written], dim=1).tolist(), strict=True):
+            text = loaded.tokens.decode(ids)
+            texts[index] = " ".join(text.replace("{", " ").replace("}", " ").split()) + ". "
+    return texts
+
+
+def _exponentials(steps: int, generator: torch.Generator) -> Tensor:
+    """Draw the noise of one prefix, (steps, LIKELY): the sample is the token with the largest p / noise."""
+    draws = [torch.empty(LIKELY).exponential_(generator=generator) for _ in range(steps)]
+    return torch.stack(draws) if draws else torch.empty(0, LIKELY)
+
+
+class _Likely:
+    """Samples one of the likeliest tokens that are not special, with noise (rows, steps, LIKELY) drawn before."""
+
+    def __init__(self, special: Sequence[int], noise: Tensor):
+        self.special, self.noise, self.step = special, noise, 0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the next token of each row; on the CPU it is the same on every device."""
+        # A special token would end the text, or vanish from it when it is decoded. Some tokenizers have more of them
+        # than the model has logits.
+        barred = torch.tensor([token for token in self.special if token < logits.shape[1]], dtype=torch.long)
+        plain = logits.float().cpu().index_fill(1, barred, -torch.inf)
+        best, tokens = torch.topk(plain, k=min(LIKELY, plain.shape[1]), dim=1)
+        noise, self.step = self.noise[:, self.step, : best.shape[1]], self.step + 1
+        return tokens.gather(1, (torch.softmax(best, dim=1) / noise).argmax(dim=1, keepdim=True))[:, 0]

@@ -28,6 +28,7 @@ from editcli.interfaces import Site
 from editcli.models.checkpoint import file_digest
 from editcli.models.forward import chunks, run, tapped
 from editcli.models.loading import LoadedModel
+from editcli.models.matmul import gram, quick_linears
 from editcli.models.offload import device_of
 from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
@@ -36,6 +37,8 @@ from editcli.runs.files import read_safetensors, write_safetensors
 from editcli.statistics.corpus import Corpus, open_corpus
 
 FORMAT = 1
+CPU_TOKENS = 2048
+"""Most tokens of one pass on a CPU: what does not fit its caches is slower, whatever the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,10 @@ class SecondMoments:
     ):
         self.loaded, self.options, self.team = loaded, options or StatisticsOptions(), team or Team()
         length = self.options.max_length
-        self.corpus: Corpus = open_corpus(corpus, loaded, max_length=length, seed=seed, team=self.team)
         self.file, self.reporter = file, reporter or Silent()
+        self.corpus: Corpus = open_corpus(
+            corpus, loaded, max_length=length, seed=seed, team=self.team, reporter=self.reporter
+        )
         self.cache = cache if cache is not None else user_cache_path("editcli") / "second-moments"
         self._digests: dict[str, str] = {}
         self._computed: dict[Site, Tensor] = {}
@@ -127,7 +132,7 @@ class SecondMoments:
             tokenizer=file_digest(tokenizer) if tokenizer.is_file() else "",
             dtype=str(next(self.loaded.model.parameters()).dtype),
             module=site.module,
-            corpus=self.corpus.identity,
+            corpus=self.corpus.identity_of(self.tokens_for(site)),
             tokens=self.tokens_for(site),
             max_length=self.options.max_length,
         )
@@ -158,8 +163,10 @@ class SecondMoments:
         architecture = self.loaded.architecture
         modules = {site: architecture.projection(site.layer) for site in sites}
         sums = {site: _zeros(module, architecture.shape(site.layer)[1]) for site, module in modules.items()}
-        with self.reporter.phase("Second moments", total, "tokens") as advance:
-            for number, batch in enumerate(_batches(self.corpus.rows(), total, self.options.batch_tokens)):
+        budget = self.options.batch_tokens
+        budget = min(budget, CPU_TOKENS) if self.loaded.input_device.type == "cpu" else budget
+        with self.reporter.phase("Second moments", total, "tokens") as advance, quick_linears(self.loaded.model):
+            for number, batch in enumerate(_batches(self.corpus.read(total), total, budget)):
                 # Batches are of one size in tokens, so taking turns shares them evenly.
                 if number % self.team.parts == self.team.part:
                     for site, outer in self._outer(batch, modules).items():
@@ -188,7 +195,7 @@ class SecondMoments:
             def see(owner: Any, entered: Tensor, output: Any) -> None:
                 entered = whole_input(owner, entered)
                 keys = entered.reshape(-1, entered.shape[-1])[real.flatten().to(entered.device)].float()
-                outer = keys.T @ keys
+                outer = gram(keys)
                 seen[site] = outer.double() if _has_double(outer.device) else outer.cpu().double()
 
             return tapped(modules[site], see, stop=site == last)
