@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,13 @@ from editcli.editing.targets import TargetOptions
 from editcli.edits import EditRequest
 from editcli.errors import StatisticsError
 from editcli.interfaces import Gradients, Site, Stabilizer, Update, Values
+from editcli.models.checkpoint import file_digest
 from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of, read_weight, replace_weight
 from editcli.models.tokens import Encoded
 from editcli.models.writing import continue_rows
 from editcli.report import Reporter, Silent
+from editcli.statistics.cache import Cache, fingerprint
 
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 """What the generated prefixes start with, as in ROME's code."""
@@ -74,7 +76,7 @@ class ModelSession:
         self.sites = tuple(loaded.architecture.site(layer) for layer in self.layers)
         self.prefixes = tuple(generate_prefixes(loaded, self.options, seed=seed) if prefixes is None else prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
-        self._decompose = Decompositions(cache, self.reporter)
+        self._decompose, self._files = Decompositions(cache, self.reporter), Cache(cache, self.reporter)
         self._activations = Activations(loaded, batch_tokens=self.options.batch_tokens, reporter=self.reporter)
         self._rows: tuple[Sequence[EditRequest], dict[tuple[str, ...], list[Encoded]]] = ((), {})
         self._moments: dict[Site, Tensor] = {}
@@ -128,6 +130,35 @@ class ModelSession:
         if self._pilots is None:
             return (), "none"
         return self._pilots.first(count), self._pilots.origin
+
+    def calibrated(self, name: str, parts: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
+        """Return what ``measure`` returns on the unedited model; read from disk where it was measured before."""
+        key, identity = self._calibration(name, parts)
+        kept = self._files.read(key)
+        return self._measured(key, identity, measure) if kept is None else kept["calibration"]
+
+    def _calibration(self, name: str, parts: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the key of a calibration in the cache, and what the calibration depends on."""
+        if self.written:
+            raise StatisticsError(f"{name} is calibrated on the unedited model, but the model was edited already")
+        checkpoint, tokenizer = self.loaded.checkpoint, self.loaded.source.folder / "tokenizer.json"
+        identity = {
+            "component": name,
+            # A model that a program holds has no files, and its tensors are compared instead.
+            "model": checkpoint.fingerprint() or checkpoint.digest_of(checkpoint.names()),
+            "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else "",
+            "chat_template": self.loaded.tokens.chat_template,
+            "dtype": str(next(self.loaded.model.parameters()).dtype),
+            "modules": [site.module for site in self.sites],
+            "targets": asdict(self.options),
+            "parts": dict(parts),
+        }
+        return f"{name}-{fingerprint(identity)}", identity
+
+    def _measured(self, key: str, identity: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
+        found = measure()
+        self._files.write(key, {"calibration": found}, identity)
+        return found
 
     def values(self, requests: Sequence[EditRequest], *, prefixed: bool = True) -> Values:
         """Optimise target values for a batch on the current model."""

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_path
-from safetensors import SafetensorError
 from torch import Tensor
 
 from editcli.core_options import StatisticsOptions
@@ -33,7 +32,8 @@ from editcli.models.offload import device_of
 from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
 from editcli.report import Reporter, Silent
-from editcli.runs.files import read_safetensors, write_safetensors
+from editcli.runs.files import write_safetensors
+from editcli.statistics.cache import Cache, fingerprint, load
 from editcli.statistics.corpus import Corpus, open_corpus
 
 FORMAT = 1
@@ -57,7 +57,7 @@ class Identity:
     @property
     def fingerprint(self) -> str:
         """Hash of all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return fingerprint(asdict(self))
 
     @property
     def model(self) -> str:
@@ -88,6 +88,7 @@ class SecondMoments:
             corpus, loaded, max_length=length, seed=seed, team=self.team, reporter=self.reporter
         )
         self.cache = cache if cache is not None else user_cache_path("editcli") / "second-moments"
+        self._files = Cache(self.cache, self.reporter)
         self._digests: dict[str, str] = {}
         self._computed: dict[Site, Tensor] = {}
         self._wanted: tuple[Site, ...] = ()
@@ -113,7 +114,7 @@ class SecondMoments:
 
     def is_cached(self, site: Site) -> bool:
         """Tell whether a site's second moment can be read instead of computed."""
-        return self.file is not None or self._path(site).is_file()
+        return self.file is not None or self._files.has(self.identity(site).fingerprint)
 
     def missing(self, sites: Sequence[Site]) -> list[Site]:
         """Return those of ``sites`` that rank 0, which keeps the cache, has to have computed."""
@@ -147,7 +148,8 @@ class SecondMoments:
         for site, moment in moments.items():
             self._computed[site] = moment
             if self.team.leads:
-                self._store(site, moment)
+                identity = self.identity(site)
+                self._files.write(identity.fingerprint, {f"{site.module}.second_moment": moment}, asdict(identity))
 
     def save(self, path: Path, sites: Sequence[Site]) -> None:
         """Have rank 0 write the second moments of ``sites`` to one file that ``--stats`` accepts."""
@@ -206,26 +208,16 @@ class SecondMoments:
             run(self.loaded.model, ids)
         return seen
 
-    def _path(self, site: Site) -> Path:
-        return self.cache / f"{self.identity(site).fingerprint}.safetensors"
-
     def _kept(self, site: Site) -> tuple[Tensor, ...]:
         """Return what the user's file or the cache holds on a site; nothing when it has to be computed."""
-        found = self._from_file(site) if self.file is not None else self._cached(site)
-        return () if found is None else (found,)
-
-    def _cached(self, site: Site) -> Tensor | None:
-        path = self._path(site)
-        if not path.is_file():
-            return None
-        tensors, metadata = _open(path)
-        if metadata.get("fingerprint") != self.identity(site).fingerprint:
-            raise StatisticsError(f"{path} belongs to another model or corpus than its name says; delete it")
-        return tensors[f"{site.module}.second_moment"]
+        if self.file is not None:
+            return (self._from_file(site),)
+        tensors = self._files.read(self.identity(site).fingerprint)
+        return () if tensors is None else (tensors[f"{site.module}.second_moment"],)
 
     def _from_file(self, site: Site) -> Tensor:
         assert self.file is not None
-        tensors, metadata = _open(self.file)
+        tensors, metadata = load(self.file)
         models = json.loads(metadata.get("models", "{}"))
         if site.module not in models:
             raise StatisticsError(f"{self.file} has nothing on {site.module}; compute it with: editcli stats compute")
@@ -235,16 +227,6 @@ class SecondMoments:
                 f"{self.loaded.source.name}'s); compute it again with: editcli stats compute"
             )
         return tensors[f"{site.module}.second_moment"]
-
-    def _store(self, site: Site, moment: Tensor) -> None:
-        identity = self.identity(site)
-        metadata = {"fingerprint": identity.fingerprint, "identity": json.dumps(asdict(identity))}
-        try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            write_safetensors(self._path(site), {f"{site.module}.second_moment": moment}, metadata)
-        except OSError as error:
-            # A cache that cannot be written costs time on the next run, nothing else.
-            self.reporter.warn(f"second moments could not be cached in {self.cache}: {error.strerror or error}")
 
     def _weights_digest(self, site: Site) -> str:
         """Hash the tensors that a site's keys depend on: everything but the blocks above it."""
@@ -277,13 +259,6 @@ def _batches(rows: Iterator[list[int]], total: int, budget: int) -> Iterator[lis
         total -= size
         for group in chunks(window, budget=budget):
             yield [window[index] for index in islice(group, None)]
-
-
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        return read_safetensors(path)
-    except (SafetensorError, OSError) as error:
-        raise StatisticsError(f"cannot read the statistics in {path}: {error}; delete or compute them again") from error
 
 
 def _zeros(module: Any, width: int) -> Tensor:

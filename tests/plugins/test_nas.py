@@ -28,7 +28,7 @@ def test_anchor_is_the_mean_norm_without_the_longest(session):
     requests, source = session.pilots(40)
     norms = session.values(requests, prefixed=False).contribution.norm(dim=0).sort().values
     assert nas.anchor == pytest.approx(float(norms[:38].mean()))
-    assert nas.record() == {"anchor": nas.anchor, "pilots": 40, "source": source}
+    assert nas.record() == {"anchor": nas.anchor, "standard_error": nas.error, "pilots": 40, "source": source}
 
 
 @given(seed=st.integers(0, 50), scale=st.floats(0.01, 1.9))
@@ -109,7 +109,7 @@ def test_anchor_is_never_measured_again(session, through_bytes, monkeypatch):
 def test_an_anchor_set_by_hand_measures_nothing():
     nas = Nas(Nas.Options(anchor=1.25))
     nas.prepare(session=None)  # pyright: ignore[reportArgumentType]
-    assert nas.record() == {"anchor": 1.25, "pilots": 0, "source": "set by hand"}
+    assert nas.record() == {"anchor": 1.25, "standard_error": None, "pilots": 0, "source": "set by hand"}
 
 
 def test_what_cannot_be_measured_says_what_to_do(session, monkeypatch):
