@@ -35,7 +35,9 @@ class TeamSession(ModelSession):
         if prefixes is None:
             # Sampled text hangs on the last digits of the model's output, so one rank's is everybody's.
             made = options or TargetOptions()
-            prefixes = team.lead_model("prefixes", lambda: generate_prefixes(loaded, made, seed=seed))
+            prefixes = team.lead_model(
+                "prefixes", lambda: generate_prefixes(loaded, made, seed=seed, reporter=others.get("reporter"))
+            )
         super().__init__(loaded, layers, options=options, prefixes=prefixes, seed=seed, **others)
         self._costs: tuple[Sequence[EditRequest], list[int]] = ((), [])
 

@@ -23,7 +23,7 @@ class Decompositions:
     """Computes or reads the eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
 
     def __init__(self, cache: Path | None, reporter: Reporter):
-        self._files = Cache(cache, reporter)
+        self._files, self.reporter = Cache(cache, reporter), reporter
 
     def __call__(self, moment: Tensor, site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return (values (d_in,), vectors (d_in, d_in)) in float64 of a (d_in, d_in) second moment."""
@@ -31,7 +31,8 @@ class Decompositions:
         kept = self._files.read(key)
         if kept is not None:
             return double(kept["values"], device), double(kept["vectors"], device)
-        values, vectors = eigh(double(moment, device), site=site.module)
+        with self.reporter.phase(f"Eigenvectors of {site.module}", 1):
+            values, vectors = eigh(double(moment, device), site=site.module)
         # Rounded as on disk, so that a run that reads the cache equals the run that filled it.
         vectors = vectors.float()
         self._files.write(key, {"values": values, "vectors": vectors}, {"format": FORMAT, "module": site.module})

@@ -74,7 +74,9 @@ class ModelSession:
         self.options = options or TargetOptions()
         self.reporter: Reporter = reporter or Silent()
         self.sites = tuple(loaded.architecture.site(layer) for layer in self.layers)
-        self.prefixes = tuple(generate_prefixes(loaded, self.options, seed=seed) if prefixes is None else prefixes)
+        if prefixes is None:
+            prefixes = generate_prefixes(loaded, self.options, seed=seed, reporter=self.reporter)
+        self.prefixes = tuple(prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
         self._decompose, self._files = Decompositions(cache, self.reporter), Cache(cache, self.reporter)
         self._activations = Activations(loaded, batch_tokens=self.options.batch_tokens, reporter=self.reporter)
@@ -312,7 +314,9 @@ def _through(norm: Any, columns: Tensor) -> Tensor:
         return norm(columns.T.to(weight)).T.to(columns)
 
 
-def generate_prefixes(loaded: LoadedModel, options: TargetOptions, *, seed: int) -> list[str]:
+def generate_prefixes(
+    loaded: LoadedModel, options: TargetOptions, *, seed: int, reporter: Reporter | None = None
+) -> list[str]:
     """Generate the prefixes of section "target values": a few sampled words that end in a full stop and a space."""
     starts = [PREFIX_STARTS[index % len(PREFIX_STARTS)] for index in range(options.prefixes)]
     rows = [tuple(loaded.tokens.tokenizer(start)["input_ids"]) for start in starts]
@@ -320,14 +324,16 @@ def generate_prefixes(loaded: LoadedModel, options: TargetOptions, *, seed: int)
     # All noise is drawn in the order of the prefixes, so that how they are batched does not change them.
     noise = torch.stack([_exponentials(options.prefix_tokens, generator) for _ in rows]) if rows else torch.empty(0)
     texts = [""] * len(rows)
-    for length in sorted({len(row) for row in rows}):
-        alike = [index for index, row in enumerate(rows) if len(row) == length]
-        begin = torch.tensor([rows[index] for index in alike])
-        choose = _Likely(loaded.tokens.tokenizer.all_special_ids, noise[alike])
-        written = continue_rows(loaded, begin, choose, count=options.prefix_tokens)
-        for index, ids in zip(alike, torch.cat([begin, written], dim=1).tolist(), strict=True):
-            text = loaded.tokens.decode(ids)
-            texts[index] = " ".join(text.replace("{", " ").replace("}", " ").split()) + ". "
+    with (reporter or Silent()).phase("Writing prefixes", len(rows), "prefixes") as advance:
+        for length in sorted({len(row) for row in rows}):
+            alike = [index for index, row in enumerate(rows) if len(row) == length]
+            begin = torch.tensor([rows[index] for index in alike])
+            choose = _Likely(loaded.tokens.tokenizer.all_special_ids, noise[alike])
+            written = continue_rows(loaded, begin, choose, count=options.prefix_tokens)
+            for index, ids in zip(alike, torch.cat([begin, written], dim=1).tolist(), strict=True):
+                text = loaded.tokens.decode(ids)
+                texts[index] = " ".join(text.replace("{", " ").replace("}", " ").split()) + ". "
+            advance(len(alike))
     return texts
 
 

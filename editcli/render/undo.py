@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.render.run import duration
+from editcli.render.words import duration
 from editcli.runs.undo import UndoPlan
 
 SHOWN = 8

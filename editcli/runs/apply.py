@@ -141,9 +141,11 @@ class Run:
 
     def open(self) -> None:
         """Load the model."""
-        with self.clock.spent("load"):
+        with self.clock.spent("load"), self.reporter.phase("Loading the model", 2, "steps") as advance:
             self.loaded = planning.open_planned(self.planned)
+            advance(1)
             self.provenance = provenance(self.planned, self.plugins, self.loaded)
+            advance(1)
         agree_on_models(self.team, [self.provenance["base"]["fingerprint"]], self.provenance["plugins"])
 
     def todo(self) -> list[Sequence[EditRequest]]:
