@@ -12,9 +12,9 @@ from rich.console import Console
 from editcli.render import RichReporter
 from editcli.render.plain import EVERY, FIRST, PlainProgress
 from editcli.render.run import plan_table, run_table
-from editcli.render.words import duration, rate, size
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.planning import Plan
+from editcli.words import duration, rate, size
 
 
 def console(*, terminal: bool = False, width: int = 80) -> Console:
@@ -126,7 +126,9 @@ def test_a_phase_that_lasts_says_how_far_it_is_every_ten_seconds() -> None:
         log.wait(FIRST)
         log.wait(EVERY - FIRST)
         log.wait(FIRST)
-        advance(300)
+        advance(12)
+        log.wait(EVERY)
+        advance(288)
         log.wait(EVERY - FIRST)
         log.wait(FIRST)
         advance(900)
@@ -134,8 +136,9 @@ def test_a_phase_that_lasts_says_how_far_it_is_every_ten_seconds() -> None:
     assert log.lines == [
         "Optimising targets: 0/1,200 edits",
         "Optimising targets: 0/1,200 edits after 11 s",
-        "Optimising targets: 300/1,200 edits, 14.3/s, 1 min 3 s left",
-        "Optimising targets: 1,200 edits in 28 s",
+        "Optimising targets: 12/1,200 edits, 0.57/s",
+        "Optimising targets: 300/1,200 edits, 9.68/s, 1 min 33 s left",
+        "Optimising targets: 1,200 edits in 38 s",
     ]
 
 
@@ -157,6 +160,15 @@ def test_of_nested_phases_the_innermost_speaks_and_the_outer_ones_once_they_adva
         "Targets: 0/100 edits in 10 s",
         "Editing: 100/200 edits in 30 s",
     ]
+
+
+def test_a_phase_of_one_piece_is_not_counted() -> None:
+    log = Progress()
+    with log.phase("Loading", 1) as advance:
+        log.wait(EVERY)
+        log.wait(EVERY)
+        advance(1)
+    assert log.lines == ["Loading", "Loading after 20 s", "Loading: done in 20 s"]
 
 
 def test_a_phase_that_fails_leaves_the_last_word_to_the_error() -> None:

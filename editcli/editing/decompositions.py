@@ -31,8 +31,9 @@ class Decompositions:
         kept = self._files.read(key)
         if kept is not None:
             return double(kept["values"], device), double(kept["vectors"], device)
-        with self.reporter.phase(f"Eigenvectors of {site.module}", 1):
+        with self.reporter.phase(f"Eigenvectors of {site.module}", 1) as advance:
             values, vectors = eigh(double(moment, device), site=site.module)
+            advance(1)
         # Rounded as on disk, so that a run that reads the cache equals the run that filled it.
         vectors = vectors.float()
         self._files.write(key, {"values": values, "vectors": vectors}, {"format": FORMAT, "module": site.module})

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from editcli.printable import printable
 from editcli.render.plain import PlainProgress
-from editcli.render.words import rate
+from editcli.words import rate
 
 
 class PlainConsole(Console):

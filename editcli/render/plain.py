@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from editcli.render.words import duration, rate
+from editcli.words import duration, rate
 
 FIRST, EVERY = 1.0, 10.0
 """Seconds until a phase counts as one that lasts and is announced, and between its later lines."""
+ENOUGH = 0.05
+"""Share of a phase that must be done before the rest can be foretold: edits of one batch end together."""
 LOOK = 0.25
 """Seconds between looks at what is due."""
 
@@ -29,24 +31,26 @@ class _Phase:
     """When its last line was written; None before the first."""
     said_done: int = 0
 
-    def count(self) -> str:
-        """Return how much is done, for instance ``12/20 edits``."""
-        return f"{self.done:,}/{self.total:,} {self.unit}".rstrip()
-
     def line(self, now: float) -> str:
         """Return where the phase stands: done, total, rate and remaining time."""
         spent = now - self.started
-        if self.said is None and not self.done:
-            return f"{self.name}: {self.count()}"
-        if not self.done:
-            return f"{self.name}: {self.count()} after {duration(spent)}"
-        left = spent / self.done * max(0, self.total - self.done)
-        return f"{self.name}: {self.count()}, {rate(self.done / spent)}/s, {duration(left)} left"
+        text = self._with(self._count() if self.total > 1 else "")
+        if self.done and self.total > 1:
+            text = f"{text}, {rate(self.done / spent)}/s"
+            left = spent / self.done * max(0, self.total - self.done)
+            return f"{text}, {duration(left)} left" if self.done >= ENOUGH * self.total else text
+        return text if self.said is None else f"{text} after {duration(spent)}"
 
     def ending(self, now: float) -> str:
         """Return what the phase came to."""
-        done = f"{self.done:,} {self.unit}".rstrip() if self.done == self.total else self.count()
-        return f"{self.name}: {done} in {duration(now - self.started)}"
+        whole = f"{self.done:,} {self.unit}".rstrip() if self.done == self.total else self._count()
+        return f"{self._with(whole if self.total > 1 else 'done')} in {duration(now - self.started)}"
+
+    def _count(self) -> str:
+        return f"{self.done:,}/{self.total:,} {self.unit}".rstrip()
+
+    def _with(self, text: str) -> str:
+        return f"{self.name}: {text}" if text else self.name
 
 
 class PlainProgress:

@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.render.words import duration, size
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.verdict import Thresholds, judge
+from editcli.words import duration, size
 
 if TYPE_CHECKING:
     from editcli.runs.planning import Plan

@@ -25,7 +25,7 @@ from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.interfaces import Site
 from editcli.models.checkpoint import file_digest
-from editcli.models.forward import chunks, run, tapped
+from editcli.models.forward import chunks, pass_tokens, run, tapped
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import gram, quick_linears
 from editcli.models.offload import device_of
@@ -37,8 +37,6 @@ from editcli.statistics.cache import Cache, fingerprint, load
 from editcli.statistics.corpus import Corpus, open_corpus
 
 FORMAT = 1
-CPU_TOKENS = 2048
-"""Most tokens of one pass on a CPU: what does not fit its caches is slower, whatever the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +136,15 @@ class SecondMoments:
             max_length=self.options.max_length,
         )
 
+    def record(self, sites: Sequence[Site]) -> dict[str, Any]:
+        """Return what the second moments of ``sites`` are computed on, as ``run.json`` states it."""
+        if self.file is not None:
+            return {"file": str(self.file), "sha256": file_digest(self.file)}
+        tokens = max(self.tokens_for(site) for site in sites)
+        written = tokens - self.corpus.length if len(self.corpus.parts(tokens)) > 1 else 0
+        record = {"corpus": self.corpus.name, "identity": self.corpus.identity_of(tokens), "tokens": tokens}
+        return {**record, "written_by_the_model": written}
+
     def compute(self, sites: Sequence[Site]) -> None:
         """Read the corpus once and compute the second moments of ``sites``; store them in the cache."""
         total = max(self.tokens_for(site) for site in sites)
@@ -165,8 +172,7 @@ class SecondMoments:
         architecture = self.loaded.architecture
         modules = {site: architecture.projection(site.layer) for site in sites}
         sums = {site: _zeros(module, architecture.shape(site.layer)[1]) for site, module in modules.items()}
-        budget = self.options.batch_tokens
-        budget = min(budget, CPU_TOKENS) if self.loaded.input_device.type == "cpu" else budget
+        budget = pass_tokens(self.options.batch_tokens, self.loaded.input_device)
         with self.reporter.phase("Second moments", total, "tokens") as advance, quick_linears(self.loaded.model):
             for number, batch in enumerate(_batches(self.corpus.read(total), total, budget)):
                 # Batches are of one size in tokens, so taking turns shares them evenly.
