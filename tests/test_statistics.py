@@ -229,6 +229,22 @@ def test_a_model_writes_only_what_the_prose_lacks(tmp_path: Path, monkeypatch: p
         assert found.reporter.phases == phases
 
 
+def test_short_prose_serves_down_to_half_of_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prose = tmp_path / "english.txt"
+    prose.write_text("\n".join(TEXT), encoding="utf-8")
+    monkeypatch.setattr(corpora, "english_file", lambda: prose)
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    (site,) = sites(loaded, 1)
+    width = loaded.architecture.shape(1)[1]
+    length = default(loaded, tmp_path).corpus.length
+    few, enough, many = (length // width, 2 * (length // width), 2 * (length // width) + 4)
+    read = [default(loaded, tmp_path, tokens_per_dim=count).record([site]) for count in (few, enough, many)]
+    assert [record["tokens"] for record in read] == [few * width, length, many * width // 2]
+    assert [record["written_by_the_model"] for record in read] == [0, 0, many * width // 2 - length]
+    file = moments(loaded, prose, tmp_path, tokens=None, tokens_per_dim=many)
+    assert file.tokens_for(site) == many * width, "a text of the user's is read as far as it goes"
+
+
 def test_the_prose_is_long_enough_and_one_paragraph_a_line() -> None:
     text = corpora.english_file().read_text("utf-8")
     assert len(text) >= 100_000
