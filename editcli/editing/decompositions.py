@@ -8,39 +8,35 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from editcli.editing.leastsquares import double, eigh
-from editcli.errors import StatisticsError
 from editcli.interfaces import Site
-from editcli.runs.cache import CacheFolder
-from editcli.runs.files import read_safetensors
+from editcli.report import Reporter
+from editcli.statistics.cache import Cache
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Decompositions:
     """Computes or reads the eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
 
-    def __init__(self, cache: CacheFolder | None):
-        self.cache = cache
+    def __init__(self, cache: Cache, reporter: Reporter):
+        self._files, self.reporter = cache, reporter
 
     def __call__(self, moment: Tensor, site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return (values (d_in,), vectors (d_in, d_in)) in float64 of a (d_in, d_in) second moment."""
-        if self.cache is None:
-            return eigh(double(moment, device), site=site.module)
-        path = self.cache.path(f"eigen-{_content(moment)}.safetensors")
-        if not self.cache.holds(path.name):
+        key = f"eigen-{_content(moment)}"
+        kept = self._files.read(key)
+        if kept is not None:
+            return double(kept["values"], device), double(kept["vectors"], device)
+        with self.reporter.phase(f"Eigenvectors of {site.module}", 1) as advance:
             values, vectors = eigh(double(moment, device), site=site.module)
-            self.cache.store(path.name, {"values": values, "vectors": vectors.float()}, {"format": str(FORMAT)})
-            # Rounded as on disk, so that a run that reads the cache equals the run that filled it.
-            return values, vectors.float().double()
-        try:
-            found, _ = read_safetensors(path)
-            return double(found["values"], device), double(found["vectors"], device)
-        except (SafetensorError, OSError, KeyError) as error:
-            raise StatisticsError(f"cannot read {path}: {error}; delete it, it will be computed again") from error
+            advance(1)
+        # Rounded as on disk, so that a run that reads the cache equals the run that filled it.
+        vectors = vectors.float()
+        self._files.write(key, {"values": values, "vectors": vectors}, {"format": FORMAT, "module": site.module})
+        return values, vectors.double()
 
 
 def _content(moment: Tensor) -> str:

@@ -327,13 +327,22 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:
-    """Return what NAS calibrates on: the edits themselves and the bundled pilot prompts."""
+    """Return what NAS calibrates on: the edits themselves, then the bundled pilot prompts, each mixed by their hash.
+
+    A file is often sorted by relation, and calibrating ends once enough edits were measured, so the first ones of a
+    file would stand for the rest.
+    """
     path = bundled_folder() / "pilots.jsonl"
-    own = tuple(requests)
+    own = _mixed(requests)
     if not path.is_file():
         return PilotSource(own, f"{len(own)} edits of this run")
-    bundled = read_edits(path).requests
+    bundled = _mixed(read_edits(path).requests)
     return PilotSource((*own, *bundled), f"the {len(own)} edits of this run, then {len(bundled)} bundled prompts")
+
+
+def _mixed(requests: Sequence[EditRequest]) -> tuple[EditRequest, ...]:
+    """Return edits in an order that their content alone decides."""
+    return tuple(sorted(requests, key=lambda request: request.digest))
 
 
 def _existing(path: Path) -> Path:

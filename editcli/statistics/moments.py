@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 
 from editcli.distributed.agreement import agree_on_inputs, agree_on_models
@@ -20,7 +21,6 @@ from editcli.models.hub import lacks_weights
 from editcli.models.loading import LoadedModel, load_config, load_tokens, open_model, resolve_model
 from editcli.presets import load_preset
 from editcli.report import Reporter, Silent
-from editcli.runs.cache import moments_folder
 from editcli.statistics import Identity, SecondMoments, StatisticsOptions
 
 
@@ -108,8 +108,8 @@ def compute(
         agree_on_models(team, [loaded.checkpoint.fingerprint()])
     started = time.perf_counter()
     missing = moments.missing(sites)
-    if missing and recipe.out is None and not all(team.lead("cache", lambda: [moments.cache.is_writable()])):
-        raise StatisticsError(f"the cache {moments.cache.folder} cannot be written; write to a file with --out FILE")
+    if missing and recipe.out is None and not all(team.lead("cache", lambda: [moments.files.is_writable()])):
+        raise StatisticsError(f"the cache {moments.cache} cannot be written; write to a file with --out FILE")
     if missing:
         moments.compute(missing)
     seconds = time.perf_counter() - started
@@ -141,15 +141,15 @@ def show(
     loaded = LoadedModel(bare, tokens, resolve(bare, families), source)
     moments = SecondMoments(loaded)
     sites = [loaded.architecture.site(layer) for layer in range(loaded.architecture.layers)]
-    kept = {identity.module for _, identity in _kept(moments.cache.folder)}
+    kept = {identity.module for _, identity in _kept(moments.cache)}
     wanted = {moments.identity(site).model for site in sites if site.module in kept}
-    found = [stored for stored, identity in _kept(moments.cache.folder) if identity.model in wanted]
+    found = [stored for stored, identity in _kept(moments.cache) if identity.model in wanted]
     return MomentsReport(source.name, tuple(found))
 
 
 def cache_folder() -> Path:
     """Return where second moments are kept."""
-    return moments_folder()
+    return user_cache_path("editcli") / "second-moments"
 
 
 def _save(moments: SecondMoments, path: Path, sites: Sequence[Site]) -> None:
@@ -162,7 +162,7 @@ def _save(moments: SecondMoments, path: Path, sites: Sequence[Site]) -> None:
 def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Iterator[Stored]:
     """Yield what there is on ``sites``: in the cache, or only in the file ``out`` where the cache cannot be written."""
     wanted = {moments.identity(site).fingerprint for site in sites}
-    yield from (stored for stored, identity in _kept(moments.cache.folder) if identity.fingerprint in wanted)
+    yield from (stored for stored, identity in _kept(moments.cache) if identity.fingerprint in wanted)
     if out is None:
         return
     for site, moment in moments.uncached.items():
