@@ -33,7 +33,9 @@ class TargetOptions:
 class StatisticsOptions:
     """How much reference text is read."""
 
-    tokens_per_dim: int = option(10, "tokens read for each dimension of a key")
+    tokens_per_dim: int = option(
+        10, "tokens read for each dimension of a key; half suffice where the package's text has no more"
+    )
     tokens: int | None = option(None, "tokens read in total, instead of tokens_per_dim times the key's width")
     max_length: int = option(512, "most tokens of one sequence, whatever context the model has")
     batch_tokens: int = option(8192, "tokens in one forward pass")

@@ -23,7 +23,7 @@ This module never imports torch at run time, so that listing plugins stays fast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -201,6 +201,14 @@ class Session(Protocol):
 
     def pilots(self, count: int) -> tuple[Sequence[EditRequest], str]:
         """Return up to ``count`` edits to calibrate on, and where they came from."""
+        ...
+
+    def calibrated(self, name: str, parts: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
+        """Return what ``measure`` returns on the unedited model; read from disk where it was measured before.
+
+        ``name`` is the component's. ``parts`` (JSON values) hold what the result depends on besides the model, the
+        sites and the options of the target optimisation. Raises after the first write.
+        """
         ...
 
 

@@ -39,6 +39,11 @@ class App:
 
         return RichReporter(verbosity=lambda: self.verbosity)
 
+    def announce(self, model: str | None) -> None:
+        """Say which model is loaded, before the libraries that load it are imported: they take seconds themselves."""
+        if self.launch.leads:
+            self.reporter.note(f"Loading {model or 'the model that ships with editcli'}")
+
     def show(self, renderable: Any) -> None:
         """Draw a table on stdout."""
         from editcli.render import stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,9 @@ class TeamSession(ModelSession):
         if prefixes is None:
             # Sampled text hangs on the last digits of the model's output, so one rank's is everybody's.
             made = options or TargetOptions()
-            prefixes = team.lead_model("prefixes", lambda: generate_prefixes(loaded, made, seed=seed))
+            prefixes = team.lead_model(
+                "prefixes", lambda: generate_prefixes(loaded, made, seed=seed, reporter=others.get("reporter"))
+            )
         super().__init__(loaded, layers, options=options, prefixes=prefixes, seed=seed, **others)
         self._costs: tuple[Sequence[EditRequest], list[int]] = ((), [])
 
@@ -100,6 +102,21 @@ class TeamSession(ModelSession):
         device = self.second_moment(site).device
         values, vectors = self.team.lead_tensors("decompositions", lambda: super(TeamSession, self).decomposition(site))
         return values.to(device), vectors.to(device)
+
+    def calibrated(self, name: str, parts: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
+        """Return what rank 0 finds on disk, else what all ranks measure together: rank 0 alone keeps the cache."""
+        if self.team.size == 1:
+            return super().calibrated(name, parts, measure)
+        key, identity = self._calibration(name, parts)
+
+        def read() -> tuple[Tensor, ...]:
+            found = self._files.read(key)
+            return () if found is None else (found["calibration"],)
+
+        kept = self.team.lead_tensors("calibrations", read)
+        if kept:
+            return kept[0]
+        return self._measured(key, identity, measure) if self.team.leads else measure()
 
     def _weigh_targets(self, requests: Sequence[EditRequest], contexts: int) -> list[int]:
         """Return what each edit's target costs in so many contexts."""

@@ -49,20 +49,22 @@ def edit_batch(
         optimised = time.perf_counter()
         problems: dict[Site, Problem] = {}
         updates: dict[Site, Update] = {}
-        for site in session.sites:
-            problem = _recordable(editor.problem(session, site, requests, values))
-            refuse_nonfinite("what is to be written", [problem.keys, problem.residual], where=f"at {site.module}")
-            update = editor.solve(problem)
-            # At once, because a stabilizer that picks entries would hide those that are not numbers.
-            refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
-            for stabilizer in stabilizers:
-                update = stabilizer.stabilize_update(update, problem, session)
-            # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
-            update = Update(left=_as_recorded(update.left), right=_as_recorded(update.right))
-            refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
-            check(site, update)
-            session.write(site, update)
-            problems[site], updates[site] = problem, update
+        with session.reporter.phase("Writing", len(session.sites), "layers") as advance:
+            for site in session.sites:
+                problem = _recordable(editor.problem(session, site, requests, values))
+                refuse_nonfinite("what is to be written", [problem.keys, problem.residual], where=f"at {site.module}")
+                update = editor.solve(problem)
+                # At once, because a stabilizer that picks entries would hide those that are not numbers.
+                refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+                for stabilizer in stabilizers:
+                    update = stabilizer.stabilize_update(update, problem, session)
+                # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
+                update = Update(left=_as_recorded(update.left), right=_as_recorded(update.right))
+                refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+                check(site, update)
+                session.write(site, update)
+                problems[site], updates[site] = problem, update
+                advance(1)
     except BaseException:
         session.restore(before)
         raise

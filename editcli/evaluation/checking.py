@@ -72,7 +72,7 @@ def check(
     reporter: Reporter | None = None,
 ) -> CheckReport:
     """Check every edit of a file; only an unreadable file or model raises, bad edits are collected."""
-    source = resolve_model(model, revision=revision)
+    source = resolve_model(model, revision=revision, weights=False, code=trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
     file = read_edits(edits, skip_bad=True, limit=limit, formats=formats)

@@ -118,7 +118,7 @@ def measure(
     for text in (*file.warnings, *(f"left out: {error}" for error in file.rejected)):
         reporter.warn(text)
     requests = sample(file.requests, recipe.sample, seed=recipe.seed)
-    source = resolve_model(recipe.model)
+    source = resolve_model(recipe.model, code=recipe.trust_remote_code)
     base_source = _base(recipe, source)
     texts = list(_texts(recipe)) if base_source is not None else []
     parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
@@ -201,13 +201,14 @@ def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family]) -
 
 
 def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
+    code = recipe.trust_remote_code
     if recipe.base != OWN_BASE:
-        return None if recipe.base is None else resolve_model(recipe.base)
+        return None if recipe.base is None else resolve_model(recipe.base, code=code)
     history = read_history(source.folder)
     candidates = history.bases if history is not None else ()
     for candidate in candidates:
         try:
-            return resolve_model(candidate)
+            return resolve_model(candidate, code=code)
         except ModelError:
             continue
     known = f"its base {candidates[0]} is not where it was" if candidates else "it records no base"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from editcli.distributed.team import Team
 from editcli.errors import RequestError
-from editcli.models.forward import chunks, head_only_at, positions, run
+from editcli.models.forward import chunks, head_only_at, pass_tokens, positions, run
+from editcli.models.matmul import quick_linears
 from editcli.models.tokens import Encoded, Tokens
 from editcli.report import Reporter, Silent
 
@@ -105,8 +106,9 @@ def compare(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 def _score_rows(loaded: LoadedModel, rows: Sequence[Encoded], batch_tokens: int, reporter: Reporter) -> Tensor:
     """Return the log-probability, exactness (0 or 1) and accuracy of each row, (n, 3) float64 on the CPU."""
     table = torch.zeros(len(rows), 3, dtype=torch.float64)
-    with reporter.phase("Scoring", len(rows), "prompts") as advance:
-        for batch in chunks(rows, budget=batch_tokens):
+    budget = pass_tokens(batch_tokens, loaded.input_device)
+    with reporter.phase("Scoring", len(rows), "prompts") as advance, quick_linears(loaded.model):
+        for batch in chunks(rows, budget=budget):
             table[batch] = _score_batch(loaded, [rows[index] for index in batch])
             advance(len(batch))
     return table

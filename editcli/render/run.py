@@ -12,6 +12,7 @@ from rich.text import Text
 
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.verdict import Thresholds, judge
+from editcli.words import duration, size
 
 if TYPE_CHECKING:
     from editcli.runs.planning import Plan
@@ -53,27 +54,6 @@ def plan_table(plan: Plan) -> RenderableType:
         sites.add_row(Text(site["module"]), " x ".join(str(size) for size in site["shape"]))
     ending = Text("Nothing was written: this is a dry run.", style="dim")
     return Group(facts, *_rejections(plan.rejected), sites, ending)
-
-
-def duration(seconds: float) -> str:
-    """Return a time as one would say it: ``0.4 s``, ``42 s``, ``3 min 5 s``, ``2 h 7 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as one would say it: ``11.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _headline(report: RunReport) -> Text:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,11 +28,12 @@ from editcli.runs import planning
 from editcli.runs.card import model_card
 from editcli.runs.clock import Clock
 from editcli.runs.files import tensor_digest, write_bytes
+from editcli.runs.foresight import warn_of_long_work
 from editcli.runs.guards import needs_retained
 from editcli.runs.identity import plan_parts, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
 from editcli.runs.outcome import Ending, efficacy, provenance, report_run, rounded_differently
-from editcli.runs.output import CARD, Verified, stored_tensors, verify, write_model
+from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
 from editcli.runs.recovery import Recovered, recover, remaining
 from editcli.runs.rejections import Rejections
@@ -111,6 +111,9 @@ class Run:
         self._announce()
         self.open()
         todo = self.todo()
+        if self.team.leads and self.team.divided:
+            ahead = [request for batch in todo for request in batch]
+            warn_of_long_work(self.loaded, self.planned, ahead, self.reporter, parts=self.team.parts)
         before = self._evaluate([*self.done, *(request for batch in todo for request in batch)])
         with self.clock.spent("prepare"):
             stream = self.stream()
@@ -141,9 +144,11 @@ class Run:
 
     def open(self) -> None:
         """Load the model."""
-        with self.clock.spent("load"):
+        with self.clock.spent("load"), self.reporter.phase("Loading the model", 2, "steps") as advance:
             self.loaded = planning.open_planned(self.planned)
+            advance(1)
             self.provenance = provenance(self.planned, self.plugins, self.loaded)
+            advance(1)
         agree_on_models(self.team, [self.provenance["base"]["fingerprint"]], self.provenance["plugins"])
 
     def todo(self) -> list[Sequence[EditRequest]]:
@@ -159,7 +164,7 @@ class Run:
         if self.recovered is None:
             stream.prepare()
             if self.recipe.overwrite and self.team.leads:
-                _remove_old(self.folder)
+                remove_old(self.folder)
             stream.begin()
         else:
             self.compare_versions()
@@ -237,6 +242,7 @@ class Run:
             team=self.team,
         )
         moments.plan(planned.sites)
+        self.provenance["reference"] = moments.record(planned.sites)
         session = TeamSession(
             self.loaded,
             planned.layers,
@@ -244,7 +250,7 @@ class Run:
             options=planned.targets,
             prefixes=self.recovered.snapshot.settings["prefixes"] if self.recovered else None,
             second_moment=moments,
-            cache=moments.cache,
+            cache=moments.files,
             pilots=self.pilots(),
             save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
             reporter=self.reporter,
@@ -381,16 +387,3 @@ class Run:
     def _write_record(self, report: RunReport) -> None:
         record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
         self.folder.write_record(record)
-
-
-def _remove_old(folder: RunFolder) -> None:
-    """Remove an old run's files, its state last; the lock stays, since this process holds it."""
-    state = (folder.lock, folder.state, folder.journal, folder.record)
-    for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
-        # A link is removed itself; what it leads to is not the run's.
-        if path.is_dir() and not path.is_symlink() and path != folder.folder:
-            shutil.rmtree(path)
-        elif (path.is_file() or path.is_symlink()) and path not in state:
-            path.unlink()
-    for path in (folder.record, folder.state, folder.journal):
-        path.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from editcli.edits import Collector, EditFile, EditRequest, from_record, refuse_deep
 from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.formats import load_formats
-from editcli.models.loading import resolve_model
 from editcli.plugins import Plugins, load_plugins
 from editcli.recipe import Recipe, parse_layers
 from editcli.report import Reporter, Silent
@@ -68,7 +67,7 @@ class Asked:
             self.reporter.warn(warning)
         base = self.held
         if base is None:
-            source = resolve_model(self.recipe.model, revision=self.recipe.revision)
+            source = planning.located(self.recipe)
             base = planning.described(self.recipe, source, self.plugins)
         return planning.plan_on(base, self.recipe, self.plugins, file)
 

@@ -16,6 +16,7 @@ from editcli.interfaces import Site
 from editcli.models.loading import LoadedModel
 from editcli.plugins import Plugins
 from editcli.report import Rejection, RunReport, SiteReport
+from editcli.runs.card import carried
 from editcli.runs.planning import Planned
 from editcli.runs.requirements import requirements
 from editcli.runs.stream import Stream
@@ -89,6 +90,7 @@ def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> dict[
             "revision": source.revision,
             "commit": source.commit,
             "fingerprint": loaded.checkpoint.fingerprint(),
+            "card": carried(source.folder),
         },
         "edits": {"file": planned.file.source, "sha256": planned.file.sha256},
         "plugins": [{"name": b.name, "distribution": b.distribution, "version": b.version} for b in brought],

@@ -7,6 +7,7 @@ replaced in the copy. Every other file is a byte copy of the base's.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from editcli.runs.files import atomic, copy_file, copy_into, tensor_bytes, write
 
 if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
+    from editcli.runs.state import RunFolder
 
 CARD = "README.md"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt")
@@ -132,3 +134,16 @@ def same_bytes(first: Path, one: TensorEntry, second: Path, other: TensorEntry) 
                 return False
             remaining -= size
     return True
+
+
+def remove_old(folder: RunFolder) -> None:
+    """Remove an old run's files, its state last; the lock stays, since this process holds it."""
+    state = (folder.lock, folder.state, folder.journal, folder.record)
+    for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
+        # A link is removed itself; what it leads to is not the run's.
+        if path.is_dir() and not path.is_symlink() and path != folder.folder:
+            shutil.rmtree(path)
+        elif (path.is_file() or path.is_symlink()) and path not in state:
+            path.unlink()
+    for path in (folder.record, folder.state, folder.journal):
+        path.unlink(missing_ok=True)

@@ -129,12 +129,19 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     file = file or read_requested(recipe, plugins)
     for warning in file.warnings:
         reporter.warn(warning)
-    source = resolve_model(recipe.model, revision=recipe.revision)
+    # What is wrong with the output or the model's configuration is said before its weights are fetched.
+    source = located(recipe, weights=False)
     check_output(recipe, source)
     base = described(recipe, source, plugins)
+    located(recipe)
     planned = replace(plan_on(base, recipe, plugins, file), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
     return replace(planned, footprint=check_memory(planned, base, reporter))
+
+
+def located(recipe: Recipe, *, weights: bool = True) -> ModelSource:
+    """Return where the model of a recipe lies, fetched when it is a hub id."""
+    return resolve_model(recipe.model, revision=recipe.revision, weights=weights, code=recipe.trust_remote_code)
 
 
 def read_requested(recipe: Recipe, plugins: Plugins) -> EditFile:
@@ -320,13 +327,22 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:
-    """Return what NAS calibrates on: the edits themselves and the bundled pilot prompts."""
+    """Return what NAS calibrates on: the edits themselves, then the bundled pilot prompts, each mixed by their hash.
+
+    A file is often sorted by relation, and calibrating ends once enough edits were measured, so the first ones of a
+    file would stand for the rest.
+    """
     path = bundled_folder() / "pilots.jsonl"
-    own = tuple(requests)
+    own = _mixed(requests)
     if not path.is_file():
         return PilotSource(own, f"{len(own)} edits of this run")
-    bundled = read_edits(path).requests
+    bundled = _mixed(read_edits(path).requests)
     return PilotSource((*own, *bundled), f"the {len(own)} edits of this run, then {len(bundled)} bundled prompts")
+
+
+def _mixed(requests: Sequence[EditRequest]) -> tuple[EditRequest, ...]:
+    """Return edits in an order that their content alone decides."""
+    return tuple(sorted(requests, key=lambda request: request.digest))
 
 
 def _existing(path: Path) -> Path:
