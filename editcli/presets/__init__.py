@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Settings = Mapping[str, Mapping[str, Any]]
 
 _GUESS = "guess.toml"
-_FACTS = ("name", "label", "source", "layers", "layers_for", "layers_behind_norm", "match", "editor")
+_FACTS = ("name", "label", "source", "layers", "layers_for", "layers_behind_norm", "behind_norm", "match", "editor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def guess(sizes: Sizes, *, behind_norm: bool = False) -> Preset:
         label=record["label"],
         layers=_within(sizes.layers, **record["layers_behind_norm" if behind_norm else "layers"]),
         editor_layers={name: _within(sizes.layers, **shares) for name, shares in record["layers_for"].items()},
-        settings=merge(_settings(record), *scaled),
+        settings=merge(_settings(record), *scaled, record["behind_norm"] if behind_norm else {}),
         source=record["source"],
     )
 
