@@ -61,6 +61,10 @@ class Values:
     """Columns that a stabilizer gave up, with the reason: such an edit keeps its place and changes nothing."""
     loss: Tensor
     """(n,) the loss at which each edit's optimisation stopped."""
+    reached: Tensor | None = None
+    """(n,) bool: whose loss fell below ``targets.stop_loss``; None where nobody counted."""
+    clamped: Tensor | None = None
+    """(n,) bool: whose offset ended at ``targets.clamp``; None where nobody counted."""
 
     @property
     def contribution(self) -> Tensor:
@@ -265,6 +269,8 @@ class Editor(Component):
     """False for an editor that optimises no target values; stabilizers of values then have nothing to act on."""
     single_site: ClassVar[bool] = False
     """True for an editor that writes the last site only (ROME)."""
+    tempered_by: ClassVar[str] = ""
+    """What makes this editor's updates smaller, as a clause ("raise mine.weight"); said when a guard refuses one."""
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings of other components that the papers use with this editor, ``{component: {option: value}}``."""
 

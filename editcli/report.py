@@ -84,6 +84,8 @@ class RunReport:
     out: str
     stopped_by: str | None = None
     """Which guard stopped the run, at which value and edits; None when none did."""
+    targets: dict[str, int] | None = None
+    """How many target values were ``optimised``, ``reached`` the stop loss, and ended ``clamped``; None without any."""
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -111,5 +113,6 @@ class RunReport:
             "out": self.out,
             "stopped_by": self.stopped_by,
             "verdict": self.verdict,
+            "targets": self.targets,
             **self.extra,
         }

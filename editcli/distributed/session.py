@@ -46,11 +46,15 @@ class TeamSession(ModelSession):
 
         def work(own: Sequence[int]) -> tuple[Tensor, ...]:
             found = super(TeamSession, self).values([requests[item] for item in own], prefixed=prefixed)
-            return found.target.T, found.initial.T, found.written.T, found.loss
+            assert found.reached is not None
+            assert found.clamped is not None
+            flags = torch.stack([found.reached, found.clamped], dim=1).to(found.loss)
+            return found.target.T, found.initial.T, found.written.T, found.loss, flags
 
         costs = self._weigh_targets(requests, len(self.prefixes) + 1 if prefixed else 1)
-        target, initial, written, loss = self.team.spread("targets", costs, work)
-        return Values(target=target.T, initial=initial.T, written=written.T, dropped={}, loss=loss)
+        target, initial, written, loss, flags = self.team.spread("targets", costs, work)
+        reached, clamped = flags.bool().unbind(dim=1)
+        return Values(target.T, initial.T, written.T, dropped={}, loss=loss, reached=reached, clamped=clamped)
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
         """Read the keys of this rank's share and return those of all, (d_in, n)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from editcli.editing.session import ModelSession
 from editcli.edits import EditRequest
-from editcli.interfaces import Editor, Problem, Site, Stabilizer, Update
+from editcli.interfaces import Editor, Problem, Site, Stabilizer, Update, Values
 from editcli.runs.guards import refuse_nonfinite
 
 SiteCheck = Callable[[Site, Update], None]
@@ -26,6 +26,9 @@ class Written:
     dropped: Mapping[str, str]
     """Ids of edits that a stabilizer gave up, with the reason."""
     seconds: Mapping[str, float]
+    targets: Mapping[str, int]
+    """How the optimisation of targets ended: how many were ``optimised``, ``reached`` the stop loss and ended
+    ``clamped``; empty where nobody counted."""
 
 
 def edit_batch(
@@ -43,6 +46,7 @@ def edit_batch(
     try:
         started = time.perf_counter()
         values = editor.values(session, requests)
+        counts = count_targets(values)
         if values is not None:
             for stabilizer in stabilizers:
                 values = stabilizer.stabilize_values(values, session)
@@ -70,7 +74,15 @@ def edit_batch(
         raise
     dropped = {} if values is None else {requests[column].id: why for column, why in values.dropped.items()}
     seconds = {"targets": optimised - started, "solve": time.perf_counter() - optimised}
-    return Written(problems, updates, dropped, seconds)
+    return Written(problems, updates, dropped, seconds, counts)
+
+
+def count_targets(values: Values | None) -> dict[str, int]:
+    """Return how a batch's targets ended; nothing for values that nobody counted."""
+    if values is None or values.reached is None or values.clamped is None:
+        return {}
+    reached, clamped = int(values.reached.sum()), int(values.clamped.sum())
+    return {"optimised": len(values.reached), "reached": reached, "clamped": clamped}
 
 
 def _recordable(problem: Problem) -> Problem:

@@ -303,7 +303,8 @@ class ModelSession:
         if norm is None:
             return wanted / architecture.residual_scale(site.layer)
         gain = _through(norm, torch.ones_like(own[:, :1]))
-        direction = (_through(norm, own) + wanted) / gain
+        # What the norm multiplies by zero joins no stream, so such a coordinate stays as it is.
+        direction = torch.where(gain == 0, own / own.square().mean(dim=0).sqrt(), (_through(norm, own) + wanted) / gain)
         return direction * (own.norm(dim=0) / direction.norm(dim=0).clamp_min(1e-30)) - own
 
 

@@ -30,7 +30,7 @@ def run_table(report: RunReport) -> RenderableType:
     figures = list(_figures(report))
     if figures:
         parts.append(_figures_table(figures))
-    parts += [_sites_table(report.sites), *_ending(report)]
+    parts += [_sites_table(report.sites), *_targets(report.targets), *_ending(report)]
     return Group(*parts)
 
 
@@ -112,6 +112,13 @@ def _sites_table(sites: Sequence[SiteReport]) -> Table:
         verdict = Text(word, style=STYLES.get(word, ""))
         table.add_row(Text(site.module), f"{site.ratio:.3f}", f"{site.drift:.3f}", loss, verdict)
     return table
+
+
+def _targets(counts: Mapping[str, int] | None) -> Iterator[Text]:
+    """Say how the optimisation of targets ended: the earliest sign of a bad setting."""
+    if counts:
+        reached = f"targets: {counts['reached']:,} of {counts['optimised']:,} reached the stop loss"
+        yield Text(f"{reached}, {counts['clamped']:,} ended at the clamp")
 
 
 def _ending(report: RunReport) -> Iterator[RenderableType]:

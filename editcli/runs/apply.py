@@ -32,7 +32,7 @@ from editcli.runs.foresight import warn_of_long_work
 from editcli.runs.guards import needs_retained
 from editcli.runs.identity import plan_parts, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
-from editcli.runs.outcome import Ending, efficacy, provenance, report_run, rounded_differently
+from editcli.runs.outcome import Ending, efficacy, missed_targets, provenance, report_run, rounded_differently
 from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
 from editcli.runs.recovery import Recovered, recover, remaining
@@ -302,6 +302,9 @@ class Run:
             with self.clock.spent("save"):
                 verified = self._saved(stream, weights)
             report = self._report(stream, before, after, weights)
+        missed = missed_targets(report.targets, self.planned.targets)
+        if missed:
+            self.reporter.warn(missed)
         for name in verified.unchanged if verified else ():
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
         if self.team.leads:

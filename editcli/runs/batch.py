@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from editcli.report import SiteReport
@@ -21,6 +21,8 @@ class BatchReport:
     sites: tuple[SiteReport, ...]
     metrics: Mapping[str, Any]
     seconds: Mapping[str, float]
+    targets: Mapping[str, int] = field(default_factory=dict)
+    """How many targets were ``optimised``, ``reached`` the stop loss, and ended ``clamped``; empty if not counted."""
 
 
 def body_of(report: BatchReport) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def body_of(report: BatchReport) -> dict[str, Any]:
         {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "update_norm": s.update_norm}
         for s in report.sites
     ]
-    body = {"sites": sites, "metrics": report.metrics, "dropped": report.dropped}
+    body = {"sites": sites, "metrics": report.metrics, "dropped": report.dropped, "targets": dict(report.targets)}
     return {**body, "seconds": {name: round(value, 6) for name, value in report.seconds.items()}}
 
 
@@ -44,6 +46,7 @@ def report_of(entry: Entry) -> BatchReport:
         sites=sites,
         metrics=body.get("metrics", {}),
         seconds=body.get("seconds", {}),
+        targets=body.get("targets", {}),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from editcli.core_options import TargetOptions
 from editcli.distributed.agreement import versions
 from editcli.editing.session import ModelSession
 from editcli.evaluation import Evaluation
@@ -22,6 +23,8 @@ from editcli.runs.requirements import requirements
 from editcli.runs.stream import Stream
 
 EFFICACY = ("efficacy_accuracy", "efficacy_success")
+MISSED = 0.1
+"""Share of the targets that may miss the stop loss before a warning says so."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         seconds=dict(ending.seconds),
         out=ending.out,
         stopped_by=ending.stopped_by,
+        targets=_targets(stream),
         extra={
             "components": {part.name: part.record() for part in planned.components},
             "preset": {
@@ -135,6 +139,30 @@ def _arithmetic(provenance: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 def efficacy(evaluation: Evaluation) -> dict[str, float | None]:
     """Return efficacy under its two names."""
     return {name: getattr(evaluation, name) for name in EFFICACY}
+
+
+def _targets(stream: Stream) -> dict[str, int] | None:
+    """Return how the optimisation of targets ended over all batches in force; None where nothing was counted."""
+    counted = [report.targets for report in stream.reports if report.targets]
+    return {name: sum(counts[name] for counts in counted) for name in counted[0]} if counted else None
+
+
+def missed_targets(counts: Mapping[str, int] | None, targets: TargetOptions) -> str | None:
+    """Return a warning when more than a tenth of the targets did not reach the stop loss, with what to change."""
+    if not counts or counts["optimised"] - counts["reached"] <= MISSED * counts["optimised"]:
+        return None
+    missed = counts["optimised"] - counts["reached"]
+    # Where most of them lie at the clamp, more steps or longer ones change nothing.
+    if 2 * counts["clamped"] > counts["optimised"]:
+        cause = f"{counts['clamped']:,} ended at targets.clamp={targets.clamp:g}; raise it, or lower targets.kl_factor"
+    elif targets.lr_kind == "absolute":
+        cause = f"set targets.lr_kind=relative, or raise targets.lr={targets.lr:g} or targets.steps={targets.steps}"
+    else:
+        cause = f"raise targets.steps={targets.steps} or targets.lr={targets.lr:g}"
+    return (
+        f"{missed:,} of {counts['optimised']:,} targets did not reach targets.stop_loss={targets.stop_loss:g}, so "
+        f"these edits may not be answered: {cause}"
+    )
 
 
 def _immediate(stream: Stream) -> dict[str, float | None] | None:

@@ -36,12 +36,12 @@ from editcli.presets import Preset, Settings, load_preset
 from editcli.recipe import Recipe
 from editcli.report import Rejection, Reporter
 from editcli.runs.footprint import Footprint, check_memory
-from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards
+from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards, with_default
 from editcli.runs.output import needed_bytes
 from editcli.runs.state import RunFolder
 from editcli.statistics import StatisticsOptions
 
-DEFAULT_EDITOR = "memit"
+DEFAULT_EDITOR = "rlsedit"
 DEFAULT_BATCH = 100
 MASTER_BYTES = 4
 
@@ -161,7 +161,7 @@ def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedMo
 
 def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile) -> Planned:
     """Plan a run on a model that may be loaded already; looks at no folder to write to."""
-    guards = parse_guards(recipe.stop_if)
+    guards = with_default(parse_guards(recipe.stop_if))
     skip = recipe.on_error == "skip"
     architecture = base.architecture
     preset = load_preset(base.model.config, architecture)

@@ -120,10 +120,13 @@ class Stream:
         reports: dict[Site, SiteReport] = {}
 
         def check(site: Site, update: Update) -> None:
-            reports[site] = self._site_report(site, update, where=_where(site.module, requests))
+            where = _where(site.module, requests)
+            reports[site] = self._site_report(site, update, where=where)
+            jump = abs(reports[site].ratio - float(before[site].norm()) / self._base_norms[site])
+            figures = {"ratio": reports[site].ratio, "drift": reports[site].drift, "jump": jump}
             for guard in self.guards:
-                for figure in ("ratio", "drift"):
-                    guard.check(figure, getattr(reports[site], figure), where=_where(site.module, requests))
+                for figure, value in figures.items():
+                    guard.check(figure, value, where=where, remedy=self.stack.editor.tempered_by)
 
         with self._seeded(step):
             written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
@@ -143,6 +146,7 @@ class Stream:
                     sites=tuple(reports.values()),
                     metrics=finite({**metrics, **self._observe(written)}),
                     seconds=written.seconds,
+                    targets=written.targets,
                 )
                 self._record(requests, written, report)
             except BaseException:

@@ -32,6 +32,7 @@ class UltraEdit(Editor):
 
     name: ClassVar[str] = "ultraedit"
     reference: ClassVar[str] = "arXiv:2505.14679"
+    tempered_by: ClassVar[str] = "lower ultraedit.lr"
     needs_values: ClassVar[bool] = False
 
     @dataclass(frozen=True)
