@@ -116,6 +116,7 @@ def method_options(command: Any) -> Any:
             section="Method",
             help="What keeps a stream of edits from wrecking the model; repeat it: they act in the order given.",
         ),
+        preset_option("Method"),
         option(
             "--layers",
             type=LayerRange(),
@@ -164,6 +165,16 @@ def assignments_option(command: Any) -> Any:
         section="Method",
         help="Set an option of a method; repeat it. 'editcli plugins NAME' lists them.",
     )(command)
+
+
+def preset_option(section: str) -> Callable[[Any], Any]:
+    """Return the option for a preset file."""
+    return option(
+        "--preset",
+        metavar="FILE",
+        section=section,
+        help="Preset file with layers and settings, as tune writes it.  [default: the model's own preset]",
+    )
 
 
 def seed_option(section: str) -> Callable[[Any], Any]:
