@@ -97,7 +97,12 @@ def trust_options(command: Any) -> Any:
 
 def method_options(command: Any) -> Any:
     """Add how to edit."""
-    return _stack(
+    return editing_options("100; 1 for rome")(command)
+
+
+def editing_options(batches: str) -> Callable[[Any], Any]:
+    """Return the options on how to edit, for a command whose batches are of ``batches`` edits by default."""
+    return lambda command: _stack(
         command,
         option(
             "--editor",
@@ -128,7 +133,7 @@ def method_options(command: Any) -> Any:
             "-b",
             type=COUNT,
             section="Method",
-            help="Edits written at once.  [default: 100; 1 for rome]",
+            help=f"Edits written at once.  [default: {batches}]",
         ),
         assignments_option,
         option(

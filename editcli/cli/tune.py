@@ -11,7 +11,7 @@ from editcli.cli.apply_options import (
     COUNT,
     code_options,
     device_options,
-    method_options,
+    editing_options,
     reading_options,
 )
 from editcli.cli.common import App, Command, json_option, option, print_json
@@ -48,7 +48,7 @@ SEARCH = "Search"
     help="What a nat of drift from the base per token takes off the score.",
 )
 @option("--text", metavar="FILE", section=SEARCH, help="Text for the drift.  [default: the bundled held-out text]")
-@method_options
+@editing_options("a quarter of a trial; 1 for rome")
 @device_options
 @code_options
 @reading_options

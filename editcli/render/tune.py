@@ -130,8 +130,8 @@ def _comparison(report: TuneReport) -> Table:
 def _ending(report: TuneReport) -> Iterator[Text]:
     if report.held_out is not None and not report.held_out.confirmed:
         yield Text(
-            "On held-out edits the best trial is worse than the guess, so the preset holds the guess. A larger --sample "
-            "or more --minutes may find better settings.",
+            "On held-out edits the best trial is worse than the guess, so the preset holds the guess. A larger "
+            "--sample or more --minutes may find better settings.",
             style="yellow",
         )
     elif report.best is not None and report.guess is not None and report.best.number == report.guess.number:
