@@ -114,6 +114,22 @@ def test_a_relative_rate_is_searched_around_the_presets() -> None:
     assert bound.first == (0.06,)
 
 
+@pytest.mark.parametrize(
+    ("section", "low", "high"),
+    [
+        ({"v_weight_decay": 0.5}, 0.05, 50.0),
+        ({"v_weight_decay": 0.5, "decay_kind": "absolute"}, 0.05, 50.0),
+        ({"v_weight_decay": 0.1, "decay_kind": "relative"}, 0.005, 1.0),
+        ({"v_weight_decay": 100.0}, 0.05, 100.0),
+    ],
+)
+def test_a_range_follows_what_the_preset_means_and_holds_its_value(
+    section: dict[str, Any], low: float, high: float
+) -> None:
+    (bound,) = build_space({"targets": section}, layers=(1,), depth=8, fixed={"layers"}).bounds
+    assert (bound.low, bound.high, bound.start) == (low, high, section["v_weight_decay"])
+
+
 def test_what_the_user_fixes_is_not_searched() -> None:
     effective = {"targets": {"lr": 0.1, "clamp": 0.75}, "memit": {"mom2_update_weight": 0.0}}
     space = build_space(effective, layers=(4, 6), depth=32, fixed={"targets.lr", "layers"})

@@ -134,13 +134,16 @@ def space_of(bench: Workbench) -> Space:
     """Return what is searched around the preset of a bench: everything that the user has not fixed."""
     run, start = bench.recipe, bench.start
     fixed = {f"{name}.{key}" for name, section in run.settings.items() for key in section}
+    # A statistics file holds what was asked for when it was made, and nothing on other layers.
+    if run.layers or run.stats:
+        fixed.add("layers")
     # An editor that optimises no targets has no use for their settings.
     idle = () if start.editor.needs_values else ("targets",)
     space = build_space(
         {name: section for name, section in bench.effective.items() if name not in idle},
         layers=start.layers,
         depth=bench.loaded.architecture.layers,
-        fixed=fixed | ({"layers"} if run.layers else set()),
+        fixed=fixed,
         single_site=start.editor.single_site,
     )
     if not space.bounds:

@@ -45,7 +45,7 @@ class Relation:
 
 def relations() -> tuple[Relation, ...]:
     """Read the bundled list."""
-    text = importlib.resources.files(__package__).joinpath(FILE).read_text("utf-8")
+    text = importlib.resources.files("editcli.tuning").joinpath(FILE).read_text("utf-8")
     records = [json.loads(line) for line in text.splitlines()]
     return tuple(
         Relation(

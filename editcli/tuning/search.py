@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from statistics import fmean
 
 from editcli.errors import GuardError, NumericalError, OptionError, StateError
 from editcli.evaluation.measurement import general_text
@@ -119,9 +120,15 @@ class Search:
             self.reporter.note(f"Going on after {self.study.made} trials")
 
     def _search(self) -> None:
-        while self._goes_on():
-            ask = self.study.ask()
-            self._try(ask)
+        limit, trials = self.recipe.limit, self.recipe.trials
+        total, unit = (int(60 * limit), "s") if limit is not None else (trials or 0, "trials")
+        with self.reporter.phase("Tuning", total, unit) as advance:
+            shown = 0
+            while self._goes_on():
+                self._try(self.study.ask())
+                done = int(self.budget.spent) if limit is not None else self.study.made
+                advance(max(done - shown, 0))
+                shown = max(done, shown)
 
     def _goes_on(self) -> bool:
         limit = self.recipe.trials
@@ -168,9 +175,14 @@ class Search:
         parts = [f"Trial {record.number}, {described(record)}: {outcome(record)}"]
         if best is not None:
             parts.append(f"best {shown(best.score)} (trial {best.number})")
-        if self.budget.left != float("inf"):
-            parts.append(f"{max(self.budget.left, 0) / 60:.1f} minutes left")
+        parts.append(f"{self._left() / 60:.1f} minutes left")
         self.reporter.note("; ".join(parts))
+
+    def _left(self) -> float:
+        """Return the seconds that the search will still take: what is left of the budget, or of the trials."""
+        spent = [record.seconds for record in self.study.records]
+        more = float("inf") if self.recipe.trials is None else max(self.recipe.trials - self.study.made, 0)
+        return max(min(self.budget.left, more * fmean(spent) + self._reserve), 0.0)
 
     def _compare(self) -> Comparison | None:
         """Measure the guess and the best trial on the edits that no trial has seen."""
@@ -179,6 +191,8 @@ class Search:
             return None
         self.reporter.note(f"Comparing the best trial with the guess on {len(self.slices.held_out)} held-out edits")
         try:
+            if not self.budget.affords(self.each * self.slices.split.batch):
+                raise _Ended(states.ENDED)
             ours = self._held_out(self.start)
             theirs = ours if best.number == guess.number else self._held_out(self._candidate(best))
         except _Ended:

@@ -52,20 +52,24 @@ TABLE: tuple[Dimension, ...] = (
     Dimension("targets", "lr", 0.25, 4.0, scaled=True, when=("lr_kind", "relative"), first=(2.0,)),
     # From half of what is usual to what EasyEdit's configurations allow.
     Dimension("targets", "clamp", 0.3, 4.0),
-    # At the usual 0.5 the decay hardly counts: ||h|| is in the tens or hundreds and divides it by its square.
-    Dimension("targets", "v_weight_decay", 0.05, 50.0),
+    # At the published 0.5 the decay hardly counts: ||h|| is in the tens or hundreds and divides it by its square.
+    Dimension("targets", "v_weight_decay", 0.05, 50.0, when=("decay_kind", "absolute")),
+    Dimension("targets", "v_weight_decay", 0.005, 1.0, when=("decay_kind", "relative")),
     Dimension("memit", "mom2_update_weight", 0.01, 10.0, scaled=True),
     Dimension("rlsedit", "mom2_update_weight", 0.01, 10.0, scaled=True),
     Dimension("rlsedit", "lambda_reg", 0.01, 100.0, scaled=True),
     Dimension("alphaedit", "nullspace_threshold", 0.1, 10.0, scaled=True, when=("threshold_kind", "absolute")),
     Dimension("alphaedit", "nullspace_threshold", 0.1, 10.0, scaled=True, when=("threshold_kind", "relative")),
+    Dimension("alphaedit", "nullspace_threshold", 0.1, 10.0, scaled=True, when=("threshold_kind", "median")),
+    # Here the threshold is itself a share of the directions.
+    Dimension("alphaedit", "nullspace_threshold", 0.2, 0.95, when=("threshold_kind", "directions")),
     Dimension("alphaedit", "l2", 0.1, 100.0, scaled=True),
     Dimension("ft", "lr", 0.1, 10.0, scaled=True),
     Dimension("ultraedit", "lr", 0.1, 30.0, scaled=True),
 )
 """What is searched besides layers. A row holds for the editor in use, and for the optimisation of targets."""
 
-_DEFAULTS: Mapping[str, str] = {"targets.lr_kind": "absolute"}
+_DEFAULTS: Mapping[str, str] = {"targets.lr_kind": "absolute", "targets.decay_kind": "absolute"}
 """Values of options that a row asks for where the component has no such option."""
 
 

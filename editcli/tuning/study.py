@@ -19,7 +19,7 @@ from editcli.tuning.space import Bound, Candidate, Point, Space
 
 DONE, PRUNED, FAILED, ENDED = "done", "pruned", "failed", "ended"
 """How a trial ended; ``ended`` is one that was interrupted or ran out of time."""
-STARTUP = 6
+STARTUP = 4
 """Trials before the sampler learns from them, the preset's own and the other first points included."""
 UNPRUNED = 2
 """Trials that have to be complete before a worse one is ended early."""
