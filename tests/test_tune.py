@@ -30,11 +30,12 @@ from editcli.render.tune import search_charts, tune_view
 from editcli.report import Silent
 from editcli.runs.planning import settings_for
 from editcli.testing import tiny_model_folder, tiny_requests
+from editcli.tuning import SOURCE
 from editcli.tuning import study as states
 from editcli.tuning.budget import FEWEST, MOST, Budget, edits_per_trial
 from editcli.tuning.objective import Figures
 from editcli.tuning.preparation import TuneRecipe
-from editcli.tuning.probes import SOURCE, counterfactuals, relations
+from editcli.tuning.probes import counterfactuals, relations
 from editcli.tuning.search import PRESET, tune
 from editcli.tuning.space import COUNT, LAST, Bound, Candidate, Space, build_space
 from editcli.tuning.study import Study
@@ -88,9 +89,9 @@ def test_every_preset_lies_in_the_space_around_it(preset: Preset, editor: str, p
         assert bound.low <= bound.start <= bound.high
         assert bound.low < bound.high
         assert all(bound.low <= value <= bound.high for value in bound.first)
-    found = space.candidate(space.start)
-    assert found.layers == layers
-    for name, section in found.settings.items():
+    candidate = space.candidate(space.start)
+    assert candidate.layers == layers
+    for name, section in candidate.settings.items():
         assert {key: effective[name][key] for key in section} == section
     # Whatever is drawn, its layers exist and their second moments were asked for.
     for last in (min, max):
@@ -241,15 +242,17 @@ def test_a_bad_trial_is_ended_early_but_never_the_presets_own(tmp_path: Path) ->
     study = open_study(tmp_path)
     for score in (0.8, 0.9):
         ask = study.ask()
-        assert not ask.hopeless(2, score)
+        assert not ask.hopeless(4, score)
         ask.tell(states.DONE, seconds=1.0, figures=Figures(score), score=score)
     bad = study.ask()
-    assert bad.hopeless(2, 0.1)
+    # Two edits say too little.
+    assert not bad.hopeless(2, 0.0)
+    assert bad.hopeless(4, 0.1)
     bad.tell(states.PRUNED, seconds=0.5, figures=Figures(0.1))
     assert study.records[-1].state == "pruned"
     assert study.records[-1].figures == Figures(0.1)
     study._study.enqueue_trial(SPACE.start)
-    assert not study.ask().hopeless(2, 0.0)
+    assert not study.ask().hopeless(4, 0.0)
 
 
 def test_a_search_goes_on_where_a_killed_one_was(tmp_path: Path) -> None:
@@ -341,12 +344,12 @@ def test_the_drift_from_kept_logits_is_that_of_two_models(tmp_path: Path, corpus
         open_model(resolve_model(tiny_model_folder(tmp_path / str(seed), seed=seed)), device="cpu") for seed in (0, 1)
     )
     texts = corpus_text.splitlines()
-    kept = TextBaseline(base, texts, max_length=64, max_tokens=300)
+    baseline = TextBaseline(base, texts, max_length=64, max_tokens=300)
     both = general_drift(edited, base, texts, max_length=64, max_tokens=300)
-    found = kept.drift(edited)
-    assert found.tokens == both.tokens
+    drift = baseline.drift(edited)
+    assert drift.tokens == both.tokens
     for name in ("kl", "perplexity", "perplexity_base"):
-        assert getattr(found, name) == pytest.approx(getattr(both, name), rel=1e-5)
+        assert getattr(drift, name) == pytest.approx(getattr(both, name), rel=1e-5)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -463,6 +466,7 @@ def test_without_optuna_the_extra_is_named(
         (["--editor", "memt"], 1, "did you mean 'memit'?"),
         (["--preset", "none.toml"], 1, "the preset none.toml cannot be read"),
         (["--trials", "0"], 2, "--trials"),
+        (["--limit", "3"], 2, "--limit takes the first edits of a file"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(

@@ -17,6 +17,7 @@ from editcli.cli.apply_options import (
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option, refuse_idle_options
 from editcli.recipe import Recipe
+from editcli.tuning import SOURCE
 
 SEARCH = "Search"
 
@@ -86,12 +87,12 @@ def tune(
     drifts. The model's preset is the first trial. Layers and settings that are given are kept. Needs editcli[tune].
     """
     app: App = context.obj
-    # Torch and Optuna take seconds to import, so they wait until the command line has been found to make sense.
-    from editcli.tuning.probes import SOURCE
-
+    if edits is None and values["limit"]:
+        raise click.UsageError("--limit takes the first edits of a file; give EDITS.jsonl, or use --sample", context)
     run = Recipe(edits=edits or SOURCE, settings=component_settings(context, assignments), **values)
     run.check(app.plugins)
     refuse_idle_options(run, assignments, app.plugins)
+    # Torch and Optuna take seconds to import, so a command line that cannot be used is refused before.
     from editcli.tuning.preparation import TuneRecipe
     from editcli.tuning.search import tune as search
 

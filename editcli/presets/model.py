@@ -97,15 +97,15 @@ def parse_preset(record: Mapping[str, Any], *, origin: str) -> Preset:
     label = _text(record, "label", origin) or "guessed"
     if label not in LABELS:
         raise OptionError(f"{origin}: label must be one of {', '.join(LABELS)}, not {label!r}")
-    own = record.get("layers_for", {})
-    if not isinstance(own, Mapping):
-        raise OptionError(f"{origin}: layers_for must be a table of editors with their layers, not {own!r}")
+    others = record.get("layers_for", {})
+    if not isinstance(others, Mapping):
+        raise OptionError(f"{origin}: layers_for must be a table of editors with their layers, not {others!r}")
     return Preset(
         name=_text(record, "name", origin) or origin,
         label=label,
         layers=_layers(record["layers"], "layers", origin),
         editor=_text(record, "editor", origin),
-        editor_layers={name: _layers(layers, f"layers_for.{name}", origin) for name, layers in own.items()},
+        editor_layers={name: _layers(layers, f"layers_for.{name}", origin) for name, layers in others.items()},
         settings=sections(record),
         source=_text(record, "source", origin) or "",
         match=_sizes(record["match"], origin) if record.get("match") else None,

@@ -17,8 +17,8 @@ from editcli.pages.charts import Chart, Series
 from editcli.render.run import duration
 from editcli.report import Reporter
 from editcli.runs.files import write_bytes
+from editcli.tuning import SOURCE
 from editcli.tuning.objective import Figures
-from editcli.tuning.probes import SOURCE
 from editcli.tuning.report import TuneReport
 from editcli.tuning.search import shown
 from editcli.tuning.study import DONE, PRUNED, Record, by_score
@@ -28,7 +28,7 @@ SHOWN = 8
 _FIGURES = ("efficacy", "general.", "specif.", "KL", "R_n")
 _LEGEND = (
     "Of all edits of a trial at its end, in percent: efficacy is the accuracy of the greedy answer, generalization and "
-    "specificity the share of prompts where the wanted answer is likelier than its rival. KL: drift from the base on "
+    "specificity the share of prompts where the right answer is likelier than its rival. KL: drift from the base on "
     "ordinary text, nats per token. score: harmonic mean of the three, minus {price:g} x KL. s: seconds of the trial."
 )
 
@@ -116,12 +116,12 @@ def _settings(listed: Sequence[Record]) -> Table:
 
 
 def _comparison(report: TuneReport) -> Table:
-    found = report.held_out
-    assert found is not None, "only a comparison that was made is drawn"
+    comparison = report.held_out
+    assert comparison is not None, "only a comparison that was made is drawn"
     table = _table("held out", "score", *_FIGURES)
     for name, score, figures in (
-        ("guess", found.guess_score, found.guess),
-        ("best trial", found.best_score, found.best),
+        ("guess", comparison.guess_score, comparison.guess),
+        ("best trial", comparison.best_score, comparison.best),
     ):
         table.add_row(name, shown(score), *_cells(figures))
     return table
@@ -159,8 +159,8 @@ def _layers(layers: Sequence[int]) -> str:
 
 
 def _points(trials: Sequence[Record], value: Callable[[Figures], float | None]) -> tuple[tuple[float, float], ...]:
-    found = ((trial.number, value(trial.figures)) for trial in trials if trial.figures is not None)
-    return tuple((float(number), y) for number, y in found if y is not None)
+    values = ((trial.number, value(trial.figures)) for trial in trials if trial.figures is not None)
+    return tuple((float(number), y) for number, y in values if y is not None)
 
 
 def _table(*headings: str) -> Table:

@@ -19,9 +19,10 @@ from editcli.plugins import Plugins
 from editcli.recipe import Recipe
 from editcli.report import Reporter
 from editcli.runs import planning
+from editcli.tuning import SOURCE
 from editcli.tuning.budget import Budget, edits_per_trial
 from editcli.tuning.objective import KL_PRICE
-from editcli.tuning.probes import SOURCE, probe_edits
+from editcli.tuning.probes import probe_edits
 from editcli.tuning.report import Split
 from editcli.tuning.space import Candidate, Space, build_space
 from editcli.tuning.study import begun_with
@@ -40,7 +41,7 @@ class TuneRecipe:
     """What to tune, on what, for how long; raises :class:`OptionError` when it makes no sense."""
 
     run: Recipe
-    """Model, edits (:data:`editcli.tuning.probes.SOURCE` for the bundled probes), methods, fixed settings and out."""
+    """Model, edits (:data:`editcli.tuning.SOURCE` for the bundled probes), methods, fixed settings and out."""
     minutes: float | None = None
     trials: int | None = None
     """Trials in all, those of a search that is gone on with included."""

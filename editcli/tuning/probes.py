@@ -1,8 +1,8 @@
 """Facts to tune on where the user has no edits: those of a bundled list that the model itself answers.
 
-A relation has a prompt, paraphrases and facts. The facts that count are those whose true object the model says
-greedily. A third of them, per relation, is left alone: these are the neighbours. Each of the others becomes an edit,
-whose new answer is the object of another counting fact of the relation.
+A relation has a prompt, paraphrases and facts. A fact is known when the model says its true object greedily. A third
+of the known facts of each relation are neighbours and stay unedited. Every other known fact becomes an edit; its new
+answer is the object of another known fact of the relation.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from editcli.edits import EditRequest, from_record
 from editcli.errors import ModelError
 from editcli.evaluation import Probe, score
 from editcli.report import Reporter
+from editcli.tuning import SOURCE
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel
 
-SOURCE = "(bundled probes)"
-"""What stands where a user's edits file is named."""
 FILE = "probes.jsonl"
 NEIGHBOUR_SHARE = 1 / 3
 NEIGHBOURS = 2
@@ -62,8 +61,8 @@ def probe_edits(loaded: LoadedModel, *, seed: int, reporter: Reporter) -> tuple[
     """Return counterfactual edits of facts that ``loaded`` answers; raises :class:`ModelError` when it answers few."""
     known = relations()
     probes = [Probe(relation.prompt.format(subject), true) for relation in known for subject, true in relation.facts]
-    found = score(loaded, probes, reporter=reporter)
-    answered = {probe for probe, result in zip(probes, found, strict=True) if result.exact}
+    scores = score(loaded, probes, reporter=reporter)
+    answered = {probe for probe, result in zip(probes, scores, strict=True) if result.exact}
     edits = counterfactuals([_answered(relation, answered) for relation in known], seed=seed)
     if len(edits) < FEWEST:
         raise ModelError(

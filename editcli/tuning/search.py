@@ -16,6 +16,7 @@ from editcli.report import Reporter, Silent
 from editcli.runs.apply import DONE, INTERRUPTED, writing
 from editcli.runs.files import write_bytes, write_json
 from editcli.runs.interrupts import Interrupts
+from editcli.tuning import SOURCE
 from editcli.tuning import study as states
 from editcli.tuning.budget import Budget
 from editcli.tuning.objective import Figures
@@ -28,7 +29,6 @@ from editcli.tuning.preparation import (
     slices_of,
     space_of,
 )
-from editcli.tuning.probes import SOURCE
 from editcli.tuning.report import Comparison, TuneReport
 from editcli.tuning.space import Candidate
 from editcli.tuning.study import Ask, Record, Study, require_optuna
@@ -193,14 +193,13 @@ class Search:
         try:
             if not self.budget.affords(self.each * self.slices.split.batch):
                 raise _Ended(states.ENDED)
-            ours = self._held_out(self.start)
-            theirs = ours if best.number == guess.number else self._held_out(self._candidate(best))
+            before = self._held_out(self.start).figures
+            after = before if best.number == guess.number else self._held_out(self._candidate(best)).figures
         except _Ended:
             self.reporter.warn("the time ended before the comparison on held-out edits; give more --minutes")
             return None
         price = self.recipe.kl_price
-        scores = {"guess_score": ours.figures.score(kl_price=price), "best_score": theirs.figures.score(kl_price=price)}
-        return Comparison(ours.figures, theirs.figures, **scores)
+        return Comparison(before, after, before.score(kl_price=price), after.score(kl_price=price))
 
     def _held_out(self, candidate: Candidate) -> Trial:
         edits = self.slices.held_out
@@ -224,7 +223,7 @@ class Search:
     def _preset(self, chosen: Record) -> str:
         """Return a trial as the text of a preset file."""
         start, run, loaded = self.bench.start, self.recipe.run, self.bench.loaded
-        own = {name: {key: self._typed(name, key) for key in section} for name, section in run.settings.items()}
+        fixed = {name: {key: self._typed(name, key) for key in section} for name, section in run.settings.items()}
         method = "+".join((start.editor.name, *run.stabilizers))
         edits = "bundled probes" if run.edits == SOURCE else "edits"
         guess = self.study.start_record()
@@ -237,7 +236,7 @@ class Search:
             layers=chosen.layers,
             editor=start.editor.name,
             editor_layers={k: v for k, v in start.preset.editor_layers.items() if k != start.editor.name},
-            settings=merge(start.preset.settings, own, chosen.settings),
+            settings=merge(start.preset.settings, fixed, chosen.settings),
             # Tokens that users add change nothing about where facts are.
             match=replace(sizes_of(loaded.model.config, loaded.architecture), vocab=None),
         )

@@ -1,7 +1,7 @@
 """The record of a search's trials, with Optuna, an extra (``editcli[tune]``): what comes next, and what was there.
 
-The record is a journal of JSON lines. Every line is written as a whole, so a process that is killed leaves a record
-that can be gone on with; of a machine that fails, :func:`mend` drops the line that was cut.
+The record is a journal of JSON lines. Each line is written at once, so a killed process leaves a record that can be
+resumed. A machine that fails may cut the last line; :func:`mend` drops it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ STARTUP = 4
 """Trials before the sampler learns from them, the preset's own and the other first points included."""
 UNPRUNED = 2
 """Trials that have to be complete before a worse one is ended early."""
+LOOK = 4
+"""Edits that a trial has to write before it can be ended early: the score of fewer says too little."""
 
 TIE = 0.005
 """Scores that are closer than this are equal: the earlier trial wins, and the preset's own is the first."""
@@ -71,7 +73,7 @@ def require_optuna() -> None:
 
 
 class Study:
-    """A search that can be stopped at any time and gone on with: trials are asked for, watched and told."""
+    """A search that can be stopped at any time and resumed: it gives out trials and records how they end."""
 
     def __init__(self, file: Path, space: Space, identity: Mapping[str, Any], *, seed: int):
         """Open the record in ``file``, or begin one; raises :class:`StateError` for a search that was another one.
@@ -89,7 +91,7 @@ class Study:
             self._study = optuna.create_study(
                 storage=_storage(file), study_name=_NAME, direction="maximize", load_if_exists=True
             )
-            self._study.pruner = optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED)
+            self._study.pruner = optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED, n_warmup_steps=LOOK)
             # A search that goes on must not draw again what it drew before.
             drawn = seed + len(self._study.get_trials(deepcopy=False))
             self._study.sampler = optuna.samplers.TPESampler(seed=drawn % 2**32, n_startup_trials=STARTUP)
@@ -129,16 +131,16 @@ class Study:
         return sum(one.state != ENDED for one in self.records)
 
     def _begin(self, identity: Mapping[str, Any], *, file: Path, begun: bool) -> None:
-        mine = json.loads(json.dumps(identity))
-        theirs = self._study.user_attrs.get(_IDENTITY)
-        if theirs is None:
+        now = json.loads(json.dumps(identity))
+        earlier = self._study.user_attrs.get(_IDENTITY)
+        if earlier is None:
             if begun and self._study.get_trials(deepcopy=False):
                 raise StateError(f"{file} is not the record of a search of editcli; choose another --out")
-            self._study.set_user_attr(_IDENTITY, mine)
+            self._study.set_user_attr(_IDENTITY, now)
             for point in self.space.first_points():
                 self._study.enqueue_trial(point)
             return
-        other = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+        other = sorted(name for name in {*now, *earlier} if now.get(name) != earlier.get(name))
         if other:
             raise StateError(
                 f"the search in {file.parent} was begun with other {', '.join(other)}; resume it with the same, or "
@@ -242,7 +244,7 @@ def _storage(file: Path) -> Any:
         JournalFileOpenLock,
     )
 
-    # Our own lock keeps other processes out, so one that a killed process left behind means nothing.
+    # The folder's lock keeps other processes out, so a lock file here was left by a process that was killed.
     for left in file.parent.glob(f"{file.name}.lock*"):
         left.unlink(missing_ok=True)
     return JournalStorage(JournalFileBackend(str(file), lock_obj=JournalFileOpenLock(str(file))))

@@ -163,9 +163,9 @@ class Workbench:
         self, session: ModelSession, stabilizers: Sequence[Stabilizer], requests: Sequence[EditRequest]
     ) -> Figures:
         with session.read_out(stabilizers) as weights:
-            found = evaluate(self.loaded, requests, metrics=("counterfact",), reporter=self.reporter)
+            evaluation = evaluate(self.loaded, requests, metrics=("counterfact",), reporter=self.reporter)
             ratio = max(float(weight.norm() / session.baseline(site).norm()) for site, weight in weights.items())
-            return figures_of(found, kl=self.text.drift(self.loaded).kl, ratio=ratio)
+            return figures_of(evaluation, kl=self.text.drift(self.loaded).kl, ratio=ratio)
 
 
 def _part(done: int, total: int) -> int:
