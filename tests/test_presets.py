@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from editcli.__main__ import main
 from editcli.editing.targets import TargetOptions
 from editcli.errors import OptionError
 from editcli.models.architectures import resolve, skeleton
@@ -26,7 +28,7 @@ from editcli.presets import Preset, Sizes, all_presets, guess, load_preset, size
 from editcli.presets.files import given_preset, preset_text, read_preset
 from editcli.presets.model import LABELS
 from editcli.recipe import Recipe, check_section
-from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, tiny_config, tiny_model
+from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, tiny_config, tiny_model, tiny_model_folder
 
 
 def _sizes(layers: int, hidden: int, intermediate: int, *, heads: int) -> dict[str, int]:
@@ -194,6 +196,27 @@ def test_a_preset_file_replaces_the_models_own(tmp_path: Path) -> None:
     preset = load_preset(tiny_config("llama"), resolve(tiny_model("llama")), str(file))
     assert (preset.name, preset.layers, preset.settings) == ("mine", (2,), {"targets": {"lr": 0.25}})
     assert preset.layers_for("memit") == (2,)
+
+
+def test_inspect_and_stats_take_the_layers_of_a_preset_file(
+    tmp_path: Path, corpus_text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_model_folder(tmp_path / "model"))
+    (tmp_path / "corpus.txt").write_text(corpus_text)
+    file = tmp_path / "mine.toml"
+    file.write_text("layers = [0, 3]\n", "utf-8")
+    assert main(["inspect", model, "--preset", str(file), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["preset"] == {"name": "mine", "label": "guessed", "layers": [0, 3]}
+    assert [site["layer"] for site in shown["sites"] if site["in_preset"]] == [0, 3]
+    text = ["--corpus", str(tmp_path / "corpus.txt")]
+    assert main(["stats", "compute", model, "--preset", str(file), *text, "--json"]) == 0
+    sites = json.loads(capsys.readouterr().out)["sites"]
+    assert [site["module"].split(".")[2] for site in sites] == ["0", "3"]
+    file.write_text("layers = [4]\n", "utf-8")
+    for command in (["inspect", model], ["stats", "compute", model, *text]):
+        assert main([*command, "--preset", str(file)]) == 1
+        assert "layers names layer 4, but the model has 0-3" in capsys.readouterr().err
 
 
 def test_another_size_of_the_same_type_gets_a_guess() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from rich.console import Console
 
 from editcli.__main__ import main
 from editcli.core_options import TargetOptions
-from editcli.errors import StateError
-from editcli.evaluation.ability import TextBaseline, general_drift
+from editcli.errors import NumericalError, StateError
+from editcli.evaluation.ability import Drift, TextBaseline, general_drift
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.options import build
 from editcli.plugins import Plugins, load_plugins
@@ -336,6 +337,17 @@ def test_a_trial_that_is_ended_gives_them_back_too(bench: Workbench) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         bench.run(Candidate((1, 2), {}), tiny_requests(0), batch=1, watch=end)
+    assert same(before, bench.loaded.model.state_dict())
+
+
+def test_settings_that_wreck_the_model_are_a_failed_trial_and_not_the_end(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: tensor.clone() for name, tensor in bench.loaded.model.state_dict().items()}
+    wreck = Drift(math.nan, 1.0, math.nan, 10)
+    monkeypatch.setattr(bench.text, "drift", lambda loaded: wreck)
+    with pytest.raises(NumericalError, match="not numbers any more"):
+        bench.run(Candidate((1, 2), {}), tiny_requests(0), batch=3, watch=lambda done, figures: None)
     assert same(before, bench.loaded.model.state_dict())
 
 

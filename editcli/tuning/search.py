@@ -35,6 +35,8 @@ from editcli.tuning.study import Ask, Record, Study, require_optuna
 from editcli.tuning.workbench import Trial, Workbench
 
 PRESET, REPORT = "preset.toml", "tune.json"
+_UNUSABLE = (NumericalError, GuardError, OptionError)
+"""What a method raises where its settings do not work on this model."""
 
 
 class _Ended(Exception):
@@ -70,8 +72,8 @@ class Search:
         identity = identity_of(recipe, self.bench, self.space, self.slices)
         self.study = Study(self.folder / STUDY, self.space, identity, seed=recipe.run.seed)
         self.interrupts = Interrupts(reporter)
-        self.each = 0.0
-        """Seconds that one edit takes in a whole trial."""
+        self._pace: dict[int, float] = {}
+        """Seconds that one edit takes, by the number of the trial."""
 
     def go(self) -> TuneReport:
         """Search, compare the best trial with the guess on held-out edits, and write the preset and the report."""
@@ -133,14 +135,21 @@ class Search:
     def _goes_on(self) -> bool:
         limit = self.recipe.trials
         enough = limit is not None and self.study.made >= limit
-        # The first part of a trial must fit as well, or it would teach nothing.
-        part = self.each * self.slices.split.batch
-        return not (enough or self.interrupts.asked) and self.budget.affords(self._reserve + part)
+        # The first batch of a trial must fit as well, or it would teach nothing.
+        batch = self._seconds(self.study.best(), self.slices.split.batch)
+        return not (enough or self.interrupts.asked) and self.budget.affords(self._reserve + batch)
 
     @property
     def _reserve(self) -> float:
-        """Seconds to keep for the comparison at the end; nothing before the first trial has shown what it takes."""
-        return 2 * self.each * self.slices.split.held_out
+        """Seconds to keep for the comparison at the end; none before the first trial has shown what it takes."""
+        count = self.slices.split.held_out
+        return self._seconds(self.study.start_record(), count) + self._seconds(self.study.best(), count)
+
+    def _seconds(self, record: Record | None, edits: int) -> float:
+        """Return how long a trial's settings take for so many edits; 0 where there is no such trial yet."""
+        if record is None:
+            return 0.0
+        return edits * self._pace.get(record.number, record.seconds / self.slices.split.trial)
 
     def _try(self, ask: Ask) -> None:
         started, seen = time.monotonic(), None
@@ -160,11 +169,11 @@ class Search:
             trial = self.bench.run(ask.candidate, edits, batch=self.slices.split.batch, watch=watch)
         except _Ended as end:
             ask.tell(end.state, seconds=time.monotonic() - started, figures=seen)
-        except (NumericalError, GuardError, OptionError) as error:
+        except _UNUSABLE as error:
             # What a method cannot do with these settings is a result, not the end of the search.
             ask.tell(states.FAILED, seconds=time.monotonic() - started, reason=str(error))
         else:
-            self.each = max(self.each, trial.seconds / len(edits))
+            self._pace[ask.number] = trial.seconds / len(edits)
             seconds, score = time.monotonic() - started, trial.figures.score(kl_price=price)
             ask.tell(states.DONE, seconds=seconds, figures=trial.figures, score=score)
         self._tell(self.study.records[-1])
@@ -191,12 +200,15 @@ class Search:
             return None
         self.reporter.note(f"Comparing the best trial with the guess on {len(self.slices.held_out)} held-out edits")
         try:
-            if not self.budget.affords(self.each * self.slices.split.batch):
+            if not self.budget.affords(self._seconds(guess, self.slices.split.batch)):
                 raise _Ended(states.ENDED)
             before = self._held_out(self.start).figures
             after = before if best.number == guess.number else self._held_out(self._candidate(best)).figures
         except _Ended:
             self.reporter.warn("the time ended before the comparison on held-out edits; give more --minutes")
+            return None
+        except _UNUSABLE as error:
+            self.reporter.warn(f"the best trial and the guess cannot be compared on held-out edits: {error}")
             return None
         price = self.recipe.kl_price
         return Comparison(before, after, before.score(kl_price=price), after.score(kl_price=price))

@@ -5,6 +5,7 @@ The model, its second moments, the prefixes and the base's answers on ordinary t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from editcli.editing.pipeline import commit, edit_batch
 from editcli.editing.session import ModelSession, generate_prefixes
 from editcli.edits import EditFile, EditRequest
+from editcli.errors import NumericalError
 from editcli.evaluation import evaluate
 from editcli.evaluation.ability import TextBaseline
 from editcli.heap import give_back
@@ -165,7 +167,12 @@ class Workbench:
         with session.read_out(stabilizers) as weights:
             evaluation = evaluate(self.loaded, requests, metrics=("counterfact",), reporter=self.reporter)
             ratio = max(float(weight.norm() / session.baseline(site).norm()) for site, weight in weights.items())
-            return figures_of(evaluation, kl=self.text.drift(self.loaded).kl, ratio=ratio)
+            drift = self.text.drift(self.loaded)
+            if not math.isfinite(drift.kl):
+                raise NumericalError(
+                    "the edited model's answers are not numbers any more", site=session.sites[-1].module
+                )
+            return figures_of(evaluation, kl=drift.kl, ratio=ratio)
 
 
 def _part(done: int, total: int) -> int:
