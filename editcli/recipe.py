@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from editcli.core_options import CORE
-from editcli.errors import OptionError, near_miss
+from editcli.errors import EditError, OptionError, near_miss
 from editcli.options import build
+from editcli.presets.files import given_preset
+from editcli.presets.model import Preset
 from editcli.runs.guards import parse_guards
 from editcli.runs.requirements import check_resumable
 
@@ -33,6 +35,7 @@ class Choices(TypedDict, total=False):
     stabilizers: Sequence[str]
     batch_size: int | None
     layers: Sequence[int] | str | None
+    preset: str | Mapping[str, Any] | None
     settings: Mapping[str, Mapping[str, Any]]
     device: str
     device_map: str | None
@@ -79,6 +82,8 @@ class Recipe:
     """The folder to write; empty means ``<edits stem>-edited`` in the working folder."""
     batch_size: int | None = None
     layers: tuple[int, ...] | None = None
+    preset: str | Mapping[str, Any] | None = None
+    """A preset file instead of the model's preset, or the record of one, as ``run.json`` holds it."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     device: str = "auto"
     device_map: str | None = None
@@ -155,6 +160,20 @@ class Recipe:
             plugins.find("stabilizer", name)
         for name, settings in self.settings.items():
             check_section(name, settings, plugins)
+        if self.preset is not None:
+            check_preset(given_preset(self.preset), plugins)
+
+
+def check_preset(preset: Preset, plugins: Plugins) -> None:
+    """Raise :class:`OptionError` when a preset file names an editor or an option that is not known."""
+    origin = preset.file or preset.name
+    try:
+        for name in (*([preset.editor] if preset.editor else []), *preset.editor_layers):
+            plugins.find("editor", name)
+        for name, settings in preset.settings.items():
+            check_section(name, settings, plugins)
+    except EditError as error:
+        raise OptionError(f"{origin}: {error}") from error
 
 
 def check_section(name: str, settings: Mapping[str, Any], plugins: Plugins) -> None:

@@ -23,6 +23,7 @@ from editcli.core_options import CORE
 from editcli.errors import EditError
 from editcli.options import describe
 from editcli.plugins import Plugins, load_plugins
+from editcli.presets import all_presets
 from editcli.runs.verdict import Thresholds
 from tools.docs_blocks import DOCS, ROOT, finish, replaced
 
@@ -38,6 +39,7 @@ def pages() -> dict[Path, str]:
         "reference.md": {"names": _names(), "hooks": _hooks(), "options": _options(plugins)},
         "formats.md": {path.name.partition(".")[0]: _fields(path) for path in sorted(SCHEMAS.glob("*.json"))},
         "configuration.md": {"settings": _settings(), "exits": _exits()},
+        "methods.md": {"presets": _presets()},
     }
     found = {}
     for name, blocks in parts.items():
@@ -52,6 +54,19 @@ def _names() -> str:
     """Describe every public name, in alphabetical order."""
     listed = sorted((name for names in editcli._HOMES.values() for name in names), key=str.lower)
     return "\n\n".join(_name(name, getattr(editcli, name)) for name in listed)
+
+
+def _presets() -> str:
+    """Return a table of the presets: what they fit, and how far to trust them."""
+    rows = []
+    for preset in all_presets():
+        match, layers = preset.match, preset.layers
+        assert match is not None, "every preset that ships names its model"
+        sizes = f"{match.model_type}, {match.layers} layers of {match.hidden} and {match.intermediate}"
+        vocabulary = "" if match.vocab is None else f", vocabulary {match.vocab}"
+        named = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+        rows.append(f"| {preset.name} | {sizes}{vocabulary} | {preset.label} | {named} |")
+    return "\n".join(["| preset | fits | label | layers |", "|---|---|---|---|", *rows])
 
 
 def _is_ours(value: Any) -> bool:

@@ -19,6 +19,7 @@ COMMANDS = {
     "report": ("editcli.cli.report:report", "Write one self-contained page about a run."),
     "undo": ("editcli.cli.undo:undo", "Take back the last batches of a run, or single edits."),
     "bench": ("editcli.cli.bench:bench", "Compare stacks on one stream: retention and collapse."),
+    "tune": ("editcli.cli.tune:tune", "Search the layers and settings that edit a model best."),
     "stats": ("editcli.cli.stats:stats", "Compute and show the reference-text statistics of a model."),
     "plugins": ("editcli.cli.plugins:plugins", "Show what is installed, from where, with options and papers."),
     "completion": ("editcli.cli.completion:completion", "Let the shell complete commands, options and names."),

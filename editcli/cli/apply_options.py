@@ -97,7 +97,12 @@ def trust_options(command: Any) -> Any:
 
 def method_options(command: Any) -> Any:
     """Add how to edit."""
-    return _stack(
+    return editing_options("100; 1 for rome")(command)
+
+
+def editing_options(batches: str) -> Callable[[Any], Any]:
+    """Return the options on how to edit, for a command whose batches are of ``batches`` edits by default."""
+    return lambda command: _stack(
         command,
         option(
             "--editor",
@@ -116,6 +121,7 @@ def method_options(command: Any) -> Any:
             section="Method",
             help="What keeps a stream of edits from wrecking the model; repeat it: they act in the order given.",
         ),
+        preset_option("Method"),
         option(
             "--layers",
             type=LayerRange(),
@@ -127,7 +133,7 @@ def method_options(command: Any) -> Any:
             "-b",
             type=COUNT,
             section="Method",
-            help="Edits written at once.  [default: 100; 1 for rome]",
+            help=f"Edits written at once.  [default: {batches}]",
         ),
         assignments_option,
         option(
@@ -164,6 +170,16 @@ def assignments_option(command: Any) -> Any:
         section="Method",
         help="Set an option of a method; repeat it. 'editcli plugins NAME' lists them.",
     )(command)
+
+
+def preset_option(section: str) -> Callable[[Any], Any]:
+    """Return the option for a preset file."""
+    return option(
+        "--preset",
+        metavar="FILE",
+        section=section,
+        help="Preset file with layers and settings, as tune writes it.  [default: the model's own preset]",
+    )
 
 
 def seed_option(section: str) -> Callable[[Any], Any]:

@@ -12,6 +12,7 @@ from editcli.cli.apply_options import (
     assignments_option,
     code_options,
     device_options,
+    preset_option,
     seed_option,
     source_options,
 )
@@ -44,6 +45,7 @@ STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
 )
 @option("--batch-size", "-b", type=COUNT, default=100, show_default=True, section="Method", help="Edits at once.")
 @option("--limit", "--until", type=COUNT, section="Method", help="Take only the first N edits.")
+@preset_option("Method")
 @assignments_option
 @seed_option("Method")
 @option(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import tau_option
+from editcli.cli.apply_options import preset_option, tau_option
 from editcli.cli.common import App, Command, LayerRange, json_option, option, print_json
 from editcli.cli.settings import config_option
 
@@ -25,6 +25,7 @@ FIGURES = "Figures"
 )
 @option("--base", metavar="MODEL", section=FIGURES, help="Compare with this model; a run knows its own.")
 @tau_option(FIGURES)
+@preset_option(FIGURES)
 @option("--layers", type=LayerRange(), metavar="4-8", section=FIGURES, help="Only these layers.")
 @option(
     "--svd",
@@ -74,6 +75,7 @@ def inspect(app: App, /, model: str | None, as_json: bool, plot: Path | None, **
         model,
         wanted=wanted_from(values, plot=plot is not None),
         base=values["base"],
+        preset=values["preset"],
         device=choose_device(values["device"]),
         families=brought_families(app.plugins),
         reporter=app.reporter,

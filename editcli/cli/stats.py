@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import COUNT, device_options, seed_option, trust_options
+from editcli.cli.apply_options import COUNT, device_options, preset_option, seed_option, trust_options
 from editcli.cli.common import App, Command, LayerRange, json_option, option, print_json
 from editcli.cli.group import LazyGroup
 from editcli.cli.settings import component_settings, config_option
@@ -24,6 +24,7 @@ stats = LazyGroup(name="stats", commands_table=COMMANDS, help="Compute and show 
 @option("--revision", metavar="REVISION", section="Model", help="Branch, tag or commit of a hub id.")
 @device_options
 @trust_options
+@preset_option("Statistics")
 @option("--layers", type=LayerRange(), section="Statistics", help="Layers such as 4-8.  [default: the preset's]")
 @option(
     "--corpus",

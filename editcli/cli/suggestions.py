@@ -123,5 +123,6 @@ SUGGESTIONS: Mapping[str, tuple[str | None, Any]] = {
     "stats": (FILES, None),
     "text": (FILES, None),
     "prompts": (FILES, None),
+    "preset": (FILES, None),
 }
 """What is offered, by the name of the parameter, or of the command and the parameter: a kind and values."""

@@ -78,6 +78,31 @@ def general_drift(
     return Drift(math.exp(nll), math.exp(nll_base), max(kl, 0.0), total)
 
 
+class TextBaseline:
+    """A model's logits on a text, kept so that many edited versions of it can be compared with it.
+
+    They are held on the CPU in float32: ``max_tokens`` times the vocabulary times 4 bytes, 80 MB for a vocabulary of
+    50,000. Raises :class:`ModelError` when there is no text.
+    """
+
+    def __init__(self, loaded: LoadedModel, texts: Iterable[str], *, max_length: int = 128, max_tokens: int = 400):
+        rows = _rows(loaded.tokens, texts, max_length=max_length, max_tokens=max_tokens)
+        if not rows:
+            raise ModelError("there is no text to measure general ability on; pass another one with --text")
+        chosen = [[rows[index] for index in chunk] for chunk in chunks(rows, budget=BATCH_TOKENS // 4)]
+        self._batches = [(batch, _logits(loaded, batch).cpu()) for batch in chosen]
+
+    def drift(self, loaded: LoadedModel) -> Drift:
+        """Compare a model, edited by now, with what it was."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        tokens = 0
+        for batch, before in self._batches:
+            sums += compare_logits(_logits(loaded, batch), before, _predicted(batch))
+            tokens += len(before)
+        nll, nll_base, kl = (sums / tokens).tolist()
+        return Drift(math.exp(nll), math.exp(nll_base), max(kl, 0.0), tokens)
+
+
 def compare_logits(edited: Tensor, base: Tensor, wanted: Tensor) -> Tensor:
     """Return the sums over n tokens of (NLL edited, NLL base, KL(base || edited)), nats, float64 on the CPU.
 
@@ -93,13 +118,22 @@ def compare_logits(edited: Tensor, base: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _batch_sums(edited: LoadedModel, base: LoadedModel, batch: Sequence[Encoded]) -> Tensor:
-    places = [(r, c) for r, row in enumerate(batch) for c in range(len(row.ids) - 1)]
-    logits = []
-    for loaded in (edited, base):
-        ids = loaded.tokens.pad(batch, loaded.input_device)
-        logits.append(logits_at(loaded, ids, *positions(places, ids.device)))
-    wanted = torch.tensor([batch[r].ids[c + 1] for r, c in places])
-    return compare_logits(logits[0], logits[1], wanted)
+    return compare_logits(_logits(edited, batch), _logits(base, batch), _predicted(batch))
+
+
+def _logits(loaded: LoadedModel, batch: Sequence[Encoded]) -> Tensor:
+    """Return the logits that predict every token of a batch but the first of each row, (n, vocabulary)."""
+    ids = loaded.tokens.pad(batch, loaded.input_device)
+    return logits_at(loaded, ids, *positions(_places(batch), ids.device))
+
+
+def _predicted(batch: Sequence[Encoded]) -> Tensor:
+    """Return the tokens that :func:`_logits` predicts, (n,)."""
+    return torch.tensor([batch[r].ids[c + 1] for r, c in _places(batch)])
+
+
+def _places(batch: Sequence[Encoded]) -> list[tuple[int, int]]:
+    return [(r, c) for r, row in enumerate(batch) for c in range(len(row.ids) - 1)]
 
 
 def _rows(tokens: Tokens, texts: Iterable[str], *, max_length: int, max_tokens: int) -> list[Encoded]:

@@ -120,7 +120,7 @@ def measure(
     requests = sample(file.requests, recipe.sample, seed=recipe.seed)
     source = resolve_model(recipe.model, code=recipe.trust_remote_code)
     base_source = _base(recipe, source)
-    texts = list(_texts(recipe)) if base_source is not None else []
+    texts = list(general_text(recipe.text)) if base_source is not None else []
     parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
     agree_on_inputs(team, "recipe, edits and text", parts)
     families = tuple(family for _, family in plugins.brought("editcli_architectures"))
@@ -215,9 +215,9 @@ def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
     raise ModelError(f"{source.name}: {known}; pass the base as --base=MODEL")
 
 
-def _texts(recipe: EvalRecipe) -> Iterator[str]:
-    """Yield the paragraphs of the text to measure general ability on."""
-    path = Path(recipe.text).expanduser() if recipe.text is not None else bundled_folder() / "heldout.txt"
+def general_text(file: str | None) -> Iterator[str]:
+    """Yield the paragraphs of the text to measure general ability on: a file's, or the bundled held-out text's."""
+    path = Path(file).expanduser() if file is not None else bundled_folder() / "heldout.txt"
     try:
         content = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -148,12 +148,14 @@ def inspect(
     *,
     wanted: Wanted = Wanted(),
     base: str | Path | None = None,
+    preset: str | None = None,
     device: torch.device | None = None,
     families: Sequence[Family] = (),
     reporter: Reporter | None = None,
 ) -> Inspection:
     """Inspect a model or a run folder; one tensor (and its base) is in memory at a time.
 
+    ``preset`` is a preset file that is shown instead of the model's own preset.
     Raises :class:`ModelError` where the folder is no readable checkpoint or ``base`` is a model of other shapes.
     """
     reporter = reporter or Silent()
@@ -163,14 +165,14 @@ def inspect(
         reporter.warn(f"the history of this run cannot be shown: {history.problem}")
     config = load_config(source)
     architecture = resolve(skeleton(config), families)
-    preset = load_preset(config, architecture)
+    chosen = load_preset(config, architecture, preset)
     before = _base_source(base, history, reporter) if wanted.norms or wanted.spectral else None
     reader = _Reader(source, before, architecture, wanted, device)
     layers = _layers(wanted, history, architecture)
     with reporter.phase("inspect", len(layers), "sites") as advance:
         sites = []
         for layer in layers:
-            site = reader.site(layer, in_preset=layer in preset.layers)
+            site = reader.site(layer, in_preset=layer in chosen.layers)
             sites.append(_dated(site, history, wanted.thresholds))
             advance(1)
     if base is None and history is not None and before is not None:
@@ -181,7 +183,7 @@ def inspect(
         family=architecture.family.name,
         layers=architecture.layers,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
-        preset=preset,
+        preset=chosen,
         sites=tuple(sites),
         wanted=wanted,
         history=history,

@@ -1,7 +1,8 @@
-"""Which layers to edit and with which settings: one TOML file per model, and a labelled guess for every other model.
+"""Which layers to edit and with which settings: a preset per model, and a labelled guess for every other model.
 
-A preset is matched by the model's type and sizes, never by its name or folder. Labels: ``published`` figures come from
-the papers' configurations, ``tuned`` ones from a sweep of ours, ``guessed`` ones from proportions:
+A preset is matched by the model's type and sizes, never by its name or folder. It is one TOML file, or one row of
+``models.toml``, whose rows share profiles of settings. Labels: ``published`` figures come from the papers'
+configurations, ``tuned`` ones from a sweep of ours, ``guessed`` ones from proportions:
 
 - Layers. The published sites lie between 7 % and 39 % of the depth and are five or six in a row. The guess takes the
   last five layers of the middle of that range, 13 % to 28 %; for 32 layers these are the published 4-8.
@@ -32,72 +33,42 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import tomli
 
 from editcli.options import merge
+from editcli.presets.files import given_preset, refuse_misfit
+from editcli.presets.model import FACTS, Preset, Settings, Sizes, parse_preset, sections
 
 if TYPE_CHECKING:
     from editcli.models.architectures import Architecture
 
-Settings = Mapping[str, Mapping[str, Any]]
+__all__ = ["FACTS", "Preset", "Settings", "Sizes", "all_presets", "guess", "load_preset", "sizes_of"]
 
-_GUESS = "guess.toml"
-_FACTS = ("name", "label", "source", "layers", "layers_for", "layers_behind_norm", "behind_norm", "match", "editor")
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a preset is matched by; ``vocab`` None matches every vocabulary, since users add tokens of their own."""
-
-    model_type: str
-    layers: int
-    hidden: int
-    """Width of the residual stream, d_out of an editable matrix."""
-    intermediate: int
-    """Width of a key, d_in of an editable matrix."""
-    vocab: int | None = None
-
-    def fits(self, model: Sizes) -> bool:
-        """Tell whether ``model`` has these sizes."""
-        same = (self.model_type, self.layers, self.hidden, self.intermediate)
-        other = (model.model_type, model.layers, model.hidden, model.intermediate)
-        return same == other and self.vocab in (None, model.vocab)
+_GUESS, _TABLE = "guess.toml", "models.toml"
+_GUESSED = "guess"
+"""The profile of a row whose settings, and layers if it names none, are those of the guess for its sizes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """Layers and settings for one model, and how far to trust them."""
+def load_preset(config: Any, architecture: Architecture, given: str | Mapping[str, Any] | None = None) -> Preset:
+    """Return the preset for a model with this transformers ``config``, or a guess labelled as one.
 
-    name: str
-    label: str
-    """``tuned``, ``published`` or ``guessed``."""
-    layers: tuple[int, ...]
-    editor: str | None = None
-    editor_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Layers for editors that want others than :attr:`layers`."""
-    settings: Settings = field(default_factory=dict)
-    """``{component: {option: value}}``; sections of components that are not in use say nothing about the run."""
-    source: str = ""
-    """Where the figures come from."""
-    match: Sizes | None = None
-
-    def layers_for(self, editor: str) -> tuple[int, ...]:
-        """Return the layers that ``editor`` should write."""
-        return self.editor_layers.get(editor, self.layers)
-
-
-def load_preset(config: Any, architecture: Architecture) -> Preset:
-    """Return the preset for a model with this transformers ``config``, or a guess labelled as one."""
+    ``given`` is a preset file, or the record of one, and replaces what is known about the model; raises
+    :class:`OptionError` where it does not fit the model.
+    """
     sizes = sizes_of(config, architecture)
     guessed = guess(sizes, behind_norm=architecture.mlp_norm(0) is not None)
-    fitting = [preset for preset in all_presets() if preset.match is not None and preset.match.fits(sizes)]
-    if not fitting:
-        return guessed
-    # The one that also names the vocabulary is the more specific one.
-    best = min(fitting, key=lambda preset: preset.match is None or preset.match.vocab is None)
+    if given is not None:
+        best = given_preset(given)
+        refuse_misfit(best, sizes)
+    else:
+        fitting = [preset for preset in all_presets() if preset.match is not None and preset.match.fits(sizes)]
+        if not fitting:
+            return guessed
+        # The one that also names the vocabulary is the more specific one.
+        best = min(fitting, key=lambda preset: preset.match is None or preset.match.vocab is None)
     return replace(best, editor_layers={**guessed.editor_layers, **best.editor_layers})
 
 
@@ -109,8 +80,10 @@ def sizes_of(config: Any, architecture: Architecture) -> Sizes:
 
 def all_presets() -> tuple[Preset, ...]:
     """Return every preset that ships with the package, by name."""
-    presets = (_parse(record) for name, record in _records() if name != _GUESS)
-    return tuple(sorted(presets, key=lambda preset: preset.name))
+    records = dict(_records())
+    rows = _rows(records.pop(_TABLE))
+    files = (parse_preset(record, origin=name) for name, record in records.items() if name != _GUESS)
+    return tuple(sorted((*files, *rows), key=lambda preset: preset.name))
 
 
 def guess(sizes: Sizes, *, behind_norm: bool = False) -> Preset:
@@ -123,7 +96,7 @@ def guess(sizes: Sizes, *, behind_norm: bool = False) -> Preset:
         label=record["label"],
         layers=_within(sizes.layers, **record["layers_behind_norm" if behind_norm else "layers"]),
         editor_layers={name: _within(sizes.layers, **shares) for name, shares in record["layers_for"].items()},
-        settings=merge(_settings(record), *scaled, record["behind_norm"] if behind_norm else {}),
+        settings=merge(sections(record), *scaled, record["behind_norm"] if behind_norm else {}),
         source=record["source"],
     )
 
@@ -139,21 +112,17 @@ def _scaled(settings: Settings, factor: float) -> dict[str, dict[str, Any]]:
     return {name: {key: value * factor for key, value in section.items()} for name, section in settings.items()}
 
 
-def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: section for name, section in record.items() if name not in _FACTS}
-
-
-def _parse(record: Mapping[str, Any]) -> Preset:
-    return Preset(
-        name=record["name"],
-        label=record["label"],
-        layers=tuple(record["layers"]),
-        editor=record.get("editor"),
-        editor_layers={name: tuple(layers) for name, layers in record.get("layers_for", {}).items()},
-        settings=_settings(record),
-        source=record["source"],
-        match=Sizes(**record["match"]),
-    )
+def _rows(table: Mapping[str, Any]) -> Iterator[Preset]:
+    """Yield the presets of the table of models: what a row says itself wins over its profile."""
+    for row in table["models"]:
+        facts = {name: value for name, value in row.items() if name not in ("profile", "behind_norm")}
+        if row["profile"] == _GUESSED:
+            base = guess(Sizes(**row["match"]), behind_norm=row.get("behind_norm", False))
+            profile, layers = base.settings, list(base.layers)
+        else:
+            profile, layers = table["profiles"][row["profile"]], []
+        record = {"layers": layers, **facts, **merge(profile, sections(facts))}
+        yield parse_preset(record, origin=f"{_TABLE}: {row['name']}")
 
 
 def _records() -> Iterator[tuple[str, dict[str, Any]]]:

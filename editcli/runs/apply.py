@@ -22,6 +22,7 @@ from editcli.interfaces import Site
 from editcli.models.checkpoint import Checkpoint
 from editcli.models.loading import choose_device
 from editcli.plugins import Plugins
+from editcli.presets.files import recorded_preset
 from editcli.recipe import Recipe
 from editcli.report import Reporter, RunReport, Silent
 from editcli.runs import planning
@@ -184,8 +185,12 @@ class Run:
             self.rejections.write()
 
     def _portable_recipe(self) -> dict[str, Any]:
-        """Return the recipe with the files that an undo or a repetition needs named from the root."""
+        """Return the recipe with the files that an undo or a repetition needs named from the root.
+
+        A preset file is small and likely to be tuned again, so its content is recorded instead of its name.
+        """
         record = self.recipe.to_json()
+        record["preset"] = recorded_preset(self.recipe.preset)
         files = {name: record[name] for name in ("edits", "corpus", "stats") if record[name]}
         return {**record, **{name: str(Path(file).absolute()) for name, file in files.items() if Path(file).is_file()}}
 
@@ -220,9 +225,11 @@ class Run:
         if planned.footprint is not None and planned.footprint.fits:
             # What it is for stands in the plan that --dry-run prints.
             self.reporter.note(f"Memory: {planned.footprint.summary()}")
-        if planned.preset.label == "guessed":
+        if planned.preset.label == "guessed" and planned.preset.file is None:
             layers = ", ".join(map(str, planned.layers))
-            self.reporter.warn(f"no preset for this model ({planned.preset.name}): layers {layers} are a guess")
+            what = "no preset for this model" if planned.preset.match is None else "untuned preset"
+            remedy = "'editcli tune' searches for better settings"
+            self.reporter.warn(f"{what} ({planned.preset.name}): layers {layers} are a guess; {remedy}")
         for part in planned.stabilizers:
             if part.acts_on_values_alone() and not planned.editor.needs_values:
                 self.reporter.warn(

@@ -16,6 +16,7 @@ from typing import Any
 
 from editcli.errors import NumericalError, OptionError, StateError
 from editcli.plugins import Plugins
+from editcli.presets.files import recorded_preset
 from editcli.recipe import Recipe
 from editcli.report import Reporter, Silent
 from editcli.runs.apply import DONE, INTERRUPTED, STOPPED, apply
@@ -41,6 +42,7 @@ _DECIDING = (
     "revision",
     "batch_size",
     "layers",
+    "preset",
     "limit",
     "seed",
     "settings",
@@ -184,7 +186,8 @@ def _run(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> str:
     status = str(record.get("status"))
     if status not in (DONE, STOPPED):
         return apply(recipe, plugins, reporter).status
-    asked, made = recipe.to_json(), record.get("recipe", {})
+    asked = {**recipe.to_json(), "preset": recorded_preset(recipe.preset)}
+    made = record.get("recipe", {})
     other = [name for name in _DECIDING if asked[name] != made.get(name)]
     if other:
         raise StateError(f"{recipe.folder} was made with other {', '.join(other)}; choose another --out")

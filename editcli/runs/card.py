@@ -114,6 +114,9 @@ def command_line(recipe: Recipe) -> str:
 def _arguments(name: str, value: Any) -> list[str]:
     """Return one setting as it is written on the command line."""
     flag = "--" + _FLAGS.get(name, name).replace("_", "-")
+    if isinstance(value, Mapping):
+        # A recipe that was read from a record holds the preset itself; its file may be gone.
+        value = value.get("file") or value.get("name")
     if name == "layers":
         return [flag, ",".join(map(str, value))]
     if isinstance(value, tuple):

@@ -77,6 +77,8 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
                 "name": planned.preset.name,
                 "label": planned.preset.label,
                 "layers": list(planned.layers),
+                "file": planned.preset.file,
+                "sha256": planned.preset.sha256,
             },
         },
     )

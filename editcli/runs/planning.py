@@ -164,7 +164,7 @@ def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile)
     guards = with_default(parse_guards(recipe.stop_if))
     skip = recipe.on_error == "skip"
     architecture = base.architecture
-    preset = load_preset(base.model.config, architecture)
+    preset = load_preset(base.model.config, architecture, recipe.preset)
     name = recipe.editor or preset.editor or DEFAULT_EDITOR
     settings = settings_for(name, preset, recipe.settings, plugins)
     editor = component(plugins, "editor", name, settings)

@@ -32,6 +32,8 @@ class MomentsRecipe:
     revision: str | None = None
     layers: tuple[int, ...] | None = None
     """None takes the preset's."""
+    preset: str | None = None
+    """A preset file instead of the model's preset."""
     corpus: str | None = None
     options: StatisticsOptions | None = None
     out: str | None = None
@@ -97,7 +99,7 @@ def compute(
         families=families,
         trust_remote_code=recipe.trust_remote_code,
     )
-    layers = recipe.layers or load_preset(loaded.model.config, loaded.architecture).layers
+    layers = recipe.layers or load_preset(loaded.model.config, loaded.architecture, recipe.preset).layers
     sites = [loaded.architecture.site(layer) for layer in layers]
     moments = SecondMoments(
         loaded, options=recipe.options, corpus=recipe.corpus, reporter=reporter, seed=recipe.seed, team=team

@@ -1,0 +1,193 @@
+"""What a search needs before its first trial: the folder, the model, the edits, what is searched, and its identity."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from editcli.edits import EditRequest
+from editcli.errors import OptionError, StateError
+from editcli.models.loading import LoadedModel, open_model, resolve_model
+from editcli.plugins import Plugins
+from editcli.recipe import Recipe
+from editcli.report import Reporter
+from editcli.runs import planning
+from editcli.tuning import SOURCE
+from editcli.tuning.budget import Budget, edits_per_trial
+from editcli.tuning.objective import KL_PRICE
+from editcli.tuning.probes import probe_edits
+from editcli.tuning.report import Split
+from editcli.tuning.space import Candidate, Space, build_space
+from editcli.tuning.study import begun_with
+from editcli.tuning.workbench import PARTS, Workbench
+
+MINUTES = 10.0
+"""The budget where neither minutes nor trials are given."""
+WARM_UP = 4
+"""Edits that the preset writes first, to see what one costs."""
+STUDY, LOCK = "study.jsonl", ".lock"
+_COUNT = "edits of a trial"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneRecipe:
+    """What to tune, on what, for how long; raises :class:`OptionError` when it makes no sense."""
+
+    run: Recipe
+    """Model, edits (:data:`editcli.tuning.SOURCE` for the bundled probes), methods, fixed settings and out."""
+    minutes: float | None = None
+    trials: int | None = None
+    """Trials in all, those of a search that is gone on with included."""
+    sample: int | None = None
+    """Edits of a trial; None is as many as the time allows."""
+    kl_price: float = KL_PRICE
+    text: str | None = None
+    """Text file for the drift; default: the bundled held-out text."""
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and self.minutes <= 0:
+            raise OptionError(f"--minutes must be more than 0, not {self.minutes:g}")
+        if self.kl_price < 0:
+            raise OptionError(f"--kl-price must not be negative, but it is {self.kl_price:g}")
+
+    @property
+    def limit(self) -> float | None:
+        """The minutes that the search may take; None where only trials are limited."""
+        return MINUTES if self.minutes is None and self.trials is None else self.minutes
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """The edits that trials write, and those that are held out."""
+
+    trial: tuple[EditRequest, ...]
+    held_out: tuple[EditRequest, ...]
+    split: Split
+
+
+@contextmanager
+def search_folder(out: Path, *, resume: bool) -> Iterator[None]:
+    """Hold the folder of a search; raises :class:`StateError` where it is another's or cannot be gone on with.
+
+    A folder that is made here is removed again when the block fails before its first trial.
+    """
+    begun = (out / STUDY).is_file()
+    # A search that was killed early leaves nothing but its lock.
+    idle = out.is_dir() and all(path.name == LOCK for path in out.iterdir())
+    if out.exists() and not (out.is_dir() and (idle or (begun and resume))):
+        hint = "--resume continues the search in it" if begun else "choose another --out"
+        raise StateError(f"{out} exists and is not empty; {hint}")
+    if resume and not (begun or idle):
+        raise StateError(f"there is no search in {out}, so there is nothing to resume; leave out --resume")
+    created = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StateError(f"{out} is in use by another editcli process; wait for it or stop it") from error
+    try:
+        yield
+    except BaseException:
+        if created and not (out / STUDY).exists():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def open_edits(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter) -> tuple[LoadedModel, tuple[EditRequest, ...]]:
+    """Read the edits, load the model, and choose probes where there are no edits."""
+    run = recipe.run
+    # A file that cannot be read is refused before the model is loaded.
+    file = None if run.edits == SOURCE else planning.read_requested(run, plugins)
+    for warning in file.warnings if file else ():
+        reporter.warn(warning)
+    loaded = open_model(
+        resolve_model(run.model, revision=run.revision),
+        device=run.device,
+        dtype=run.dtype,
+        device_map=run.device_map,
+        families=planning.brought_families(plugins),
+        chat_template=run.chat_template,
+        trust_remote_code=run.trust_remote_code,
+    )
+    if file is None:
+        return loaded, probe_edits(loaded, seed=run.seed, reporter=reporter)
+    requests, rejected, _ = planning.usable(file, loaded.tokens, skip_bad=run.on_error == "skip", measured=True)
+    for one in rejected:
+        reporter.warn(f"left out: {one.id}: {one.reason}")
+    for field, what in (("paraphrase_prompts", "generalization"), ("neighborhood_prompts", "specificity")):
+        if not any(getattr(request, field) for request in requests):
+            reporter.warn(f"the edits have no {field}: {what} is not measured and does not count")
+    return loaded, requests
+
+
+def space_of(bench: Workbench) -> Space:
+    """Return what is searched around the preset of a bench: everything that the user has not fixed."""
+    run, start = bench.recipe, bench.start
+    fixed = {f"{name}.{key}" for name, section in run.settings.items() for key in section}
+    # A statistics file holds what was asked for when it was made, and nothing on other layers.
+    if run.layers or run.stats:
+        fixed.add("layers")
+    # An editor that optimises no targets has no use for their settings.
+    idle = () if start.editor.needs_values else ("targets",)
+    space = build_space(
+        {name: section for name, section in bench.effective.items() if name not in idle},
+        layers=start.layers,
+        depth=bench.loaded.architecture.layers,
+        fixed=fixed,
+        single_site=start.editor.single_site,
+    )
+    if not space.bounds:
+        raise OptionError("everything that tune searches is fixed; leave out --layers or some of -o")
+    return space
+
+
+def slices_of(
+    requests: Sequence[EditRequest], recipe: TuneRecipe, bench: Workbench, *, layers: tuple[int, ...], budget: Budget
+) -> Slices:
+    """Shuffle the edits, and cut them into those of the trials and those held out."""
+    run = recipe.run
+    shuffled = random.Random(run.seed).sample(list(requests), len(requests))
+    earlier = begun_with(run.folder / STUDY) if recipe.resume else None
+    count = recipe.sample or (earlier or {}).get(_COUNT)
+    if count is None:
+        few = shuffled[:WARM_UP]
+        warm = bench.run(Candidate(layers, {}), few, batch=len(few), watch=lambda done, figures: None)
+        count = edits_per_trial(budget.left, each=warm.seconds / len(few), available=len(shuffled))
+    trial, held_out = tuple(shuffled[:count]), tuple(shuffled[count : 2 * count])
+    if not held_out:
+        bench.reporter.warn("there are no edits left to hold out, so the best trial is not checked on others")
+    size = run.batch_size or (1 if bench.start.editor.single_site else -(-len(trial) // PARTS))
+    return Slices(trial, held_out, Split(len(trial), len(held_out), size))
+
+
+def identity_of(recipe: TuneRecipe, bench: Workbench, space: Space, slices: Slices) -> dict[str, Any]:
+    """Return what has to be the same for the scores of two trials to be comparable."""
+    run, start, loaded = recipe.run, bench.start, bench.loaded
+    return {
+        "base model": loaded.checkpoint.fingerprint(),
+        "editor": start.editor.name,
+        "stabilizers": list(run.stabilizers),
+        _COUNT: slices.split.trial,
+        "edits": [request.digest for request in (*slices.trial, *slices.held_out)],
+        "batch size": slices.split.batch,
+        "settings": bench.effective,
+        "layers": list(start.layers),
+        "search space": [[bound.name, bound.low, bound.high] for bound in space.bounds],
+        "reference text": bench.moments.corpus.identity,
+        "seed": run.seed,
+        "--kl-price": recipe.kl_price,
+        "--text": recipe.text,
+        "dtype": str(next(loaded.model.parameters()).dtype),
+        "chat template": run.chat_template,
+    }
