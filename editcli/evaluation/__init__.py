@@ -212,7 +212,9 @@ def _choose(metrics: Collection[str] | None, requests: Sequence[EditRequest]) ->
 
 def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
     """Return what ``metrics`` ask of a model about one edit."""
-    new, true = request.target_new, request.target_true
+    new = request.target_new
+    # A target that is the true answer has no rival that it could lose against.
+    true = None if request.target_true == new else request.target_true
     plan = [Question("efficacy", request.prompt, new, true)]
     plan += [Question("paraphrases", prompt, new, true) for prompt in request.paraphrase_prompts]
     if "counterfact" in metrics:

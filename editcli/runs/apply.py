@@ -42,7 +42,10 @@ from editcli.runs.stack import Stack
 from editcli.runs.state import RunFolder
 from editcli.runs.stream import Stream
 from editcli.statistics import SecondMoments
+from editcli.superseding import supersede
 
+SHOWN = 5
+"""Edits that a note names at the most."""
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
 
 
@@ -104,14 +107,14 @@ class Run:
         snapshot = self.recovered.snapshot if self.recovered else None
         found = (snapshot.step, snapshot.consumed, snapshot.line) if snapshot else None
         self.team.agree(f"what is in {folder.out}", found, remedy="put --out on a disk that all machines share")
-        self.rejections = Rejections(folder, planned, self.edits_file)
+        self.rejections = Rejections(folder, planned, self.edits_file, {request.id for request in self.done})
 
     def go(self) -> RunReport:
         """Load, edit, save, report."""
         self._announce()
         self.open()
         todo = self.todo()
-        before = self._evaluate([*self.done, *(request for batch in todo for request in batch)])
+        before = self._evaluate(supersede([*self.done, *(request for batch in todo for request in batch)])[0])
         with self.clock.spent("prepare"):
             stream = self.stream()
             self.begin(stream)
@@ -290,13 +293,14 @@ class Run:
 
     def finish(self, stream: Stream, before: Evaluation | None) -> RunReport:
         """Save the model as it is read out, verify the folder, write the record and the card."""
-        applied = stream.position.requests
+        applied = supersede(stream.position.requests)[0]
         with stream.session.read_out(self.planned.stabilizers) as weights:
             after = self._evaluate(applied) if applied else None
             with self.clock.spent("save"):
                 verified = self._saved(stream, weights)
             report = self._report(stream, before, after, weights)
-        for name in verified.unchanged if verified else ():
+        self._tell_known(report)
+        for name in verified.unchanged if verified and verified.changed else ():
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
         if self.team.leads:
             self.document(stream, report, after)
@@ -304,10 +308,25 @@ class Run:
             self.reporter.warn(self.stopped_by)
         return report
 
+    def _tell_known(self, report: RunReport) -> None:
+        """Say which edits were true already."""
+        known = report.already_true
+        if not known:
+            return
+        shown = ", ".join(known[:SHOWN]) + (f" and {len(known) - SHOWN:,} more" if len(known) > SHOWN else "")
+        if report.unchanged:
+            self.reporter.note(f"Already true before the run: {shown}; the weights are those of the base")
+        else:
+            self.reporter.note(f"Already true before the run: {shown}")
+
     def _saved(self, stream: Stream, weights: Mapping[Site, torch.Tensor]) -> Verified | None:
         if not self.team.leads:
             return None
-        return self.save(stream.session, weights) if stream.position.requests else self._save_base()
+        if not stream.position.requests:
+            return self._save_base()
+        # Where every edit was true already, the base's weights are the result.
+        idle = all(report.idle for report in stream.reports)
+        return self.save(stream.session, weights, idle=idle)
 
     def document(self, stream: Stream, report: RunReport, after: Evaluation | None) -> None:
         """Write what goes beside the weights: refused edits, outcomes, the card and, last, the record."""
@@ -320,15 +339,17 @@ class Run:
         self.provenance["consumed"] = stream.position.consumed
         self._write_record(report)
 
-    def save(self, session: ModelSession, weights: Mapping[Site, torch.Tensor]) -> Verified | None:
-        """Write the model folder, verify it, and remember the hashes of what was edited."""
+    def save(
+        self, session: ModelSession, weights: Mapping[Site, torch.Tensor], *, idle: bool = False
+    ) -> Verified | None:
+        """Write the model folder, verify it, and remember the hashes; ``idle`` if nothing was asked that changes it."""
         base = self.loaded.checkpoint
         tensors = stored_tensors(session, weights)
         self.provenance["weights"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
         with self.reporter.phase("Saving", 2, "steps") as advance:
             write_model(base, self.folder.out, tensors)
             advance(1)
-            verified = verify(Checkpoint(self.planned.source.folder), self.folder.out, tensors)
+            verified = verify(Checkpoint(self.planned.source.folder), self.folder.out, tensors, idle=idle)
             advance(1)
         return verified
 
@@ -358,7 +379,7 @@ class Run:
 
     def _retained(self, requests: Sequence[EditRequest]) -> Mapping[str, float | int | None]:
         """Measure a fixed sample of the edits so far: always the same ones, as far as they have been applied."""
-        asked = sampled(requests, self.planned.requests, self.recipe.seed)
+        asked = sampled(supersede(requests)[0], self.planned.requests, self.recipe.seed)
         found = self._evaluate(asked) if asked else None
         return {} if found is None else {**{name: getattr(found, name) for name in METRICS}, "edits": len(asked)}
 

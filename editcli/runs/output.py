@@ -84,8 +84,11 @@ def stored_tensors(session: ModelSession, weights: Mapping[Site, Tensor]) -> dic
     return stored
 
 
-def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verified:
-    """Reopen ``out`` and compare every tensor with the base; :class:`ModelError` on a difference not planned."""
+def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor], *, idle: bool = False) -> Verified:
+    """Reopen ``out`` and compare every tensor with the base; :class:`ModelError` on a difference not planned.
+
+    Unless ``idle``, some planned tensor must differ from the base.
+    """
     written = Checkpoint(out)
     if set(written.names()) != set(base.names()):
         raise ModelError(f"the model saved in {out} lacks tensors of the base; the disk may be faulty, save again")
@@ -98,8 +101,11 @@ def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verifi
             (unchanged if same else changed).append(name)
         elif not same:
             raise ModelError(f"{name} in {out} differs from the base though it was not edited; save again")
-    if not changed:
-        raise ModelError("nothing changed: every edited weight equals the base's once stored; see the rejected edits")
+    if not changed and not idle:
+        raise ModelError(
+            "nothing changed: every edited weight equals the base's once it is stored, because the updates are smaller "
+            "than its type can hold or every edit was given up (see the rejected edits); try --save-dtype float32"
+        )
     return Verified(tuple(changed), tuple(unchanged))
 
 

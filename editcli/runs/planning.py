@@ -38,8 +38,10 @@ from editcli.report import Rejection, Reporter
 from editcli.runs.footprint import Footprint, check_memory
 from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.runs.output import needed_bytes
+from editcli.runs.rejections import superseded
 from editcli.runs.state import RunFolder
 from editcli.statistics import StatisticsOptions
+from editcli.superseding import supersede
 
 DEFAULT_EDITOR = "memit"
 DEFAULT_BATCH = 100
@@ -256,7 +258,7 @@ def choose_sites(
 def usable(
     file: EditFile, tokens: Tokens, *, skip_bad: bool, measured: bool
 ) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:
-    """Return the edits that the tokenizer can place, what was rejected, and the number of tokens."""
+    """Return the edits to write, what was rejected or superseded, and the number of tokens."""
     requests: list[EditRequest] = []
     rejected = [Rejection(id=f"line-{e.line}", reason=e.reason, line=e.line) for e in file.rejected]
     total = 0
@@ -275,7 +277,9 @@ def usable(
         raise RequestError(
             f"no edit is usable; the first was refused because {first.reason}", file=file.source, line=first.line
         )
-    return tuple(requests), tuple(rejected), total
+    # Only an edit that can be used itself supersedes another.
+    in_force, replaced = supersede(requests)
+    return tuple(in_force), (*rejected, *map(superseded, replaced)), total
 
 
 def check_questions(request: EditRequest, tokens: Tokens) -> None:
