@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from editcli.cli.common import CommaSeparated, LayerRange, option, split_commas
+from editcli.cli.common import CommaSeparated, JsonObject, LayerRange, option, split_commas
 from editcli.recipe import DTYPES, ON_ERROR, PARALLEL
 
 COUNT = click.IntRange(min=1)
@@ -80,6 +80,14 @@ def code_options(command: Any) -> Any:
             section="Model",
             help="Edit and measure inside the model's chat template.",
         ),
+        option("--system", metavar="TEXT", section="Model", help="System message in front of every prompt there."),
+        option(
+            "--template-args",
+            type=JsonObject(),
+            metavar="JSON",
+            section="Model",
+            help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
+        ),
         trust_options,
     )
 
@@ -99,13 +107,7 @@ def method_options(command: Any) -> Any:
     """Add how to edit."""
     return _stack(
         command,
-        option(
-            "--editor",
-            "-e",
-            metavar="NAME",
-            section="Method",
-            help="What turns facts into updates.  [default: the preset's, or memit]",
-        ),
+        editor_option,
         option(
             "--stabilizer",
             "-s",
@@ -150,6 +152,17 @@ def method_options(command: Any) -> Any:
         ),
         seed_option("Method"),
     )
+
+
+def editor_option(command: Any) -> Any:
+    """Add which editor writes."""
+    return option(
+        "--editor",
+        "-e",
+        metavar="NAME",
+        section="Method",
+        help="What turns facts into updates.  [default: the preset's, or memit]",
+    )(command)
 
 
 def assignments_option(command: Any) -> Any:

@@ -28,6 +28,7 @@ from editcli.report import Reporter, RunReport, Silent
 from editcli.runs import planning
 from editcli.runs.card import model_card
 from editcli.runs.clock import Clock
+from editcli.runs.conversation import with_clock
 from editcli.runs.files import tensor_digest, write_bytes
 from editcli.runs.guards import needs_retained
 from editcli.runs.identity import plan_parts, statistics_file, stream_settings
@@ -61,6 +62,7 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *,
         raise OptionError("--parallel tensor splits a model over several processes; start them with torchrun")
     if recipe.edits == "-" and team.size > 1:
         raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
+    recipe = with_clock(recipe, team)
     with clock.spent("load"):
         planned = planning.check(recipe, plugins, reporter)
     # Nobody looks whether the folder is free any more once rank 0 has taken it.

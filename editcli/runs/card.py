@@ -12,7 +12,7 @@ from editcli.recipe import Recipe
 from editcli.report import RunReport
 from editcli.runs.verdict import Thresholds, judge
 
-_NOT_REPEATED = ("edits", "settings", "out", "overwrite")
+_NOT_REPEATED = ("edits", "settings", "out", "overwrite", "template_clock")
 """Settings that say where a run is and not what it does. A resumed run shows --resume: it continued a stream."""
 _FLAGS = {"stabilizers": "stabilizer", "evaluate": "no-eval"}
 
@@ -40,6 +40,8 @@ def command_line(recipe: Recipe) -> str:
 def _arguments(name: str, value: Any) -> list[str]:
     """Return one setting as it is written on the command line."""
     flag = "--" + _FLAGS.get(name, name).replace("_", "-")
+    if name == "template_args":
+        return [flag, json.dumps(value)]
     if name == "layers":
         return [flag, ",".join(map(str, value))]
     if isinstance(value, tuple):

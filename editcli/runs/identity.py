@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from editcli.chat import ChatSettings
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError
 from editcli.models.checkpoint import file_digest
@@ -43,6 +44,8 @@ def stream_settings(
         "save_dtype": planned.recipe.save_dtype,
         "dtype": str(next(session.loaded.model.parameters()).dtype),
         "chat_template": planned.recipe.chat_template,
+        # Nothing where nothing was set, as in runs of versions that knew no such settings.
+        **({"chat": chat} if (chat := _chat(planned)) else {}),
         "prefixes": list(session.prefixes),
     }
 
@@ -53,6 +56,12 @@ def statistics_file(text: str) -> Path:
     if not path.is_file():
         raise ModelError(f"there is no statistics file {text}; make one with: editcli stats compute")
     return path
+
+
+def _chat(planned: Planned) -> dict[str, Any] | None:
+    """Return what the chat template was given."""
+    settings = planned.recipe.chat
+    return settings.to_json() if isinstance(settings, ChatSettings) else None
 
 
 def _tokenizer_digest(loaded: LoadedModel) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from editcli.chat import ChatSettings
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError, StateError
 from editcli.evaluation import Evaluation
@@ -99,7 +100,9 @@ class HeldModel(LoadedModel):
         return self.weights
 
 
-def hold(model: Any, tokenizer: Any, *, families: Sequence[Family] = (), chat_template: bool = False) -> HeldModel:
+def hold(
+    model: Any, tokenizer: Any, *, families: Sequence[Family] = (), chat_template: bool | ChatSettings = False
+) -> HeldModel:
     """Take a loaded transformers model and its tokenizer as they are; raises :class:`ModelError`."""
     if not isinstance(model, PreTrainedModel):
         what = "pass a loaded transformers model (merge an adapter into it first), a folder or a hub id"

@@ -25,6 +25,7 @@ class FineTuning(Editor):
     name: ClassVar[str] = "ft"
     reference: ClassVar[str] = "arXiv:2012.00363"
     needs_values: ClassVar[bool] = False
+    needs_subject: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Options:

@@ -33,6 +33,7 @@ class UltraEdit(Editor):
     name: ClassVar[str] = "ultraedit"
     reference: ClassVar[str] = "arXiv:2505.14679"
     needs_values: ClassVar[bool] = False
+    needs_subject: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Options:
