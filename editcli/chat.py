@@ -40,10 +40,9 @@ class ChatSettings:
         """Date and time as the template sees them."""
         return datetime.now() if self.clock is None else _read_clock(self.clock)
 
-    def to_json(self) -> dict[str, Any] | None:
-        """Return what differs from the default; None where nothing does."""
-        parts = {"system": self.system, "arguments": dict(self.arguments), "clock": self.clock}
-        return {name: value for name, value in parts.items() if value} or None
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as a JSON object."""
+        return {"system": self.system, "arguments": dict(self.arguments), "clock": self.clock}
 
 
 def check_arguments(arguments: Any) -> None:

@@ -35,6 +35,12 @@ class Conversation:
         elif NAME in self._arguments:
             raise OptionError(f"--template-args names a {NAME}, but this model has a single one; leave it out")
 
+    @property
+    def template(self) -> str:
+        """The template's text."""
+        templates = self._tokenizer.chat_template
+        return str(templates[self._arguments[NAME]] if isinstance(templates, Mapping) else templates)
+
     def render(self, prompt: str) -> str:
         """Return the conversation up to where the answer begins; raise :class:`TemplateError` with the reason."""
         messages = [{"role": "user", "content": prompt}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,10 +33,11 @@ from editcli.runs.guards import needs_retained
 from editcli.runs.identity import plan_parts, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
 from editcli.runs.outcome import Ending, efficacy, provenance, report_run, rounded_differently
-from editcli.runs.output import CARD, Verified, stored_tensors, verify, write_model
+from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
 from editcli.runs.recovery import Recovered, recover, remaining
 from editcli.runs.rejections import Rejections
+from editcli.runs.remarks import tell_known, tell_missing
 from editcli.runs.retention import METRICS, sampled
 from editcli.runs.stack import Stack
 from editcli.runs.state import RunFolder
@@ -45,8 +45,6 @@ from editcli.runs.stream import Stream
 from editcli.statistics import SecondMoments
 from editcli.superseding import supersede
 
-SHOWN = 5
-"""Edits that a note names at the most."""
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
 
 
@@ -109,7 +107,8 @@ class Run:
         snapshot = self.recovered.snapshot if self.recovered else None
         found = (snapshot.step, snapshot.consumed, snapshot.line) if snapshot else None
         self.team.agree(f"what is in {folder.out}", found, remedy="put --out on a disk that all machines share")
-        self.rejections = Rejections(folder, planned, self.edits_file, {request.id for request in self.done})
+        written = {request.id for request in self.recovered.requests} if self.recovered else ()
+        self.rejections = Rejections(folder, planned, self.edits_file, written)
 
     def go(self) -> RunReport:
         """Load, edit, save, report."""
@@ -156,6 +155,8 @@ class Run:
         requests, size = self.planned.requests, self.planned.batch_size
         if self.recovered:
             requests = remaining(self.recovered, requests)
+            if self.recipe.limit is None:
+                tell_missing(self.recovered, self.planned.file, self.folder.out, self.reporter)
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
         return [*(self.recovered.redo if self.recovered else ()), *batches]
 
@@ -164,7 +165,7 @@ class Run:
         if self.recovered is None:
             stream.prepare()
             if self.recipe.overwrite and self.team.leads:
-                _remove_old(self.folder)
+                remove_old(self.folder)
             stream.begin()
         else:
             self.compare_versions()
@@ -301,7 +302,7 @@ class Run:
             with self.clock.spent("save"):
                 verified = self._saved(stream, weights)
             report = self._report(stream, before, after, weights)
-        self._tell_known(report)
+        tell_known(report, self.reporter)
         for name in verified.unchanged if verified and verified.changed else ():
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
         if self.team.leads:
@@ -309,17 +310,6 @@ class Run:
         if self.stopped_by:
             self.reporter.warn(self.stopped_by)
         return report
-
-    def _tell_known(self, report: RunReport) -> None:
-        """Say which edits were true already."""
-        known = report.already_true
-        if not known:
-            return
-        shown = ", ".join(known[:SHOWN]) + (f" and {len(known) - SHOWN:,} more" if len(known) > SHOWN else "")
-        if report.unchanged:
-            self.reporter.note(f"Already true before the run: {shown}; the weights are those of the base")
-        else:
-            self.reporter.note(f"Already true before the run: {shown}")
 
     def _saved(self, stream: Stream, weights: Mapping[Site, torch.Tensor]) -> Verified | None:
         if not self.team.leads:
@@ -404,16 +394,3 @@ class Run:
     def _write_record(self, report: RunReport) -> None:
         record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
         self.folder.write_record(record)
-
-
-def _remove_old(folder: RunFolder) -> None:
-    """Remove an old run's files, its state last; the lock stays, since this process holds it."""
-    state = (folder.lock, folder.state, folder.journal, folder.record)
-    for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
-        # A link is removed itself; what it leads to is not the run's.
-        if path.is_dir() and not path.is_symlink() and path != folder.folder:
-            shutil.rmtree(path)
-        elif (path.is_file() or path.is_symlink()) and path not in state:
-            path.unlink()
-    for path in (folder.record, folder.state, folder.journal):
-        path.unlink(missing_ok=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from editcli.chat import ChatSettings
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError
 from editcli.models.checkpoint import file_digest
@@ -44,8 +44,7 @@ def stream_settings(
         "save_dtype": planned.recipe.save_dtype,
         "dtype": str(next(session.loaded.model.parameters()).dtype),
         "chat_template": planned.recipe.chat_template,
-        # Nothing where nothing was set, as in runs of versions that knew no such settings.
-        **({"chat": chat} if (chat := _chat(planned)) else {}),
+        "chat": _chat(planned),
         "prefixes": list(session.prefixes),
     }
 
@@ -59,9 +58,11 @@ def statistics_file(text: str) -> Path:
 
 
 def _chat(planned: Planned) -> dict[str, Any] | None:
-    """Return what the chat template was given."""
-    settings = planned.recipe.chat
-    return settings.to_json() if isinstance(settings, ChatSettings) else None
+    """Return the chat template by its hash, and what it is given."""
+    conversation = planned.gate.tokens.conversation
+    if conversation is None:
+        return None
+    return {**conversation.settings.to_json(), "template": hashlib.sha256(conversation.template.encode()).hexdigest()}
 
 
 def _tokenizer_digest(loaded: LoadedModel) -> str:

@@ -343,7 +343,8 @@ def check_disk(out: Path, needed: int) -> None:
 def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:
     """Return what NAS calibrates on: the edits themselves and the bundled pilot prompts."""
     path = bundled_folder() / "pilots.jsonl"
-    own = tuple(requests)
+    # Components read keys and values of pilots at their subjects.
+    own = tuple(request for request in requests if request.has_subject)
     if not path.is_file():
         return PilotSource(own, f"{len(own)} edits of this run")
     bundled = read_edits(path).requests
