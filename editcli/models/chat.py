@@ -13,6 +13,26 @@ _THOUGHT = re.compile(
     r"[<\[]\|?(?P<end>/|end_of_)?(?:\w+:|begin_of_)?(?:think|thinking|thought|reasoning)\|?[>\]]", re.I
 )
 """How templates mark where a model thinks: <think>, [THINK], <seed:think>, <|begin_of_thought|>, and their ends."""
+_CLOCK = "strftime_now"
+"""The function by which a template reads date and time."""
+_DIRECTIVES = "aAbBcdfGHIjmMpSuUVwWxXyYzZ%"
+"""Directives of strftime."""
+_FIXED_CLOCK = """\
+{%- macro strftime_now(format) -%}
+{%- set state = namespace(key=none) -%}
+{%- for character in format -%}
+{%- if state.key is none -%}
+{%- if character == '%' -%}{%- set state.key = '' -%}{%- else -%}{{ character }}{%- endif -%}
+{%- elif character in '-#' and not state.key -%}{%- set state.key = character -%}
+{%- else -%}{{ editcli_clock[state.key ~ character] }}{%- set state.key = none -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endmacro %}
+"""
+"""A clock that stands still, to be written in front of a template: transformers lets no function into one.
+
+It reads the value of each directive from a table. Its last line feed belongs to it, so that the template begins a line.
+"""
 _PROBE = "What is the capital of France?"
 
 
@@ -46,10 +66,9 @@ class Conversation:
         messages = [{"role": "user", "content": prompt}]
         if self.settings.system is not None:
             messages.insert(0, {"role": "system", "content": self.settings.system})
-        now = self.settings.now
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, strftime_now=now.strftime, **self._arguments
+                messages, tokenize=False, add_generation_prompt=True, **{**self._arguments, **self._clock()}
             )
         # A template is a program of the model's author: it raises its own errors, and any that Python has.
         except Exception as error:
@@ -59,6 +78,16 @@ class Conversation:
                 f"the model's chat template refuses it ({reason[0] if reason else type(error).__name__}); {hint} or "
                 "--template-args, or leave out --chat-template"
             ) from error
+
+    def _clock(self) -> dict[str, Any]:
+        """Return what makes a template that reads the clock read the settings' time."""
+        if _CLOCK not in self.template:
+            return {}
+        now = self.settings.now
+        table = {directive: now.strftime(f"%{directive}") for directive in _DIRECTIVES}
+        # The forms without a leading zero are the platform's own; templates were written where they are spelt %-d.
+        table |= {f"{flag}{name}": table[name].lstrip("0") or "0" for flag in "-#" for name in "dHIjmMSUVWy"}
+        return {NAME: _FIXED_CLOCK + self.template, "editcli_clock": table}
 
     def find(self, rendered: str, prompt: str, span: tuple[int, int]) -> tuple[int, int]:
         """Return where ``span`` of ``prompt`` is in what was rendered; raise :class:`TemplateError` when that is open.
