@@ -103,6 +103,22 @@ def test_one_of_several_templates_is_chosen_by_name() -> None:
 
 
 @pytest.mark.parametrize(
+    ("form", "written"),
+    [
+        ("%d %b %Y", "06 Jul 2024"),
+        ("%-d. %B, %H:%M", "6. July, 09:05"),
+        ("100%% %A", "100% Saturday"),
+        ("%Y-%m-%dT%H:%M:%S.%f", "2024-07-06T09:05:00.000000"),
+    ],
+)
+@pytest.mark.parametrize("start", ["", "\n", "  {% if true %}x{% endif %}\n"])
+def test_a_template_reads_the_time_that_it_is_given(form: str, written: str, start: str) -> None:
+    plain = tokens(f"{start}{written}\n{CHAT_TEMPLATE}").locate(request())
+    template = f"{start}{{% set form = '{form}' %}}{{{{ strftime_now(form) }}}}\n{CHAT_TEMPLATE}"
+    assert tokens(template, clock="2024-07-06T09:05:00").locate(request()).text == plain.text
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("{", "is not JSON"),
