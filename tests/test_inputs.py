@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import editcli
+from editcli.errors import RequestError
+from editcli.evaluation.checking import check
 from editcli.models.loading import bundled_folder
+from editcli.models.tokens import Tokens
+from editcli.plugins import load_plugins
+from editcli.recipe import Recipe
+from editcli.report import Silent
 from editcli.request import from_record
+from editcli.runs import planning
 from editcli.runs.state import RunFolder
+from editcli.testing import tiny_model_folder, tiny_tokenizer
 
 QUICK: Mapping[str, Any] = {
     "settings": {
@@ -20,6 +31,7 @@ QUICK: Mapping[str, Any] = {
         "memit": {"ridge": 1e-6},
         "targets": {"prefixes": 1, "prefix_tokens": 2},
     },
+    "layers": "1",
     "device": "cpu",
 }
 FRANCE = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Vienna", "target_true": "Paris"}
@@ -81,3 +93,93 @@ def test_known_facts_among_others_are_named_and_stay() -> None:
     for edit in (TOWER, FRANCE):
         request = from_record(edit)
         assert edited.complete(request.prompt, tokens=1).strip() == request.target_new
+
+
+QUESTION = {"id": "q", "prompt": "Which city is the capital of France?", "target_new": "Lyon"}
+
+
+@pytest.mark.parametrize("editor", ["ft", "ultraedit"])
+def test_editors_that_need_no_subject_take_plain_questions(editor: str) -> None:
+    choices = {**QUICK, "settings": {"ultraedit": {"lr": 1e-2, "pilots": 20}}, "stabilizers": ["rect"], "editor": editor}
+    report = editcli.edit(edits=[QUESTION], **choices).report
+    assert (report.applied, report.rejected) == (1, ())
+    assert report.sites[0].drift > 0
+
+
+def test_editors_that_need_a_subject_name_those_that_do_not() -> None:
+    reason = r"the edit has no subject, and memit writes .* that needs none: --editor ft or --editor ultraedit"
+    with pytest.raises(RequestError, match=reason):
+        editcli.edit(edits=[QUESTION], **QUICK)
+    with editcli.Stream(**QUICK) as stream, pytest.raises(RequestError, match=reason):
+        stream.apply([QUESTION])
+
+
+REFUSED: list[Mapping[str, Any]] = [
+    {"subject": "Frence", "prompt": "The capital of France is"},
+    {"subject": "\u200b"},
+    {"prompt": "Which city is the capital?", "subject": None},
+    {"prompt": "The capital of {} is " + "very " * 300},
+    {"prompt": "The capital of {} is " + "very " * 244},
+    {"paraphrase_prompts": ["of " * 300]},
+    {"neighborhood_prompts": [{"prompt": "of " * 300, "target": "x"}]},
+    {"target_new": ""},
+    {"join": 3},
+    {"id": 1.5},
+]
+
+
+def test_check_refuses_the_lines_that_apply_refuses(tmp_path: Path) -> None:
+    model, file = tiny_model_folder(tmp_path / "model"), tmp_path / "facts.jsonl"
+    records = [{**FRANCE, "id": f"{number}", **change} for number, change in enumerate([{}, *REFUSED, {}])]
+    # The subject's name makes prompts that look different, so that none supersedes another.
+    records[-1]["subject"] = "Spain"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    shown = check(file, model=model)
+    recipe = Recipe(edits=str(file), model=str(model), on_error="skip", out=str(tmp_path / "out"), layers=(1,))
+    planned = planning.check(recipe, load_plugins(), Silent())
+    found = {(error.line, error.reason) for error in shown.rejected}
+    assert found == {(one.line, one.reason) for one in planned.rejected}
+    assert [line for line, _ in sorted(found)] == list(range(2, 2 + len(REFUSED)))
+    assert [edit.id for edit in shown.edits] == [request.id for request in planned.requests]
+
+
+def test_text_that_a_tokenizer_does_not_know_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    words = ["[UNK]", "the", "capital", "of", "France", "is", "Rome"]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    tokens = Tokens(type(tokenizer)(tokenizer_object=backend, unk_token="[UNK]", pad_token="[UNK]"))
+    assert tokens.check(from_record({"prompt": "the capital of {} is", "subject": "France", "target_new": "Rome"}))
+    for change, reason in ({"target_new": "Lyon"}, "a part of the target 'Lyon'"), ({"subject": "Spain"}, "'Spain'"):
+        edit = {"prompt": "the capital of {} is", "subject": "France", "target_new": "Rome", **change}
+        with pytest.raises(RequestError, match=f"no token for .*{reason}"):
+            tokens.check(from_record(edit))
+
+
+class Listening(Silent):
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+    def warn(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_that_lost_lines_is_told_and_nothing_is_written_twice(tmp_path: Path, named: bool) -> None:
+    file, out, model = tmp_path / "facts.jsonl", tmp_path / "out", tiny_model_folder(tmp_path / "model")
+    records = [{**FRANCE, "subject": name} | ({"id": name} if named else {}) for name in ("France", "Spain", "Italy")]
+    choices: dict[str, Any] = {**QUICK, "editor": "ft", "settings": {"ft": {"steps": 1}}, "out": out}
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    editcli.edit(model, file, **choices)
+    weights = (out / "model.safetensors").read_bytes()
+    heard = Listening()
+    file.write_text("".join(json.dumps(record) + "\n" for record in records[::2]))
+    report = editcli.edit(model, file, resume=True, reporter=heard, **choices).report
+    gone = "Spain" if named else "line-2"
+    assert [text for text in heard.texts if f"facts.jsonl no longer has {gone}, which the run" in text]
+    assert (report.applied, (out / "model.safetensors").read_bytes()) == (3, weights)
