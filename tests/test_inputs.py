@@ -100,7 +100,12 @@ QUESTION = {"id": "q", "prompt": "Which city is the capital of France?", "target
 
 @pytest.mark.parametrize("editor", ["ft", "ultraedit"])
 def test_editors_that_need_no_subject_take_plain_questions(editor: str) -> None:
-    choices = {**QUICK, "settings": {"ultraedit": {"lr": 1e-2, "pilots": 20}}, "stabilizers": ["rect"], "editor": editor}
+    choices = {
+        **QUICK,
+        "settings": {"ultraedit": {"lr": 1e-2, "pilots": 20}},
+        "stabilizers": ["rect"],
+        "editor": editor,
+    }
     report = editcli.edit(edits=[QUESTION], **choices).report
     assert (report.applied, report.rejected) == (1, ())
     assert report.sites[0].drift > 0

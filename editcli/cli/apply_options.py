@@ -80,7 +80,12 @@ def code_options(command: Any) -> Any:
             section="Model",
             help="Edit and measure inside the model's chat template.",
         ),
-        option("--system", metavar="TEXT", section="Model", help="System message in front of every prompt there."),
+        option(
+            "--system",
+            metavar="TEXT",
+            section="Model",
+            help="System message in the chat template, in front of every prompt.",
+        ),
         option(
             "--template-args",
             type=JsonObject(),
