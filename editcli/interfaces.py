@@ -267,6 +267,8 @@ class Editor(Component):
 
     needs_values: ClassVar[bool] = True
     """False for an editor that optimises no target values; stabilizers of values then have nothing to act on."""
+    needs_subject: ClassVar[bool] = True
+    """False for an editor that takes edits without a subject: it must ask a session for neither keys nor values."""
     single_site: ClassVar[bool] = False
     """True for an editor that writes the last site only (ROME)."""
     tempered_by: ClassVar[str] = ""

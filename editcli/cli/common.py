@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from editcli.chat import check_arguments, parse_arguments
 from editcli.cli import libraries
 from editcli.distributed.launch import Launch
 from editcli.errors import OptionError
@@ -141,6 +142,22 @@ class LayerRange(click.ParamType):
         texts = value if isinstance(value, list) else [value]
         try:
             return parse_layers(",".join(str(text) for text in texts))
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
+class JsonObject(click.ParamType):
+    """Variables of a chat template; a settings file may also hold a table."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mapping[str, Any]:
+        """Return the object."""
+        try:
+            if not isinstance(value, Mapping):
+                return parse_arguments(str(value))
+            check_arguments(value)
+            return value
         except OptionError as error:
             self.fail(str(error), param, ctx)
 

@@ -29,6 +29,8 @@ class Written:
     targets: Mapping[str, int]
     """How the optimisation of targets ended: how many were ``optimised``, ``reached`` the stop loss and ended
     ``clamped``; empty where nobody counted."""
+    already_true: tuple[str, ...] = ()
+    """Ids of edits whose target the model gave before anything was written."""
 
 
 def edit_batch(
@@ -47,20 +49,23 @@ def edit_batch(
         started = time.perf_counter()
         values = editor.values(session, requests)
         counts = count_targets(values)
+        known = _known(session, values)
         if values is not None:
             for stabilizer in stabilizers:
                 values = stabilizer.stabilize_values(values, session)
         optimised = time.perf_counter()
+        # What is left to write then is the rounding between two ways to compute the same hidden state.
+        nothing = len(known) == len(requests) and values is not None and torch.equal(values.target, values.initial)
         problems: dict[Site, Problem] = {}
         updates: dict[Site, Update] = {}
         with session.reporter.phase("Writing", len(session.sites), "layers") as advance:
             for site in session.sites:
                 problem = _recordable(editor.problem(session, site, requests, values))
                 refuse_nonfinite("what is to be written", [problem.keys, problem.residual], where=f"at {site.module}")
-                update = editor.solve(problem)
+                update = _zero(problem) if nothing else editor.solve(problem)
                 # At once, because a stabilizer that picks entries would hide those that are not numbers.
                 refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
-                for stabilizer in stabilizers:
+                for stabilizer in () if nothing else stabilizers:
                     update = stabilizer.stabilize_update(update, problem, session)
                 # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
                 update = Update(left=_as_recorded(update.left), right=_as_recorded(update.right))
@@ -74,7 +79,24 @@ def edit_batch(
         raise
     dropped = {} if values is None else {requests[column].id: why for column, why in values.dropped.items()}
     seconds = {"targets": optimised - started, "solve": time.perf_counter() - optimised}
-    return Written(problems, updates, dropped, seconds, counts)
+    if values is None and all(update.norm() == 0 for update in updates.values()):
+        # An editor that descends the loss itself stops before its first step where the loss is low.
+        known = list(range(len(requests)))
+    already_true = tuple(requests[column].id for column in known)
+    return Written(problems, updates, dropped, seconds, counts, already_true)
+
+
+def _known(session: ModelSession, values: Values | None) -> list[int]:
+    """Return the columns whose optimisation ended before its first step: the loss was low as the model stands."""
+    if values is None:
+        return []
+    still = (values.target == values.initial).all(dim=0).cpu() & (values.loss < session.options.stop_loss).cpu()
+    return still.nonzero().flatten().tolist()
+
+
+def _zero(problem: Problem) -> Update:
+    """Return the update that changes nothing."""
+    return Update(left=torch.zeros_like(problem.residual), right=problem.keys)
 
 
 def count_targets(values: Values | None) -> dict[str, int]:

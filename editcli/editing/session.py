@@ -285,6 +285,9 @@ class ModelSession:
             self._rows = of, found = tuple(requests), {}
         if contexts not in found:
             tokens = self.loaded.tokens
+            for request in requests:
+                if not request.has_subject:
+                    raise request.refusal("the edit has no subject, so there is no token to read a key at")
             texts = [tokens.locate(request.in_context(context)) for request in requests for context in contexts]
             found[contexts] = [text.up_to_lookup() for text in tokens.encode(texts)]
         return found[contexts]

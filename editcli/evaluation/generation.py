@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from editcli.distributed.team import Team
+from editcli.models.recall import cache_of, with_cache
 from editcli.models.tokens import Encoded, Text
 from editcli.models.writing import continue_rows
 from editcli.report import Reporter, Silent
@@ -63,7 +64,7 @@ def generate(
     """
     team = team or Team()
     unique = list(dict.fromkeys(prompts))
-    rows = loaded.tokens.encode([Text(prompt, None, None) for prompt in unique])
+    rows = loaded.tokens.encode([loaded.tokens.open_prompt(prompt) for prompt in unique])
     batches = list(_same_length(rows, max(1, batch_tokens // (tokens + 1))))
     # Whole batches: what is sampled hangs on the last digits of the logits, and those on what else is in a batch.
     own = [batches[number] for number in team.share([len(batch) for batch in batches])]

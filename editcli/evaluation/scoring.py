@@ -36,6 +36,8 @@ class Probe:
 
     prompt: str
     target: str
+    between: str | None = None
+    """What stands between them; None leaves it to the writing system of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def score(
 
 def encode_probes(tokens: Tokens, probes: Sequence[Probe]) -> list[Encoded]:
     """Tokenise ``probes``; raise :class:`RequestError` for one without target tokens or longer than the context."""
-    rows = tokens.encode([tokens.continue_with(probe.prompt, probe.target) for probe in probes])
+    rows = tokens.encode([tokens.continue_with(probe.prompt, probe.target, between=probe.between) for probe in probes])
     for probe, row in zip(probes, rows, strict=True):
         if row.target.start < 1:
             raise RequestError(f"the answer {probe.target!r} has no token of its own after {probe.prompt!r}")

@@ -129,7 +129,7 @@ def report_of(record: Mapping[str, Any]) -> RunReport:
         stabilizers=tuple(record["stabilizers"]),
         read=int(record["edits"]["read"]),
         applied=int(record["edits"]["applied"]),
-        rejected=tuple(Rejection(r["id"], r["reason"], r["line"]) for r in record["rejected"]),
+        rejected=tuple(Rejection(r["id"], r["reason"], r["line"], r.get("superseded_by")) for r in record["rejected"]),
         efficacy=dict(record["efficacy"]),
         generalization=record["generalization"],
         specificity=record["specificity"],
@@ -139,4 +139,5 @@ def report_of(record: Mapping[str, Any]) -> RunReport:
         seconds=dict(record["seconds"]),
         out=str(record["out"]),
         stopped_by=record.get("stopped_by", record.get("verdict")),
+        already_true=tuple(record.get("already_true", ())),
     )

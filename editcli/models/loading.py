@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 
+from editcli.chat import ChatSettings
 from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve
 from editcli.models.checkpoint import Checkpoint, owned
@@ -124,7 +125,7 @@ def open_model(
     dtype: str = "auto",
     device_map: Any = None,
     families: Sequence[Family] = (),
-    chat_template: bool = False,
+    chat_template: bool | ChatSettings = False,
     trust_remote_code: bool = False,
     split: bool = False,
 ) -> LoadedModel:
@@ -195,7 +196,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokens(
-    source: ModelSource, config: Any, *, chat_template: bool = False, trust_remote_code: bool = False
+    source: ModelSource, config: Any, *, chat_template: bool | ChatSettings = False, trust_remote_code: bool = False
 ) -> Tokens:
     """Read a model's tokenizer; raise :class:`ModelError` when it is not a fast one."""
     try:

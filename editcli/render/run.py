@@ -128,6 +128,8 @@ def _ending(report: RunReport) -> Iterator[RenderableType]:
     holds = " holds the edited model and, in editcli/, the record of this run"
     if report.status == "interrupted":
         holds = " holds, in editcli/, the edits so far; the model is written when --resume has done the rest"
+    elif report.unchanged:
+        holds = " holds the model with the weights of the base: every edit was true already; editcli/ has the record"
     elif not report.applied:
         holds = " holds no edit; editcli/ has the record of this run"
     yield Text.assemble((f"{report.out}/", "bold"), holds)

@@ -19,6 +19,7 @@ from editcli.request import kind_of
 from editcli.runs import planning
 from editcli.runs.apply import writing
 from editcli.runs.clock import Clock
+from editcli.runs.conversation import with_clock
 from editcli.runs.memory import MEMORY, HeldModel, Saved, Unsaved, borrowed, hold
 from editcli.runs.state import RunFolder
 
@@ -69,6 +70,7 @@ class Asked:
         if base is None:
             source = planning.located(self.recipe)
             base = planning.described(self.recipe, source, self.plugins)
+        planning.warn_of_thinking(base.tokens, self.reporter)
         return planning.plan_on(base, self.recipe, self.plugins, file)
 
 
@@ -98,10 +100,11 @@ def ask(
     recipe = _recipe(edits if isinstance(edits, (str, Path)) else SOURCE, out, choices)
     if recipe.parallel == "tensor":
         raise OptionError("parallel='tensor' needs several processes; run 'editcli apply' with torchrun")
+    recipe = with_clock(recipe)
     held = None
     if not named:
         families = planning.brought_families(plugins)
-        held = hold(model, tokenizer, families=families, chat_template=recipe.chat_template)
+        held = hold(model, tokenizer, families=families, chat_template=recipe.chat)
     name = held.source.name if held else model
     recipe = _with(recipe, model=None if name is None else str(name))
     return Asked(recipe, plugins, reporter or Silent(), held, kept=out is not None and named)

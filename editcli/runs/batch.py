@@ -23,6 +23,15 @@ class BatchReport:
     seconds: Mapping[str, float]
     targets: Mapping[str, int] = field(default_factory=dict)
     """How many targets were ``optimised``, ``reached`` the stop loss, and ended ``clamped``; empty if not counted."""
+    superseded: Mapping[str, str] = field(default_factory=dict)
+    """Edits of the batch that were not written, each with the later edit that contradicts it."""
+    already_true: tuple[str, ...] = ()
+    """Edits whose target the model gave before the batch was written."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether the batch asked for nothing that the model did not do already."""
+        return all(site.update_norm == 0 for site in self.sites)
 
 
 def body_of(report: BatchReport) -> dict[str, Any]:
@@ -31,7 +40,11 @@ def body_of(report: BatchReport) -> dict[str, Any]:
         {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "update_norm": s.update_norm}
         for s in report.sites
     ]
-    body = {"sites": sites, "metrics": report.metrics, "dropped": report.dropped, "targets": dict(report.targets)}
+    body: dict[str, Any] = {"sites": sites, "metrics": report.metrics, "dropped": report.dropped, "targets": dict(report.targets)}
+    if report.superseded:
+        body["superseded"] = dict(report.superseded)
+    if report.already_true:
+        body["already_true"] = list(report.already_true)
     return {**body, "seconds": {name: round(value, 6) for name, value in report.seconds.items()}}
 
 
@@ -47,6 +60,8 @@ def report_of(entry: Entry) -> BatchReport:
         metrics=body.get("metrics", {}),
         seconds=body.get("seconds", {}),
         targets=body.get("targets", {}),
+        superseded=body.get("superseded", {}),
+        already_true=tuple(body.get("already_true", ())),
     )
 
 

@@ -13,7 +13,7 @@ from editcli.recipe import Recipe
 from editcli.report import RunReport
 from editcli.runs.verdict import Thresholds, judge
 
-_NOT_REPEATED = ("edits", "settings", "out", "overwrite")
+_NOT_REPEATED = ("edits", "settings", "out", "overwrite", "template_clock")
 """Settings that say where a run is and not what it does. A resumed run shows --resume: it continued a stream."""
 _FILES = ("edits", "stats", "corpus")
 _CARRIED = ("license", "license_name", "license_link", "language")
@@ -117,6 +117,8 @@ def _arguments(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping):
         # A recipe that was read from a record holds the preset itself; its file may be gone.
         value = value.get("file") or value.get("name")
+    if name == "template_args":
+        return [flag, json.dumps(value)]
     if name == "layers":
         return [flag, ",".join(map(str, value))]
     if isinstance(value, tuple):

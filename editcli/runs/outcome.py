@@ -19,8 +19,10 @@ from editcli.plugins import Plugins
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.card import carried
 from editcli.runs.planning import Planned
+from editcli.runs.rejections import superseded
 from editcli.runs.requirements import requirements
 from editcli.runs.stream import Stream
+from editcli.superseding import supersede
 
 EFFICACY = ("efficacy_accuracy", "efficacy_success")
 MISSED = 0.1
@@ -47,9 +49,16 @@ class Ending:
 
 def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
     """Return the report of a run, over all batches that are in force."""
+    written = stream.position.requests
     dropped = {edit: why for report in stream.reports for edit, why in report.dropped.items()}
-    lines = {request.id: request.line for request in stream.position.requests}
+    lines = {request.id: request.line for request in written}
     rejected = [*ending.rejected, *(Rejection(edit, why, lines.get(edit)) for edit, why in dropped.items())]
+    overwritten = [superseded(one) for one in supersede(written)[1] if one.request.id not in dropped]
+    unwritten = [
+        Rejection(edit, f"superseded by the edit {by!r}, which gives the same prompt another target", None, by)
+        for report in stream.reports
+        for edit, by in report.superseded.items()
+    ]
     before, after = ending.before, ending.after
     return RunReport(
         status=ending.status,
@@ -57,8 +66,8 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         editor=planned.editor.name,
         stabilizers=tuple(part.name for part in planned.stabilizers),
         read=ending.read,
-        applied=len(stream.position.requests) - len(dropped),
-        rejected=tuple(rejected),
+        applied=len(written) - len(dropped) - len(overwritten),
+        rejected=(*rejected, *overwritten, *unwritten),
         efficacy={
             "before": None if before is None else efficacy(before),
             "immediate": _immediate(stream),
@@ -71,6 +80,7 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         out=ending.out,
         stopped_by=ending.stopped_by,
         targets=_targets(stream),
+        already_true=tuple(edit for report in stream.reports for edit in report.already_true),
         extra={
             "components": {part.name: part.record() for part in planned.components},
             "preset": {
