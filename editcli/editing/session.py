@@ -287,6 +287,7 @@ def generate_prefixes(loaded: LoadedModel, options: TargetOptions, *, seed: int)
     prefixes = []
     for start in starts:
         ids = loaded.tokens.tokenizer(start, return_tensors="pt")["input_ids"].to(loaded.input_device)
+        loaded.tokens.refuse_rowless(ids[0].tolist())
         for _ in range(options.prefix_tokens):
             logits = loaded.model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
             # A special token would end the text, or vanish from it when it is decoded. Some tokenizers have more of

@@ -249,7 +249,7 @@ class _Optimiser:
             loss.index_add_(0, part.owner, each.detach())
             if slopes:
                 slope.index_add_(0, part.edit, torch.autograd.grad(each.sum(), offset)[0])
-        decay = self.options.v_weight_decay * own.norm(dim=1) / self.length**2
+        decay = self.options.v_weight_decay * own.norm(dim=1) / self.length.square().clamp_min(1e-30)
         (gradient,) = torch.autograd.grad((shift * slope).sum() + decay.sum(), own)
         return loss + decay.detach(), gradient
 

@@ -13,6 +13,10 @@ from editcli.errors import RequestError
 from editcli.evaluation import questions
 from editcli.evaluation.scoring import encode_probes
 from editcli.formats import Format
+from editcli.models.architectures import skeleton
+from editcli.models.checkpoint import Checkpoint
+from editcli.models.choice import has_weights
+from editcli.models.fit import check_fit
 from editcli.models.loading import load_config, load_tokens, resolve_model
 from editcli.models.tokens import Encoded, Tokens
 from editcli.report import Reporter, Silent
@@ -75,6 +79,10 @@ def check(
     source = resolve_model(model, revision=revision)
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    bare = skeleton(config, trust_remote_code)
+    tokens = tokens.of_model(bare)
+    if has_weights(source.folder):
+        check_fit(Checkpoint(source.folder), bare, reporter or Silent())
     file = read_edits(edits, skip_bad=True, limit=limit, formats=formats)
     checked: list[CheckedEdit] = []
     rejected = list(file.rejected)

@@ -124,8 +124,8 @@ def measure(
     parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
     agree_on_inputs(team, "recipe, edits and text", parts)
     families = tuple(family for _, family in plugins.brought("editcli_architectures"))
-    loaded = _open(source, recipe, families)
-    base = None if base_source is None else _open(base_source, recipe, families)
+    loaded = _open(source, recipe, families, reporter)
+    base = None if base_source is None else _open(base_source, recipe, families, reporter)
     if team.size > 1:
         # A fingerprint costs a pass over the files, which a process on its own has no use for.
         agree_on_models(team, [one.checkpoint.fingerprint() for one in (loaded, base) if one is not None])
@@ -188,7 +188,7 @@ def _evaluate(
     return evaluate(loaded, requests, metrics=recipe.metrics or None, seed=recipe.seed, reporter=reporter, team=team)
 
 
-def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family]) -> LoadedModel:
+def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family], reporter: Reporter) -> LoadedModel:
     return open_model(
         source,
         device=recipe.device,
@@ -197,6 +197,7 @@ def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family]) -
         families=families,
         chat_template=recipe.chat_template,
         trust_remote_code=recipe.trust_remote_code,
+        reporter=reporter,
     )
 
 

@@ -110,7 +110,7 @@ def hold(model: Any, tokenizer: Any, *, families: Sequence[Family] = (), chat_te
     if strange is not None:
         raise ModelError(f"the model has weights of type {strange}, which editcli cannot read; load it unquantised")
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = Tokens(tokenizer, max_length=length, chat_template=chat_template)
+    tokens = Tokens(tokenizer, max_length=length, chat_template=chat_template).of_model(model)
     name = str(model.config.name_or_path or MEMORY)
     source = ModelSource(name, Path(name))
     return HeldModel(model, tokens, resolve(model, families), source, weights=HeldWeights(model, tokenizer))

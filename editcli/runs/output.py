@@ -17,14 +17,16 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.interfaces import Site
-from editcli.models.checkpoint import CHUNK, Checkpoint, TensorEntry, is_own, read_raw_header
-from editcli.runs.files import atomic, copy_file, copy_into, tensor_bytes, write_safetensors
+from editcli.models.checkpoint import CHUNK, Checkpoint, TensorEntry, file_digest, read_raw_header
+from editcli.models.choice import is_own, is_weights
+from editcli.runs.files import atomic, copy_file, copy_into, tensor_bytes, write_bytes, write_safetensors
 
 if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
 
 CARD = "README.md"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt")
+_TEMPLATES = "additional_chat_templates"
+"""The folder beside a tokenizer in which transformers looks for further chat templates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,14 @@ class Verified:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that are neither weights nor its model card.
+    """Return the files of a model folder that are neither weights nor their indexes nor its model card.
 
     Raises :class:`ModelError` for a link out of the folder: what it leads to would be copied, and perhaps published.
     """
     found = [
         path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix not in _WEIGHTS and path.name != CARD and not path.name.startswith(".")
+        for path in [*sorted(folder.iterdir()), *sorted((folder / _TEMPLATES).glob("*.jinja"))]
+        if path.is_file() and not is_weights(path) and path.name != CARD and not path.name.startswith(".")
     ]
     for path in found:
         if not is_own(path):
@@ -59,12 +61,20 @@ def needed_bytes(base: Checkpoint) -> int:
 
 
 def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the base model to ``out`` with ``tensors`` (by stored name, in the layout and dtype to store) replaced."""
+    """Write the base model to ``out`` with ``tensors`` (by stored name, in the layout and dtype to store) replaced.
+
+    Only the checkpoint that transformers loads is written, each tensor of it once, so that every program that opens the
+    result finds the same weights.
+    """
     for path in side_files(base.folder):
-        copy_file(path, out / path.name)
+        target = out / path.relative_to(base.folder)
+        target.parent.mkdir(exist_ok=True)
+        copy_file(path, target)
     for name in base.files:
         own = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
         _write_shard(base, name, out / name, own)
+    if base.choice.index is not None:
+        _write_index(base, base.choice.index, out)
 
 
 def to_stored(weight: Tensor, entry: TensorEntry, dtype: torch.dtype, *, transposed: bool) -> Tensor:
@@ -87,6 +97,8 @@ def stored_tensors(session: ModelSession, weights: Mapping[Site, Tensor]) -> dic
 def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verified:
     """Reopen ``out`` and compare every tensor with the base; :class:`ModelError` on a difference not planned."""
     written = Checkpoint(out)
+    if written.files != base.files or written.choice.index != base.choice.index:
+        raise ModelError(f"transformers would load other files from {out} than were written; empty it and save again")
     if set(written.names()) != set(base.names()):
         raise ModelError(f"the model saved in {out} lacks tensors of the base; the disk may be faulty, save again")
     changed, unchanged = [], []
@@ -98,14 +110,32 @@ def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verifi
             (unchanged if same else changed).append(name)
         elif not same:
             raise ModelError(f"{name} in {out} differs from the base though it was not edited; save again")
+    _refuse_other_files(base, out)
     if not changed:
         raise ModelError("nothing changed: every edited weight equals the base's once stored; see the rejected edits")
     return Verified(tuple(changed), tuple(unchanged))
 
 
+def _refuse_other_files(base: Checkpoint, out: Path) -> None:
+    """Raise :class:`ModelError` unless config, tokenizer, templates and code are those of the base."""
+    for path in side_files(base.folder):
+        copy = out / path.relative_to(base.folder)
+        if not copy.is_file() or file_digest(copy) != file_digest(path):
+            raise ModelError(f"{copy} is not a copy of the base's; the disk may be faulty, save again")
+
+
+def _write_index(base: Checkpoint, name: str, out: Path) -> None:
+    """Copy an index that is right; write a new one where it names what is not there, or not all that is."""
+    if base.is_indexed_exactly:
+        copy_file(base.folder / name, out / name)
+    else:
+        write_bytes(out / name, base.index_text().encode())
+
+
 def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str, Tensor]) -> None:
     source = base.folder / name
-    if any(tensor.dtype != base.dtype(key) for key, tensor in tensors.items()):
+    spare = any(entry.file == name for entry in base.superseded)
+    if spare or any(tensor.dtype != base.dtype(key) for key, tensor in tensors.items()):
         kept = {key: base.read(key) for key, entry in base.entries.items() if entry.file == name and key not in tensors}
         metadata = read_raw_header(source)[0].get("__metadata__", {"format": "pt"})
         write_safetensors(target, {**kept, **tensors}, metadata)

@@ -20,6 +20,7 @@ from editcli.formats import load_formats
 from editcli.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.checkpoint import Checkpoint
+from editcli.models.fit import check_fit
 from editcli.models.loading import (
     LoadedModel,
     ModelSource,
@@ -132,6 +133,7 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     source = resolve_model(recipe.model, revision=recipe.revision)
     check_output(recipe, source)
     base = described(recipe, source, plugins)
+    check_fit(base.checkpoint, base.model, reporter)
     planned = replace(plan_on(base, recipe, plugins, file), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
     return replace(planned, footprint=check_memory(planned, base, reporter))
@@ -149,7 +151,7 @@ def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedMo
     config = load_config(source, trust_remote_code=trusted)
     tokens = load_tokens(source, config, chat_template=recipe.chat_template, trust_remote_code=trusted)
     model = skeleton(config, trusted)
-    return LoadedModel(model, tokens, resolve(model, brought_families(plugins)), source)
+    return LoadedModel(model, tokens.of_model(model), resolve(model, brought_families(plugins)), source)
 
 
 def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile) -> Planned:

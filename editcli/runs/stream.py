@@ -24,6 +24,7 @@ from editcli.edits import EditRequest
 from editcli.errors import StateError
 from editcli.heap import give_back
 from editcli.interfaces import Editor, Problem, Site, Update
+from editcli.ratios import ratio
 from editcli.report import SiteReport
 from editcli.runs.batch import BatchReport, body_of, finite, report_of
 from editcli.runs.guards import Guard, refuse_nonfinite
@@ -123,7 +124,9 @@ class Stream:
             reports[site] = self._site_report(site, update, where=_where(site.module, requests))
             for guard in self.guards:
                 for figure in ("ratio", "drift"):
-                    guard.check(figure, getattr(reports[site], figure), where=_where(site.module, requests))
+                    value = getattr(reports[site], figure)
+                    if value is not None:
+                        guard.check(figure, value, where=_where(site.module, requests))
 
         with self._seeded(step):
             written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
@@ -306,8 +309,8 @@ class Stream:
         return SiteReport(
             module=site.module,
             layer=site.layer,
-            ratio=float(weight.norm()) / base,
-            drift=float(change.norm()) / base,
+            ratio=ratio(float(weight.norm()), base),
+            drift=ratio(float(change.norm()), base),
             update_norm=update.norm(),
         )
 

@@ -60,6 +60,7 @@ def open_corpus(
 def _tokenised(loaded: LoadedModel, texts: Callable[[], Iterator[str]], max_length: int) -> Iterator[list[int]]:
     for text in itertools.chain.from_iterable(map(_pieces, texts())):
         ids = loaded.tokens.tokenizer(text, verbose=False)["input_ids"]
+        loaded.tokens.refuse_rowless(ids)
         for start in range(0, len(ids), max_length):
             piece = ids[start : start + max_length]
             if len(piece) > 1:
@@ -157,7 +158,7 @@ def _self_batch(loaded: LoadedModel, length: int, seed: int, batch: int) -> torc
     with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cpu"):
         torch.manual_seed(seed * 1_000_003 + batch)
         if start is None:
-            begin = torch.randint(0, len(tokenizer), (_SELF_BATCH, 1))
+            begin = torch.randint(0, min(len(tokenizer), loaded.tokens.rows or len(tokenizer)), (_SELF_BATCH, 1))
         else:
             begin = torch.full((_SELF_BATCH, 1), start)
         return _sample(loaded.model, begin.to(loaded.input_device), length, loaded.tokens.pad_id)
