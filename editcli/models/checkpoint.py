@@ -286,7 +286,7 @@ def _remarks(checkpoint: Checkpoint) -> Iterator[str]:
     if others:
         yield f"neither read nor copied, as transformers does not load it from {folder}: {listed(others)}"
     for (file, used), names in sorted(_copies(checkpoint).items()):
-        yield f"{listed(names)} in {file} of {folder} are stored again in {used}, and transformers loads those"
+        yield f"stored twice in {folder}, in {file} and in {used}, which is what transformers loads: {listed(names)}"
     present = {entry.name for entry in checkpoint.stored}
     unnamed = tuple(sorted(present - choice.mapped.keys())) if choice.index else ()
     if unnamed:

@@ -117,7 +117,9 @@ def is_own(path: Path) -> bool:
     downloaded to, hold links there.
     """
     folder, real = path.parent.resolve(), path.resolve()
-    return real.is_relative_to(folder) or _in_hub_cache(real)
+    if real.is_relative_to(folder) or _in_hub_cache(real):
+        return True
+    return folder.parent.name == "snapshots" and real.is_relative_to(folder.parent.parent / "blobs")
 
 
 def listed(names: tuple[str, ...]) -> str:
@@ -151,34 +153,33 @@ def _named_by_config(folder: Path) -> str | None:
 
 
 def _sharded(path: Path) -> Choice:
-    folder = path.parent
-    mapped = _weight_map(path)
+    folder, index = path.parent, _read_index(path)
+    mapped: Mapping[str, str] = index["weight_map"]
     for name in sorted(set(mapped.values())):
-        # A shard named ../../x would make us read, and later write, outside the folder.
-        if not is_plain_name(name):
-            raise ModelError(f"{path} names the shard {shorten(repr(name))}, which is not a plain file name; refused")
         if not (folder / name).is_file():
             raise ModelError(f"{folder} lacks the shard {name} that its index names; download it again")
         if not name.endswith(_SAFE):
             raise ModelError(f"{path} names the shard {name}, which is not a safetensors file; save the model again")
         _refuse_strange(folder / name)
+    if not mapped:
+        raise ModelError(f"{path} is not a usable shard index: it names no tensor; download it again")
+    if not isinstance(index.get("metadata"), dict):
+        raise ModelError(f'{path} lacks the object "metadata", which transformers needs; add "metadata": {{}} to it')
     return Choice(tuple(sorted(set(mapped.values()))), path.name, mapped)
 
 
-def _weight_map(path: Path) -> Mapping[str, str]:
+def _read_index(path: Path) -> Mapping[str, Any]:
+    """Return an index whose map names plain files."""
     try:
         index = json.loads(path.read_text("utf-8"))
-        mapped, metadata = dict(index["weight_map"]), index.get("metadata")
-        _ = set(mapped.values())  # A shard's name must be something that can be compared.
+        names = sorted(set(index["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not a usable shard index: {error}") from error
-    if not mapped:
-        raise ModelError(f"{path} is not a usable shard index: it names no tensor; download it again")
-    if not isinstance(metadata, dict):
-        raise ModelError(
-            f'{path} lacks the object "metadata", without which transformers loads nothing; add it as {{}}'
-        )
-    return mapped
+    for name in names:
+        # A shard named ../../x would make us read, and later write, outside the folder.
+        if not is_plain_name(name):
+            raise ModelError(f"{path} names the shard {shorten(repr(name))}, which is not a plain file name; refused")
+    return index
 
 
 def _refuse_strange(path: Path) -> None:
@@ -210,8 +211,8 @@ def _no_checkpoint(folder: Path, named: str | None) -> ModelError:
     safe = tuple(name for name in others if name.endswith(_SAFE))
     if safe:
         return ModelError(
-            f"{folder} has no {SINGLE} and no {INDEX}, and transformers loads {listed(safe)} from no folder by itself; "
-            f"rename a single file to {SINGLE}, or load the model as you do and save it with save_pretrained"
+            f"{folder} has no {SINGLE} and no {INDEX}, and transformers does not load {listed(safe)} by itself; load "
+            "the model in the way that it needs (variant=...) and save it with save_pretrained"
         )
     if any(name.endswith(_PICKLES) for name in others):
         return ModelError(

@@ -96,6 +96,11 @@ def remarks(fit: Fit, checkpoint: Checkpoint) -> tuple[str, ...]:
     return (*checkpoint.remarks(), unused)
 
 
+def is_ordinary(checkpoint: Checkpoint) -> bool:
+    """Tell whether an index is right and everything is stored in a dtype that can be computed in."""
+    return checkpoint.is_indexed_exactly and all(map(_is_computed, checkpoint.entries.values()))
+
+
 def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any]:
     """Have transformers load a checkpoint of the same names and shapes, and return what it reports.
 
@@ -143,11 +148,11 @@ _MEND = f"download the checkpoint again, or correct {CONFIG}"
 
 def _uninitialised(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a model class that does not fill in what is missing, which would take the memory and time that it does."""
-    return type(kind.__name__, (kind,), {"_init_weights": _leave, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"_initialize_missing_keys": _leave, "__module__": kind.__module__})
 
 
-def _leave(model: PreTrainedModel, module: torch.nn.Module) -> None:
-    """Leave a module as it is."""
+def _leave(model: PreTrainedModel, *which: Any) -> None:
+    """Leave parameters as they are."""
 
 
 def _is_computed(entry: TensorEntry) -> bool:

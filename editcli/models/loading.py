@@ -20,11 +20,11 @@ import torch
 import transformers
 
 from editcli.errors import ModelError
-from editcli.models.architectures import Architecture, Family, resolve
+from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.checkpoint import Checkpoint, owned
 from editcli.models.choice import refuse_adapter
 from editcli.models.finite import refuse_nonfinite
-from editcli.models.fit import COMPUTED, fit_of, quiet, refuse_misfit, remarks
+from editcli.models.fit import COMPUTED, examine, fit_of, is_ordinary, quiet, refuse_misfit, remarks
 from editcli.models.offload import device_of
 from editcli.models.recall import resumes
 from editcli.models.sharded import is_split, loading_options
@@ -137,6 +137,10 @@ def open_model(
     checkpoint.entries  # noqa: B018 - damaged or pickled weights are refused before anything is built.
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    if not is_ordinary(checkpoint):
+        # What the loaded model says of such a checkpoint depends on the version of transformers.
+        bare = skeleton(config, trust_remote_code)
+        refuse_misfit(examine(checkpoint, bare), checkpoint, bare)
     place = choose_device(device)
     if device_map and importlib.util.find_spec("accelerate") is None:
         raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
@@ -176,6 +180,19 @@ def open_model(
     return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
 
 
+def refuse_unopenable(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise :class:`ModelError` unless transformers opens a saved folder for a user who has nothing but the folder.
+
+    Config, code, tokenizer and the choice of the weights' files are those of ``from_pretrained(folder)``; of the
+    weights only names and shapes are read.
+    """
+    source, checkpoint = ModelSource(str(folder), folder), Checkpoint(folder)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    load_tokens(source, config, trust_remote_code=trust_remote_code)
+    bare = skeleton(config, trust_remote_code)
+    refuse_misfit(examine(checkpoint, bare), checkpoint, bare)
+
+
 def _own(model: Any) -> None:
     """Take a model's tensors out of the files that transformers maps on the CPU; see :func:`owned`."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -199,8 +216,8 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    # A value of the wrong kind fails wherever the class of the config first does something with it.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    # A value of the wrong kind fails wherever the class of the config first looks at it, with errors of many libraries.
+    except Exception as error:
         raise ModelError(f"cannot read the config of {source.folder}: {_first_line(error)}") from error
     kind = getattr(config, "dtype", None)
     if isinstance(kind, torch.dtype) and kind not in COMPUTED:
@@ -284,5 +301,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] = f"{lines[0]} {lines[1]}"
     return lines[0].rstrip(" :.") if lines else type(error).__name__

@@ -24,7 +24,7 @@ from editcli.export.folder import new_folder
 from editcli.interfaces import Site
 from editcli.models.architectures import Family, resolve
 from editcli.models.checkpoint import DTYPES, Checkpoint, TensorEntry
-from editcli.models.loading import LoadedModel, ModelSource
+from editcli.models.loading import LoadedModel, ModelSource, refuse_unopenable
 from editcli.models.offload import replace_weight
 from editcli.models.tokens import Tokens
 from editcli.plugins import Plugins
@@ -174,6 +174,7 @@ class Saved(Run):
         tensors = stored_tensors(self.session, self.weights)
         write_model(self.loaded.checkpoint, folder, tensors)
         verify(self.loaded.checkpoint, folder, tensors)
+        refuse_unopenable(folder, trust_remote_code=self.recipe.trust_remote_code)
 
 
 class Unsaved(Saved):
