@@ -90,10 +90,12 @@ def refuse_misfit(fit: Fit, checkpoint: Checkpoint, model: PreTrainedModel) -> N
 
 def remarks(fit: Fit, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return what is strange about a checkpoint and does not keep the model from loading, one sentence each."""
-    if not fit.unused:
+    # Older versions report what an index names, whether it is there or not; that has a sentence of its own.
+    unused = tuple(name for name in fit.unused if name in checkpoint.entries or name not in checkpoint.choice.mapped)
+    if not unused:
         return checkpoint.remarks()
-    unused = f"{checkpoint.folder / CONFIG} describes a model that does not use {listed(fit.unused)} of its weights"
-    return (*checkpoint.remarks(), unused)
+    what = f"{checkpoint.folder / CONFIG} describes a model that does not use {listed(unused)} of its weights"
+    return (*checkpoint.remarks(), what)
 
 
 def is_ordinary(checkpoint: Checkpoint) -> bool:

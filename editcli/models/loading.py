@@ -171,7 +171,7 @@ def open_model(
             "--device-map auto"
         ) from error
     # Transformers and safetensors raise many kinds of errors for an unusable folder, all of them the user's to mend.
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, ArithmeticError) as error:
         raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
     model.eval().requires_grad_(False)
     refuse_nonfinite(model, checkpoint)

@@ -29,7 +29,8 @@ def zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def loaded(path: Path) -> dict[str, Tensor]:
     """Return what transformers loads by itself."""
-    return dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict())
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 # Folders that hold more than one checkpoint, or one with oddities.
@@ -84,7 +85,9 @@ def other_file(folder: Any) -> None:
 
 
 def without_prefix(folder: Any) -> None:
-    folder.single({name.removeprefix("model."): tensor for name, tensor in folder.weights.items()})
+    bare = {name.removeprefix("model."): tensor for name, tensor in folder.weights.items() if name != "lm_head.weight"}
+    folder.single(bare)
+    folder.configure(tie_word_embeddings=True)
 
 
 AMBIGUOUS: dict[str, Callable[[Any], Any]] = {
