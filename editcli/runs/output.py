@@ -19,7 +19,7 @@ from editcli.errors import ModelError
 from editcli.interfaces import Site
 from editcli.models.checkpoint import CHUNK, Checkpoint, TensorEntry, file_digest, read_raw_header
 from editcli.models.choice import is_own, is_weights
-from editcli.runs.files import atomic, copy_file, copy_into, tensor_bytes, write_bytes, write_safetensors
+from editcli.runs.files import StoredTensor, atomic, copy_file, copy_into, tensor_bytes, write_bytes, write_safetensors
 
 if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
@@ -136,7 +136,8 @@ def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str
     source = base.folder / name
     spare = any(entry.file == name for entry in base.superseded)
     if spare or any(tensor.dtype != base.dtype(key) for key, tensor in tensors.items()):
-        kept = {key: base.read(key) for key, entry in base.entries.items() if entry.file == name and key not in tensors}
+        here = {key: entry for key, entry in base.entries.items() if entry.file == name and key not in tensors}
+        kept = {key: StoredTensor(source, entry) for key, entry in here.items()}
         metadata = read_raw_header(source)[0].get("__metadata__", {"format": "pt"})
         write_safetensors(target, {**kept, **tensors}, metadata)
         return

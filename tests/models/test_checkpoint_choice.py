@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from editcli.errors import ModelError
-from editcli.models.checkpoint import Checkpoint
+from editcli.models.checkpoint import Checkpoint, read_header
 from editcli.models.choice import INDEX, SINGLE, choose
 from editcli.models.loading import open_model, refuse_unopenable, resolve_model
 from editcli.runs.output import verify, write_model
@@ -220,3 +220,21 @@ class TestLinks:
         (folder.path / SINGLE).symlink_to(tmp_path / "blob")
         with pytest.raises(ModelError, match="which is not a safetensors file; refused"):
             Checkpoint(folder.path).names()
+
+
+def test_a_shard_that_is_written_anew_keeps_what_nobody_can_read(folder: Any, tmp_path: Path) -> None:
+    """Its spare copy is left out, and every other tensor is copied byte for byte, of whatever dtype."""
+    edited_twice(folder)
+    extra = torch.arange(4, dtype=torch.int64)
+    folder.single({**load_file(folder.path / FIRST), "scales": extra}, FIRST)
+    shard = folder.path / FIRST
+    shard.write_bytes(shard.read_bytes().replace(b'"I64"', b'"F6X"', 1))
+    base, out = Checkpoint(folder.path), tmp_path / "out"
+    change = {EDITED: base.read(EDITED) + 1}
+    out.mkdir()
+    write_model(base, out, change)
+    assert verify(base, out, change).changed == (EDITED,)
+    before, after = base.entries["scales"], Checkpoint(out).entries["scales"]
+    assert (after.dtype, after.shape) == ("F6X", (4,))
+    assert (out / FIRST).read_bytes()[after.start : after.stop] == shard.read_bytes()[before.start : before.stop]
+    assert EDITED not in read_header(out / FIRST)
