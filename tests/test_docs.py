@@ -140,11 +140,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("docs")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, id=name_of(page), marks=[] if page == PAGES[0] else pytest.mark.slow) for page in RUN],
-)
+@pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

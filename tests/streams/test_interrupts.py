@@ -42,7 +42,7 @@ class Told(Silent):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_with_its_state_saved(
     shop: Any, finished: Callable[[str], Path], helpers: Any, name: str, step: int
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_file_that_was_changed_where_it_was_read_is_refused(shop: Any, helpers
         assert "is in the stream already, but this file does not start with what was applied" in ended.err
 
 
+@pytest.mark.slow
 def test_edits_that_cannot_be_used_are_counted_over_all_files(shop: Any, helpers: Any) -> None:
     for name, edits in (("first.jsonl", helpers.EDITS[:2]), ("second.jsonl", helpers.EDITS[2:3])):
         shop.edits(name, [*edits, {"id": "bad", "prompt": "{}", "subject": "", "target_new": "x"}])

@@ -15,10 +15,9 @@ from editcli.runs.recovery import recover
 from editcli.runs.state import RunFolder
 from editcli.runs.undo import Undo, plan_undo
 
-STACKS = [
-    "memit",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("remembering", "alphaedit", "rlsedit", "ultraedit")),
-]
+pytestmark = pytest.mark.slow
+
+STACKS = ("memit", "remembering", "alphaedit", "rlsedit", "ultraedit")
 
 
 @pytest.fixture
@@ -91,7 +90,6 @@ def without(edits: Sequence[dict[str, Any]], *ids: str) -> list[dict[str, Any]]:
     return [edit for edit in edits if edit["id"] not in ids]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["alphaedit", "rlsedit"])
 def test_an_edit_in_the_middle_goes_and_what_followed_is_computed_again(shop: Any, helpers: Any, stack: str) -> None:
     """One edit a batch, so that the stream that never had the edit has the same batches."""
