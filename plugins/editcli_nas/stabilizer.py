@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BY_HAND = "set by hand"
 BATCH = 32
-"""Pilots that are measured at a time, and the fewest that an anchor rests on."""
+"""Pilots of the first batch, the fewest that an anchor rests on; later batches are multiples of it."""
 PRECISION = 0.01
 """Standard error, as a share of the anchor, at which no more pilots are needed."""
 
@@ -33,7 +33,8 @@ class Nas(Stabilizer):
         v <- a v / ||v||            v <- m, the edit is dropped, when ||v|| > guard a
 
     The anchor is one number, measured once at the last edited layer and never again. Pilots are measured
-    :data:`BATCH` at a time until the standard error of their trimmed mean is below :data:`PRECISION`.
+    in batches, in an order that their content decides, until the standard error of their trimmed mean is below
+    :data:`PRECISION`.
     """
 
     name: ClassVar[str] = "nas"
@@ -75,27 +76,24 @@ class Nas(Stabilizer):
             "batch": BATCH,
             "precision": PRECISION,
         }
-        self._take(session.calibrated(self.name, parts, lambda: self._measure(requests, session)))
-        # A NaN sorts last and may be trimmed away; only one that reaches the mean matters.
-        if not 0 < self.anchor < float("inf"):
-            raise NumericalError(f"the anchor of nas came out as {self.anchor}", site=session.sites[-1].module)
+        measured = session.calibrated(self.name, parts, lambda: self._measure(requests, session))
+        self.anchor, self.error, self.pilots = float(measured[0]), float(measured[1]), int(measured[2])
 
     def _measure(self, requests: Sequence[EditRequest], session: Session) -> Tensor:
         """Return (anchor, its standard error, how many pilots served), (3,) float64."""
         import torch
 
         norms = torch.empty(0, dtype=torch.float64)
-        mean, error = 0.0, float("inf")
-        for start in range(0, len(requests), BATCH):
-            values = session.values(requests[start : start + BATCH], prefixed=False)
+        mean, error, size = 0.0, float("inf"), BATCH
+        while len(norms) < len(requests) and not error < PRECISION * mean:
+            values = session.values(requests[len(norms) : len(norms) + size], prefixed=False)
             norms = torch.cat([norms, values.contribution.double().norm(dim=0).cpu()])
             mean, error = trimmed_mean(norms, self.options.trim)
-            if error < PRECISION * mean:
-                break
+            size = _missing(len(norms), error / mean) if mean else BATCH
+        # A NaN sorts last and may be trimmed away; only one that reaches the mean matters.
+        if not 0 < mean < float("inf"):
+            raise NumericalError(f"the anchor of nas came out as {mean}", site=session.sites[-1].module)
         return torch.tensor([mean, error, len(norms)], dtype=torch.float64)
-
-    def _take(self, measured: Tensor) -> None:
-        self.anchor, self.error, self.pilots = float(measured[0]), float(measured[1]), int(measured[2])
 
     def stabilize_values(self, values: Values, session: Session) -> Values:
         contribution = values.contribution
@@ -124,16 +122,28 @@ class Nas(Stabilizer):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
-        if not {"anchor", "error", "pilots", "source"} <= set(state):
+        if not {"anchor", "pilots", "source"} <= set(state):
             raise StateError("the saved state of nas has no anchor; start a new run")
         self.anchor = float(state["anchor"])
-        self.error = float(state["error"])
+        # Runs that were begun before the error was measured have none.
+        self.error = float(state.get("error", math.inf))
         self.pilots = int(state["pilots"])
         self.source = bytes(state["source"].tolist()).decode()
 
     def record(self) -> dict[str, Any]:
         error = self.error if self.pilots and math.isfinite(self.error) else None
         return {"anchor": self.anchor, "standard_error": error, "pilots": self.pilots, "source": self.source}
+
+
+def _missing(count: int, error: float) -> int:
+    """Return how many more pilots bring the relative ``error`` of ``count`` down to :data:`PRECISION`.
+
+    An error falls with the root of the count. Many at once cost less than a few at a time, but the first error is
+    itself uncertain, so that no batch is larger than three times what is measured.
+    """
+    ratio = error / PRECISION
+    needed = count * (ratio**2 - 1) if math.isfinite(ratio) else BATCH
+    return BATCH * max(1, min(math.ceil(needed / BATCH), 3 * count // BATCH))
 
 
 def trimmed_mean(norms: Tensor, trim: float) -> tuple[float, float]:
