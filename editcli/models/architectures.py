@@ -198,8 +198,7 @@ def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTr
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    # A few types of older versions of transformers compute with their parameters while they are built.
-    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
+    except (ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"no causal language model can be built from a configuration of type {config.model_type!r}: {error}"
         ) from error
