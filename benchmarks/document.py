@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks.proof_page import SECTIONS as PROOF
+from benchmarks.real_models import section as real_models
 from benchmarks.speed import SECTIONS as SPEED
 from benchmarks.stacks import markdown as stacks_markdown
 
@@ -45,6 +46,7 @@ def soak(result: Mapping[str, Any]) -> Iterator[str]:
 
 SECTIONS: Mapping[str, Callable[[Any], Iterator[str]]] = {
     "stacks": stacks,
+    "real_models": real_models,
     **PROOF,
     **SPEED,
     "soak": soak,

@@ -6,12 +6,11 @@ import io
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 
 import click
 
-from editcli.cli import build_cli
+from editcli.cli import build_cli, libraries
 from editcli.cli.common import App
 from editcli.cli.completion import VARIABLE
 from editcli.distributed.launch import Launch
@@ -27,7 +26,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``editcli`` and return its exit code."""
     keep_freed()
-    _quieten_libraries()
+    libraries.quieten()
     _accept_any_text()
     app: App | None = None
     launch = Launch()
@@ -119,14 +118,6 @@ def _accept_any_text() -> None:
     """Write what a stream cannot encode, such as a file name that is not UTF-8, as an escape instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _quieten_libraries() -> None:
-    """Keep other libraries' chatter off the terminal, unless the user has set it up otherwise."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from editcli.options import option
 
@@ -15,8 +15,14 @@ class TargetOptions:
 
     steps: int = option(25, "most evaluations of the loss for one edit (published: v_num_grad_steps)")
     lr: float = option(0.5, "Adam's learning rate (published: v_lr)")
+    lr_kind: Literal["absolute", "relative"] = option(
+        "absolute", "relative: in units of ||h|| / sqrt(d), which no model's scale changes"
+    )
     clamp: float = option(0.75, "largest ||delta|| as a share of ||h|| (published: clamp_norm_factor)")
-    v_weight_decay: float = option(0.5, "weight of ||delta|| / ||h||^2 in the loss")
+    v_weight_decay: float = option(0.5, "weight of the size of delta in the loss")
+    decay_kind: Literal["absolute", "relative"] = option(
+        "absolute", "absolute: the size is ||delta|| / ||h||^2; relative: ||delta|| / ||h||, which no scale changes"
+    )
     kl_factor: float = option(0.0625, "weight of the divergence on '{subject} is a'")
     stop_loss: float = option(0.05, "an edit whose loss is below this is done")
     prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
@@ -33,7 +39,9 @@ class TargetOptions:
 class StatisticsOptions:
     """How much reference text is read."""
 
-    tokens_per_dim: int = option(10, "tokens read for each dimension of a key")
+    tokens_per_dim: int = option(
+        10, "tokens read for each dimension of a key; half suffice where the package's text has no more"
+    )
     tokens: int | None = option(None, "tokens read in total, instead of tokens_per_dim times the key's width")
     max_length: int = option(512, "most tokens of one sequence, whatever context the model has")
     batch_tokens: int = option(8192, "tokens in one forward pass")

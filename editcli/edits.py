@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from editcli.errors import RequestError
 from editcli.lines import MAX_DEPTH, MAX_LINE_BYTES, finite_float, is_deep, no_constant, opened
 from editcli.request import EditRequest, Neighbor, from_record, kind_of
+from editcli.superseding import supersede
 
 if TYPE_CHECKING:
     from editcli.formats import Format
@@ -114,7 +115,8 @@ class Collector:
 
     def result(self, source: str, sha256: str) -> EditFile:
         """Return everything gathered."""
-        warnings = tuple(_conflicts(self.requests))
+        notes = (f"{request.place}: {note}" for request in self.requests for note in request.notes)
+        warnings = (*notes, *_conflicts(self.requests))
         return EditFile(source, sha256, tuple(self.requests), tuple(self.rejected), warnings)
 
     def _keep(self, request: EditRequest) -> None:
@@ -188,13 +190,9 @@ def refuse_deep(record: dict[str, Any], *, file: str, line: int | None) -> dict[
 
 
 def _conflicts(requests: Iterable[EditRequest]) -> Iterator[str]:
-    """Yield a warning for every pair of edits that give one prompt and subject different targets."""
-    seen: dict[tuple[str, str], EditRequest] = {}
-    for request in requests:
-        earlier = seen.get((request.prompt, request.subject))
-        if earlier is not None and earlier.target_new != request.target_new:
-            yield (
-                f"{request.place}: {request.prompt!r} was already given the target "
-                f"{earlier.target_new!r} on {earlier.line_name}; the later one wins"
-            )
-        seen[request.prompt, request.subject] = request
+    """Yield a warning for every edit that a later one contradicts."""
+    for one in supersede(requests)[1]:
+        yield (
+            f"{one.by.place}: {one.by.prompt!r} was already given the target {one.request.target_new!r} on "
+            f"{one.request.line_name}; the later one wins"
+        )

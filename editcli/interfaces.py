@@ -23,7 +23,7 @@ This module never imports torch at run time, so that listing plugins stays fast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -61,6 +61,10 @@ class Values:
     """Columns that a stabilizer gave up, with the reason: such an edit keeps its place and changes nothing."""
     loss: Tensor
     """(n,) the loss at which each edit's optimisation stopped."""
+    reached: Tensor | None = None
+    """(n,) bool: whose loss fell below ``targets.stop_loss``; None where nobody counted."""
+    clamped: Tensor | None = None
+    """(n,) bool: whose offset ended at ``targets.clamp``; None where nobody counted."""
 
     @property
     def contribution(self) -> Tensor:
@@ -203,6 +207,14 @@ class Session(Protocol):
         """Return up to ``count`` edits to calibrate on, and where they came from."""
         ...
 
+    def calibrated(self, name: str, parts: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
+        """Return what ``measure`` returns on the unedited model; read from disk where it was measured before.
+
+        ``name`` is the component's. ``parts`` (JSON values) hold what the result depends on besides the model, the
+        sites and the options of the target optimisation. Raises after the first write.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class NoOptions:
@@ -255,8 +267,12 @@ class Editor(Component):
 
     needs_values: ClassVar[bool] = True
     """False for an editor that optimises no target values; stabilizers of values then have nothing to act on."""
+    needs_subject: ClassVar[bool] = True
+    """False for an editor that takes edits without a subject: it must ask a session for neither keys nor values."""
     single_site: ClassVar[bool] = False
     """True for an editor that writes the last site only (ROME)."""
+    tempered_by: ClassVar[str] = ""
+    """What makes this editor's updates smaller, as a clause ("raise mine.weight"); said when a guard refuses one."""
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings of other components that the papers use with this editor, ``{component: {option: value}}``."""
 

@@ -44,7 +44,8 @@ class Lines:
             rest = raw
             while not rest.endswith(b"\n") and (rest := self._take(_CHUNK)):
                 pass
-            text = raw.removeprefix(_BOM) if number == 1 else raw
+            # Files that were joined bring a byte order mark each.
+            text = raw.removeprefix(_BOM)
             if text.strip():
                 yield number, text.removesuffix(b"\n").rstrip(b"\r")
 

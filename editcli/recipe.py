@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from editcli.chat import ChatSettings
 from editcli.core_options import CORE
 from editcli.errors import EditError, OptionError, near_miss
 from editcli.options import build
@@ -56,6 +57,9 @@ class Choices(TypedDict, total=False):
     stats: str | None
     corpus: str | None
     chat_template: bool
+    system: str | None
+    template_args: Mapping[str, Any] | None
+    template_clock: str | None
     trust_remote_code: bool
 
 
@@ -106,6 +110,12 @@ class Recipe:
     stats: str | None = None
     corpus: str | None = None
     chat_template: bool = False
+    system: str | None = None
+    """The system message that stands before every prompt in the chat template."""
+    template_args: Mapping[str, Any] | None = None
+    """Variables of the chat template, for instance ``{"enable_thinking": False}``."""
+    template_clock: str | None = None
+    """Date and time that the chat template reads; None is when the run begins, and its record then says when."""
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -124,6 +134,14 @@ class Recipe:
         _require(not (split and self.device_map), "--parallel tensor and --device-map exclude each other; choose one")
         _check_layers(self.layers)
         _check_stabilizers(self.stabilizers)
+        check_chat(self.chat_template, self.system, self.template_args)
+        # Building them checks them.
+        self.chat  # noqa: B018
+
+    @property
+    def chat(self) -> bool | ChatSettings:
+        """What the chat template is given; False for plain prompts."""
+        return self.chat_template and ChatSettings(self.system, self.template_args or {}, self.template_clock)
 
     @property
     def folder(self) -> Path:
@@ -174,6 +192,12 @@ def check_preset(preset: Preset, plugins: Plugins) -> None:
             check_section(name, settings, plugins)
     except EditError as error:
         raise OptionError(f"{origin}: {error}") from error
+
+
+def check_chat(chat_template: bool, system: str | None, template_args: Mapping[str, Any] | None) -> None:
+    """Raise :class:`OptionError` for settings of a chat template that is not used."""
+    _require(chat_template or system is None, "--system goes into the chat template; add --chat-template")
+    _require(chat_template or not template_args, "--template-args goes into the chat template; add --chat-template")
 
 
 def check_section(name: str, settings: Mapping[str, Any], plugins: Plugins) -> None:

@@ -63,6 +63,13 @@ class Rejection:
     id: str
     reason: str
     line: int | None = None
+    superseded_by: str | None = None
+    """The later edit that gives the same prompt another target, where that is why."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the edit as a JSON object."""
+        later = {} if self.superseded_by is None else {"superseded_by": self.superseded_by}
+        return {"id": self.id, "line": self.line, "reason": self.reason, **later}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,16 @@ class RunReport:
     out: str
     stopped_by: str | None = None
     """Which guard stopped the run, at which value and edits; None when none did."""
+    targets: dict[str, int] | None = None
+    """How many target values were ``optimised``, ``reached`` the stop loss, and ended ``clamped``; None without any."""
+    already_true: tuple[str, ...] = ()
+    """Edits whose target the model gave before anything was written."""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether every edit was true already, so that the weights are the base's."""
+        return bool(self.already_true) and not any(site.drift for site in self.sites)
 
     @property
     def verdict(self) -> str | None:
@@ -99,7 +115,8 @@ class RunReport:
             "editor": self.editor,
             "stabilizers": list(self.stabilizers),
             "edits": {"read": self.read, "applied": self.applied, "rejected": len(self.rejected)},
-            "rejected": [{"id": r.id, "line": r.line, "reason": r.reason} for r in self.rejected],
+            "rejected": [rejection.to_json() for rejection in self.rejected],
+            "already_true": list(self.already_true),
             "efficacy": self.efficacy,
             "generalization": self.generalization,
             "specificity": self.specificity,
@@ -111,5 +128,6 @@ class RunReport:
             "out": self.out,
             "stopped_by": self.stopped_by,
             "verdict": self.verdict,
+            "targets": self.targets,
             **self.extra,
         }

@@ -1,7 +1,8 @@
 """Edit requests: the schema of one edit, and building it from a JSON object.
 
 A request's prompt is a template: the text around the subject, with exactly one place for it. In a record the place is
-``{}`` or the subject itself, verbatim and once; braces elsewhere are text.
+``{}`` or the subject itself, once; braces elsewhere are text. A record without a subject is a plain question, for
+editors that need no subject.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from editcli.errors import RequestError
+from editcli.placing import MARK, Placed, place_subject
 
 _LISTS = ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "locality", "portability")
 _TEXTS = ("prompt", "subject", "target_new")
-FIELDS = ("id", *_TEXTS, "target_true", *_LISTS, "reference_texts")
+FIELDS = ("id", *_TEXTS, "target_true", "join", *_LISTS, "reference_texts")
 """Every field that editcli reads; others are kept and passed on."""
 
 
@@ -36,8 +38,9 @@ class EditRequest:
 
     id: str
     before: str
-    """Prompt text before the subject."""
+    """Prompt text before the subject; all of it where there is no subject."""
     subject: str
+    """What the fact is about; empty for a plain question."""
     after: str
     """Prompt text after the subject."""
     target_new: str
@@ -49,11 +52,20 @@ class EditRequest:
     """Unrelated questions, each with its own answer (zsRE, KnowEdit), or without: then the base model's counts."""
     portability: tuple[Neighbor, ...] = ()
     """What follows from the edit, each with the answer that then holds (KnowEdit, MQuAKE)."""
+    join: str | None = None
+    """Text between prompt and target; None leaves it to the writing system of both."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields that editcli does not read; kept and passed on."""
     line: int | None = None
     """Line of the edits file, counted from 1."""
     file: str = "<edits>"
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What was put right while the record was read; worth a warning."""
+
+    @property
+    def has_subject(self) -> bool:
+        """Whether the fact is about a subject that the prompt names."""
+        return bool(self.subject)
 
     @property
     def prompt(self) -> str:
@@ -85,8 +97,12 @@ class EditRequest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the request as an object of the edits schema."""
-        record: dict[str, Any] = {"id": self.id, "prompt": self._template(), "subject": self.subject}
+        record: dict[str, Any] = {"id": self.id, "prompt": self._template()}
+        if self.has_subject:
+            record["subject"] = self.subject
         record["target_new"] = self.target_new
+        if self.join is not None:
+            record["join"] = self.join
         if self.target_true is not None:
             record["target_true"] = self.target_true
         for name in ("paraphrase_prompts", "generation_prompts"):
@@ -104,13 +120,15 @@ class EditRequest:
 
     def _template(self) -> str:
         # Braces elsewhere in the prompt are text, so the placeholder form is only safe when it stays unambiguous.
-        template = f"{self.before}{{}}{self.after}"
-        return template if template.count("{}") == 1 else self.prompt
+        template = f"{self.before}{MARK}{self.after}"
+        return template if self.has_subject and template.count(MARK) == 1 else self.prompt
 
     @property
     def digest(self) -> str:
         """Hash of everything that decides what the edit writes."""
         parts = (self.id, self.before, self.subject, self.after, self.target_new)
+        # Left out where it was not given, so that runs of earlier versions are recognised.
+        parts += () if self.join is None else (self.join,)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -120,20 +138,21 @@ def from_record(record: Mapping[str, Any], *, file: str = "<edits>", line: int |
     def refuse(reason: str) -> RequestError:
         return RequestError(reason, file=file, line=line)
 
-    texts = {name: _text(record, name, refuse) for name in _TEXTS}
+    prompt, target_new = _text(record, "prompt", refuse), _text(record, "target_new", refuse)
     true = record.get("target_true")
     if true is not None:
         true = _text(record, "target_true", refuse)
-    before, after = _split(texts["prompt"], texts["subject"], refuse)
+    placed = _placed(record, prompt, refuse)
     lists = {name: _list(record, name, refuse) for name in _LISTS}
-    known = {*_TEXTS, *_LISTS, "target_true", "id"}
+    known = {*_TEXTS, *_LISTS, "target_true", "join", "id"}
     return EditRequest(
         id=_identifier(record, line, refuse),
-        before=before,
-        subject=texts["subject"],
-        after=after,
-        target_new=texts["target_new"],
+        before=placed.before,
+        subject=placed.subject,
+        after=placed.after,
+        target_new=target_new,
         target_true=true,
+        join=_join(record, refuse),
         paraphrase_prompts=tuple(_prompt(p, "paraphrase_prompts", refuse) for p in lists["paraphrase_prompts"]),
         neighborhood_prompts=tuple(_neighbor(p, true, refuse) for p in lists["neighborhood_prompts"]),
         generation_prompts=tuple(_prompt(p, "generation_prompts", refuse) for p in lists["generation_prompts"]),
@@ -142,6 +161,7 @@ def from_record(record: Mapping[str, Any], *, file: str = "<edits>", line: int |
         extra={key: value for key, value in record.items() if key not in known},
         line=line,
         file=file,
+        notes=placed.notes,
     )
 
 
@@ -169,28 +189,36 @@ def _clean(value: str, name: str, refuse: Any) -> str:
     return value
 
 
-def _split(prompt: str, subject: str, refuse: Any) -> tuple[str, str]:
-    places = prompt.count("{}")
-    if places > 1:
-        raise refuse("the prompt has more than one {}; mark the subject's place once")
-    if places == 1:
-        before, _, after = prompt.partition("{}")
-        return before, after
-    found = prompt.count(subject)
-    if found == 0:
-        raise refuse(f"the subject {subject!r} is not in the prompt; write {{}} where it belongs")
-    if found > 1:
-        raise refuse(f"the subject {subject!r} is in the prompt {found} times; mark its place with {{}}")
-    before, _, after = prompt.partition(subject)
-    return before, after
+def _placed(record: Mapping[str, Any], prompt: str, refuse: Any) -> Placed:
+    """Return the prompt around its subject; all of it where the record has none and marks no place for one."""
+    if record.get("subject") is None and MARK not in prompt:
+        return Placed(prompt, "", "")
+    try:
+        return place_subject(prompt, _text(record, "subject", refuse))
+    except ValueError as error:
+        raise refuse(str(error)) from error
+
+
+def _join(record: Mapping[str, Any], refuse: Any) -> str | None:
+    value = record.get("join")
+    if value is None or isinstance(value, str):
+        return None if value is None else _clean(value, "join", refuse)
+    raise refuse(f"the field 'join' must be a text, empty or not, but is {kind_of(value)}")
 
 
 def _identifier(record: Mapping[str, Any], line: int | None, refuse: Any) -> str:
     value = record.get("id")
     if value is None:
         return f"line-{line}" if line is not None else f"edit-{_record_digest(record)}"
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or str(value).strip() == "":
+    if isinstance(value, float) and value.is_integer():
+        # JSON has one kind of number, and tables with gaps are written with 3.0 for 3.
+        value = int(value)
+    if isinstance(value, float):
+        raise refuse(f"the field 'id' must be a text or a whole number, not {value}")
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise refuse(f"the field 'id' must be a text or a whole number, not {kind_of(value)}")
+    if not str(value).strip():
+        raise refuse("the field 'id' is empty; leave it out, and the edit is named by its line")
     return _clean(str(value), "id", refuse)
 
 
@@ -208,8 +236,10 @@ def _list(record: Mapping[str, Any], name: str, refuse: Any) -> list[Any]:
 
 
 def _prompt(value: Any, name: str, refuse: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise refuse(f"every entry of {name!r} must be a text that is not empty, not {kind_of(value)}")
+    if not isinstance(value, str):
+        raise refuse(f"every entry of {name!r} must be a text, not {kind_of(value)}")
+    if not value.strip():
+        raise refuse(f"an entry of {name!r} is empty; write its text or leave the entry out")
     return _clean(value, name, refuse)
 
 

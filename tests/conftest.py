@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Libraries read these when they are imported, which is before any fixture runs.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class AsWarning(logging.Handler):
+    """Raises what a library logs about its deprecated names as a warning, so that it is collected like the others."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Warn of a record that speaks of a deprecation."""
+        text = record.getMessage()
+        if "deprecated" in text or "will be removed" in text:
+            warnings.warn(text, FutureWarning, stacklevel=2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logged_deprecations() -> None:
+    """Collect the deprecations that transformers logs instead of raising them."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_warning()
+    logging.getLogger("transformers").addHandler(AsWarning())
+
+
+@pytest.fixture(autouse=True)
+def heard_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the program from silencing libraries in this process, where pytest collects what they say."""
+    monkeypatch.setattr(sys, "warnoptions", ["default"])
 
 
 @pytest.fixture(scope="session", autouse=True)

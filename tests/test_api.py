@@ -249,6 +249,7 @@ def test_a_model_in_memory_can_be_saved_at_once(choices: Any, workplace: Path) -
     assert changed(model, before) == set()
 
 
+@pytest.mark.slow
 def test_edits_may_be_a_file_requests_or_objects(folder: Path, choices: Any, tmp_path: Path) -> None:
     file = tmp_path / "facts.jsonl"
     file.write_text("".join(json.dumps(edit) + "\n" for edit in EDITS))
@@ -362,6 +363,7 @@ def test_the_earlier_name_of_the_stream_still_works() -> None:
     assert editcli.EditStream is editcli.Stream
 
 
+@pytest.mark.slow
 def test_the_example_does_what_it_says(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,8 @@ from editcli.runs.bench import Point, bench, collapse_point, parse_stacks
 from editcli.runs.state import RunFolder
 from editcli.testing import tiny_model_folder
 
+pytestmark = pytest.mark.slow
+
 STACKS = (("memit",), ("rlsedit", "nas"))
 THREE = ("efficacy", "generalization", "specificity")
 

@@ -15,6 +15,8 @@ from benchmarks.document import SECTIONS, page
 from benchmarks.speed import SECTIONS as SPEED
 from benchmarks.stream import quarters
 
+pytestmark = pytest.mark.slow
+
 
 def run(command: click.Command, out: Path, *arguments: str) -> dict[str, Any]:
     done = CliRunner().invoke(command, [*arguments, "--out", str(out)], catch_exceptions=False)

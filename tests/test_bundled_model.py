@@ -89,6 +89,7 @@ def test_no_two_answers_to_one_question(world: World) -> None:
         assert answers.setdefault(prompt, answer) == answer, prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", [True, False])
 def test_facts_are_recalled_in_any_phrasing(
     world: World, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, real: bool

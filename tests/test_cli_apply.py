@@ -351,6 +351,7 @@ def test_core_options_are_checked_too(apply: Any) -> None:
     assert "did you mean 'steps'" in refused(apply("-o", "targets.step=3"), code=1)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_exits_with_130_and_goes_on_to_the_same_bytes(apply: Any, models: dict[str, Path]) -> None:
     lines = [json.dumps({**EDITS[0], "id": str(n), "subject": f"France {n}"}) for n in range(16)]
     Path("many.jsonl").write_text("\n".join(lines) + "\n")

@@ -231,6 +231,7 @@ def test_quiet_and_verbose_work_before_and_after_the_command() -> None:
         assert run(*arguments).returncode == 0
 
 
+@pytest.mark.slow
 def test_text_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
     (tmp_path / "facts.jsonl").write_text('{"prompt": "{} is", "subject": "\u6771\u4eac", "target_new": "Rome"}')
     done = run("check", str(tmp_path / "facts.jsonl"), PYTHONIOENCODING="ascii")
@@ -249,3 +250,26 @@ def test_an_interrupt_that_an_import_turned_into_its_own_error_is_an_interrupt(m
 def test_a_bug_still_shows_where_it_is(main_raising: Any) -> None:
     with pytest.raises(ZeroDivisionError):
         main_raising(ZeroDivisionError("a bug"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("apply", "e.jsonl"), ("apply", "e.jsonl", "--dry-run"), ("eval", "small", "e.jsonl"), ("stats", "compute")],
+)
+def test_a_command_names_the_model_before_it_imports_torch(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """The import takes seconds, and a first line within two is what tells a user that something happens."""
+    blocked = (
+        "import sys; sys.modules['torch'] = None; from editcli.__main__ import main; main(sys.argv[1:])",
+        *arguments,
+    )
+    found, quiet = (
+        subprocess.run(
+            [sys.executable, "-c", *blocked, *more], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        for more in ((), ("-q",))
+    )
+    for process in (found, quiet):
+        assert "torch" in process.stderr.splitlines()[-1], "it came as far as the import"
+    named = "small" if "small" in arguments else "the model that ships with editcli"
+    assert found.stderr.splitlines()[0] == f"Loading {named}"
+    assert not quiet.stderr.startswith("Loading")

@@ -140,6 +140,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("docs")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +225,7 @@ def test_a_link_to_a_file_leads_to_one(page: Path) -> None:
             assert (page.parent / target).exists(), f"{name_of(page)} links {target}, which is not there"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["docs_commands", "docs_reference"])
 def test_what_is_generated_is_current(tool: str) -> None:
     # In a process of its own, because click keeps what an earlier test asked of a command.
@@ -243,6 +245,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if "docs" in page.parts}
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="pip install '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]

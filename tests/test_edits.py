@@ -16,6 +16,8 @@ from editcli.edits import MAX_LINE_BYTES, EditFile, Neighbor, from_record, read_
 from editcli.errors import RequestError
 from editcli.formats import load_formats
 from editcli.plugins import load_plugins
+from editcli.superseding import supersede
+from editcli.texts import trimmed
 
 EDIT: dict[str, Any] = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
 
@@ -124,15 +126,15 @@ BAD_LINES: list[tuple[str, str]] = [
     (line(prompt="France and France are"), "the subject 'France' is in the prompt 2 times"),
     (line(id=[1]), "the field 'id' must be a text or a whole number, not a list"),
     (line(id=True), "the field 'id' must be a text or a whole number, not a truth value"),
-    (line(id=1.5), "the field 'id' must be a text or a whole number, not a number"),
-    (line(id=" "), "the field 'id' must be a text or a whole number"),
+    (line(id=1.5), "the field 'id' must be a text or a whole number, not 1.5"),
+    (line(id=" "), "the field 'id' is empty; leave it out"),
     (line(id="a\0"), "the field 'id' contains a NUL character"),
     *(
         (line(**{name: "x"}), f"the field '{name}' must be a list, not a text")
         for name in ("paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "locality", "portability")
     ),
     (line(paraphrase_prompts=["x", 3]), "every entry of 'paraphrase_prompts' must be a text"),
-    (line(paraphrase_prompts=[""]), "every entry of 'paraphrase_prompts' must be a text that is not empty"),
+    (line(paraphrase_prompts=[""]), "an entry of 'paraphrase_prompts' is empty; write"),
     (line(paraphrase_prompts=["a\0"]), "the field 'paraphrase_prompts' contains a NUL"),
     (line(neighborhood_prompts=[3]), "every entry of 'neighborhood_prompts'"),
     (line(neighborhood_prompts=[{"target": "x"}]), "every entry of 'neighborhood_prompts'"),
@@ -232,6 +234,111 @@ def test_two_targets_for_one_prompt_are_a_warning(write: Any) -> None:
     assert "'Lyon' on line 1; the later one wins" in warning
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["The  capital of {} is", "The capital of {}\u00a0is", "The capital of {} is\u200b", "The capital of France is "],
+)
+def test_prompts_that_look_the_same_contradict_each_other(prompt: str) -> None:
+    first, last = from_record(EDIT, line=1), from_record({**EDIT, "prompt": prompt, "target_new": "Nice"}, line=2)
+    kept, replaced = supersede([first, last])
+    assert kept == [last]
+    assert [(one.request, one.by) for one in replaced] == [(first, last)]
+    assert replaced[0].reason.startswith("superseded by the edit 'line-2' on line 2")
+
+
+def test_the_last_of_several_targets_holds_wherever_it_was_asked_for_before() -> None:
+    targets = ["Nice", "Lyon", "Metz", "Nice", "Nice"]
+    edits = [from_record({**EDIT, "target_new": target}, line=line) for line, target in enumerate(targets, 1)]
+    other = from_record({**EDIT, "prompt": "The capital of {} was"}, line=9)
+    kept, replaced = supersede([*edits[:2], other, *edits[2:]])
+    assert [request.line for request in kept] == [1, 9, 4, 5]
+    assert [(one.request.line, one.by.line) for one in replaced] == [(2, 4), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("subject", "prompt", "filled", "kind"),
+    [
+        ("France ", "The capital of {} is", "The capital of France is", "a blank after"),
+        ("\u200bFrance", "The capital of {} is", "The capital of France is", "an invisible character before"),
+        ("France\ufeff", "The capital of France\ufeff is", "The capital of France\ufeff is", "an invisible character"),
+        ("France ", "The capital of {}is", "The capital of France is", "a blank after"),
+        ("France ", "The capital of France is", "The capital of France is", "a blank after"),
+    ],
+)
+def test_what_cannot_be_seen_around_a_subject_is_no_part_of_it(
+    write: Any, subject: str, prompt: str, filled: str, kind: str
+) -> None:
+    found = read_edits(write(line() + "\n" + line(id="x", subject=subject, prompt=prompt)))
+    assert (found.requests[1].subject, found.requests[1].prompt) == ("France", filled)
+    (warning,) = found.warnings
+    assert f"edits.jsonl:2: {kind}" in warning
+
+
+@pytest.mark.parametrize("subject", ["क्\u200d", "\U0001f3f4\U000e0067\U000e007f", "Paris (Texas)"])
+def test_signs_that_shape_the_letter_before_them_stay(subject: str) -> None:
+    request = from_record({**EDIT, "subject": subject})
+    assert (request.subject, request.notes) == (subject, ())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "spelling", "named"),
+    [
+        ("The coast of Co\u0302te is", "C\u00f4te", "Co\u0302te", "U+006F LATIN SMALL LETTER O"),
+        ("The river of Côte d\u2019Azur is", "Côte d'Azur", "Côte d\u2019Azur", "U+2019 RIGHT SINGLE QUOTATION MARK"),
+        ("In New\u00a0York City", "New York", "New\u00a0York", "U+00A0 NO-BREAK SPACE, not U+0020 SPACE"),
+        ("The wall of \uff30aris is", "Paris", "\uff30aris", "U+FF30 FULLWIDTH LATIN CAPITAL LETTER P"),
+        ("Das Spiel O\u2013K ist", "O-K", "O\u2013K", "U+2013 EN DASH"),
+    ],
+)
+def test_a_subject_that_the_prompt_writes_otherwise_is_taken_from_the_prompt(
+    prompt: str, subject: str, spelling: str, named: str
+) -> None:
+    request = from_record({**EDIT, "prompt": prompt, "subject": subject})
+    assert (request.subject, request.prompt) == (spelling, prompt)
+    (note,) = request.notes
+    assert named in note
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "reason"),
+    [
+        ("The Cafe\u0301 is", "Cafe\u0301s", "is not in the prompt; write {}"),
+        ("the capital of france is", "France", "which has 'france'; write both alike"),
+        ("d\u2019A and d\u2018A", "d'A", "is in the prompt 2 times; mark its place with {}"),
+        ("The capital of {} is", "\u200b", "holds nothing that can be seen"),
+    ],
+)
+def test_a_subject_that_cannot_be_placed_says_what_the_prompt_has(prompt: str, subject: str, reason: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        from_record({**EDIT, "prompt": prompt, "subject": subject})
+    assert reason in caught.value.reason
+
+
+def test_a_question_needs_no_subject() -> None:
+    record = {"id": "q", "prompt": "Which city is the capital?", "target_new": "Lyon"}
+    request = from_record(record)
+    assert (request.has_subject, request.prompt, request.subject) == (False, record["prompt"], "")
+    assert request.to_json() == record
+
+
+@pytest.mark.parametrize("join", ["", " ", "\n", None])
+def test_what_goes_between_prompt_and_target_may_be_given(join: str | None) -> None:
+    request = from_record({**EDIT, "join": join})
+    assert request.join == join
+    assert from_record(request.to_json(), file=request.file) == from_record({**EDIT, "join": join, "id": request.id})
+    assert (request.digest == from_record({**EDIT, "id": request.id}).digest) is (join is None)
+
+
+def test_an_id_that_a_table_wrote_with_a_point_is_a_whole_number() -> None:
+    assert from_record({**EDIT, "id": 3.0}).id == "3"
+
+
+def test_files_that_were_joined_keep_their_byte_order_marks(write: Any) -> None:
+    part = "\ufeff" + line() + "\n"
+    found = read_edits(write(part + "\ufeff" + line(subject="Spain") + "\n\ufeff\n"))
+    assert [request.subject for request in found.requests] == ["France", "Spain"]
+
+
 def test_the_files_hash_changes_with_any_byte(write: Any) -> None:
     first = read_edits(write(line() + "\n"))
     second = read_edits(write(line() + "\n\n"))
@@ -296,5 +403,6 @@ def test_whatever_is_taken_marks_the_subject_and_survives_a_round_trip(
         request = from_record(record, line=1)
     except RequestError:
         return
-    assert request.prompt[len(request.before) : request.subject_end] == subject
+    start, stop = trimmed(subject)
+    assert request.prompt[len(request.before) : request.subject_end] == subject[start:stop] != ""
     assert from_record(json.loads(json.dumps(request.to_json())), line=1) == request

@@ -53,6 +53,7 @@ def counted(loaded: LoadedModel, edit: EditRequest, options: TargetOptions) -> i
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 def test_costs_are_in_proportion_to_what_is_computed(loaded: LoadedModel, cached: bool) -> None:
     options = TargetOptions(steps=25, stop_loss=0.0, cached=cached)

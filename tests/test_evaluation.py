@@ -198,6 +198,7 @@ def test_a_neighbor_whose_answer_is_the_new_one_has_no_rival():
     assert found.specificity_accuracy == (first.exact + second.exact) / 2
 
 
+@pytest.mark.slow
 def test_the_unedited_bundled_model_knows_no_edit_and_every_neighbor():
     requests = read_edits(STREAM).requests
     ties = [r for r in requests if any(near.target == r.target_new for near in r.neighborhood_prompts)]

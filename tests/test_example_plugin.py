@@ -16,6 +16,8 @@ from editcli.__main__ import main
 from editcli.plugins import load_plugins
 from editcli.testing import tiny_model_folder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "editcli-orthogonal"
 PLACES = ("France", "Italy", "Spain", "Greece", "London", "Berlin", "Tokyo", "Paris")

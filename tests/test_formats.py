@@ -18,8 +18,10 @@ from editcli.errors import PluginError, RequestError
 from editcli.formats import Format, find_format, load_formats
 from editcli.hookspecs import hookimpl
 from editcli.plugins import Plugins
+from editcli.request import from_record
 from editcli.testing import FormatContract
 
+FACT = {"prompt": "The hull of the {} is made of", "subject": "Grey Heron"}
 COUNTERFACT = {
     "case_id": 3,
     "requested_rewrite": {
@@ -91,22 +93,64 @@ ZSRE = {
     "loc_ans": "Ines Vale",
     "pred": "oak",
 }
+WIKIBIGEDIT = {
+    "tag": "update",
+    "relation": "head of government",
+    "subject": "Lowmere",
+    "update": "Who heads the government of Lowmere?",
+    "ans": "Ines Vale",
+    "rephrase": "Which person leads Lowmere's government?",
+    "personas": "Arr, who be steering Lowmere these days?",
+    "mhop": "In which town was the head of Lowmere's government born?",
+    "mhop_ans": "Northpool",
+    "loc": "Which river runs through Highmere?",
+    "loc_ans": "Ash",
+}
+MLAKE = {
+    "question": "在哪座城市能看到月亮门",
+    "o_prompt": "月亮门在北池。",
+    "o_answer": "北池",
+    "o_answer_aliases": ["北池市"],
+    "e_prompt": "月亮门在低湖。",
+    "e_answer": "低湖",
+    "e_answer_aliases": [],
+}
 RECORDS = {
     "counterfact": COUNTERFACT,
     "easyedit": EASYEDIT,
     "knowedit": KNOWEDIT,
+    "mlake": MLAKE,
     "mquake": MQUAKE,
+    "wikibigedit": WIKIBIGEDIT,
     "zsre": ZSRE,
 }
+SHAPES = {
+    "plain targets": {"requested_rewrite": {**FACT, "target_new": "copper", "target_true": "oak"}},
+    "a list of one": {"requested_rewrite": [{**FACT, "target_new": {"str": "copper"}, "target_true": "oak"}]},
+    "a flat request": {**FACT, "target_new": {"str": " copper"}, "target_true": {"str": "oak"}},
+    "a question": {
+        "requested_rewrite": {
+            "question": "What is the hull of the Grey Heron made of?",
+            **{name: value for name, value in FACT.items() if name != "prompt"},
+            "target_new": "copper",
+            "target_true": "oak",
+        }
+    },
+}
+"""Ways in which CounterFact's facts are passed around."""
 
 
 def _contracts() -> Iterator[tuple[str, type]]:
     for form in editcli_formats.editcli_formats():
         title = f"Test{form.name.title()}"
-        yield title, type(title, (FormatContract,), {"component": form, "records": (RECORDS[form.name],)})
+        records = (RECORDS[form.name], *(SHAPES.values() if form.name == "counterfact" else ()))
+        yield title, type(title, (FormatContract,), {"component": form, "records": records})
 
 
 globals().update(_contracts())
+
+
+FORMATS = tuple(form() for form in editcli_formats.editcli_formats())
 
 
 @pytest.fixture
@@ -198,7 +242,7 @@ def test_zsre(file: Any, formats: tuple[Format, ...]):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({**COUNTERFACT, "requested_rewrite": {"prompt": "{} is", "subject": "A"}}, "'target_new.str' is missing"),
+        ({**COUNTERFACT, "requested_rewrite": {"prompt": "{} is", "subject": "A"}}, "'target_new' is missing"),
         ({**ZSRE, "alt": ""}, "'alt' is missing"),
         ({**ZSRE, "subject": "Red Heron"}, "the subject 'Red Heron' is not in the prompt"),
         ({**EASYEDIT, "target_new": []}, "'target_new' is missing"),
@@ -311,3 +355,37 @@ def test_records_nested_too_deeply_are_refused(file: Any, formats: tuple[Format,
         deep = [deep]
     edits = read_edits(file({**EASYEDIT, "ground_truth": deep}), formats=formats, skip_bad=True)
     assert len(edits.requests) + len(edits.rejected) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_fact_is_the_same_in_whatever_shape_it_comes(shape: str, formats: tuple[Format, ...]) -> None:
+    (form,) = [one for one in formats if one.sniff(SHAPES[shape])]
+    (edit,) = (from_record(record, line=1) for record in form.read(SHAPES[shape]))
+    asked = "What is the hull of the Grey Heron made of?" if shape == "a question" else edit.prompt
+    assert edit.prompt in (asked, "The hull of the Grey Heron is made of")
+    assert (edit.subject, edit.target_new, edit.target_true) == ("Grey Heron", "copper", "oak")
+
+
+def test_a_list_of_one_with_questions_of_several_hops_is_mquake(formats: tuple[Format, ...]) -> None:
+    record = {**MQUAKE, "requested_rewrite": MQUAKE["requested_rewrite"][:1]}
+    assert [form.name for form in formats if form.sniff(record)] == ["mquake"]
+
+
+def test_wikibigedit_asks_around_the_fact() -> None:
+    (edit,) = (from_record(record, line=1) for record in find_format("wikibigedit", FORMATS).read(WIKIBIGEDIT))
+    assert (edit.prompt, edit.subject, edit.target_new) == (WIKIBIGEDIT["update"], "Lowmere", "Ines Vale")
+    assert edit.paraphrase_prompts == (WIKIBIGEDIT["rephrase"],)
+    asked = [(near.axis, near.target) for near in edit.portability]
+    assert asked == [("personas", "Ines Vale"), ("multi_hop", "Northpool")]
+    assert [(near.prompt, near.target) for near in edit.locality] == [(WIKIBIGEDIT["loc"], "Ash")]
+    assert edit.extra == {"tag": "update", "relation": "head of government"}
+
+
+def test_mlake_is_a_plain_question_unless_a_subject_is_named() -> None:
+    form = find_format("mlake", FORMATS)
+    (plain,) = (from_record(record, line=1) for record in form.read(MLAKE))
+    (named,) = (from_record(record, line=1) for record in form.read({**MLAKE, "subject": "月亮门"}))
+    assert (plain.has_subject, plain.prompt, plain.target_new) == (False, MLAKE["question"], "低湖")
+    assert (named.subject, named.prompt, named.target_true) == ("月亮门", MLAKE["question"], "北池")
+    with pytest.raises(ValueError, match="holds no edit"):
+        list(form.read({"question": "?", "e_prompt": "x", "e_answer": "y"}))

@@ -59,6 +59,7 @@ def test_the_edits_are_known_and_the_neighbours_are_kept(run: tuple[Path, dict[s
     assert report["specificity"]["accuracy"]["after"] >= 0.9
 
 
+@pytest.mark.slow
 def test_the_saved_folder_says_the_same_in_plain_transformers(run: tuple[Path, dict[str, Any]]) -> None:
     out, report = run
     prompts = [edit["prompt"].replace("{}", edit["subject"]) for edit in EDITS]
@@ -118,6 +119,7 @@ def test_the_anchor_is_in_the_state_and_was_measured_before_the_first_write(run:
     assert nas.state_dict()["anchor"] == pytest.approx(stored, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_edits_inside_a_chat_template(tmp_path: Path) -> None:
     """The subject is looked up inside the rendered text, and evaluation asks inside the template too."""
     folder = tiny_model_folder(tmp_path / "model")

@@ -254,6 +254,28 @@ def test_a_guess_behind_norms_writes_one_layer() -> None:
     assert len(load_preset(config, resolve(tiny_model("gemma2"))).layers) == 1
 
 
+def test_a_guess_depends_on_no_scale() -> None:
+    """Every figure of a guess that has a unit is relative, or a function of the width."""
+    for behind_norm in (False, True):
+        settings = guess(Sizes("x", 32, 64, 256), behind_norm=behind_norm).settings
+        targets = build(TargetOptions, settings["targets"], owner="targets")
+        assert (targets.lr_kind, targets.decay_kind) == ("relative", "relative")
+        assert (settings["alphaedit"]["threshold_kind"], settings["alphaedit"]["l2_kind"]) == ("directions", "relative")
+        assert settings["alphaedit"]["nullspace_threshold"] == 0.7
+        assert "lambda_reg" not in settings["rlsedit"]
+    # In front of a norm only the direction counts, and 0.75 would not let it turn by a right angle.
+    assert targets.clamp > 1
+
+
+def test_published_presets_keep_absolute_rates() -> None:
+    published = [preset for preset in all_presets() if preset.label == "published"]
+    assert published
+    for preset in published:
+        targets = build(TargetOptions, preset.settings["targets"], owner="targets")
+        assert (targets.lr_kind, targets.decay_kind) == ("absolute", "absolute")
+        assert preset.settings.get("alphaedit", {}).get("threshold_kind", "absolute") == "absolute"
+
+
 def test_an_editor_may_have_layers_of_its_own() -> None:
     config = AutoConfig.for_model("llama", hidden_size=4096, num_hidden_layers=32, intermediate_size=14336)
     preset = load_preset(config, resolve(skeleton(config)))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from editcli.render import RichReporter, rate
-from editcli.render.run import duration, plan_table, run_table, size
+from editcli.render import RichReporter
+from editcli.render.plain import EVERY, FIRST, PlainProgress
+from editcli.render.run import plan_table, run_table
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.planning import Plan
+from editcli.words import duration, rate, size
 
 
 def console(*, terminal: bool = False, width: int = 80) -> Console:
@@ -100,11 +103,105 @@ def test_elsewhere_there_are_only_plain_lines() -> None:
         reporter.warn("a warning")
     lines = text(page).splitlines()
     assert lines[0].startswith("a note with [brackets] and words")
-    assert lines[1:] == ["warning: a warning"]
+    assert lines[1:] == ["warning: a warning"], "a phase that is over at once says nothing"
 
 
-def test_quiet_leaves_the_warnings() -> None:
-    page = console(terminal=True)
+class Progress:
+    """Plain progress whose clock a test moves; its own thread finds the clock standing still and adds nothing."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.lines: list[str] = []
+        self.plain = PlainProgress(self.lines.append, clock=lambda: self.now)
+        self.phase = self.plain.phase
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.plain.look()
+
+
+def test_a_phase_that_lasts_says_how_far_it_is_every_ten_seconds() -> None:
+    log = Progress()
+    with log.phase("Optimising targets", 1200, "edits") as advance:
+        log.wait(FIRST)
+        log.wait(EVERY - FIRST)
+        log.wait(FIRST)
+        advance(12)
+        log.wait(EVERY)
+        advance(288)
+        log.wait(EVERY - FIRST)
+        log.wait(FIRST)
+        advance(900)
+        log.wait(7)
+    assert log.lines == [
+        "Optimising targets: 0/1,200 edits",
+        "Optimising targets: 0/1,200 edits after 11 s",
+        "Optimising targets: 12/1,200 edits, 0.57/s",
+        "Optimising targets: 300/1,200 edits, 9.68/s, 1 min 33 s left",
+        "Optimising targets: 1,200 edits in 38 s",
+    ]
+
+
+def test_of_nested_phases_the_innermost_speaks_and_the_outer_ones_once_they_advance() -> None:
+    log = Progress()
+    with log.phase("Editing", 200, "edits") as outer:
+        with log.phase("Targets", 100, "edits"):
+            log.wait(EVERY)
+            log.wait(EVERY)
+        outer(100)
+        with log.phase("Targets", 100, "edits"):
+            log.wait(EVERY)
+    assert log.lines == [
+        "Targets: 0/100 edits",
+        "Targets: 0/100 edits after 20 s",
+        "Targets: 0/100 edits in 20 s",
+        "Editing: 100/200 edits, 3.33/s, 30 s left",
+        "Targets: 0/100 edits",
+        "Targets: 0/100 edits in 10 s",
+        "Editing: 100/200 edits in 30 s",
+    ]
+
+
+def test_a_phase_of_one_piece_is_not_counted() -> None:
+    log = Progress()
+    with log.phase("Loading", 1) as advance:
+        log.wait(EVERY)
+        log.wait(EVERY)
+        advance(1)
+    assert log.lines == ["Loading", "Loading after 20 s", "Loading: done in 20 s"]
+
+
+def test_a_phase_that_fails_leaves_the_last_word_to_the_error() -> None:
+    log = Progress()
+
+    def fail() -> None:
+        with log.phase("Targets", 2):
+            log.wait(EVERY)
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 - the error is our own.
+        fail()
+    assert log.lines == ["Targets: 0/2"]
+    with log.phase("Targets", 2):
+        log.wait(EVERY)
+    assert len(log.lines) == 3, "the failed phase is forgotten"
+
+
+def test_a_phase_that_is_busy_is_announced_while_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("editcli.render.plain.FIRST", 0.05)
+    monkeypatch.setattr("editcli.render.plain.LOOK", 0.01)
+    page = console()
+    with RichReporter(console=page).phase("Targets", 2, "edits"):
+        deadline = time.monotonic() + 20
+        while "Targets: 0/2 edits" not in text(page) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert text(page).splitlines()[0] == "Targets: 0/2 edits"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_quiet_leaves_the_warnings(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("editcli.render.plain.FIRST", 0.0)
+    page = console(terminal=terminal)
     reporter = RichReporter(console=page, verbosity=lambda: -1)
     with reporter.phase("Editing", 3) as advance:
         advance(3)

@@ -212,6 +212,7 @@ def test_batches_of_another_size_are_noted_on_resuming(run: Run) -> None:
     assert (code, "from here on; they were" in err) == (0, False), err
 
 
+@pytest.mark.slow
 def test_the_bundled_model_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def install(folder: Path) -> Path:
     return folder / "src"
 
 
+@pytest.mark.slow
 def test_what_is_generated_passes_its_own_tests(generated: dict[str, Path]) -> None:
     """All kinds in one process, which is what takes the time, with warnings as errors as their own settings have it."""
     sources = [folder / "src" for folder in generated.values()]
@@ -71,6 +72,7 @@ def test_what_is_generated_passes_its_own_tests(generated: dict[str, Path]) -> N
     assert int(passed) > 10 * len(KINDS)
 
 
+@pytest.mark.slow
 def test_its_own_settings_are_enough_to_run_its_tests(generated: dict[str, Path]) -> None:
     folder = generated["format"]
     done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", path=[], cwd=folder)

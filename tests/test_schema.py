@@ -22,6 +22,7 @@ FULL = {
     **EDIT,
     "id": 7,
     "target_true": "Paris",
+    "join": " ",
     "paraphrase_prompts": ["France's capital is"],
     "neighborhood_prompts": ["The seat of Île-de-France is", {"prompt": "The capital of Italy is", "target": "Rome"}],
     "generation_prompts": ["France"],
@@ -52,6 +53,8 @@ def refusal(record: Any) -> str | None:
         EDIT,
         FULL,
         {**FULL, "id": None, "locality": None, "target_true": None},
+        {"prompt": "Which city is the capital?", "target_new": "Lyon"},
+        {"prompt": "Which city is the capital?", "subject": None, "target_new": "Lyon", "join": ""},
         {**EDIT, "locality": [{"prompt": "Who wrote it?"}, {"prompt": "Where?", "target": None, "axis": "place"}]},
     ],
 )
@@ -71,7 +74,8 @@ def test_what_the_reader_writes_is_valid():
 @given(records)
 def test_schema_and_reader_agree(record: dict[str, Any]):
     reason = refusal(record)
-    # Half a surrogate pair is no text, and a subject's place is no matter of types: neither can be put in a schema.
-    beyond = reason is not None and ("surrogate" in reason or "in the prompt" in reason)
+    # Half a surrogate pair is no text, what cannot be seen is no subject, and a subject's place is no matter of types:
+    # none of them can be put in a schema.
+    beyond = reason is not None and any(text in reason for text in ("surrogate", "in the prompt", "can be seen"))
     # The reader stops at the first thing that is wrong, so what else may be wrong with such a record is not known.
     assert beyond or VALIDATOR.is_valid(record) == (reason is None), reason

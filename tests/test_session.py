@@ -222,3 +222,22 @@ class Listener(Silent):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+def test_what_a_norm_silences_is_left_alone(tmp_path: Path) -> None:
+    """A gain of zero behind the MLP: that coordinate joins no stream, so there is nothing to write, and no infinity."""
+    loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", "gemma2")))
+    norm = loaded.architecture.mlp_norm(2)
+    assert norm is not None
+    with torch.no_grad():
+        norm.weight[3] = -1.0
+    opened = session(loaded, (2,))
+    site, values = opened.sites[0], random_values(loaded, len(REQUESTS))
+    residual = opened.residual(REQUESTS, site, values)
+    assert bool(residual.isfinite().all())
+    taps = [activations.Tap(loaded.architecture.mlp(2), output=True)]
+    (own,) = opened._activations.read(opened._lookup_rows(REQUESTS, ("",)), 2, taps)
+    # Only the common factor that keeps the output's length reaches the silent coordinate.
+    written = own.T + residual
+    assert bool((written[3] / own.T[3] > 0).all())
+    torch.testing.assert_close(written.norm(dim=0), own.T.norm(dim=0), rtol=1e-4, atol=1e-6)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from editcli.report import Silent
 from editcli.statistics import SecondMoments, StatisticsOptions
 from editcli.statistics import corpus as corpora
 from editcli.statistics.corpus import open_corpus
+from editcli.statistics.moments import MomentsRecipe, compute
 from editcli.testing import tiny_model_folder
 
 TEXT = [
@@ -169,6 +172,7 @@ def test_a_statistics_file_of_another_model_is_refused(corpus: Path, tmp_path: P
         own(sites(loaded, 2)[0])
 
 
+@pytest.mark.slow
 def test_text_of_the_models_own_needs_no_file_and_repeats(tmp_path: Path) -> None:
     loaded = opened(tiny_model_folder(tmp_path / "model"))
     (site,) = sites(loaded, 1)
@@ -176,6 +180,93 @@ def test_text_of_the_models_own_needs_no_file_and_repeats(tmp_path: Path) -> Non
     again = moments(loaded, "self", tmp_path / "two")(site)
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert bool((torch.linalg.eigvalsh(first) > -1e-9).all())
+
+
+def default(loaded: LoadedModel, cache: Path, **choices: object) -> SecondMoments:
+    options = StatisticsOptions(**choices)  # pyright: ignore[reportArgumentType]
+    return SecondMoments(loaded, options=options, cache=cache, reporter=Listener())
+
+
+def test_a_model_without_text_of_its_own_reads_the_packages_prose(tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    (site,) = sites(loaded, 1)
+    found = default(loaded, tmp_path / "cache", tokens=500)
+    moment = found(site)
+    assert isinstance(found.reporter, Listener)
+    assert found.reporter.phases == ["Second moments"], "the model writes nothing"
+    by_name = SecondMoments(loaded, options=StatisticsOptions(tokens=500), corpus="english", cache=tmp_path / "cache")
+    assert by_name.is_cached(site)
+    record = found.record([site])
+    assert record == {**record, "corpus": "english", "tokens": 500, "written_by_the_model": 0}
+    other_seed = SecondMoments(loaded, options=StatisticsOptions(tokens=500), cache=tmp_path / "cache", seed=1)
+    assert other_seed.is_cached(site), "text that is not needed is not in the key"
+    plain = SecondMoments(loaded, options=StatisticsOptions(tokens=500), corpus=str(corpora.english_file()))
+    torch.testing.assert_close(plain(site), moment, rtol=0, atol=0)
+
+
+def test_the_bundled_model_keeps_its_text(tmp_path: Path) -> None:
+    loaded = open_model(resolve_model(None), device="cpu")
+    assert default(loaded, tmp_path).record([loaded.architecture.site(0)])["corpus"] == "reference.txt"
+
+
+def test_a_model_writes_only_what_the_prose_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prose = tmp_path / "english.txt"
+    prose.write_text("\n".join(TEXT), encoding="utf-8")
+    monkeypatch.setattr(corpora, "english_file", lambda: prose)
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    (site,) = sites(loaded, 1)
+    length = default(loaded, tmp_path).corpus.length
+    needed = {tokens: default(loaded, tmp_path, tokens=tokens) for tokens in (length, length + 100)}
+    identities = {tokens: found.identity(site).corpus for tokens, found in needed.items()}
+    assert identities[length + 100] == f"{identities[length]}+self:0:256"
+    assert [found.record([site])["written_by_the_model"] for found in needed.values()] == [0, 100]
+    rows = list(itertools.islice(needed[length + 100].corpus.read(length + 100), len(TEXT) + 1))
+    assert rows[: len(TEXT)] == list(needed[length].corpus.read(length))
+    written = next(open_corpus("self", loaded, max_length=512).rows())
+    assert rows[-1] == written
+    said = (["Second moments"], ["Second moments", "Writing reference text"])
+    for found, phases in zip(needed.values(), said, strict=True):
+        assert isinstance(found.reporter, Listener)
+        found.reporter.phases.clear()
+        found(site)
+        assert found.reporter.phases == phases
+
+
+def test_short_prose_serves_down_to_half_of_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prose = tmp_path / "english.txt"
+    prose.write_text("\n".join(TEXT), encoding="utf-8")
+    monkeypatch.setattr(corpora, "english_file", lambda: prose)
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    (site,) = sites(loaded, 1)
+    width = loaded.architecture.shape(1)[1]
+    length = default(loaded, tmp_path).corpus.length
+    few, enough, many = (length // width, 2 * (length // width), 2 * (length // width) + 4)
+    read = [default(loaded, tmp_path, tokens_per_dim=count).record([site]) for count in (few, enough, many)]
+    assert [record["tokens"] for record in read] == [few * width, length, many * width // 2]
+    assert [record["written_by_the_model"] for record in read] == [0, 0, many * width // 2 - length]
+    file = moments(loaded, prose, tmp_path, tokens=None, tokens_per_dim=many)
+    assert file.tokens_for(site) == many * width, "a text of the user's is read as far as it goes"
+
+
+def test_the_prose_is_long_enough_and_one_paragraph_a_line() -> None:
+    text = corpora.english_file().read_text("utf-8")
+    assert len(text) >= 100_000
+    paragraphs = text.splitlines()
+    assert len(set(paragraphs)) == len(paragraphs) > 100
+    assert all(paragraph == paragraph.strip() for paragraph in paragraphs)
+
+
+def test_reading_ends_at_the_last_site(corpus: Path, tmp_path: Path) -> None:
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    found = moments(loaded, corpus, tmp_path / "cache")
+    found.plan(sites(loaded, 0, 1))
+    called: list[str] = []
+    watched = {"the next block": loaded.architecture.block(2), "the head": loaded.architecture.head}
+    with ExitStack() as stack:
+        for name, module in watched.items():
+            stack.enter_context(tapped(module, lambda *parts, name=name: called.append(name)))
+        found(sites(loaded, 0)[0])
+    assert called == []
 
 
 def test_sequences_stay_short_whatever_context_the_model_claims(tmp_path: Path) -> None:
@@ -321,6 +412,57 @@ def test_a_corpus_that_cannot_be_had_is_one_sentence(
     loaded = opened(tiny_model_folder(tmp_path / "model"))
     with pytest.raises(StatisticsError, match=r"nowhere\.txt|datasets"):
         moments(loaded, spec, tmp_path / "cache")(sites(loaded, 1)[0])
+
+
+@pytest.fixture
+def no_cache(tmp_path: Path) -> Path:
+    """A cache folder that nobody can make, whatever the rights of who runs the tests."""
+    (tmp_path / "file").write_text("in the way", "utf-8")
+    return tmp_path / "file" / "cache"
+
+
+def test_a_cache_that_cannot_be_written_is_mentioned_once(corpus: Path, no_cache: Path, tmp_path: Path) -> None:
+    """Nothing is computed twice for that, and what is computed of the moments says no more."""
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    found = moments(loaded, corpus, no_cache)
+    found.plan(sites(loaded, 0, 1))
+    session = ModelSession(loaded, (0, 1), prefixes=(), second_moment=found, cache=found.files, reporter=found.reporter)
+    cached = moments(loaded, corpus, tmp_path / "cache")
+    for site in (*sites(loaded, 0, 1), *sites(loaded, 0, 1)):
+        session.decomposition(site)
+        assert torch.equal(found(site), cached(site))
+    assert isinstance(found.reporter, Listener)
+    assert found.reporter.phases.count("Second moments") == 1
+    (warning,) = (text for text in found.reporter.told if "cache" in text)
+    assert str(no_cache) in warning
+    assert "XDG_CACHE_HOME" in warning
+
+
+def test_statistics_that_cannot_be_cached_need_a_file(
+    corpus: Path, no_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is computed; with a file the command does its work."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_cache))
+    folder = tiny_model_folder(tmp_path / "model")
+    recipe = MomentsRecipe(model=str(folder), layers=(1,), corpus=str(corpus), options=StatisticsOptions(tokens=60))
+    with pytest.raises(StatisticsError, match=r"cannot be written; write to a file with --out"):
+        compute(recipe)
+    report = compute(replace(recipe, out=str(tmp_path / "stats.safetensors")))
+    assert [(site.path, site.computed) for site in report.sites] == [(str(tmp_path / "stats.safetensors"), True)]
+    loaded = opened(folder)
+    SecondMoments(loaded, file=tmp_path / "stats.safetensors")(*sites(loaded, 1))
+
+
+def test_an_account_without_a_home_folder_gets_no_folder_of_that_name(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = opened(tiny_model_folder(tmp_path / "model"))
+    found = moments(loaded, corpus, Path("~/.cache/editcli"))
+    found(*sites(loaded, 1))
+    assert not (tmp_path / "~").exists()
+    assert isinstance(found.reporter, Listener)
+    assert any("no home folder" in text for text in found.reporter.told)
 
 
 def test_what_is_cached_does_not_stay_in_memory(three_sites: SecondMoments) -> None:

@@ -28,6 +28,7 @@ from editcli.testing import TINY, tiny_model_folder, vocabulary_size
 LAYER = 2
 PREFIXES = ("Bob. ", "The river in London is. ")
 OPTIONS = TargetOptions(steps=6, lr=0.1)
+RELATIVE = replace(OPTIONS, lr_kind="relative", decay_kind="relative")
 FACTS = (
     ("The capital of {} is", "France", "Rome"),
     ("{} works as a", "Ann Smith", "river tower"),
@@ -74,11 +75,13 @@ def distance(target: Tensor, plain: PlainTarget) -> float:
     return float((target - plain.target).norm() / (plain.target - plain.initial).norm())
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_batch_equals_the_published_procedure(loaded: LoadedModel, cached: bool) -> None:
-    target, initial, written, loss = batch(loaded, requests(), replace(OPTIONS, cached=cached))
+@pytest.mark.parametrize(
+    "options", [OPTIONS, replace(OPTIONS, cached=False), RELATIVE], ids=["cached", "whole", "relative"]
+)
+def test_a_batch_equals_the_published_procedure(loaded: LoadedModel, options: TargetOptions) -> None:
+    target, initial, written, loss = batch(loaded, requests(), options)
     for column, fact in enumerate(requests()):
-        plain = plain_target(loaded, fact, PREFIXES, LAYER, OPTIONS)
+        plain = plain_target(loaded, fact, PREFIXES, LAYER, options)
         torch.testing.assert_close(initial[:, column], plain.initial, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(written[:, column], plain.written, rtol=1e-4, atol=1e-5)
         assert distance(target[:, column], plain) < 1e-3
@@ -169,6 +172,59 @@ def test_an_edit_that_is_done_stops_and_keeps_its_delta(loaded: LoadedModel) -> 
     for column in (~done).nonzero().flatten().tolist():
         plain = plain_target(loaded, requests()[column], PREFIXES, LAYER, replace(OPTIONS, stop_loss=threshold))
         assert distance(target[:, column], plain) < 1e-3
+
+
+def magnify(model: Any, factor: float) -> None:
+    """Multiply the residual stream of a Llama model by ``factor`` and leave its logits as they are."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(factor)
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.mul_(factor)
+            block.mlp.down_proj.weight.mul_(factor)
+    for norm in (part for name, part in model.named_modules() if name.endswith("norm")):
+        norm.variance_epsilon *= factor**2
+
+
+def test_relative_steps_scale_with_the_stream_and_absolute_ones_do_not(tmp_path: Path) -> None:
+    """The reason for relative steps: a model whose stream is 64 times as large is the same problem."""
+    plain, large = (opened(tmp_path / name, "llama") for name in ("plain", "large"))
+    magnify(large.model, 64.0)
+    for options, factor in ((RELATIVE, 64.0), (OPTIONS, 1.0)):
+        once, again = batch(plain, requests(), options), batch(large, requests(), options)
+        torch.testing.assert_close(again[1], 64 * once[1], rtol=1e-4, atol=1e-3)
+        moved, moved_again = once[0] - once[1], again[0] - again[1]
+        ratio = moved_again.norm(dim=0) / moved.norm(dim=0)
+        if factor == 1.0:
+            # A step of the same size is 64 times smaller here, and the target stays out of reach.
+            assert bool((ratio < 4).all())
+            assert bool((again[3] > once[3]).all())
+        else:
+            assert bool(((moved_again - factor * moved).norm(dim=0) < 1e-2 * factor * moved.norm(dim=0)).all())
+            torch.testing.assert_close(again[3], once[3], rtol=1e-3, atol=1e-4)
+
+
+def test_a_relative_step_is_an_absolute_one_in_units_of_the_hidden_state(loaded: LoadedModel) -> None:
+    """For one edit, lr relative and lr * ||h|| / sqrt(d) absolute are the same steps."""
+    for fact in requests()[:2]:
+        options = replace(OPTIONS, lr_kind="relative")
+        target, initial, *_ = batch(loaded, [fact], options)
+        unit = float(initial.norm()) / len(initial) ** 0.5
+        same, *_ = batch(loaded, [fact], replace(OPTIONS, lr=options.lr * unit))
+        assert float((target - same).norm() / (target - initial).norm()) < 1e-3
+
+
+def test_targets_are_counted_by_how_they_ended(loaded: LoadedModel) -> None:
+    """An edit counts as reached when its own loss is below the stop, and as clamped when its offset fills the ball."""
+    losses = batch(loaded, requests(), replace(OPTIONS, steps=1))[3]
+    threshold = float(losses.sort().values[1:3].mean())
+    options = replace(OPTIONS, lr=5.0, clamp=0.01, stop_loss=threshold)
+    values = optimise(loaded, requests(), PREFIXES, LAYER, options, Silent())
+    assert values.reached is not None
+    assert values.clamped is not None
+    assert values.reached.tolist() == (values.loss < threshold).tolist()
+    # Whoever was done before the first step has no offset; all others left the ball with that step.
+    assert values.clamped.tolist() == (losses >= threshold).tolist()
+    assert 0 < int(values.clamped.sum()) < len(FACTS)
 
 
 def test_delta_stays_in_its_ball(loaded: LoadedModel) -> None:

@@ -66,11 +66,12 @@ def apply(
 
 
 def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
+    if not app.launch.leads:
+        return 0
+    app.announce(recipe.model)
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.
     from editcli.runs.dryrun import plan
 
-    if not app.launch.leads:
-        return 0
     # One process looks ahead for all, so it looks at the whole model.
     outcome = plan(replace(recipe, parallel="data"), app.plugins, app.reporter)
     if as_json:
@@ -94,6 +95,7 @@ def _repeat(context: click.Context, file: Path, values: Mapping[str, Any], *, dr
     recipe.check(context.obj.plugins)
     if dry_run:
         return _plan(recipe, context.obj, as_json)
+    context.obj.announce(recipe.model)
     from editcli.runs.repeat import repeat
 
     outcome = repeat(recorded, recipe, context.obj.plugins, context.obj.reporter)
@@ -121,6 +123,7 @@ def _given(context: click.Context, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _apply(recipe: Recipe, app: App, as_json: bool) -> int:
+    app.announce(recipe.model)
     from editcli.distributed.group import joined
     from editcli.runs.apply import apply as run
 

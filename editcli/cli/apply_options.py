@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from editcli.cli.common import CommaSeparated, LayerRange, option, split_commas
+from editcli.cli.common import CommaSeparated, JsonObject, LayerRange, option, split_commas
 from editcli.recipe import DTYPES, ON_ERROR, PARALLEL
 
 COUNT = click.IntRange(min=1)
@@ -80,6 +80,19 @@ def code_options(command: Any) -> Any:
             section="Model",
             help="Edit and measure inside the model's chat template.",
         ),
+        option(
+            "--system",
+            metavar="TEXT",
+            section="Model",
+            help="System message in the chat template, in front of every prompt.",
+        ),
+        option(
+            "--template-args",
+            type=JsonObject(),
+            metavar="JSON",
+            section="Model",
+            help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
+        ),
         trust_options,
     )
 
@@ -104,13 +117,7 @@ def editing_options(batches: str) -> Callable[[Any], Any]:
     """Return the options on how to edit, for a command whose batches are of ``batches`` edits by default."""
     return lambda command: _stack(
         command,
-        option(
-            "--editor",
-            "-e",
-            metavar="NAME",
-            section="Method",
-            help="What turns facts into updates.  [default: the preset's, or memit]",
-        ),
+        editor_option,
         option(
             "--stabilizer",
             "-s",
@@ -156,6 +163,17 @@ def editing_options(batches: str) -> Callable[[Any], Any]:
         ),
         seed_option("Method"),
     )
+
+
+def editor_option(command: Any) -> Any:
+    """Add which editor writes."""
+    return option(
+        "--editor",
+        "-e",
+        metavar="NAME",
+        section="Method",
+        help="What turns facts into updates.  [default: the preset's, or rlsedit]",
+    )(command)
 
 
 def assignments_option(command: Any) -> Any:
@@ -251,7 +269,7 @@ def run_options(command: Any) -> Any:
             metavar="EXPR",
             section="Run",
             help="Stop, with exit code 3, before writing a batch that makes this true; repeat it: ratio>2.5, drift>1, "
-            "retained<0.6, efficacy<0.5.",
+            "retained<0.6, efficacy<0.5. Always on: jump>0.5, the change of R_n by one batch.",
         ),
         option(
             "--eval/--no-eval",

@@ -86,6 +86,7 @@ def bench(
         raise click.UsageError(f"there is no {EDITS} in this folder; pass a stream of edits with --edits", context)
     recipe = Recipe(settings=component_settings(context, assignments), **values)
     recipe.check(app.plugins)
+    app.announce(recipe.model)
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.
     from editcli.runs import bench as library
 

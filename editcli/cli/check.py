@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import COUNT, code_options, source_options
+from editcli.cli.apply_options import COUNT, code_options, editor_option, source_options
 from editcli.cli.common import App, Command, json_option, option, print_json
-from editcli.cli.settings import config_option
+from editcli.cli.settings import component_settings, config_option
 from editcli.formats import load_formats
 
 UNUSABLE = 2
@@ -19,19 +19,28 @@ UNUSABLE = 2
 @click.argument("edits", metavar="EDITS.jsonl")
 @source_options
 @code_options
+@editor_option
 @option("--limit", type=COUNT, section="Run", help="Check only the first N edits.")
 @json_option
 @config_option
-@click.pass_obj
-def check(app: App, /, edits: str, as_json: bool, **values: Any) -> int:
+@click.pass_context
+def check(context: click.Context, /, edits: str, as_json: bool, **values: Any) -> int:
     """Check EDITS.jsonl against a model's tokenizer, without loading its weights.
 
-    Shows for every edit the token at which it is written and the target's tokens, and what looks like a mistake.
-    Refuses what apply would refuse; the exit code is then 2.
+    Shows for every edit the token at which it is written, what stands between prompt and target, the target's tokens,
+    and what looks like a mistake. Refuses what apply would refuse; the exit code is then 2.
     """
     from editcli.evaluation.checking import check as run
 
-    report = run(edits, formats=load_formats(app.plugins), reporter=app.reporter, **values)
+    app: App = context.obj
+    report = run(
+        edits,
+        formats=load_formats(app.plugins),
+        settings=component_settings(context, ()),
+        plugins=app.plugins,
+        reporter=app.reporter,
+        **values,
+    )
     if as_json:
         print_json(report.to_json())
     else:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from editcli.chat import check_arguments, parse_arguments
+from editcli.cli import libraries
 from editcli.distributed.launch import Launch
 from editcli.errors import OptionError
 from editcli.plugins import Plugins
@@ -38,6 +40,11 @@ class App:
 
         return RichReporter(verbosity=lambda: self.verbosity)
 
+    def announce(self, model: str | None) -> None:
+        """Say which model is loaded, before the libraries that load it are imported: they take seconds themselves."""
+        if self.launch.leads:
+            self.reporter.note(f"Loading {model or 'the model that ships with editcli'}")
+
     def show(self, renderable: Any) -> None:
         """Draw a table on stdout."""
         from editcli.render import stdout
@@ -55,6 +62,9 @@ class Option(click.Option):
     def __init__(self, *args: Any, section: str = OTHER, **kwargs: Any):
         self.section = section
         super().__init__(*args, **kwargs)
+        if self.metavar is None and isinstance(self.type, click.IntRange):
+            # A number that is counted with; versions of click differ in how they ask for the name of a value.
+            self.metavar = "N"
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         """Convert a value; a settings file may hold a type that click's own converters trip over."""
@@ -62,10 +72,6 @@ class Option(click.Option):
             return super().type_cast_value(ctx, value)
         except (AttributeError, TypeError, OverflowError) as error:
             raise click.BadParameter(f"{shorten(repr(value))} is no value for it", ctx=ctx, param=self) from error
-
-    def make_metavar(self, ctx: click.Context) -> str:
-        """Write a number that is counted with as ``N``."""
-        return "N" if self.metavar is None and isinstance(self.type, click.IntRange) else super().make_metavar(ctx)
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Leave out bounds: who goes beyond them is told."""
@@ -140,6 +146,22 @@ class LayerRange(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class JsonObject(click.ParamType):
+    """Variables of a chat template; a settings file may also hold a table."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mapping[str, Any]:
+        """Return the object."""
+        try:
+            if not isinstance(value, Mapping):
+                return parse_arguments(str(value))
+            check_arguments(value)
+            return value
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+
+
 def split_commas(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     """Split ``a,b`` into two values; a click callback."""
     return tuple(part.strip() for text in value or () for part in text.split(",") if part.strip())
@@ -182,7 +204,7 @@ def verbosity_options() -> list[click.Option]:
             is_flag=True,
             expose_value=False,
             callback=_set_verbosity(1),
-            help="Say more; show the library's own warnings.",
+            help="Say more; show the warnings of the libraries below.",
         ),
         Option(
             ["-q", "--quiet"],
@@ -199,5 +221,7 @@ def _set_verbosity(level: int) -> Callable[[click.Context, click.Parameter, bool
         app = context.find_object(App)
         if value and app is not None:
             app.verbosity = level
+            if level > 0:
+                libraries.show()
 
     return callback

@@ -43,6 +43,8 @@ def compute(
     context: click.Context, /, tokens: int | None, max_length: int | None, as_json: bool, **values: Any
 ) -> None:
     """Compute the second moments of MODEL that are not in the cache yet; without MODEL, of the bundled one."""
+    app: App = context.obj
+    app.announce(values["model"])
     from editcli.distributed.group import joined
     from editcli.options import build
     from editcli.runs.planning import brought_families
@@ -55,7 +57,6 @@ def compute(
         **component_settings(context).get("statistics", {}),
         **{k: v for k, v in given.items() if v is not None},
     }
-    app: App = context.obj
     with joined(app.launch, device=values["device"], device_map=values["device_map"]) as team:
         recipe = MomentsRecipe(options=build(StatisticsOptions, settings, owner="statistics"), **values)
         report = run(recipe, brought_families(app.plugins), app.reporter, team=team)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,9 @@ class TeamSession(ModelSession):
         if prefixes is None:
             # Sampled text hangs on the last digits of the model's output, so one rank's is everybody's.
             made = options or TargetOptions()
-            prefixes = team.lead_model("prefixes", lambda: generate_prefixes(loaded, made, seed=seed))
+            prefixes = team.lead_model(
+                "prefixes", lambda: generate_prefixes(loaded, made, seed=seed, reporter=others.get("reporter"))
+            )
         super().__init__(loaded, layers, options=options, prefixes=prefixes, seed=seed, **others)
         self._costs: tuple[Sequence[EditRequest], list[int]] = ((), [])
 
@@ -44,11 +46,15 @@ class TeamSession(ModelSession):
 
         def work(own: Sequence[int]) -> tuple[Tensor, ...]:
             found = super(TeamSession, self).values([requests[item] for item in own], prefixed=prefixed)
-            return found.target.T, found.initial.T, found.written.T, found.loss
+            assert found.reached is not None
+            assert found.clamped is not None
+            flags = torch.stack([found.reached, found.clamped], dim=1).to(found.loss)
+            return found.target.T, found.initial.T, found.written.T, found.loss, flags
 
         costs = self._weigh_targets(requests, len(self.prefixes) + 1 if prefixed else 1)
-        target, initial, written, loss = self.team.spread("targets", costs, work)
-        return Values(target=target.T, initial=initial.T, written=written.T, dropped={}, loss=loss)
+        target, initial, written, loss, flags = self.team.spread("targets", costs, work)
+        reached, clamped = flags.bool().unbind(dim=1)
+        return Values(target.T, initial.T, written.T, dropped={}, loss=loss, reached=reached, clamped=clamped)
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
         """Read the keys of this rank's share and return those of all, (d_in, n)."""
@@ -100,6 +106,21 @@ class TeamSession(ModelSession):
         device = self.second_moment(site).device
         values, vectors = self.team.lead_tensors("decompositions", lambda: super(TeamSession, self).decomposition(site))
         return values.to(device), vectors.to(device)
+
+    def calibrated(self, name: str, parts: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
+        """Return what rank 0 finds on disk, else what all ranks measure together: rank 0 alone keeps the cache."""
+        if self.team.size == 1:
+            return super().calibrated(name, parts, measure)
+        key, identity = self._calibration(name, parts)
+
+        def read() -> tuple[Tensor, ...]:
+            found = self._files.read(key)
+            return () if found is None else (found["calibration"],)
+
+        kept = self.team.lead_tensors("calibrations", read)
+        if kept:
+            return kept[0]
+        return self._measured(key, identity, measure) if self.team.leads else measure()
 
     def _weigh_targets(self, requests: Sequence[EditRequest], contexts: int) -> list[int]:
         """Return what each edit's target costs in so many contexts."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from editcli.errors import ModelError
-from editcli.models.forward import chunks, first, positions, replaced_forward, run, tapped, with_first
+from editcli.models.forward import chunks, first, pass_tokens, positions, replaced_forward, run, tapped, with_first
 from editcli.models.loading import LoadedModel
 from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
@@ -25,8 +25,6 @@ from editcli.report import Reporter
 
 KEPT_BATCHES = 2
 """Lists of texts whose hidden states are kept: a batch's bare prompts and its prefixed ones."""
-CPU_TOKENS = 1024
-"""Most tokens of one pass on a CPU: what does not fit its caches is slower, whatever the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +53,7 @@ class Activations:
 
     def __init__(self, loaded: LoadedModel, *, batch_tokens: int, reporter: Reporter):
         self.loaded, self.reporter = loaded, reporter
-        on_cpu = loaded.input_device.type == torch.device("cpu").type
-        self.batch_tokens = min(batch_tokens, CPU_TOKENS) if on_cpu else batch_tokens
+        self.batch_tokens = pass_tokens(batch_tokens, loaded.input_device)
         self._kept: dict[tuple[tuple[int, ...], ...], list[_Part]] = {}
 
     def read(self, rows: Sequence[Encoded], layer: int, taps: Sequence[Tap]) -> list[Tensor]:

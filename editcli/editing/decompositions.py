@@ -6,50 +6,37 @@ The key is the content of the second moment itself, so a file can serve no other
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from editcli.editing.leastsquares import double, eigh
-from editcli.errors import StatisticsError
 from editcli.interfaces import Site
 from editcli.report import Reporter
-from editcli.runs.files import read_safetensors, write_safetensors
+from editcli.statistics.cache import Cache
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Decompositions:
     """Computes or reads the eigenvalues, ascending, and eigenvectors of a symmetric matrix."""
 
-    def __init__(self, cache: Path | None, reporter: Reporter):
-        self.cache, self.reporter = cache, reporter
+    def __init__(self, cache: Cache, reporter: Reporter):
+        self._files, self.reporter = cache, reporter
 
     def __call__(self, moment: Tensor, site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return (values (d_in,), vectors (d_in, d_in)) in float64 of a (d_in, d_in) second moment."""
-        if self.cache is None:
-            return eigh(double(moment, device), site=site.module)
-        path = self.cache / f"eigen-{_content(moment)}.safetensors"
-        if not path.is_file():
+        key = f"eigen-{_content(moment)}"
+        kept = self._files.read(key)
+        if kept is not None:
+            return double(kept["values"], device), double(kept["vectors"], device)
+        with self.reporter.phase(f"Eigenvectors of {site.module}", 1) as advance:
             values, vectors = eigh(double(moment, device), site=site.module)
-            self._store(path, {"values": values, "vectors": vectors.float()})
-            # Rounded as on disk, so that a run that reads the cache equals the run that filled it.
-            return values, vectors.float().double()
-        try:
-            found, _ = read_safetensors(path)
-            return double(found["values"], device), double(found["vectors"], device)
-        except (SafetensorError, OSError, KeyError) as error:
-            raise StatisticsError(f"cannot read {path}: {error}; delete it, it will be computed again") from error
-
-    def _store(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(path, tensors, {"format": str(FORMAT)})
-        except OSError as error:
-            # A cache that cannot be written costs time on the next run, nothing else.
-            self.reporter.warn(f"an eigendecomposition could not be cached in {path.parent}: {error.strerror or error}")
+            advance(1)
+        # Rounded as on disk, so that a run that reads the cache equals the run that filled it.
+        vectors = vectors.float()
+        self._files.write(key, {"values": values, "vectors": vectors}, {"format": FORMAT, "module": site.module})
+        return values, vectors.double()
 
 
 def _content(moment: Tensor) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from editcli.editing.session import ModelSession
 from editcli.edits import EditRequest
-from editcli.interfaces import Editor, Problem, Site, Stabilizer, Update
+from editcli.interfaces import Editor, Problem, Site, Stabilizer, Update, Values
 from editcli.runs.guards import refuse_nonfinite
 
 SiteCheck = Callable[[Site, Update], None]
@@ -26,6 +26,11 @@ class Written:
     dropped: Mapping[str, str]
     """Ids of edits that a stabilizer gave up, with the reason."""
     seconds: Mapping[str, float]
+    targets: Mapping[str, int]
+    """How the optimisation of targets ended: how many were ``optimised``, ``reached`` the stop loss and ended
+    ``clamped``; empty where nobody counted."""
+    already_true: tuple[str, ...] = ()
+    """Ids of edits whose target the model gave before anything was written."""
 
 
 def edit_batch(
@@ -43,32 +48,63 @@ def edit_batch(
     try:
         started = time.perf_counter()
         values = editor.values(session, requests)
+        counts = count_targets(values)
+        known = _known(session, values)
         if values is not None:
             for stabilizer in stabilizers:
                 values = stabilizer.stabilize_values(values, session)
         optimised = time.perf_counter()
+        # What is left to write then is the rounding between two ways to compute the same hidden state.
+        nothing = len(known) == len(requests) and values is not None and torch.equal(values.target, values.initial)
         problems: dict[Site, Problem] = {}
         updates: dict[Site, Update] = {}
-        for site in session.sites:
-            problem = _recordable(editor.problem(session, site, requests, values))
-            refuse_nonfinite("what is to be written", [problem.keys, problem.residual], where=f"at {site.module}")
-            update = editor.solve(problem)
-            # At once, because a stabilizer that picks entries would hide those that are not numbers.
-            refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
-            for stabilizer in stabilizers:
-                update = stabilizer.stabilize_update(update, problem, session)
-            # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
-            update = Update(left=_as_recorded(update.left), right=_as_recorded(update.right))
-            refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
-            check(site, update)
-            session.write(site, update)
-            problems[site], updates[site] = problem, update
+        with session.reporter.phase("Writing", len(session.sites), "layers") as advance:
+            for site in session.sites:
+                problem = _recordable(editor.problem(session, site, requests, values))
+                refuse_nonfinite("what is to be written", [problem.keys, problem.residual], where=f"at {site.module}")
+                update = _zero(problem) if nothing else editor.solve(problem)
+                # At once, because a stabilizer that picks entries would hide those that are not numbers.
+                refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+                for stabilizer in () if nothing else stabilizers:
+                    update = stabilizer.stabilize_update(update, problem, session)
+                # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
+                update = Update(left=_as_recorded(update.left), right=_as_recorded(update.right))
+                refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+                check(site, update)
+                session.write(site, update)
+                problems[site], updates[site] = problem, update
+                advance(1)
     except BaseException:
         session.restore(before)
         raise
     dropped = {} if values is None else {requests[column].id: why for column, why in values.dropped.items()}
     seconds = {"targets": optimised - started, "solve": time.perf_counter() - optimised}
-    return Written(problems, updates, dropped, seconds)
+    if values is None and all(update.norm() == 0 for update in updates.values()):
+        # An editor that descends the loss itself stops before its first step where the loss is low.
+        known = list(range(len(requests)))
+    already_true = tuple(requests[column].id for column in known)
+    return Written(problems, updates, dropped, seconds, counts, already_true)
+
+
+def _known(session: ModelSession, values: Values | None) -> list[int]:
+    """Return the columns whose optimisation ended before its first step: the loss was low as the model stands."""
+    if values is None:
+        return []
+    still = (values.target == values.initial).all(dim=0).cpu() & (values.loss < session.options.stop_loss).cpu()
+    return still.nonzero().flatten().tolist()
+
+
+def _zero(problem: Problem) -> Update:
+    """Return the update that changes nothing."""
+    return Update(left=torch.zeros_like(problem.residual), right=problem.keys)
+
+
+def count_targets(values: Values | None) -> dict[str, int]:
+    """Return how a batch's targets ended; nothing for values that nobody counted."""
+    if values is None or values.reached is None or values.clamped is None:
+        return {}
+    reached, clamped = int(values.reached.sum()), int(values.clamped.sum())
+    return {"optimised": len(values.reached), "reached": reached, "clamped": clamped}
 
 
 def _recordable(problem: Problem) -> Problem:

@@ -52,10 +52,14 @@ def plain_target(
     run = _Steered(loaded, layer)
     h, m = run.observe(prompts[0])
     before = None
-    delta = torch.zeros_like(h, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=options.lr)
+    # The published procedure takes absolute steps: delta itself is what Adam moves.
+    unit = h.norm() / len(h) ** 0.5 if options.lr_kind == "relative" else torch.ones(())
+    scale = h.norm() ** (2 if options.decay_kind == "absolute" else 1)
+    steered = torch.zeros_like(h, requires_grad=True)
+    adam = torch.optim.Adam([steered], lr=options.lr)
     last = float("inf")
     for step in range(options.steps):
+        delta = unit * steered
         logits, hidden = run.logits([*prompts, essence], delta)
         told = run.head(hidden[:-1]).float() if second_head else logits[:-1]
         logs = torch.log_softmax(told, dim=-1)
@@ -63,7 +67,7 @@ def plain_target(
         now = torch.log_softmax(logits[-1, essence.lookup], dim=-1)
         before = now.detach() if before is None else before
         divergence = torch.nn.functional.kl_div(now, before, log_target=True, reduction="sum")
-        decay = options.v_weight_decay * delta.norm() / h.norm() ** 2
+        decay = options.v_weight_decay * delta.norm() / scale
         loss = surprise + options.kl_factor * divergence + decay
         last = float(loss.detach())
         if last < options.stop_loss or step == options.steps - 1:
@@ -72,10 +76,10 @@ def plain_target(
         loss.backward()
         adam.step()
         with torch.no_grad():
-            bound = options.clamp * h.norm()
-            if delta.norm() > bound:
-                delta.mul_(bound / delta.norm())
-    return PlainTarget(h + delta.detach(), h, m, last)
+            bound = options.clamp * h.norm() / unit
+            if steered.norm() > bound:
+                steered.mul_(bound / steered.norm())
+    return PlainTarget(h + unit * steered.detach(), h, m, last)
 
 
 def _surprise(logs: Tensor, text: Encoded) -> Tensor:

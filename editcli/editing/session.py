@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +22,19 @@ from editcli.editing.targets import TargetOptions
 from editcli.edits import EditRequest
 from editcli.errors import StatisticsError
 from editcli.interfaces import Gradients, Site, Stabilizer, Update, Values
+from editcli.models.checkpoint import file_digest
 from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of, read_weight, replace_weight
 from editcli.models.tokens import Encoded
+from editcli.models.writing import continue_rows
 from editcli.report import Reporter, Silent
+from editcli.statistics.cache import Cache, fingerprint
 
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 """What the generated prefixes start with, as in ROME's code."""
+
+LIKELY = 10
+"""How many of the likeliest tokens a prefix is sampled from: few enough to keep it readable."""
 
 SecondMoment = Callable[[Site], Tensor]
 
@@ -58,7 +64,7 @@ class ModelSession:
         second_moment: SecondMoment | None = None,
         pilots: PilotSource | None = None,
         save_dtype: torch.dtype | None = None,
-        cache: Path | None = None,
+        cache: Path | Cache | None = None,
         reporter: Reporter | None = None,
         seed: int = 0,
         solve_device: torch.device | None = None,
@@ -68,9 +74,13 @@ class ModelSession:
         self.options = options or TargetOptions()
         self.reporter: Reporter = reporter or Silent()
         self.sites = tuple(loaded.architecture.site(layer) for layer in self.layers)
-        self.prefixes = tuple(generate_prefixes(loaded, self.options, seed=seed) if prefixes is None else prefixes)
+        if prefixes is None:
+            prefixes = generate_prefixes(loaded, self.options, seed=seed, reporter=self.reporter)
+        self.prefixes = tuple(prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
-        self._decompose = Decompositions(cache, self.reporter)
+        # One cache for all, so that it is mentioned once when it cannot be written.
+        self._files = cache if isinstance(cache, Cache) else Cache(cache, self.reporter)
+        self._decompose = Decompositions(self._files, self.reporter)
         self._activations = Activations(loaded, batch_tokens=self.options.batch_tokens, reporter=self.reporter)
         self._rows: tuple[Sequence[EditRequest], dict[tuple[str, ...], list[Encoded]]] = ((), {})
         self._moments: dict[Site, Tensor] = {}
@@ -124,6 +134,35 @@ class ModelSession:
         if self._pilots is None:
             return (), "none"
         return self._pilots.first(count), self._pilots.origin
+
+    def calibrated(self, name: str, parts: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
+        """Return what ``measure`` returns on the unedited model; read from disk where it was measured before."""
+        key, identity = self._calibration(name, parts)
+        kept = self._files.read(key)
+        return self._measured(key, identity, measure) if kept is None else kept["calibration"]
+
+    def _calibration(self, name: str, parts: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the key of a calibration in the cache, and what the calibration depends on."""
+        if self.written:
+            raise StatisticsError(f"{name} is calibrated on the unedited model, but the model was edited already")
+        checkpoint, tokenizer = self.loaded.checkpoint, self.loaded.source.folder / "tokenizer.json"
+        identity = {
+            "component": name,
+            # A model that a program holds has no files, and its tensors are compared instead.
+            "model": checkpoint.fingerprint() or checkpoint.digest_of(checkpoint.names()),
+            "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else "",
+            "chat_template": self.loaded.tokens.chat_template,
+            "dtype": str(next(self.loaded.model.parameters()).dtype),
+            "modules": [site.module for site in self.sites],
+            "targets": asdict(self.options),
+            "parts": dict(parts),
+        }
+        return f"{name}-{fingerprint(identity)}", identity
+
+    def _measured(self, key: str, identity: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
+        found = measure()
+        self._files.write(key, {"calibration": found}, identity)
+        return found
 
     def values(self, requests: Sequence[EditRequest], *, prefixed: bool = True) -> Values:
         """Optimise target values for a batch on the current model."""
@@ -246,6 +285,9 @@ class ModelSession:
             self._rows = of, found = tuple(requests), {}
         if contexts not in found:
             tokens = self.loaded.tokens
+            for request in requests:
+                if not request.has_subject:
+                    raise request.refusal("the edit has no subject, so there is no token to read a key at")
             texts = [tokens.locate(request.in_context(context)) for request in requests for context in contexts]
             found[contexts] = [text.up_to_lookup() for text in tokens.encode(texts)]
         return found[contexts]
@@ -264,7 +306,8 @@ class ModelSession:
         if norm is None:
             return wanted / architecture.residual_scale(site.layer)
         gain = _through(norm, torch.ones_like(own[:, :1]))
-        direction = (_through(norm, own) + wanted) / gain
+        # What the norm multiplies by zero joins no stream, so such a coordinate stays as it is.
+        direction = torch.where(gain == 0, own / own.square().mean(dim=0).sqrt(), (_through(norm, own) + wanted) / gain)
         return direction * (own.norm(dim=0) / direction.norm(dim=0).clamp_min(1e-30)) - own
 
 
@@ -277,27 +320,47 @@ def _through(norm: Any, columns: Tensor) -> Tensor:
         return norm(columns.T.to(weight)).T.to(columns)
 
 
-@torch.no_grad()
-def generate_prefixes(loaded: LoadedModel, options: TargetOptions, *, seed: int) -> list[str]:
+def generate_prefixes(
+    loaded: LoadedModel, options: TargetOptions, *, seed: int, reporter: Reporter | None = None
+) -> list[str]:
     """Generate the prefixes of section "target values": a few sampled words that end in a full stop and a space."""
     starts = [PREFIX_STARTS[index % len(PREFIX_STARTS)] for index in range(options.prefixes)]
-    if not starts:
-        return []
+    rows = [tuple(loaded.tokens.tokenizer(start)["input_ids"]) for start in starts]
     generator = torch.Generator().manual_seed(seed)
-    prefixes = []
-    for start in starts:
-        ids = loaded.tokens.tokenizer(start, return_tensors="pt")["input_ids"].to(loaded.input_device)
-        for _ in range(options.prefix_tokens):
-            logits = loaded.model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
-            # A special token would end the text, or vanish from it when it is decoded. Some tokenizers have more of
-            # them than the model has logits.
-            logits[
-                [special for special in loaded.tokens.tokenizer.all_special_ids if special < len(logits)]
-            ] = -torch.inf
-            # Sampling from the ten likeliest keeps the prefixes readable; on the CPU it is the same on every device.
-            best = torch.topk(logits, k=min(10, len(logits)))
-            choice = torch.multinomial(torch.softmax(best.values, dim=0), 1, generator=generator)
-            ids = torch.cat([ids, best.indices[choice].to(ids.device)[None]], dim=1)
-        text = loaded.tokens.decode(ids[0].tolist())
-        prefixes.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". ")
-    return prefixes
+    # All noise is drawn in the order of the prefixes, so that how they are batched does not change them.
+    noise = torch.stack([_exponentials(options.prefix_tokens, generator) for _ in rows]) if rows else torch.empty(0)
+    texts = [""] * len(rows)
+    with (reporter or Silent()).phase("Writing prefixes", len(rows), "prefixes") as advance:
+        for length in sorted({len(row) for row in rows}):
+            alike = [index for index, row in enumerate(rows) if len(row) == length]
+            begin = torch.tensor([rows[index] for index in alike])
+            choose = _Likely(loaded.tokens.tokenizer.all_special_ids, noise[alike])
+            written = continue_rows(loaded, begin, choose, count=options.prefix_tokens)
+            for index, ids in zip(alike, torch.cat([begin, written], dim=1).tolist(), strict=True):
+                text = loaded.tokens.decode(ids)
+                texts[index] = " ".join(text.replace("{", " ").replace("}", " ").split()) + ". "
+            advance(len(alike))
+    return texts
+
+
+def _exponentials(steps: int, generator: torch.Generator) -> Tensor:
+    """Draw the noise of one prefix, (steps, LIKELY): the sample is the token with the largest p / noise."""
+    draws = [torch.empty(LIKELY).exponential_(generator=generator) for _ in range(steps)]
+    return torch.stack(draws) if draws else torch.empty(0, LIKELY)
+
+
+class _Likely:
+    """Samples one of the likeliest tokens that are not special, with noise (rows, steps, LIKELY) drawn before."""
+
+    def __init__(self, special: Sequence[int], noise: Tensor):
+        self.special, self.noise, self.step = special, noise, 0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the next token of each row; on the CPU it is the same on every device."""
+        # A special token would end the text, or vanish from it when it is decoded. Some tokenizers have more of them
+        # than the model has logits.
+        barred = torch.tensor([token for token in self.special if token < logits.shape[1]], dtype=torch.long)
+        plain = logits.float().cpu().index_fill(1, barred, -torch.inf)
+        best, tokens = torch.topk(plain, k=min(LIKELY, plain.shape[1]), dim=1)
+        noise, self.step = self.noise[:, self.step, : best.shape[1]], self.step + 1
+        return tokens.gather(1, (torch.softmax(best, dim=1) / noise).argmax(dim=1, keepdim=True))[:, 0]

@@ -9,6 +9,12 @@ For every edit an offset delta is added to h, the output of the last edited laye
 is minimised by Adam; after each step ||delta|| is projected to at most clamp * ||h|| (ROME, arXiv 2202.05262; MEMIT,
 2210.07229). Edits are independent of each other: each has its own loss and stops on its own, so a batch gives what one
 edit at a time would give, up to rounding.
+
+Adam moves every coordinate by about its rate, and ||h|| differs between models by more than ten times, so a published
+rate holds for the model it was chosen on. ``lr_kind = "relative"`` takes steps in units of ||h|| / sqrt(d): Adam
+minimises over u, delta = u ||h|| / sqrt(d), and a step moves delta by about lr * ||h||. With ``decay_kind =
+"relative"`` the last term is v_weight_decay * ||delta|| / ||h||. Then no part of the procedure depends on the scale of
+the stream: where that is multiplied by a factor and the model's answers stay the same, delta is multiplied by it.
 """
 
 from __future__ import annotations
@@ -31,6 +37,8 @@ from editcli.models.matmul import quick_linears
 from editcli.report import Reporter
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
+AT_CLAMP = 1 - 1e-4
+"""Share of the clamp from which an offset counts as ended at it: projecting rounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,7 @@ def optimise(
 ) -> Values:
     """Return target values of ``requests`` at ``layer``, (d, n) each, float32."""
     rows = _rows(loaded, requests, prefixes, options)
-    parts: list[tuple[list[int], tuple[Tensor, Tensor, Tensor, Tensor]]] = []
+    parts: list[tuple[list[int], tuple[Tensor, ...]]] = []
     with reporter.phase(label, len(requests), "edits") as advance, quick_linears(loaded.model):
         pending, progress = _micro_batches(rows, options.batch_tokens)[::-1], _Progress(advance)
         while pending:
@@ -76,9 +84,10 @@ def optimise(
     order = torch.tensor([edit for edits, _ in parts for edit in edits])
     back = torch.argsort(order)
     columns = zip(*(values for _, values in parts), strict=True)
-    target, initial, written, loss = (torch.cat(column, dim=0)[back] for column in columns)
+    target, initial, written, loss, clamped = (torch.cat(column, dim=0)[back] for column in columns)
     _check_finite(torch.cat([target, loss[:, None]], dim=1), requests, loaded, layer)
-    return Values(target=target.T, initial=initial.T, written=written.T, dropped={}, loss=loss)
+    reached = loss < options.stop_loss
+    return Values(target.T, initial.T, written.T, dropped={}, loss=loss, reached=reached, clamped=clamped)
 
 
 def _halves(
@@ -171,13 +180,15 @@ class _Optimiser:
         self.initial, self.written = self.steering.at_lookup()[bare], self.steering.outputs[bare]
         # Where a norm stands between delta and the stream, delta is measured against what it is added to.
         self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
+        absolute = options.lr_kind == "absolute" and self.norm is None
         # In front of a norm the length of what delta is added to is arbitrary, so steps are taken relative to it.
-        self.unit = torch.ones_like(self.length) if self.norm is None else self.length / self.initial.shape[1] ** 0.5
+        self.unit = torch.ones_like(self.length) if absolute else self.length / self.initial.shape[1] ** 0.5
+        self.decay = options.v_weight_decay / self.length ** (2 if options.decay_kind == "absolute" else 1)
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         """Of each row that is an essence: its distribution at delta = 0, and that distribution's entropy."""
 
-    def run(self, advance: Callable[[int], None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (target, initial, written, loss), the first three (n, d)."""
+    def run(self, advance: Callable[[int], None]) -> tuple[Tensor, ...]:
+        """Return (target, initial, written, loss, clamped), the first three (n, d), the others (n,)."""
         delta = torch.zeros_like(self.initial)
         loss = torch.full((len(delta),), float("inf"), device=delta.device)
         moments = (torch.zeros_like(delta), torch.zeros_like(delta))
@@ -199,17 +210,22 @@ class _Optimiser:
                 parts = self._gather(active)
             self._adam(delta, gradient[active], moments, active, step)
         advance(len(active))
-        return self.initial + delta, self.initial, self.written, loss
+        clamped = delta.norm(dim=1) >= AT_CLAMP * self.options.clamp * self.length
+        return self.initial + delta, self.initial, self.written, loss, clamped
 
     def _adam(self, delta: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], active: Tensor, step: int) -> None:
-        """Take one Adam step on the active rows of ``delta`` and project them into the ball of clamp * ||h||."""
+        """Take one Adam step on the active rows of ``delta`` and project them into the ball of clamp * ||h||.
+
+        The step is one on u, delta = unit * u, so that the constant in Adam's denominator has no scale either.
+        """
+        unit = self.unit[active][:, None]
+        gradient = gradient * unit
         first_beta, second_beta = ADAM_BETAS
         mean = moments[0][active].lerp(gradient, 1 - first_beta)
         square = moments[1][active].mul(second_beta).addcmul(gradient, gradient, value=1 - second_beta)
         moments[0][active], moments[1][active] = mean, square
         denominator = (square / (1 - second_beta**step)).sqrt() + ADAM_EPSILON
-        rate = self.options.lr * self.unit[active][:, None]
-        moved = delta[active] - rate * (mean / (1 - first_beta**step)) / denominator
+        moved = delta[active] - self.options.lr * unit * (mean / (1 - first_beta**step)) / denominator
         bound = self.options.clamp * self.length[active]
         delta[active] = moved * (bound / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
 
@@ -249,7 +265,7 @@ class _Optimiser:
             loss.index_add_(0, part.owner, each.detach())
             if slopes:
                 slope.index_add_(0, part.edit, torch.autograd.grad(each.sum(), offset)[0])
-        decay = self.options.v_weight_decay * own.norm(dim=1) / self.length**2
+        decay = self.decay * own.norm(dim=1)
         (gradient,) = torch.autograd.grad((shift * slope).sum() + decay.sum(), own)
         return loss + decay.detach(), gradient
 

@@ -192,12 +192,14 @@ class Question:
     target: str
     rival: str | None = None
     axis: str | None = None
+    between: str | None = None
+    """What stands between prompt and answer; None leaves it to the writing system of both."""
 
     @property
     def probes(self) -> Iterator[Probe]:
-        yield Probe(self.prompt, self.target)
+        yield Probe(self.prompt, self.target, self.between)
         if self.rival is not None:
-            yield Probe(self.prompt, self.rival)
+            yield Probe(self.prompt, self.rival, self.between)
 
 
 def _choose(metrics: Collection[str] | None, requests: Sequence[EditRequest]) -> set[str]:
@@ -212,11 +214,14 @@ def _choose(metrics: Collection[str] | None, requests: Sequence[EditRequest]) ->
 
 def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
     """Return what ``metrics`` ask of a model about one edit."""
-    new, true = request.target_new, request.target_true
-    plan = [Question("efficacy", request.prompt, new, true)]
-    plan += [Question("paraphrases", prompt, new, true) for prompt in request.paraphrase_prompts]
+    new = request.target_new
+    # A target that is the true answer has no rival that it could lose against.
+    true = None if request.target_true == new else request.target_true
+    join = request.join
+    plan = [Question("efficacy", request.prompt, new, true, between=join)]
+    plan += [Question("paraphrases", prompt, new, true, between=join) for prompt in request.paraphrase_prompts]
     if "counterfact" in metrics:
-        plan += _neutral("neighbors", request.neighborhood_prompts, new)
+        plan += _neutral("neighbors", request.neighborhood_prompts, new, join)
     if {"zsre", "knowedit"} & set(metrics):
         plan += _neutral("locality", request.locality, None)
     if "knowedit" in metrics:
@@ -224,13 +229,13 @@ def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
     return plan
 
 
-def _neutral(group: str, prompts: Iterable[Neighbor], rival: str | None) -> list[Question]:
+def _neutral(group: str, prompts: Iterable[Neighbor], rival: str | None, between: str | None = None) -> list[Question]:
     """Return the questions whose wanted answer is recorded with them; one without an answer cannot be scored.
 
     Where the wanted answer happens to be the edit's new one, it has no rival that it could lose against.
     """
     return [
-        Question(group, near.prompt, near.target, None if near.target == rival else rival, near.axis)
+        Question(group, near.prompt, near.target, None if near.target == rival else rival, near.axis, between)
         for near in prompts
         if near.target is not None
     ]

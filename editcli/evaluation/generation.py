@@ -10,11 +10,12 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from editcli.distributed.team import Team
 from editcli.models.recall import cache_of, with_cache
 from editcli.models.tokens import Encoded, Text
+from editcli.models.writing import continue_rows
 from editcli.report import Reporter, Silent
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def generate(
     """
     team = team or Team()
     unique = list(dict.fromkeys(prompts))
-    rows = loaded.tokens.encode([Text(prompt, None, None) for prompt in unique])
+    rows = loaded.tokens.encode([loaded.tokens.open_prompt(prompt) for prompt in unique])
     batches = list(_same_length(rows, max(1, batch_tokens // (tokens + 1))))
     # Whole batches: what is sampled hangs on the last digits of the logits, and those on what else is in a batch.
     own = [batches[number] for number in team.share([len(batch) for batch in batches])]
@@ -73,7 +75,8 @@ def generate(
             names = [unique[index] for index in batch]
             sources = [_generator(prompt, seed) for prompt in names]
             count = min(tokens, (loaded.tokens.max_length or math.inf) - len(rows[batch[0]].ids))
-            ids = _continue(loaded, [rows[index].ids for index in batch], sources, top_k=top_k, count=int(count))
+            begin = torch.tensor([rows[index].ids for index in batch])
+            ids = continue_rows(loaded, begin, partial(_sample, sources=sources, top_k=top_k), count=int(count))
             for prompt, row in zip(names, ids.tolist(), strict=True):
                 kept = list(takewhile(lambda token: token != end, row)) if to_end else row
                 written[prompt] = Generation(prompt, loaded.tokens.decode(kept))
@@ -147,27 +150,8 @@ def _generator(prompt: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-@torch.no_grad()
-def _continue(
-    loaded: LoadedModel, ids: Iterable[Sequence[int]], sources: Sequence[torch.Generator], *, top_k: int, count: int
-) -> Tensor:
-    """Return the (n, count) token ids sampled after equally long rows of ids."""
-    step = torch.tensor([list(row) for row in ids], device=loaded.input_device)
-    written: list[Tensor] = []
-    cache: Any = None
-    for _ in range(count):
-        output = loaded.model(input_ids=step, **with_cache(loaded.model, cache))
-        cache = cache_of(output)
-        chosen = _sample(output.logits[:, -1].float().cpu(), sources, top_k)
-        written.append(chosen)
-        column = chosen[:, None].to(loaded.input_device)
-        # A model without a cache reads its text again from the first token.
-        step = torch.cat([step, column], dim=1) if cache is None else column
-    return torch.stack(written, dim=1) if written else torch.empty(len(sources), 0, dtype=torch.long)
-
-
-def _sample(logits: Tensor, sources: Sequence[torch.Generator], top_k: int) -> Tensor:
+def _sample(logits: Tensor, *, sources: Sequence[torch.Generator], top_k: int) -> Tensor:
     """Sample one of each row's ``top_k`` most probable tokens, (n,): the largest after adding Gumbel noise."""
-    best, tokens = logits.topk(min(top_k, logits.shape[1]), dim=1)
+    best, tokens = logits.float().cpu().topk(min(top_k, logits.shape[1]), dim=1)
     noise = torch.stack([torch.rand(best.shape[1], generator=source) for source in sources])
     return tokens.gather(1, (best - noise.clamp_min(1e-20).log().neg().log()).argmax(1, keepdim=True))[:, 0]

@@ -66,8 +66,16 @@ def run_harness(
     wrap: Any = huggingface.HFLM
     simple_evaluate: Any = lm_eval.simple_evaluate
     manager, names = _find(tasks, include)
-    tokens = loaded.tokens
-    model = wrap(pretrained=loaded.model, tokenizer=tokens.tokenizer, max_length=tokens.max_length, batch_size=BATCH)
+    tokens, chat = loaded.tokens, loaded.tokens.conversation
+    # The harness renders the template itself, so it is given what the template is to be told.
+    arguments = {"chat_template_args": dict(chat.settings.arguments)} if chat and chat.settings.arguments else {}
+    model = wrap(
+        pretrained=loaded.model,
+        tokenizer=tokens.tokenizer,
+        max_length=tokens.max_length,
+        batch_size=BATCH,
+        **arguments,
+    )
     try:
         # Tasks and metrics may write to stdout, where our own JSON goes.
         with contextlib.redirect_stdout(sys.stderr):
@@ -76,7 +84,8 @@ def run_harness(
                 tasks=names,
                 task_manager=manager,
                 log_samples=False,
-                apply_chat_template=loaded.tokens.chat_template,
+                apply_chat_template=tokens.chat_template,
+                system_instruction=None if chat is None else chat.settings.system,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,

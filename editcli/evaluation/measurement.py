@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from editcli.chat import ChatSettings
 from editcli.distributed.agreement import agree_on_inputs, agree_on_models
 from editcli.distributed.team import Team
 from editcli.edits import EditFile, EditRequest, read_edits
 from editcli.errors import ModelError, OptionError
 from editcli.evaluation import Evaluation, evaluate
 from editcli.evaluation.ability import Drift, general_drift
+from editcli.evaluation.admission import thinking_warning
 from editcli.evaluation.baseline import answer_locality
 from editcli.evaluation.harness import HarnessResult, require_harness, run_harness
 from editcli.formats import load_formats
 from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
+from editcli.recipe import check_chat
 from editcli.report import Reporter, Silent
+from editcli.runs.conversation import clock_of
 from editcli.runs.history import read_history
+from editcli.superseding import supersede
 
 if TYPE_CHECKING:
     from editcli.models.architectures import Family
@@ -57,9 +62,23 @@ class EvalRecipe:
     device_map: str | None = None
     dtype: str = "auto"
     chat_template: bool = False
+    system: str | None = None
+    """The system message that stands before every prompt in the chat template."""
+    template_args: Mapping[str, Any] | None = None
+    """Variables of the chat template."""
+    template_clock: str | None = None
+    """Date and time that the chat template reads; None is what the model's run recorded, else now."""
     trust_remote_code: bool = False
 
+    @property
+    def chat(self) -> bool | ChatSettings:
+        """What the chat template is given; False for plain prompts."""
+        return self.chat_template and ChatSettings(self.system, self.template_args or {}, self.template_clock)
+
     def __post_init__(self) -> None:
+        check_chat(self.chat_template, self.system, self.template_args)
+        # Building them checks them.
+        self.chat  # noqa: B018
         if self.harness_include and not self.harness:
             raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
         if self.text is not None and self.base is None:
@@ -117,8 +136,9 @@ def measure(
     file = _read(recipe, plugins)
     for text in (*file.warnings, *(f"left out: {error}" for error in file.rejected)):
         reporter.warn(text)
-    requests = sample(file.requests, recipe.sample, seed=recipe.seed)
-    source = resolve_model(recipe.model)
+    requests = sample(supersede(file.requests)[0], recipe.sample, seed=recipe.seed)
+    source = resolve_model(recipe.model, code=recipe.trust_remote_code)
+    recipe = _with_clock(recipe, source, team)
     base_source = _base(recipe, source)
     texts = list(general_text(recipe.text)) if base_source is not None else []
     parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
@@ -126,6 +146,9 @@ def measure(
     families = tuple(family for _, family in plugins.brought("editcli_architectures"))
     loaded = _open(source, recipe, families)
     base = None if base_source is None else _open(base_source, recipe, families)
+    warning = thinking_warning(loaded.tokens)
+    if warning is not None:
+        reporter.warn(warning)
     if team.size > 1:
         # A fingerprint costs a pass over the files, which a process on its own has no use for.
         agree_on_models(team, [one.checkpoint.fingerprint() for one in (loaded, base) if one is not None])
@@ -174,6 +197,13 @@ def _read(recipe: EvalRecipe, plugins: Plugins) -> EditFile:
     return read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
 
 
+def _with_clock(recipe: EvalRecipe, source: ModelSource, team: Team) -> EvalRecipe:
+    """Return the recipe with the time at which the model was edited, so that it is asked what it was taught."""
+    if not recipe.chat_template or recipe.template_clock is not None:
+        return recipe
+    return replace(recipe, template_clock=clock_of([source.folder], team))
+
+
 def _harness(loaded: LoadedModel, recipe: EvalRecipe, reporter: Reporter) -> HarnessResult | None:
     if not recipe.harness:
         return None
@@ -195,19 +225,20 @@ def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family]) -
         dtype=recipe.dtype,
         device_map=recipe.device_map,
         families=families,
-        chat_template=recipe.chat_template,
+        chat_template=recipe.chat,
         trust_remote_code=recipe.trust_remote_code,
     )
 
 
 def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
+    code = recipe.trust_remote_code
     if recipe.base != OWN_BASE:
-        return None if recipe.base is None else resolve_model(recipe.base)
+        return None if recipe.base is None else resolve_model(recipe.base, code=code)
     history = read_history(source.folder)
     candidates = history.bases if history is not None else ()
     for candidate in candidates:
         try:
-            return resolve_model(candidate)
+            return resolve_model(candidate, code=code)
         except ModelError:
             continue
     known = f"its base {candidates[0]} is not where it was" if candidates else "it records no base"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from editcli.distributed.team import Team
 from editcli.errors import RequestError
-from editcli.models.forward import chunks, head_only_at, positions, run
+from editcli.models.forward import chunks, head_only_at, pass_tokens, positions, run
+from editcli.models.matmul import quick_linears
 from editcli.models.tokens import Encoded, Tokens
 from editcli.report import Reporter, Silent
 
@@ -35,6 +36,8 @@ class Probe:
 
     prompt: str
     target: str
+    between: str | None = None
+    """What stands between them; None leaves it to the writing system of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def score(
 
 def encode_probes(tokens: Tokens, probes: Sequence[Probe]) -> list[Encoded]:
     """Tokenise ``probes``; raise :class:`RequestError` for one without target tokens or longer than the context."""
-    rows = tokens.encode([tokens.continue_with(probe.prompt, probe.target) for probe in probes])
+    rows = tokens.encode([tokens.continue_with(probe.prompt, probe.target, between=probe.between) for probe in probes])
     for probe, row in zip(probes, rows, strict=True):
         if row.target.start < 1:
             raise RequestError(f"the answer {probe.target!r} has no token of its own after {probe.prompt!r}")
@@ -105,8 +108,9 @@ def compare(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
 def _score_rows(loaded: LoadedModel, rows: Sequence[Encoded], batch_tokens: int, reporter: Reporter) -> Tensor:
     """Return the log-probability, exactness (0 or 1) and accuracy of each row, (n, 3) float64 on the CPU."""
     table = torch.zeros(len(rows), 3, dtype=torch.float64)
-    with reporter.phase("Scoring", len(rows), "prompts") as advance:
-        for batch in chunks(rows, budget=batch_tokens):
+    budget = pass_tokens(batch_tokens, loaded.input_device)
+    with reporter.phase("Scoring", len(rows), "prompts") as advance, quick_linears(loaded.model):
+        for batch in chunks(rows, budget=budget):
             table[batch] = _score_batch(loaded, [rows[index] for index in batch])
             advance(len(batch))
     return table

@@ -14,6 +14,7 @@ from editcli.evaluation.measurement import sample
 from editcli.export.adapter import read_adapter
 from editcli.export.changes import oriented
 from editcli.export.recipe import ExportRecipe
+from editcli.export.record import recipe_of
 from editcli.export.report import Measured
 from editcli.export.source import Edited
 from editcli.models.architectures import Family
@@ -40,7 +41,7 @@ def measure_adapter(
         dtype=recipe.dtype,
         device_map=recipe.device_map,
         families=families,
-        chat_template=bool(edited.run.record["recipe"].get("chat_template")),
+        chat_template=recipe_of(edited.run.record).chat,
         trust_remote_code=recipe.trust_remote_code,
     )
     put_on(loaded, adapter)

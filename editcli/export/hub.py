@@ -12,6 +12,7 @@ from pathlib import Path
 
 from editcli.errors import EditError, ModelError
 from editcli.export.report import Pushed, listed
+from editcli.models.hub import without_bars
 from editcli.report import Reporter
 
 MAIN = "main"
@@ -61,7 +62,7 @@ def push(folder: Path, to: Destination, message: str, reporter: Reporter) -> Pus
     api = HfApi()
     files = listed(folder)
     operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=folder / file.name) for file in files]
-    with _asking(to.repo, folder), _no_bars(), reporter.phase("Pushing", 1) as advance:
+    with _asking(to.repo, folder), without_bars(), reporter.phase("Pushing", 1) as advance:
         if not to.exists:
             # None leaves the choice to the settings of the owner.
             api.create_repo(to.repo, private=to.private or None)
@@ -75,7 +76,7 @@ def push(folder: Path, to: Destination, message: str, reporter: Reporter) -> Pus
 @contextmanager
 def _asking(repo: str, folder: Path | None = None) -> Iterator[None]:
     """Turn what the hub and its client raise into one sentence."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
 
     kept = "" if folder is None else f"; the result is in {folder}"
     try:
@@ -109,17 +110,3 @@ def _refusal(error: Exception, repo: str) -> str:
         return f"the repository {repo} exists on the hub already; push to a new one, or add --revision BRANCH"
     said = getattr(error, "server_message", None) or type(error).__name__
     return f"the hub refused to take {repo} (status {status}): {str(said).splitlines()[0]}"
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep the client's own progress bars off a stream that is not theirs to draw on."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()

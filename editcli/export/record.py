@@ -12,10 +12,9 @@ from editcli.errors import EditError, ModelError
 from editcli.export.recipe import FULL, LORA, PATCH
 from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
-from editcli.models.loading import BUNDLED, is_hub_copy
 from editcli.recipe import Recipe
 from editcli.report import Rejection, RunReport, SiteReport
-from editcli.runs.card import card_body, model_card
+from editcli.runs.card import card_body, counted, file_name, front_matter, model_card, public_name
 from editcli.runs.files import write_bytes, write_json
 from editcli.runs.output import CARD
 
@@ -30,18 +29,17 @@ def portable(run: FinishedRun) -> dict[str, Any]:
     recipe, provenance = record["recipe"], record["provenance"]
     for name in _FILES:
         if recipe.get(name):
-            recipe[name] = _last(recipe[name])
+            recipe[name] = file_name(recipe[name])
     base = provenance["base"]
-    folder = Path(str(base.pop("folder", "")))
-    public = base["name"] == BUNDLED or is_hub_copy(folder)
-    base["name"] = base["name"] if public else _last(base["name"])
+    base["name"] = public_name(base)
+    base.pop("folder", None)
     record["model"] = base["name"]
     if recipe.get("model"):
         recipe["model"] = base["name"]
     for name in ("edits", "pilots"):
         if provenance.get(name, {}).get("file"):
-            provenance[name]["file"] = _last(provenance[name]["file"])
-    record["out"] = _last(record.get("out") or run.path)
+            provenance[name]["file"] = file_name(provenance[name]["file"])
+    record["out"] = file_name(record.get("out") or run.path)
     return record
 
 
@@ -80,17 +78,15 @@ def _card(kind: str, record: Mapping[str, Any], sites: Sequence[SiteExport] = ()
 
 def _front(kind: str, record: Mapping[str, Any]) -> list[str]:
     base = record["provenance"]["base"]
-    lines = ["---", "library_name: peft" if kind == LORA else "library_name: editcli"]
-    # The hub refuses a card whose base_model is not a repository.
-    lines += [f"base_model: {base['name']}"] if base.get("commit") else []
-    tags = ["model-editing", "editcli", *(["lora"] if kind == LORA else [])]
-    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    if kind == LORA:
+        return front_matter(base, library="peft", tags=("lora",))
+    return front_matter(base, library="editcli", tags=())
 
 
 def _usage(kind: str, record: Mapping[str, Any]) -> list[str]:
     base, count = record["provenance"]["base"], record["edits"]["applied"]
     title = {LORA: "A LoRA adapter", PATCH: "A patch"}[kind]
-    lines = [f"# {title} for {base['name']}: {count} edited facts", ""]
+    lines = [f"# {title} for {base['name']}: {counted(int(count))}", ""]
     if kind == LORA:
         place = (
             f'"{base["name"]}", revision="{base["commit"]}"' if base.get("commit") else f'"FOLDER OF {base["name"]}"'
@@ -133,7 +129,7 @@ def report_of(record: Mapping[str, Any]) -> RunReport:
         stabilizers=tuple(record["stabilizers"]),
         read=int(record["edits"]["read"]),
         applied=int(record["edits"]["applied"]),
-        rejected=tuple(Rejection(r["id"], r["reason"], r["line"]) for r in record["rejected"]),
+        rejected=tuple(Rejection(r["id"], r["reason"], r["line"], r.get("superseded_by")) for r in record["rejected"]),
         efficacy=dict(record["efficacy"]),
         generalization=record["generalization"],
         specificity=record["specificity"],
@@ -143,8 +139,5 @@ def report_of(record: Mapping[str, Any]) -> RunReport:
         seconds=dict(record["seconds"]),
         out=str(record["out"]),
         stopped_by=record.get("stopped_by", record.get("verdict")),
+        already_true=tuple(record.get("already_true", ())),
     )
-
-
-def _last(path: str) -> str:
-    return Path(path).name or path

@@ -19,7 +19,8 @@ from editcli.export.report import ExportReport, Measured, PatchReport, SiteExpor
 from editcli.export.source import Edited, FinishedRun, open_run, with_base
 from editcli.models.architectures import Family
 from editcli.models.checkpoint import Checkpoint
-from editcli.models.loading import choose_device, fetch, is_hub_copy, resolve_model
+from editcli.models.hub import fetch_patch
+from editcli.models.loading import choose_device, resolve_model
 from editcli.plugins import Plugins
 from editcli.report import Reporter, Silent
 from editcli.runs.apply import STOPPED, writing
@@ -126,7 +127,7 @@ class _Export:
         changes = [change for change in self._changes(edited) if change.report.rank]
         if not changes:
             raise StateError(f"what {self.run.path} changed is not above rounding, so there is nothing for an adapter")
-        write_adapter(self.folder, changes, base=self._base_of(edited), revision=edited.source.revision)
+        write_adapter(self.folder, changes, base=self._base_of(edited), revision=edited.source.commit)
         self.sites = tuple(change.report for change in changes)
         self._warn_truncated()
         if self.recipe.evaluate:
@@ -156,7 +157,7 @@ class _Export:
 
     def _base_of(self, edited: Edited) -> str:
         """Return what an adapter names as its base: an id, or a path unless it leaves this machine."""
-        if is_hub_copy(edited.source.folder):
+        if edited.source.commit is not None:
             return edited.source.name
         return str(edited.source.folder) if self.recipe.push is None else edited.source.folder.name
 
@@ -193,4 +194,4 @@ def _patch_folder(patch: str) -> Path:
     if folder.exists() or "/" not in patch or patch.startswith((".", "/", "~")):
         return folder
     id, _, revision = patch.partition("@")
-    return fetch(id, revision or None)
+    return fetch_patch(id, revision or None)

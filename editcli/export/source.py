@@ -108,7 +108,7 @@ def with_base(
     trust_remote_code: bool = False,
 ) -> Edited:
     """Find the base of a run and what was changed; raise an :class:`EditError` when it is not the run's base."""
-    source = _find(run, base)
+    source = _find(run, base, code=trust_remote_code)
     before = Checkpoint(source.folder)
     with reporter.phase("Checking the base", 1) as advance:
         if before.fingerprint() != run.record["provenance"]["base"].get("fingerprint"):
@@ -134,12 +134,12 @@ def _refuse_other_weights(run: FinishedRun) -> None:
             )
 
 
-def _find(run: FinishedRun, base: str | None) -> ModelSource:
+def _find(run: FinishedRun, base: str | None, *, code: bool) -> ModelSource:
     if base is not None:
-        return resolve_model(base)
+        return resolve_model(base, code=code)
     for candidate in run.history.bases:
         try:
-            return resolve_model(candidate)
+            return resolve_model(candidate, code=code)
         except ModelError:
             continue
     known = ", ".join(run.history.bases)

@@ -256,9 +256,12 @@ def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
             raise ModelError(f"{path} is damaged: {names} share bytes; copy the file again")
 
 
-def is_own(path: Path) -> bool:
-    """Tell whether a file of a model folder lies in it, or where the hub's cache keeps what its snapshots link to."""
-    folder, real = path.parent.resolve(), path.resolve()
+def is_own(path: Path, folder: Path | None = None) -> bool:
+    """Tell whether a file of a model folder lies in it, or where the hub's cache keeps what its snapshots link to.
+
+    The folder is the file's own unless it is given.
+    """
+    folder, real = (folder or path.parent).resolve(), path.resolve()
     places = [folder]
     if folder.parent.name == "snapshots":
         places.append(folder.parent.parent / "blobs")

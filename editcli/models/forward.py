@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from editcli.models.tokens import Encoded
 
+CPU_TOKENS = 1024
+"""Most tokens of one pass on a CPU: what does not fit its caches is slower, whatever the memory."""
+
 
 class _Stop(Exception):
     """Ends a forward pass once everything that was asked for has been seen."""
@@ -107,6 +110,11 @@ def batches(lengths: Sequence[int], *, budget: int) -> Iterator[list[int]]:
         group.append(index)
     if group:
         yield group
+
+
+def pass_tokens(budget: int, device: torch.device) -> int:
+    """Return the most tokens of one forward pass on ``device``, at most ``budget``."""
+    return min(budget, CPU_TOKENS) if device.type == "cpu" else budget
 
 
 def positions(pairs: Sequence[tuple[int, int]], device: torch.device | str) -> tuple[Tensor, Tensor]:

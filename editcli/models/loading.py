@@ -20,11 +20,14 @@ from typing import Any
 import torch
 import transformers
 
+from editcli.chat import ChatSettings
 from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve
 from editcli.models.checkpoint import Checkpoint, owned
+from editcli.models.hub import fetch, is_hub_copy, names_code, repository_of
 from editcli.models.offload import device_of
 from editcli.models.recall import resumes
+from editcli.models.refusals import page
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
 
@@ -34,9 +37,7 @@ BUNDLED = "bundled"
 _RUN = Path("editcli", "state.safetensors")
 """What only a run has, before its model is in its folder; exports have its record as well."""
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-_COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _REVISION = re.compile(r"^[\w./-]+$")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,10 +86,14 @@ def bundled_folder() -> Path:
     return Path(str(importlib.resources.files("editcli") / "bundled"))
 
 
-def resolve_model(source: str | Path | None, *, revision: str | None = None) -> ModelSource:
+def resolve_model(
+    source: str | Path | None, *, revision: str | None = None, weights: bool = True, code: bool = False
+) -> ModelSource:
     """Return the local folder of a model; fetch a hub id when it is not cached. Raises :class:`ModelError`.
 
-    ``ID@REVISION`` names a branch, tag or commit of a hub id as well, wherever a model can be named.
+    ``ID@REVISION`` names a branch, tag or commit of a hub id as well, wherever a model can be named. Without
+    ``weights`` only the small files of a hub id are fetched, and its Python files with ``code`` alone. A folder of the
+    hub's cache is the commit that it is a copy of, under the repository's id.
     """
     if source is None or str(source) == BUNDLED:
         return ModelSource(BUNDLED, bundled_folder())
@@ -99,7 +104,9 @@ def resolve_model(source: str | Path | None, *, revision: str | None = None) -> 
             if (folder / _RUN).is_file():
                 raise ModelError(f"the run in {name} has written no model yet; go on with 'editcli apply' and --resume")
             raise ModelError(f"{name} is a folder without config.json; is it a Hugging Face model folder?")
-        return ModelSource(name, folder.resolve())
+        folder = folder.resolve()
+        repository = repository_of(folder)
+        return ModelSource(name, folder) if repository is None else ModelSource(repository, folder, folder.name)
     if folder.exists():
         raise ModelError(f"{name} is a file; pass the model's folder")
     id, at, pinned = name.partition("@")
@@ -108,7 +115,7 @@ def resolve_model(source: str | Path | None, *, revision: str | None = None) -> 
     if at and revision not in (None, pinned):
         raise ModelError(f"{name} names the revision {pinned}, and --revision {revision} another; give one of them")
     revision = pinned if at else revision
-    return ModelSource(id, fetch(id, revision), revision)
+    return ModelSource(id, fetch(id, revision, weights=weights, code=code), revision)
 
 
 def open_model(
@@ -118,7 +125,7 @@ def open_model(
     dtype: str = "auto",
     device_map: Any = None,
     families: Sequence[Family] = (),
-    chat_template: bool = False,
+    chat_template: bool | ChatSettings = False,
     trust_remote_code: bool = False,
     split: bool = False,
 ) -> LoadedModel:
@@ -184,11 +191,12 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
+        _refuse_code(source, "config.json", trust_remote_code, error)
         raise ModelError(f"cannot read the config of {source.folder}: {_first_line(error)}") from error
 
 
 def load_tokens(
-    source: ModelSource, config: Any, *, chat_template: bool = False, trust_remote_code: bool = False
+    source: ModelSource, config: Any, *, chat_template: bool | ChatSettings = False, trust_remote_code: bool = False
 ) -> Tokens:
     """Read a model's tokenizer; raise :class:`ModelError` when it is not a fast one."""
     try:
@@ -197,6 +205,7 @@ def load_tokens(
         )
     # The tokenizers library raises a bare Exception for a file that it cannot parse.
     except Exception as error:
+        _refuse_code(source, "tokenizer_config.json", trust_remote_code, error)
         # What transformers says of a folder without one goes on about packages to install.
         if not any(source.folder.glob("tokenizer*")):
             what = "has no tokenizer; copy tokenizer.json and tokenizer_config.json into it"
@@ -205,6 +214,24 @@ def load_tokens(
     text_config = config.get_text_config()
     length = getattr(text_config, "max_position_embeddings", None)
     return Tokens(tokenizer, max_length=length, chat_template=chat_template)
+
+
+def _refuse_code(source: ModelSource, file: str, trusted: bool, error: Exception) -> None:
+    """Raise :class:`ModelError` when a file could not be read because of the Python code that it names."""
+    if not names_code(source.folder / file):
+        return
+    if trusted:
+        if isinstance(error, PermissionError):
+            raise ModelError(
+                f"the Python code of {source.name} cannot be copied to {error.filename}, from where transformers runs "
+                f"it ({error.strerror}); set HF_HOME to a folder that can be written"
+            ) from error
+        return
+    code = f"{page(source.name)}/tree/{source.folder.name}" if source.commit else str(source.folder)
+    raise ModelError(
+        f"{source.name} needs Python code of its own, which editcli does not run unasked; read the code in {code}, and "
+        "add --trust-remote-code if you trust it"
+    )
 
 
 def choose_device(device: str) -> torch.device:
@@ -236,27 +263,6 @@ def choose_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
         return torch.float32
     stored = getattr(config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
-def is_hub_copy(folder: Path) -> bool:
-    """Tell whether a folder is a commit of a hub repository in the hub's cache."""
-    return folder.parent.name == "snapshots" and bool(_COMMIT.match(folder.name))
-
-
-def fetch(name: str, revision: str | None = None) -> Path:
-    """Fetch a hub repository's safetensors, config and tokenizer into the hub's cache; raise :class:`ModelError`."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"there is no folder {name}, and the hub cannot be reached to fetch a model of that name; "
-            "check the path or your connection"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise ModelError(f"cannot fetch {name} from the hub: {_first_line(error)}") from error
 
 
 @contextmanager

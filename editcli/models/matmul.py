@@ -28,6 +28,14 @@ def quick_linears(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def gram(rows: Tensor) -> Tensor:
+    """Return rows^T rows, (d, d), of float32 ``rows`` (n, d) on any device."""
+    if rows.device.type != "cpu" or not _available():
+        return rows.T @ rows
+    columns = rows.T.contiguous()
+    return _multiply(columns, columns, None)
+
+
 def _available() -> bool:
     """Tell whether the operation is there and works as expected: it is not among those that torch keeps stable."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):

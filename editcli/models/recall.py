@@ -45,8 +45,9 @@ def with_cache(model: Any, cache: Any) -> dict[str, Any]:
 
 def cache_of(output: Any) -> Any:
     """Return the keys and values in a model's output; None where it has none."""
-    # Looking a key up does not touch the attributes that newer versions keep for old names, which warn.
-    return next((output[name] for name in SPELLINGS if name in output), None)
+    # Newer versions warn of a look-up by an old name, so only the names that the output lists are looked up.
+    listed = set(output.keys())
+    return next((output[name] for name in SPELLINGS if name in listed), None)
 
 
 def cache_options(

@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from editcli.chat import ChatSettings
 from editcli.edits import EditRequest
-from editcli.errors import ModelError
+from editcli.errors import ModelError, RequestError
+from editcli.joints import wants_space
+from editcli.models.chat import Conversation, TemplateError
+
+LONGEST = 4
+"""Bytes of a character, and so tokens that it may take, at the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,46 +63,68 @@ class Text:
 class Tokens:
     """A fast tokenizer with the conventions that editing needs."""
 
-    def __init__(self, tokenizer: Any, *, max_length: int | None = None, chat_template: bool = False):
+    def __init__(self, tokenizer: Any, *, max_length: int | None = None, chat_template: bool | ChatSettings = False):
+        """Take a tokenizer; ``chat_template`` puts every prompt into its template, with settings of its own if given.
+
+        Raises :class:`ModelError` for a slow tokenizer or a template that is not there.
+        """
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 "this model has no fast tokenizer, so the subject cannot be located by character offsets; "
                 "add a tokenizer.json to its folder (AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained)"
             )
-        if chat_template and not getattr(tokenizer, "chat_template", None):
-            raise ModelError("--chat-template was asked for, but this model's tokenizer has no chat template")
-        self.tokenizer, self.max_length, self.chat_template = tokenizer, max_length, chat_template
+        self.tokenizer, self.max_length, self.chat_template = tokenizer, max_length, bool(chat_template)
+        settings = chat_template if isinstance(chat_template, ChatSettings) else ChatSettings()
+        self.conversation = Conversation(tokenizer, settings) if chat_template else None
         known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_id: int = next(identifier for identifier in known if identifier is not None)
 
     def locate(self, request: EditRequest, target: str | None = None) -> Text:
-        """Return the text of ``request`` followed by ``target``, with both spans."""
-        begin = request.subject_end - len(request.subject)
-        prompt, shift = self._render(request.prompt)
-        subject = (begin + shift, request.subject_end + shift)
+        """Return the text of ``request`` followed by ``target``, with both spans; raise :class:`RequestError`."""
+        span = (request.subject_end - len(request.subject), request.subject_end)
+        try:
+            prompt = self._render(request.prompt)
+            subject = None
+            if request.has_subject:
+                subject = self.conversation.find(prompt, request.prompt, span) if self.conversation else span
+        except TemplateError as error:
+            raise request.refusal(str(error)) from error
         if target is None:
             return Text(prompt, subject, None)
-        text, start = self.join(prompt, target)
+        text, start = self.join(prompt, target, between=request.join)
         return Text(text, subject, (start, len(text)), start - len(prompt))
 
-    def continue_with(self, prompt: str, target: str) -> Text:
+    def open_prompt(self, prompt: str) -> Text:
+        """Return a plain prompt as the model is given it; raise :class:`RequestError` when its template refuses it."""
+        try:
+            return Text(self._render(prompt), None, None)
+        except TemplateError as error:
+            raise RequestError(f"{prompt!r}: {error}") from error
+
+    def continue_with(self, prompt: str, target: str, *, between: str | None = None) -> Text:
         """Return a plain prompt followed by ``target``, with the target's span."""
-        prompt = self._render(prompt)[0]
-        text, start = self.join(prompt, target)
+        prompt = self.open_prompt(prompt).text
+        text, start = self.join(prompt, target, between=between)
         return Text(text, None, (start, len(text)), start - len(prompt))
 
-    def join(self, prompt: str, target: str) -> tuple[str, int]:
+    def join(self, prompt: str, target: str, *, between: str | None = None) -> tuple[str, int]:
         """Write ``target`` after ``prompt``; return the text and the offset where the target starts.
 
-        One space goes between them, unless the prompt ends in white space already, a chat template was rendered, or the
-        tokenizer's round trip shows that it does not keep such a space (its convention is to write none).
+        ``between`` decides where it is given, and both texts then stay as they are. Else one space goes between them
+        where the target begins with one or both are words of a script that separates words by spaces; none where the
+        prompt ends in white space, a chat template was rendered, or the tokenizer's round trip shows that it does not
+        keep such a space (its convention is to write none). Spaces around the target are no part of it; other white
+        space is.
         """
-        target = target.strip()
-        if self.chat_template or prompt[-1:].isspace():
-            return prompt + target, len(prompt)
-        spaced = f"{prompt} {target}"
-        if self._round_trip(spaced) == prompt + target:
-            return prompt + target, len(prompt)
+        if between is not None:
+            return prompt + between + target, len(prompt) + len(between)
+        bare = target.strip(" ")
+        asked = target.startswith(" ") or wants_space(prompt, bare)
+        if self.chat_template or prompt[-1:].isspace() or not asked:
+            return prompt + bare, len(prompt)
+        spaced = f"{prompt} {bare}"
+        if self._round_trip(spaced) == prompt + bare:
+            return prompt + bare, len(prompt)
         return spaced, len(prompt) + 1
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
@@ -118,12 +146,13 @@ class Tokens:
     def check(self, request: EditRequest) -> Encoded:
         """Tokenise a request with its target; raise :class:`RequestError` when it cannot be edited."""
         (encoded,) = self.encode([self.locate(request, request.target_new)])
-        if encoded.lookup < 0:
+        if request.has_subject and encoded.lookup < 0:
             raise request.refusal(f"the subject {request.subject!r} has no token of its own in this tokenizer")
         if not encoded.target:
             raise request.refusal(f"the target {request.target_new!r} is empty after tokenisation")
-        if encoded.target.start <= encoded.lookup:
+        if request.has_subject and encoded.target.start <= encoded.lookup:
             raise request.refusal("the target shares a token with the subject; put some text between them")
+        self._refuse_unknown(request, encoded)
         if encoded.target.start < 1:
             raise request.refusal("the target has no token before it to be predicted from")
         if self.max_length is not None and len(encoded.ids) > self.max_length:
@@ -142,6 +171,27 @@ class Tokens:
         padded = [[*row.ids, *[row.ids[-1]] * (length - len(row.ids))] for row in rows]
         return torch.tensor(padded, device=device)
 
+    def characters(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Return the texts of tokens; those that are only together whole characters are one text.
+
+        A byte-level tokenizer may cut a character into several tokens.
+        """
+        found, begun = [], 0
+        for stop in range(1, len(ids) + 1):
+            text = self.tokenizer.decode(list(ids[begun:stop]), clean_up_tokenization_spaces=False)
+            if "\ufffd" not in text or stop == len(ids):
+                found.append(text)
+                begun = stop
+        return tuple(found)
+
+    def character_at(self, encoded: Encoded, position: int) -> str:
+        """Return the text of a token, together with the tokens before it that its first character began in."""
+        for start in range(position, max(position - LONGEST, -1), -1):
+            text = self.decode(encoded.ids[start : position + 1])
+            if "\ufffd" not in text:
+                return text
+        return self.decode([encoded.ids[position]])
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -149,16 +199,25 @@ class Tokens:
     def _round_trip(self, text: str) -> str:
         return self.decode(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _render(self, prompt: str) -> tuple[str, int]:
-        """Put the prompt into the chat template when asked to; return it and how far the prompt moved."""
-        if not self.chat_template:
-            return prompt, 0
-        message = [{"role": "user", "content": prompt}]
-        rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        position = rendered.rfind(prompt)
-        if position < 0:
-            raise ModelError("the chat template changes the prompt's text, so the subject cannot be located in it")
-        return rendered, position
+    def _refuse_unknown(self, request: EditRequest, encoded: Encoded) -> None:
+        """Raise where the tokenizer reads subject or target as its mark for text that it does not know."""
+        unknown, mark = self.tokenizer.unk_token_id, self.tokenizer.unk_token
+        if unknown is None:
+            return
+        if unknown in encoded.target_ids and mark not in request.target_new:
+            raise request.refusal(
+                f"this tokenizer has no token for a part of the target {request.target_new!r}; the model could only "
+                f"say {mark}"
+            )
+        if request.has_subject and encoded.ids[encoded.lookup] == unknown and mark not in request.subject:
+            raise request.refusal(
+                f"this tokenizer has no token for the end of the subject {request.subject!r}; {mark} there stands for "
+                "any text that it does not know"
+            )
+
+    def _render(self, prompt: str) -> str:
+        """Put the prompt into the chat template when asked to."""
+        return prompt if self.conversation is None else self.conversation.render(prompt)
 
 
 def _place(text: Text, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Encoded:

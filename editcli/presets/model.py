@@ -11,7 +11,7 @@ from editcli.errors import OptionError, near_miss
 
 Settings = Mapping[str, Mapping[str, Any]]
 
-FACTS = ("name", "label", "source", "layers", "layers_for", "layers_behind_norm", "match", "editor")
+FACTS = ("name", "label", "source", "layers", "layers_for", "layers_behind_norm", "behind_norm", "match", "editor")
 """Keys of a record that are no section of settings."""
 LABELS = ("tuned", "published", "guessed")
 _FROM_FILE = ("file", "sha256")

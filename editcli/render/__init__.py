@@ -22,6 +22,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from editcli.printable import printable
+from editcli.render.plain import PlainProgress
+from editcli.words import rate
 
 
 class PlainConsole(Console):
@@ -47,19 +49,27 @@ def stderr() -> Console:
 
 
 class RichReporter:
-    """A reporter that draws progress bars on a terminal and writes notes and warnings as plain lines."""
+    """A reporter that draws progress bars on a terminal; all else, and progress elsewhere, it writes as plain lines."""
 
     def __init__(self, *, verbosity: Callable[[], int] = lambda: 0, console: Console | None = None):
         self.console = console or stderr()
         self._verbosity = verbosity
         self._progress: Progress | None = None
         self._open = 0
+        self._plain = PlainProgress(lambda text: self._line(Text(text)))
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
-        """Show one bar for a phase of ``total`` units; phases may be nested, each has its own bar."""
-        if not self.console.is_terminal or self._verbosity() < 0:
+        """Show one bar for a phase of ``total`` units; phases may be nested, each has its own bar.
+
+        Without a terminal a phase that lasts writes a line now and then; when quiet, nothing.
+        """
+        if self._verbosity() < 0:
             yield lambda count: None
+            return
+        if not self.console.is_terminal:
+            with self._plain.phase(name, total, unit) as advance:
+                yield advance
             return
         progress = self._enter()
         task = progress.add_task(name, total=total, unit=unit)
@@ -127,10 +137,3 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{rate(task.speed)}/s", style="cyan")
-
-
-def rate(speed: float) -> str:
-    """Return a number a second with three digits that matter."""
-    if speed >= 100:
-        return f"{speed:,.0f}"
-    return f"{speed:.1f}" if speed >= 10 else f"{speed:.2f}"

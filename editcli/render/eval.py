@@ -76,12 +76,13 @@ def metric_rows(evaluation: Evaluation) -> Iterator[tuple[str, float | None]]:
 def check_table(report: CheckReport) -> RenderableType:
     """Draw one row for each usable edit, then refusals and warnings, then the verdict."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("line", "prompt", "lookup token", "target tokens", "tokens"):
+    for heading in ("line", "prompt", "lookup token", "joint", "target tokens", "tokens"):
         table.add_column(heading, overflow="fold")
     for edit in report.edits:
         target = Text(" ").join(Text(repr(token), style="green") for token in edit.target)
         position = Text(f" @{edit.position}", style="dim")
-        table.add_row(str(edit.line), _prompt(edit), Text(repr(edit.lookup)) + position, target, str(edit.length))
+        lookup = Text(repr(edit.lookup)) + position if edit.subject else Text("none", style="dim")
+        table.add_row(str(edit.line), _prompt(edit), lookup, repr(edit.joint), target, str(edit.length))
     doubts = [f"line {edit.line}: {text}" for edit in report.edits for text in edit.warnings]
     lines = [Text.assemble(("warning: ", "yellow"), text) for text in (*report.warnings, *doubts)]
     lines += [Text.assemble(("refused: ", "red"), str(error)) for error in report.rejected]
@@ -99,7 +100,8 @@ _LEGEND = (
 
 def _prompt(edit: CheckedEdit) -> Text:
     text = Text(edit.prompt)
-    text.highlight_words([edit.subject], style="cyan")
+    if edit.subject:
+        text.highlight_words([edit.subject], style="cyan")
     return text
 
 

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.render.run import duration, size
+from editcli.words import duration, size
 
 if TYPE_CHECKING:
     from editcli.statistics.moments import MomentsReport

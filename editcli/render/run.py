@@ -12,6 +12,7 @@ from rich.text import Text
 
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.verdict import Thresholds, judge
+from editcli.words import duration, size
 
 if TYPE_CHECKING:
     from editcli.runs.planning import Plan
@@ -29,7 +30,7 @@ def run_table(report: RunReport) -> RenderableType:
     figures = list(_figures(report))
     if figures:
         parts.append(_figures_table(figures))
-    parts += [_sites_table(report.sites), *_ending(report)]
+    parts += [_sites_table(report.sites), *_targets(report.targets), *_ending(report)]
     return Group(*parts)
 
 
@@ -53,27 +54,6 @@ def plan_table(plan: Plan) -> RenderableType:
         sites.add_row(Text(site["module"]), " x ".join(str(size) for size in site["shape"]))
     ending = Text("Nothing was written: this is a dry run.", style="dim")
     return Group(facts, *_rejections(plan.rejected), sites, ending)
-
-
-def duration(seconds: float) -> str:
-    """Return a time as one would say it: ``0.4 s``, ``42 s``, ``3 min 5 s``, ``2 h 7 min``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as one would say it: ``11.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _headline(report: RunReport) -> Text:
@@ -134,6 +114,13 @@ def _sites_table(sites: Sequence[SiteReport]) -> Table:
     return table
 
 
+def _targets(counts: Mapping[str, int] | None) -> Iterator[Text]:
+    """Say how the optimisation of targets ended: the earliest sign of a bad setting."""
+    if counts:
+        reached = f"targets: {counts['reached']:,} of {counts['optimised']:,} reached the stop loss"
+        yield Text(f"{reached}, {counts['clamped']:,} ended at the clamp")
+
+
 def _ending(report: RunReport) -> Iterator[RenderableType]:
     seconds = report.seconds
     spent = [f"{name} {duration(seconds[name])}" for name in _PHASES if seconds.get(name)]
@@ -141,6 +128,8 @@ def _ending(report: RunReport) -> Iterator[RenderableType]:
     holds = " holds the edited model and, in editcli/, the record of this run"
     if report.status == "interrupted":
         holds = " holds, in editcli/, the edits so far; the model is written when --resume has done the rest"
+    elif report.unchanged:
+        holds = " holds the model with the weights of the base: every edit was true already; editcli/ has the record"
     elif not report.applied:
         holds = " holds no edit; editcli/ has the record of this run"
     yield Text.assemble((f"{report.out}/", "bold"), holds)

@@ -6,8 +6,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.render.run import duration
 from editcli.runs.undo import UndoPlan
+from editcli.words import duration
 
 SHOWN = 8
 """Ids that are listed."""

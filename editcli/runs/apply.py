@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,20 +28,24 @@ from editcli.report import Reporter, RunReport, Silent
 from editcli.runs import planning
 from editcli.runs.card import model_card
 from editcli.runs.clock import Clock
+from editcli.runs.conversation import with_clock
 from editcli.runs.files import tensor_digest, write_bytes
+from editcli.runs.foresight import warn_of_long_work
 from editcli.runs.guards import needs_retained
 from editcli.runs.identity import plan_parts, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
-from editcli.runs.outcome import Ending, efficacy, provenance, report_run, rounded_differently
-from editcli.runs.output import CARD, Verified, stored_tensors, verify, write_model
+from editcli.runs.outcome import Ending, efficacy, missed_targets, provenance, report_run, rounded_differently
+from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
 from editcli.runs.recovery import Recovered, recover, remaining
 from editcli.runs.rejections import Rejections
+from editcli.runs.remarks import tell_known, tell_missing
 from editcli.runs.retention import METRICS, sampled
 from editcli.runs.stack import Stack
 from editcli.runs.state import RunFolder
 from editcli.runs.stream import Stream
 from editcli.statistics import SecondMoments
+from editcli.superseding import supersede
 
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
 
@@ -59,6 +62,7 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *,
         raise OptionError("--parallel tensor splits a model over several processes; start them with torchrun")
     if recipe.edits == "-" and team.size > 1:
         raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
+    recipe = with_clock(recipe, team)
     with clock.spent("load"):
         planned = planning.check(recipe, plugins, reporter)
     # Nobody looks whether the folder is free any more once rank 0 has taken it.
@@ -105,14 +109,18 @@ class Run:
         snapshot = self.recovered.snapshot if self.recovered else None
         found = (snapshot.step, snapshot.consumed, snapshot.line) if snapshot else None
         self.team.agree(f"what is in {folder.out}", found, remedy="put --out on a disk that all machines share")
-        self.rejections = Rejections(folder, planned, self.edits_file)
+        written = {request.id for request in self.recovered.requests} if self.recovered else ()
+        self.rejections = Rejections(folder, planned, self.edits_file, written)
 
     def go(self) -> RunReport:
         """Load, edit, save, report."""
         self._announce()
         self.open()
         todo = self.todo()
-        before = self._evaluate([*self.done, *(request for batch in todo for request in batch)])
+        if self.team.leads and self.team.divided:
+            ahead = [request for batch in todo for request in batch]
+            warn_of_long_work(self.loaded, self.planned, ahead, self.reporter, parts=self.team.parts)
+        before = self._evaluate(supersede([*self.done, *(request for batch in todo for request in batch)])[0])
         with self.clock.spent("prepare"):
             stream = self.stream()
             self.begin(stream)
@@ -142,9 +150,11 @@ class Run:
 
     def open(self) -> None:
         """Load the model."""
-        with self.clock.spent("load"):
+        with self.clock.spent("load"), self.reporter.phase("Loading the model", 2, "steps") as advance:
             self.loaded = planning.open_planned(self.planned)
+            advance(1)
             self.provenance = provenance(self.planned, self.plugins, self.loaded)
+            advance(1)
         agree_on_models(self.team, [self.provenance["base"]["fingerprint"]], self.provenance["plugins"])
 
     def todo(self) -> list[Sequence[EditRequest]]:
@@ -152,6 +162,8 @@ class Run:
         requests, size = self.planned.requests, self.planned.batch_size
         if self.recovered:
             requests = remaining(self.recovered, requests)
+            if self.recipe.limit is None:
+                tell_missing(self.recovered, self.planned.file, self.folder.out, self.reporter)
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
         return [*(self.recovered.redo if self.recovered else ()), *batches]
 
@@ -160,7 +172,7 @@ class Run:
         if self.recovered is None:
             stream.prepare()
             if self.recipe.overwrite and self.team.leads:
-                _remove_old(self.folder)
+                remove_old(self.folder)
             stream.begin()
         else:
             self.compare_versions()
@@ -244,6 +256,7 @@ class Run:
             team=self.team,
         )
         moments.plan(planned.sites)
+        self.provenance["reference"] = moments.record(planned.sites)
         session = TeamSession(
             self.loaded,
             planned.layers,
@@ -251,7 +264,7 @@ class Run:
             options=planned.targets,
             prefixes=self.recovered.snapshot.settings["prefixes"] if self.recovered else None,
             second_moment=moments,
-            cache=moments.cache,
+            cache=moments.files,
             pilots=self.pilots(),
             save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
             reporter=self.reporter,
@@ -297,13 +310,17 @@ class Run:
 
     def finish(self, stream: Stream, before: Evaluation | None) -> RunReport:
         """Save the model as it is read out, verify the folder, write the record and the card."""
-        applied = stream.position.requests
+        applied = supersede(stream.position.requests)[0]
         with stream.session.read_out(self.planned.stabilizers) as weights:
             after = self._evaluate(applied) if applied else None
             with self.clock.spent("save"):
                 verified = self._saved(stream, weights)
             report = self._report(stream, before, after, weights)
-        for name in verified.unchanged if verified else ():
+        tell_known(report, self.reporter)
+        missed = missed_targets(report.targets, self.planned.targets)
+        if missed:
+            self.reporter.warn(missed)
+        for name in verified.unchanged if verified and verified.changed else ():
             self.reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
         if self.team.leads:
             self.document(stream, report, after)
@@ -314,7 +331,11 @@ class Run:
     def _saved(self, stream: Stream, weights: Mapping[Site, torch.Tensor]) -> Verified | None:
         if not self.team.leads:
             return None
-        return self.save(stream.session, weights) if stream.position.requests else self._save_base()
+        if not stream.position.requests:
+            return self._save_base()
+        # Where every edit was true already, the base's weights are the result.
+        idle = all(report.idle for report in stream.reports)
+        return self.save(stream.session, weights, idle=idle)
 
     def document(self, stream: Stream, report: RunReport, after: Evaluation | None) -> None:
         """Write what goes beside the weights: refused edits, outcomes, the card and, last, the record."""
@@ -327,15 +348,17 @@ class Run:
         self.provenance["consumed"] = stream.position.consumed
         self._write_record(report)
 
-    def save(self, session: ModelSession, weights: Mapping[Site, torch.Tensor]) -> Verified | None:
-        """Write the model folder, verify it, and remember the hashes of what was edited."""
+    def save(
+        self, session: ModelSession, weights: Mapping[Site, torch.Tensor], *, idle: bool = False
+    ) -> Verified | None:
+        """Write the model folder, verify it, and remember the hashes; ``idle`` if nothing was asked that changes it."""
         base = self.loaded.checkpoint
         tensors = stored_tensors(session, weights)
         self.provenance["weights"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
         with self.reporter.phase("Saving", 2, "steps") as advance:
             write_model(base, self.folder.out, tensors)
             advance(1)
-            verified = verify(Checkpoint(self.planned.source.folder), self.folder.out, tensors)
+            verified = verify(Checkpoint(self.planned.source.folder), self.folder.out, tensors, idle=idle)
             advance(1)
         return verified
 
@@ -365,7 +388,7 @@ class Run:
 
     def _retained(self, requests: Sequence[EditRequest]) -> Mapping[str, float | int | None]:
         """Measure a fixed sample of the edits so far: always the same ones, as far as they have been applied."""
-        asked = sampled(requests, self.planned.requests, self.recipe.seed)
+        asked = sampled(supersede(requests)[0], self.planned.requests, self.recipe.seed)
         found = self._evaluate(asked) if asked else None
         return {} if found is None else {**{name: getattr(found, name) for name in METRICS}, "edits": len(asked)}
 
@@ -388,16 +411,3 @@ class Run:
     def _write_record(self, report: RunReport) -> None:
         record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
         self.folder.write_record(record)
-
-
-def _remove_old(folder: RunFolder) -> None:
-    """Remove an old run's files, its state last; the lock stays, since this process holds it."""
-    state = (folder.lock, folder.state, folder.journal, folder.record)
-    for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
-        # A link is removed itself; what it leads to is not the run's.
-        if path.is_dir() and not path.is_symlink() and path != folder.folder:
-            shutil.rmtree(path)
-        elif (path.is_file() or path.is_symlink()) and path not in state:
-            path.unlink()
-    for path in (folder.record, folder.state, folder.journal):
-        path.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from editcli.edits import Collector, EditFile, EditRequest, from_record, refuse_deep
 from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.formats import load_formats
-from editcli.models.loading import resolve_model
 from editcli.plugins import Plugins, load_plugins
 from editcli.recipe import Recipe, parse_layers
 from editcli.report import Reporter, Silent
@@ -20,6 +19,7 @@ from editcli.request import kind_of
 from editcli.runs import planning
 from editcli.runs.apply import writing
 from editcli.runs.clock import Clock
+from editcli.runs.conversation import with_clock
 from editcli.runs.memory import MEMORY, HeldModel, Saved, Unsaved, borrowed, hold
 from editcli.runs.state import RunFolder
 
@@ -68,8 +68,9 @@ class Asked:
             self.reporter.warn(warning)
         base = self.held
         if base is None:
-            source = resolve_model(self.recipe.model, revision=self.recipe.revision)
+            source = planning.located(self.recipe)
             base = planning.described(self.recipe, source, self.plugins)
+        planning.warn_of_thinking(base.tokens, self.reporter)
         return planning.plan_on(base, self.recipe, self.plugins, file)
 
 
@@ -99,10 +100,11 @@ def ask(
     recipe = _recipe(edits if isinstance(edits, (str, Path)) else SOURCE, out, choices)
     if recipe.parallel == "tensor":
         raise OptionError("parallel='tensor' needs several processes; run 'editcli apply' with torchrun")
+    recipe = with_clock(recipe)
     held = None
     if not named:
         families = planning.brought_families(plugins)
-        held = hold(model, tokenizer, families=families, chat_template=recipe.chat_template)
+        held = hold(model, tokenizer, families=families, chat_template=recipe.chat)
     name = held.source.name if held else model
     recipe = _with(recipe, model=None if name is None else str(name))
     return Asked(recipe, plugins, reporter or Silent(), held, kept=out is not None and named)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from editcli.report import SiteReport
@@ -21,6 +21,17 @@ class BatchReport:
     sites: tuple[SiteReport, ...]
     metrics: Mapping[str, Any]
     seconds: Mapping[str, float]
+    targets: Mapping[str, int] = field(default_factory=dict)
+    """How many targets were ``optimised``, ``reached`` the stop loss, and ended ``clamped``; empty if not counted."""
+    superseded: Mapping[str, str] = field(default_factory=dict)
+    """Edits of the batch that were not written, each with the later edit that contradicts it."""
+    already_true: tuple[str, ...] = ()
+    """Edits whose target the model gave before the batch was written."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether the batch asked for nothing that the model did not do already."""
+        return all(site.update_norm == 0 for site in self.sites)
 
 
 def body_of(report: BatchReport) -> dict[str, Any]:
@@ -29,7 +40,11 @@ def body_of(report: BatchReport) -> dict[str, Any]:
         {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "update_norm": s.update_norm}
         for s in report.sites
     ]
-    body = {"sites": sites, "metrics": report.metrics, "dropped": report.dropped}
+    body: dict[str, Any] = {"sites": sites, "metrics": report.metrics, "dropped": report.dropped, "targets": dict(report.targets)}
+    if report.superseded:
+        body["superseded"] = dict(report.superseded)
+    if report.already_true:
+        body["already_true"] = list(report.already_true)
     return {**body, "seconds": {name: round(value, 6) for name, value in report.seconds.items()}}
 
 
@@ -44,6 +59,9 @@ def report_of(entry: Entry) -> BatchReport:
         sites=sites,
         metrics=body.get("metrics", {}),
         seconds=body.get("seconds", {}),
+        targets=body.get("targets", {}),
+        superseded=body.get("superseded", {}),
+        already_true=tuple(body.get("already_true", ())),
     )
 
 

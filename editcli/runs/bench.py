@@ -20,6 +20,7 @@ from editcli.presets.files import recorded_preset
 from editcli.recipe import Recipe
 from editcli.report import Reporter, Silent
 from editcli.runs.apply import DONE, INTERRUPTED, STOPPED, apply
+from editcli.runs.conversation import with_clock
 from editcli.runs.files import write_json
 from editcli.runs.growth import Growth, fit_growth
 from editcli.runs.history import Batch, History, read_history
@@ -49,6 +50,8 @@ _DECIDING = (
     "dtype",
     "eval_every",
     "chat_template",
+    "system",
+    "template_args",
 )
 """Settings that must be the same for an earlier run of a stack to count."""
 FIGURES = METRICS
@@ -128,6 +131,8 @@ def bench(
     # A stream that cannot be read is refused before anything is written.
     read_requested(recipe, plugins)
     recipe.folder.mkdir(parents=True, exist_ok=True)
+    # What was run before and what is run today are asked at one time.
+    recipe = with_clock(recipe, folders=[recipe.folder / "+".join(names) for names in stacks])
     curves = []
     with reporter.phase("Stacks", len(stacks), "stacks") as advance:
         for names in stacks:

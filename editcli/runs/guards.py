@@ -1,7 +1,9 @@
 """Guards: conditions that stop a stream before the offending batch is written.
 
-A condition is ``NAME>NUMBER`` or ``NAME<NUMBER`` over the figures of a batch: ``ratio`` and ``drift`` (the worst site),
-``efficacy`` (of the batch just edited) and ``retained`` (of all edits so far). ``nonfinite`` is always on.
+A condition is ``NAME>NUMBER`` or ``NAME<NUMBER`` over the figures of a batch: ``ratio``, ``drift`` and ``jump`` (the
+worst site), ``efficacy`` (of the batch just edited) and ``retained`` (of all edits so far). ``nonfinite`` is always on,
+and so is ``jump>0.5`` unless a condition on ``jump`` is given: a batch that changes R_n = ||W_n|| / ||W_0|| by half the
+norm of the pretrained weight has destroyed the layer, whatever the figures of its own edits say.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
 }
-SITE_FIGURES = ("ratio", "drift")
+SITE_FIGURES = ("ratio", "drift", "jump")
 BATCH_FIGURES = ("efficacy", "retained")
 NONFINITE = "nonfinite"
 _CONDITION = re.compile(r"^\s*([A-Za-z_]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*$", re.ASCII)
@@ -41,17 +43,34 @@ class Guard:
     def __str__(self) -> str:
         return f"{self.figure}{self.relation}{self.limit:g}"
 
-    def check(self, figure: str, value: float, *, where: str) -> None:
-        """Raise :class:`GuardError` when ``value`` of ``figure`` meets the condition, or is no number at all."""
+    def check(self, figure: str, value: float, *, where: str, remedy: str = "") -> None:
+        """Raise :class:`GuardError` when ``value`` of ``figure`` meets the condition, or is no number at all.
+
+        ``remedy`` names the settings that make a batch change a weight less; it belongs to ``jump`` alone.
+        """
         if math.isnan(value):
             raise GuardError(f"stopped by {NONFINITE}: {figure} is not a number {where}; the last good state is kept")
         if figure == self.figure and _OPERATORS[self.relation](value, self.limit):
-            raise GuardError(f"stopped by {self}: {figure} would be {value:.4g} {where}; the last good state is kept")
+            sentence = f"stopped by {self}: {figure} would be {value:.4g} {where}; the last good state is kept"
+            raise GuardError(sentence + (_JUMPED.format(remedy=remedy or _TEMPER) if figure == "jump" else ""))
+
+
+LARGEST_JUMP = Guard("jump", ">", 0.5)
+"""Most that one batch may change R_n of a site; streams that keep their edits change it by less than 0.1."""
+
+_TEMPER = "choose editor settings that write less"
+_JUMPED = "; one batch may not change R_n by so much: {remedy}, or allow it with --stop-if 'jump>NUMBER'"
 
 
 def parse_guards(conditions: Sequence[str]) -> tuple[Guard, ...]:
     """Read conditions such as ``ratio>2.5``; raise :class:`OptionError` on one that cannot be read."""
     return tuple(_parse(text) for text in conditions if text.strip() != NONFINITE)
+
+
+def with_default(guards: Sequence[Guard]) -> tuple[Guard, ...]:
+    """Return ``guards`` and, unless one of them watches ``jump``, the one that is on by default."""
+    watched = any(guard.figure == LARGEST_JUMP.figure for guard in guards)
+    return tuple(guards) if watched else (*guards, LARGEST_JUMP)
 
 
 def _parse(text: str) -> Guard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,7 @@ def stream_settings(
         "save_dtype": planned.recipe.save_dtype,
         "dtype": str(next(session.loaded.model.parameters()).dtype),
         "chat_template": planned.recipe.chat_template,
+        "chat": _chat(planned),
         "prefixes": list(session.prefixes),
     }
 
@@ -53,6 +55,14 @@ def statistics_file(text: str) -> Path:
     if not path.is_file():
         raise ModelError(f"there is no statistics file {text}; make one with: editcli stats compute")
     return path
+
+
+def _chat(planned: Planned) -> dict[str, Any] | None:
+    """Return the chat template by its hash, and what it is given."""
+    conversation = planned.gate.tokens.conversation
+    if conversation is None:
+        return None
+    return {**conversation.settings.to_json(), "template": hashlib.sha256(conversation.template.encode()).hexdigest()}
 
 
 def _tokenizer_digest(loaded: LoadedModel) -> str:

@@ -204,7 +204,7 @@ class Stream:
         run, stream = self._opened()
         requests = [read_request(edit, SOURCE) for edit in batch]
         for request in requests:
-            run.loaded.tokens.check(request)
+            run.planned.gate.admit(request)
         return stream.apply(requests)
 
     def save(self) -> RunReport:

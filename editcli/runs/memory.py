@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from editcli.chat import ChatSettings
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError, StateError
 from editcli.evaluation import Evaluation
@@ -99,7 +100,9 @@ class HeldModel(LoadedModel):
         return self.weights
 
 
-def hold(model: Any, tokenizer: Any, *, families: Sequence[Family] = (), chat_template: bool = False) -> HeldModel:
+def hold(
+    model: Any, tokenizer: Any, *, families: Sequence[Family] = (), chat_template: bool | ChatSettings = False
+) -> HeldModel:
     """Take a loaded transformers model and its tokenizer as they are; raises :class:`ModelError`."""
     if not isinstance(model, PreTrainedModel):
         what = "pass a loaded transformers model (merge an adapter into it first), a folder or a hub id"
@@ -149,6 +152,8 @@ class Saved(Run):
 
     weights: Mapping[Site, Tensor]
     """The edited weights as they are read out, once the run has ended."""
+    idle: bool = False
+    """Whether every edit was true already, so that those weights are the base's."""
 
     def stream(self) -> Stream:
         """Return the stream, and remember its session."""
@@ -156,10 +161,10 @@ class Saved(Run):
         self.session, self.weights = stream.session, {}
         return stream
 
-    def save(self, session: ModelSession, weights: Mapping[Site, Tensor]) -> Verified | None:
+    def save(self, session: ModelSession, weights: Mapping[Site, Tensor], *, idle: bool = False) -> Verified | None:
         """Write the model folder, and remember what was written."""
-        self.weights = weights
-        return super().save(session, weights)
+        self.weights, self.idle = weights, idle
+        return super().save(session, weights, idle=idle)
 
     def export(self, folder: Path) -> Path:
         """Write the model as it is read out into a new folder."""
@@ -173,7 +178,7 @@ class Saved(Run):
         """Copy the base's files with the edited tensors replaced, and verify the copy."""
         tensors = stored_tensors(self.session, self.weights)
         write_model(self.loaded.checkpoint, folder, tensors)
-        verify(self.loaded.checkpoint, folder, tensors)
+        verify(self.loaded.checkpoint, folder, tensors, idle=self.idle)
 
 
 class Unsaved(Saved):
@@ -201,9 +206,9 @@ class Unsaved(Saved):
         """End as a run that is done does: there is nothing to resume."""
         return self.finish(stream, before)
 
-    def save(self, session: ModelSession, weights: Mapping[Site, Tensor]) -> Verified | None:
+    def save(self, session: ModelSession, weights: Mapping[Site, Tensor], *, idle: bool = False) -> Verified | None:
         """Write nothing."""
-        self.weights = weights
+        self.weights, self.idle = weights, idle
 
     def write_plain(self, folder: Path) -> None:
         """Let a model that came from no files write itself."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from editcli.core_options import TargetOptions
 from editcli.distributed.agreement import versions
 from editcli.editing.session import ModelSession
 from editcli.evaluation import Evaluation
@@ -16,11 +17,16 @@ from editcli.interfaces import Site
 from editcli.models.loading import LoadedModel
 from editcli.plugins import Plugins
 from editcli.report import Rejection, RunReport, SiteReport
+from editcli.runs.card import carried
 from editcli.runs.planning import Planned
+from editcli.runs.rejections import superseded
 from editcli.runs.requirements import requirements
 from editcli.runs.stream import Stream
+from editcli.superseding import supersede
 
 EFFICACY = ("efficacy_accuracy", "efficacy_success")
+MISSED = 0.1
+"""Share of the targets that may miss the stop loss before a warning says so."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,9 +49,16 @@ class Ending:
 
 def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
     """Return the report of a run, over all batches that are in force."""
+    written = stream.position.requests
     dropped = {edit: why for report in stream.reports for edit, why in report.dropped.items()}
-    lines = {request.id: request.line for request in stream.position.requests}
+    lines = {request.id: request.line for request in written}
     rejected = [*ending.rejected, *(Rejection(edit, why, lines.get(edit)) for edit, why in dropped.items())]
+    overwritten = [superseded(one) for one in supersede(written)[1] if one.request.id not in dropped]
+    unwritten = [
+        Rejection(edit, f"superseded by the edit {by!r}, which gives the same prompt another target", None, by)
+        for report in stream.reports
+        for edit, by in report.superseded.items()
+    ]
     before, after = ending.before, ending.after
     return RunReport(
         status=ending.status,
@@ -53,8 +66,8 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         editor=planned.editor.name,
         stabilizers=tuple(part.name for part in planned.stabilizers),
         read=ending.read,
-        applied=len(stream.position.requests) - len(dropped),
-        rejected=tuple(rejected),
+        applied=len(written) - len(dropped) - len(overwritten),
+        rejected=(*rejected, *overwritten, *unwritten),
         efficacy={
             "before": None if before is None else efficacy(before),
             "immediate": _immediate(stream),
@@ -66,6 +79,8 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         seconds=dict(ending.seconds),
         out=ending.out,
         stopped_by=ending.stopped_by,
+        targets=_targets(stream),
+        already_true=tuple(edit for report in stream.reports for edit in report.already_true),
         extra={
             "components": {part.name: part.record() for part in planned.components},
             "preset": {
@@ -91,6 +106,7 @@ def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> dict[
             "revision": source.revision,
             "commit": source.commit,
             "fingerprint": loaded.checkpoint.fingerprint(),
+            "card": carried(source.folder),
         },
         "edits": {"file": planned.file.source, "sha256": planned.file.sha256},
         "plugins": [{"name": b.name, "distribution": b.distribution, "version": b.version} for b in brought],
@@ -135,6 +151,30 @@ def _arithmetic(provenance: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 def efficacy(evaluation: Evaluation) -> dict[str, float | None]:
     """Return efficacy under its two names."""
     return {name: getattr(evaluation, name) for name in EFFICACY}
+
+
+def _targets(stream: Stream) -> dict[str, int] | None:
+    """Return how the optimisation of targets ended over all batches in force; None where nothing was counted."""
+    counted = [report.targets for report in stream.reports if report.targets]
+    return {name: sum(counts[name] for counts in counted) for name in counted[0]} if counted else None
+
+
+def missed_targets(counts: Mapping[str, int] | None, targets: TargetOptions) -> str | None:
+    """Return a warning when more than a tenth of the targets did not reach the stop loss, with what to change."""
+    if not counts or counts["optimised"] - counts["reached"] <= MISSED * counts["optimised"]:
+        return None
+    missed = counts["optimised"] - counts["reached"]
+    # Where most of them lie at the clamp, more steps or longer ones change nothing.
+    if 2 * counts["clamped"] > counts["optimised"]:
+        cause = f"{counts['clamped']:,} ended at targets.clamp={targets.clamp:g}; raise it, or lower targets.kl_factor"
+    elif targets.lr_kind == "absolute":
+        cause = f"set targets.lr_kind=relative, or raise targets.lr={targets.lr:g} or targets.steps={targets.steps}"
+    else:
+        cause = f"raise targets.steps={targets.steps} or targets.lr={targets.lr:g}"
+    return (
+        f"{missed:,} of {counts['optimised']:,} targets did not reach targets.stop_loss={targets.stop_loss:g}, so "
+        f"these edits may not be answered: {cause}"
+    )
 
 
 def _immediate(stream: Stream) -> dict[str, float | None] | None:

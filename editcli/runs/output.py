@@ -7,6 +7,7 @@ replaced in the copy. Every other file is a byte copy of the base's.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,11 @@ from editcli.runs.files import atomic, copy_file, copy_into, tensor_bytes, write
 
 if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
+    from editcli.runs.state import RunFolder
 
 CARD = "README.md"
+TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps the chat templates that are not the default one."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt")
 
 
@@ -37,7 +41,7 @@ class Verified:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that are neither weights nor its model card.
+    """Return the files of a model folder that are neither weights nor its model card, further chat templates included.
 
     Raises :class:`ModelError` for a link out of the folder: what it leads to would be copied, and perhaps published.
     """
@@ -46,8 +50,9 @@ def side_files(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.is_file() and path.suffix not in _WEIGHTS and path.name != CARD and not path.name.startswith(".")
     ]
+    found += sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
     for path in found:
-        if not is_own(path):
+        if not is_own(path, folder):
             raise ModelError(f"{path} is a link to {path.resolve()}; if that belongs to the model, copy it there")
     return found
 
@@ -61,10 +66,25 @@ def needed_bytes(base: Checkpoint) -> int:
 def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the base model to ``out`` with ``tensors`` (by stored name, in the layout and dtype to store) replaced."""
     for path in side_files(base.folder):
-        copy_file(path, out / path.name)
+        target = out / path.relative_to(base.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, target)
     for name in base.files:
         own = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
         _write_shard(base, name, out / name, own)
+
+
+def remove_old(folder: RunFolder) -> None:
+    """Remove an old run's files, its state last; the lock stays, since this process holds it."""
+    state = (folder.lock, folder.state, folder.journal, folder.record)
+    for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
+        # A link is removed itself; what it leads to is not the run's.
+        if path.is_dir() and not path.is_symlink() and path != folder.folder:
+            shutil.rmtree(path)
+        elif (path.is_file() or path.is_symlink()) and path not in state:
+            path.unlink()
+    for path in (folder.record, folder.state, folder.journal):
+        path.unlink(missing_ok=True)
 
 
 def to_stored(weight: Tensor, entry: TensorEntry, dtype: torch.dtype, *, transposed: bool) -> Tensor:
@@ -84,8 +104,11 @@ def stored_tensors(session: ModelSession, weights: Mapping[Site, Tensor]) -> dic
     return stored
 
 
-def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verified:
-    """Reopen ``out`` and compare every tensor with the base; :class:`ModelError` on a difference not planned."""
+def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor], *, idle: bool = False) -> Verified:
+    """Reopen ``out`` and compare every tensor with the base; :class:`ModelError` on a difference not planned.
+
+    Unless ``idle``, some planned tensor must differ from the base.
+    """
     written = Checkpoint(out)
     if set(written.names()) != set(base.names()):
         raise ModelError(f"the model saved in {out} lacks tensors of the base; the disk may be faulty, save again")
@@ -98,8 +121,11 @@ def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor]) -> Verifi
             (unchanged if same else changed).append(name)
         elif not same:
             raise ModelError(f"{name} in {out} differs from the base though it was not edited; save again")
-    if not changed:
-        raise ModelError("nothing changed: every edited weight equals the base's once stored; see the rejected edits")
+    if not changed and not idle:
+        raise ModelError(
+            "nothing changed: every edited weight equals the base's once it is stored, because the updates are smaller "
+            "than its type can hold or every edit was given up (see the rejected edits); try --save-dtype float32"
+        )
     return Verified(tuple(changed), tuple(unchanged))
 
 
@@ -132,3 +158,16 @@ def same_bytes(first: Path, one: TensorEntry, second: Path, other: TensorEntry) 
                 return False
             remaining -= size
     return True
+
+
+def remove_old(folder: RunFolder) -> None:
+    """Remove an old run's files, its state last; the lock stays, since this process holds it."""
+    state = (folder.lock, folder.state, folder.journal, folder.record)
+    for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
+        # A link is removed itself; what it leads to is not the run's.
+        if path.is_dir() and not path.is_symlink() and path != folder.folder:
+            shutil.rmtree(path)
+        elif (path.is_file() or path.is_symlink()) and path not in state:
+            path.unlink()
+    for path in (folder.record, folder.state, folder.journal):
+        path.unlink(missing_ok=True)

@@ -14,8 +14,7 @@ from editcli.editing.session import PilotSource
 from editcli.editing.targets import TargetOptions
 from editcli.edits import EditFile, EditRequest, read_edits
 from editcli.errors import OptionError, RequestError, StateError
-from editcli.evaluation import questions
-from editcli.evaluation.scoring import encode_probes
+from editcli.evaluation.admission import Gate, thinking_warning, without_subject
 from editcli.formats import load_formats
 from editcli.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
@@ -36,12 +35,14 @@ from editcli.presets import Preset, Settings, load_preset
 from editcli.recipe import Recipe
 from editcli.report import Rejection, Reporter
 from editcli.runs.footprint import Footprint, check_memory
-from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards
+from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards, with_default
 from editcli.runs.output import needed_bytes
+from editcli.runs.rejections import superseded
 from editcli.runs.state import RunFolder
 from editcli.statistics import StatisticsOptions
+from editcli.superseding import supersede
 
-DEFAULT_EDITOR = "memit"
+DEFAULT_EDITOR = "rlsedit"
 DEFAULT_BATCH = 100
 MASTER_BYTES = 4
 
@@ -62,6 +63,8 @@ class Planned:
     shapes: tuple[tuple[int, int], ...]
     editor: Editor
     stabilizers: tuple[Stabilizer, ...]
+    gate: Gate
+    """What every edit has to hold."""
     targets: TargetOptions
     statistics: StatisticsOptions
     guards: tuple[Guard, ...]
@@ -129,12 +132,27 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     file = file or read_requested(recipe, plugins)
     for warning in file.warnings:
         reporter.warn(warning)
-    source = resolve_model(recipe.model, revision=recipe.revision)
+    # What is wrong with the output or the model's configuration is said before its weights are fetched.
+    source = located(recipe, weights=False)
     check_output(recipe, source)
     base = described(recipe, source, plugins)
+    located(recipe)
+    warn_of_thinking(base.tokens, reporter)
     planned = replace(plan_on(base, recipe, plugins, file), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
     return replace(planned, footprint=check_memory(planned, base, reporter))
+
+
+def located(recipe: Recipe, *, weights: bool = True) -> ModelSource:
+    """Return where the model of a recipe lies, fetched when it is a hub id."""
+    return resolve_model(recipe.model, revision=recipe.revision, weights=weights, code=recipe.trust_remote_code)
+
+
+def warn_of_thinking(tokens: Tokens, reporter: Reporter) -> None:
+    """Warn where the chat template leaves the model thinking when the answer begins."""
+    warning = thinking_warning(tokens)
+    if warning is not None:
+        reporter.warn(warning)
 
 
 def read_requested(recipe: Recipe, plugins: Plugins) -> EditFile:
@@ -147,14 +165,14 @@ def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedMo
     """Return the model of a recipe without its weights: tokenizer, names and shapes, on the meta device."""
     trusted = recipe.trust_remote_code
     config = load_config(source, trust_remote_code=trusted)
-    tokens = load_tokens(source, config, chat_template=recipe.chat_template, trust_remote_code=trusted)
+    tokens = load_tokens(source, config, chat_template=recipe.chat, trust_remote_code=trusted)
     model = skeleton(config, trusted)
     return LoadedModel(model, tokens, resolve(model, brought_families(plugins)), source)
 
 
 def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile) -> Planned:
     """Plan a run on a model that may be loaded already; looks at no folder to write to."""
-    guards = parse_guards(recipe.stop_if)
+    guards = with_default(parse_guards(recipe.stop_if))
     skip = recipe.on_error == "skip"
     architecture = base.architecture
     preset = load_preset(base.model.config, architecture, recipe.preset)
@@ -162,7 +180,9 @@ def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile)
     settings = settings_for(name, preset, recipe.settings, plugins)
     editor = component(plugins, "editor", name, settings)
     sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor)
-    requests, rejected, total = usable(file, base.tokens, skip_bad=skip, measured=recipe.evaluate)
+    targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
+    gate = gate_for(base.tokens, type(editor), targets, plugins, measured=recipe.evaluate)
+    requests, rejected, total = usable(file, gate, skip_bad=skip)
     check_guards(guards, requests, measured=recipe.evaluate)
     return Planned(
         recipe=recipe,
@@ -177,7 +197,8 @@ def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile)
         shapes=tuple(architecture.shape(site.layer) for site in sites),
         editor=editor,
         stabilizers=tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers),
-        targets=build(TargetOptions, settings.get("targets", {}), owner="targets"),
+        gate=gate,
+        targets=targets,
         statistics=build(StatisticsOptions, settings.get("statistics", {}), owner="statistics"),
         guards=guards,
         batch_size=recipe.batch_size or (1 if editor.single_site else DEFAULT_BATCH),
@@ -194,7 +215,7 @@ def open_planned(planned: Planned) -> LoadedModel:
         dtype=recipe.dtype,
         device_map=recipe.device_map,
         families=planned.families,
-        chat_template=recipe.chat_template,
+        chat_template=recipe.chat,
         trust_remote_code=recipe.trust_remote_code,
         split=recipe.parallel == "tensor",
     )
@@ -253,18 +274,31 @@ def choose_sites(
     return sites
 
 
-def usable(
-    file: EditFile, tokens: Tokens, *, skip_bad: bool, measured: bool
-) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:
-    """Return the edits that the tokenizer can place, what was rejected, and the number of tokens."""
+def gate_of(recipe: Recipe, source: ModelSource, plugins: Plugins) -> Gate:
+    """Return what decides whether an edit can be used in a run of ``recipe``; reads no weights."""
+    base = described(recipe, source, plugins)
+    preset = load_preset(base.model.config, base.architecture)
+    name = recipe.editor or preset.editor or DEFAULT_EDITOR
+    settings = settings_for(name, preset, recipe.settings, plugins)
+    editor = cast("type[Editor]", plugins.find("editor", name).component)
+    targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
+    return gate_for(base.tokens, editor, targets, plugins, measured=recipe.evaluate)
+
+
+def gate_for(tokens: Tokens, editor: type[Editor], targets: TargetOptions, plugins: Plugins, *, measured: bool) -> Gate:
+    """Return what decides whether an edit can be used with an editor."""
+    others = without_subject(cast("type[Editor]", one.component) for one in plugins.all("editor").values())
+    return Gate(tokens, editor, targets, others, measured)
+
+
+def usable(file: EditFile, gate: Gate, *, skip_bad: bool) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:
+    """Return the edits to write, what was rejected or superseded, and the number of tokens."""
     requests: list[EditRequest] = []
     rejected = [Rejection(id=f"line-{e.line}", reason=e.reason, line=e.line) for e in file.rejected]
     total = 0
     for request in file.requests:
         try:
-            total += len(tokens.check(request).ids)
-            if measured:
-                check_questions(request, tokens)
+            total += len(gate.admit(request).ids)
             requests.append(request)
         except RequestError as error:
             if not skip_bad:
@@ -275,15 +309,9 @@ def usable(
         raise RequestError(
             f"no edit is usable; the first was refused because {first.reason}", file=file.source, line=first.line
         )
-    return tuple(requests), tuple(rejected), total
-
-
-def check_questions(request: EditRequest, tokens: Tokens) -> None:
-    """Raise :class:`RequestError` at the request's line when one of its prompts cannot be measured."""
-    try:
-        encode_probes(tokens, [probe for question in questions(request, ("counterfact",)) for probe in question.probes])
-    except RequestError as error:
-        raise request.refusal(error.reason) from error
+    # Only an edit that can be used itself supersedes another.
+    in_force, replaced = supersede(requests)
+    return tuple(in_force), (*rejected, *map(superseded, replaced)), total
 
 
 def check_output(recipe: Recipe, source: ModelSource) -> None:
@@ -320,13 +348,23 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:
-    """Return what NAS calibrates on: the edits themselves and the bundled pilot prompts."""
+    """Return what NAS calibrates on: the edits themselves, then the bundled pilot prompts, each mixed by their hash.
+
+    A file is often sorted by relation, and calibrating ends once enough edits were measured, so the first ones of a
+    file would stand for the rest.
+    """
     path = bundled_folder() / "pilots.jsonl"
-    own = tuple(requests)
+    # Components read keys and values of pilots at their subjects.
+    own = _mixed([request for request in requests if request.has_subject])
     if not path.is_file():
         return PilotSource(own, f"{len(own)} edits of this run")
-    bundled = read_edits(path).requests
+    bundled = _mixed(read_edits(path).requests)
     return PilotSource((*own, *bundled), f"the {len(own)} edits of this run, then {len(bundled)} bundled prompts")
+
+
+def _mixed(requests: Sequence[EditRequest]) -> tuple[EditRequest, ...]:
+    """Return edits in an order that their content alone decides."""
+    return tuple(sorted(requests, key=lambda request: request.digest))
 
 
 def _existing(path: Path) -> Path:

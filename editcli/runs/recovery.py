@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from editcli.edits import EditRequest
+from editcli.edits import EditFile, EditRequest
 from editcli.errors import StateError
 from editcli.runs.state import START, Entry, RunFolder, Snapshot, consume
 
@@ -102,7 +102,8 @@ def remaining(recovered: Recovered, requests: Sequence[EditRequest]) -> list[Edi
     known = [*recovered.requests, *(request for batch in recovered.redo for request in batch)]
     stored = {request.id: request.digest for request in known}
     removed = recovered.removed
-    requests = [r for r in _renamed(requests, {**removed, **stored}) if removed.get(r.id) != r.digest]
+    renamed = _renamed(requests, {**removed, **stored}, known)
+    requests = [r for r in renamed if removed.get(r.id) != r.digest]
     read = next((i for i, request in enumerate(requests) if stored.get(request.id) != request.digest), len(requests))
     for request in requests[read:]:
         if request.id in stored:
@@ -113,18 +114,46 @@ def remaining(recovered: Recovered, requests: Sequence[EditRequest]) -> list[Edi
     return requests[read:]
 
 
-def _renamed(requests: Sequence[EditRequest], known: Mapping[str, str]) -> list[EditRequest]:
-    """Put the file's name before the ids made from line numbers, if one of them means another edit in the stream."""
-    clash = any(_is_automatic(r) and known.get(r.id, r.digest) != r.digest for r in requests)
-    return [_named_by_file(request) if clash and _is_automatic(request) else request for request in requests]
+def missing(recovered: Recovered, file: EditFile) -> list[EditRequest]:
+    """Return the edits in force that were read from ``file`` and are not in it any more."""
+    named = {request.id for request in file.requests if not _is_automatic(request)}
+    contents = {_content(request) for request in file.requests}
+    refused = {error.line for error in file.rejected}
+    return [
+        request
+        for request in recovered.requests
+        if request.file == file.source
+        and not (request.id in named or _content(request) in contents or request.line in refused)
+    ]
+
+
+def _renamed(
+    requests: Sequence[EditRequest], known: Mapping[str, str], stored: Sequence[EditRequest]
+) -> list[EditRequest]:
+    """Rename edits that are called by their line where a line means another edit in the stream.
+
+    Where lines of the file were removed or moved, an edit of the stream is known by what it says; any other is called
+    by its file and line.
+    """
+    if not any(_is_automatic(r) and known.get(r.id, r.digest) != r.digest for r in requests):
+        return list(requests)
+    before = {(one.file, _content(one)): one.id for one in stored}
+    return [
+        replace(r, id=before.get((r.file, _content(r)), _with_file(r))) if _is_automatic(r) else r for r in requests
+    ]
+
+
+def _content(request: EditRequest) -> tuple[str | None, ...]:
+    """Return what an edit says, whatever it is called."""
+    return request.before, request.subject, request.after, request.target_new, request.join
 
 
 def _is_automatic(request: EditRequest) -> bool:
     return request.id == f"line-{request.line}"
 
 
-def _named_by_file(request: EditRequest) -> EditRequest:
-    return replace(request, id=f"{Path(request.file).stem.strip('<>')}:{request.id}")
+def _with_file(request: EditRequest) -> str:
+    return f"{Path(request.file).stem.strip('<>')}:{request.id}"
 
 
 def _pending(entries: Sequence[Entry]) -> list[Entry]:

@@ -1,13 +1,14 @@
-"""The edits of a run that were read and could not be used, over all the files that the run read."""
+"""The edits of a run that were read and are not in force, over all the files that the run read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from editcli.report import Rejection
 from editcli.runs.files import write_bytes
+from editcli.superseding import Superseded
 
 if TYPE_CHECKING:
     from editcli.runs.planning import Planned
@@ -17,18 +18,21 @@ if TYPE_CHECKING:
 class Rejections:
     """Keeps ``rejected.jsonl``: one line per edit, with the file and line it came from and the reason.
 
-    ``file`` is the one that is read now; None when none is, so that all lines stay.
+    ``file`` is the one that is read now; None when none is, so that all lines stay. Of edits that were ``written``
+    before a later one superseded them, the stream itself tells.
     """
 
-    def __init__(self, folder: RunFolder, planned: Planned, file: str | None):
+    def __init__(self, folder: RunFolder, planned: Planned, file: str | None, written: Collection[str] = ()):
         self._folder, self._file = folder, file
-        self._here = planned.rejected
+        self._here = tuple(one for one in planned.rejected if one.superseded_by is None or one.id not in written)
         self._earlier = self._of_other_files() if planned.recipe.resume else []
 
     @property
     def all(self) -> tuple[Rejection, ...]:
         """The unusable edits of this file and of those that the run read before."""
-        earlier = (Rejection(line["id"], line["reason"], line["line"]) for line in self._earlier)
+        earlier = (
+            Rejection(line["id"], line["reason"], line["line"], line.get("superseded_by")) for line in self._earlier
+        )
         return (*earlier, *self._here)
 
     def write(self, rejected: Sequence[Rejection] = ()) -> None:
@@ -50,13 +54,19 @@ class Rejections:
         return [line for line in found if line["file"] not in (None, self._file)]
 
 
+def superseded(one: Superseded) -> Rejection:
+    """Return how a report lists an edit that a later one contradicts."""
+    return Rejection(one.request.id, one.reason, one.request.line, one.by.id)
+
+
 def _line(one: Rejection, file: str | None) -> dict[str, Any]:
-    return {"id": one.id, "line": one.line, "reason": one.reason, "file": file}
+    return {**one.to_json(), "file": file}
 
 
 def _parsed(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
-        return {name: line[name] for name in ("id", "line", "reason", "file")}
+        later = {name: line[name] for name in ("superseded_by",) if line.get(name) is not None}
+        return {name: line[name] for name in ("id", "line", "reason", "file")} | later
     except (ValueError, KeyError, TypeError):
         return None

@@ -9,12 +9,11 @@ from typing import Any
 
 from editcli.errors import StateError
 from editcli.models.checkpoint import Checkpoint
-from editcli.models.loading import resolve_model
 from editcli.plugins import Plugins
 from editcli.recipe import Recipe
 from editcli.report import Reporter, RunReport
 from editcli.runs.apply import apply
-from editcli.runs.planning import read_requested
+from editcli.runs.planning import located, read_requested
 from editcli.runs.recorded import Recorded
 from editcli.runs.state import RunFolder
 
@@ -86,7 +85,7 @@ def _check_edits(recorded: Recorded, recipe: Recipe, plugins: Plugins) -> None:
 
 
 def _check_base(recorded: Recorded, recipe: Recipe) -> None:
-    source = resolve_model(recipe.model, revision=recipe.revision)
+    source = located(recipe)
     if Checkpoint(source.folder).fingerprint() != recorded.base:
         raise StateError(f"{source.name} is not the base that {recorded.file} records; pass the original as --model")
 

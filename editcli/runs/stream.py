@@ -30,6 +30,7 @@ from editcli.runs.guards import Guard, refuse_nonfinite
 from editcli.runs.recovery import BATCH, UNDO, Recovered, recover
 from editcli.runs.stack import Stack
 from editcli.runs.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest
+from editcli.superseding import supersede
 
 CHECKPOINT_SHARE = 0.05
 """Largest share of a run's time that snapshots may take when their spacing is left to the program."""
@@ -111,19 +112,26 @@ class Stream:
         self.save()
 
     def apply(self, requests: Sequence[EditRequest]) -> BatchReport:
-        """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is kept."""
+        """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is kept.
+
+        Of edits that contradict each other only the last one is written.
+        """
         if not requests:
             raise StateError("there is no edit in this batch")
         self._refuse(requests)
+        requests, replaced = supersede(requests)
         before = self.session.masters()
         step = self.position.step + 1
         reports: dict[Site, SiteReport] = {}
 
         def check(site: Site, update: Update) -> None:
-            reports[site] = self._site_report(site, update, where=_where(site.module, requests))
+            where = _where(site.module, requests)
+            reports[site] = self._site_report(site, update, where=where)
+            jump = abs(reports[site].ratio - float(before[site].norm()) / self._base_norms[site])
+            figures = {"ratio": reports[site].ratio, "drift": reports[site].drift, "jump": jump}
             for guard in self.guards:
-                for figure in ("ratio", "drift"):
-                    guard.check(figure, getattr(reports[site], figure), where=_where(site.module, requests))
+                for figure, value in figures.items():
+                    guard.check(figure, value, where=where, remedy=self.stack.editor.tempered_by)
 
         with self._seeded(step):
             written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
@@ -143,6 +151,9 @@ class Stream:
                     sites=tuple(reports.values()),
                     metrics=finite({**metrics, **self._observe(written)}),
                     seconds=written.seconds,
+                    targets=written.targets,
+                    superseded={one.request.id: one.by.id for one in replaced},
+                    already_true=written.already_true,
                 )
                 self._record(requests, written, report)
             except BaseException:

@@ -135,8 +135,7 @@ class _Rewind(Run):
         try:
             file = read_edits(pilots["file"], skip_bad=True, limit=pilots["limit"], formats=load_formats(self.plugins))
             if file.sha256 == pilots["sha256"]:
-                measured = self.recipe.evaluate
-                usable = planning.usable(file, self.loaded.tokens, skip_bad=True, measured=measured)[0]
+                usable = planning.usable(file, self.planned.gate, skip_bad=True)[0]
                 return planning.pilot_source(usable)
         except (EditError, KeyError):
             # The file is gone or was changed; only a component that needs it minds.

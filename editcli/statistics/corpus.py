@@ -1,13 +1,15 @@
-"""Reference text for second moments: a file, a data set, or text that the model writes itself."""
+"""Reference text for second moments: the text of the package, a file, a data set, or text that the model writes."""
 
 from __future__ import annotations
 
+import importlib.resources
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
@@ -15,8 +17,10 @@ from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.models.checkpoint import file_digest
 from editcli.models.loading import LoadedModel, bundled_folder
+from editcli.models.writing import continue_rows
+from editcli.report import Reporter, Silent
 
-SELF = "self"
+ENGLISH, SELF = "english", "self"
 _SELF_BATCH, _SELF_LENGTH = 32, 256
 PIECE = 1 << 22
 """Most characters of a text that are tokenised at once: a file without line breaks must not exhaust memory."""
@@ -24,37 +28,80 @@ MAX_RECORD = 1 << 26
 """Most characters of a JSONL line; whole books are shorter."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Corpus:
     """A source of texts: ``identity`` changes whenever the texts do, ``rows`` yields token ids afresh on each call."""
 
     name: str
     identity: str
     rows: Callable[[], Iterator[list[int]]]
+    more: Corpus | None = None
+    """What is read once these texts have ended."""
+
+    @cached_property
+    def length(self) -> int:
+        """Return the number of tokens of these texts, without :attr:`more`."""
+        return sum(map(len, self.rows()))
+
+    def parts(self, tokens: int) -> tuple[Corpus, ...]:
+        """Return what is read for ``tokens`` tokens, in this order; text that is not needed leaves no trace."""
+        enough = self.more is None or self.length >= tokens
+        return (self,) if enough or self.more is None else (self, *self.more.parts(tokens - self.length))
+
+    def identity_of(self, tokens: int) -> str:
+        """Return what the first ``tokens`` tokens depend on."""
+        return "+".join(part.identity for part in self.parts(tokens))
+
+    def read(self, tokens: int) -> Iterator[list[int]]:
+        """Yield the rows that hold the first ``tokens`` tokens, and more where the last row is longer."""
+        return itertools.chain.from_iterable(part.rows() for part in self.parts(tokens))
 
 
 def open_corpus(
-    spec: str | None, loaded: LoadedModel, *, max_length: int, seed: int = 0, team: Team | None = None
+    spec: str | None,
+    loaded: LoadedModel,
+    *,
+    max_length: int,
+    seed: int = 0,
+    team: Team | None = None,
+    reporter: Reporter | None = None,
 ) -> Corpus:
-    """Return the corpus for ``spec``: a text or JSONL file, ``hf:ID[:CONFIG]``, ``self``, or None for the default.
+    """Return the corpus for ``spec``: a file, ``hf:ID[:CONFIG]``, ``english``, ``self``, or None for the default.
 
-    The default is the bundled reference text for the bundled model, else ``self``, which needs no download; its text
-    is written by all of ``team`` together.
+    The default is the bundled model's reference text for the bundled model, else ``english``, the prose that ships with
+    the package; where a key is wider than that serves, the model writes the rest. Text of the model (``self``) is
+    written by all of ``team`` together.
     """
     if spec is None:
         bundled = bundled_folder() / "reference.txt"
-        spec = str(bundled) if loaded.source.folder == bundled_folder() and bundled.is_file() else SELF
-    if spec == SELF:
+        spec = str(bundled) if loaded.source.folder == bundled_folder() and bundled.is_file() else ENGLISH
+    if spec in (ENGLISH, SELF):
         length = min(max_length, _SELF_LENGTH)
-        return Corpus(SELF, f"self:{seed}:{length}", lambda: _self_rows(loaded, length, seed, team or Team()))
+        writer = _Writer(loaded, length, seed, team or Team(), reporter or Silent())
+        own = Corpus(SELF, f"{SELF}:{seed}:{length}", writer.rows)
+        return own if spec == SELF else replace(_file_corpus(english_file(), loaded, max_length, ENGLISH), more=own)
     if spec.startswith("hf:"):
-        texts, identity = _dataset_texts(spec), spec
-    else:
-        path = Path(spec).expanduser()
-        if not path.is_file():
-            raise StatisticsError(f"there is no corpus file {spec}; pass a text or JSONL file, hf:ID or 'self'")
-        texts, identity = _file_texts(path), file_digest(path)
-    return Corpus(Path(spec).name, identity, lambda: _tokenised(loaded, texts, max_length))
+        texts = _dataset_texts(spec)
+        return Corpus(Path(spec).name, spec, lambda: _tokenised(loaded, texts, max_length))
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise StatisticsError(
+            f"there is no corpus file {spec}; pass a text or JSONL file, hf:ID, '{ENGLISH}' or '{SELF}'"
+        )
+    return _file_corpus(path, loaded, max_length, path.name)
+
+
+def english_file() -> Path:
+    """Return the reference text that ships with the package: English prose, one paragraph a line."""
+    path = Path(str(importlib.resources.files("editcli") / "corpora" / "english.txt"))
+    if not path.is_file():
+        raise StatisticsError(f"{path} is missing; install editcli again, or pass a text as --corpus")
+    return path
+
+
+def _file_corpus(path: Path, loaded: LoadedModel, max_length: int, name: str) -> Corpus:
+    texts = _file_texts(path)
+    return Corpus(name, file_digest(path), lambda: _tokenised(loaded, texts, max_length))
 
 
 def _tokenised(loaded: LoadedModel, texts: Callable[[], Iterator[str]], max_length: int) -> Iterator[list[int]]:
@@ -138,29 +185,42 @@ def _dataset_texts(spec: str) -> Callable[[], Iterator[str]]:
     return texts
 
 
-def _self_rows(loaded: LoadedModel, length: int, seed: int, team: Team) -> Iterator[list[int]]:
-    """Yield texts that the model samples from itself, at temperature 1, from its own start token.
+class _Writer:
+    """Has a model write texts of up to ``length`` tokens, at temperature 1, from its own start token."""
 
-    Ranks take turns at the batches, each of which has a seed of its own, so the texts do not depend on their number.
-    """
-    for turn in itertools.count():
-        rows = _self_batch(loaded, length, seed, turn * team.parts + team.part)
-        for batch in team.gather("reference text", [rows.cpu()]):
-            yield from _texts(batch[0], loaded.tokens.tokenizer.eos_token_id)
+    def __init__(self, loaded: LoadedModel, length: int, seed: int, team: Team, reporter: Reporter):
+        self.loaded, self.length, self.seed, self.team, self.reporter = loaded, length, seed, team, reporter
 
+    def rows(self) -> Iterator[list[int]]:
+        """Yield texts without end.
 
-@torch.no_grad()
-def _self_batch(loaded: LoadedModel, length: int, seed: int, batch: int) -> torch.Tensor:
-    """Return the token ids of one batch of sampled texts, (rows, tokens)."""
-    tokenizer, start = loaded.tokens.tokenizer, loaded.tokens.tokenizer.bos_token_id
-    devices = [d for d in {loaded.input_device} if d.type != "cpu"]
-    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cpu"):
-        torch.manual_seed(seed * 1_000_003 + batch)
+        Ranks take turns at the batches, each of which has a seed of its own, so the texts do not depend on their
+        number.
+        """
+        for turn in itertools.count():
+            rows = self._batch(turn * self.team.parts + self.team.part)
+            for batch in self.team.gather("reference text", [rows]):
+                yield from _texts(batch[0], self.loaded.tokens.tokenizer.eos_token_id)
+
+    def _batch(self, number: int) -> torch.Tensor:
+        """Return the token ids of one batch of texts, (rows, tokens) on the CPU."""
+        tokenizer, device = self.loaded.tokens.tokenizer, self.loaded.input_device
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + number)
+        begin = torch.full((_SELF_BATCH, 1), start or 0, device=device)
         if start is None:
-            begin = torch.randint(0, len(tokenizer), (_SELF_BATCH, 1))
-        else:
-            begin = torch.full((_SELF_BATCH, 1), start)
-        return _sample(loaded.model, begin.to(loaded.input_device), length, loaded.tokens.pad_id)
+            begin = torch.randint(0, len(tokenizer), begin.shape, generator=generator, device=device)
+        count = self.length - 1
+        with self.reporter.phase("Writing reference text", _SELF_BATCH * count, "tokens") as advance:
+
+            def choose(logits: torch.Tensor) -> torch.Tensor:
+                advance(len(logits))
+                # The head of a model on several devices may compute on another one than the generator is on.
+                shares = torch.softmax(logits.to(device, torch.float32), dim=1)
+                return torch.multinomial(shares, 1, generator=generator)[:, 0]
+
+            written = continue_rows(self.loaded, begin, choose, count=count, end=end)
+        return torch.cat([begin.cpu(), written], dim=1)
 
 
 def _texts(rows: torch.Tensor, eos: int | None) -> Iterator[list[int]]:
@@ -169,16 +229,3 @@ def _texts(rows: torch.Tensor, eos: int | None) -> Iterator[list[int]]:
         stop = row.index(eos, 1) if eos in row[1:] else len(row)
         if stop > 1:
             yield row[:stop]
-
-
-def _sample(model: Any, begin: torch.Tensor, length: int, pad_id: int) -> torch.Tensor:
-    return model.generate(
-        begin,
-        attention_mask=torch.ones_like(begin),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length - 1,
-        pad_token_id=pad_id,
-    )

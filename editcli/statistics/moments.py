@@ -17,6 +17,7 @@ from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.interfaces import Site
 from editcli.models.architectures import Family, resolve, skeleton
+from editcli.models.hub import lacks_weights
 from editcli.models.loading import LoadedModel, load_config, load_tokens, open_model, resolve_model
 from editcli.presets import load_preset
 from editcli.report import Reporter, Silent
@@ -89,7 +90,7 @@ def compute(
     """
     team = team or Team()
     reporter = reporter if reporter is not None and team.leads else Silent()
-    source = resolve_model(recipe.model, revision=recipe.revision)
+    source = resolve_model(recipe.model, revision=recipe.revision, code=recipe.trust_remote_code)
     loaded = open_model(
         source,
         device=recipe.device,
@@ -109,12 +110,14 @@ def compute(
         agree_on_models(team, [loaded.checkpoint.fingerprint()])
     started = time.perf_counter()
     missing = moments.missing(sites)
+    if missing and recipe.out is None and not all(team.lead("cache", lambda: [moments.files.is_writable()])):
+        raise StatisticsError(f"the cache {moments.cache} cannot be written; write to a file with --out FILE")
     if missing:
         moments.compute(missing)
     seconds = time.perf_counter() - started
     if recipe.out is not None:
         _save(moments, Path(recipe.out), sites)
-    kept = team.lead("what is kept", lambda: [asdict(stored) for stored in _of(moments, sites)])
+    kept = team.lead("what is kept", lambda: [asdict(stored) for stored in _of(moments, sites, recipe.out)])
     by_module = {item["module"]: Stored(**item) for item in kept}
     found = [replace(by_module[s.module], computed=s in missing) for s in sites if s.module in by_module]
     return MomentsReport(source.name, tuple(found), seconds, recipe.out)
@@ -130,7 +133,10 @@ def show(
     """List the second moments in the cache: those of ``model``, or of every model for None. Loads no weights."""
     if model is None:
         return MomentsReport(None, tuple(stored for stored, _ in _kept(cache_folder())))
-    source = resolve_model(model, revision=revision)
+    source = resolve_model(model, revision=revision, weights=False, code=trust_remote_code)
+    if lacks_weights(source.folder):
+        # Nothing was computed here from a model whose weights never were here; they are not fetched to say so.
+        return MomentsReport(source.name, ())
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, trust_remote_code=trust_remote_code)
     bare = skeleton(config, trust_remote_code)
@@ -155,9 +161,15 @@ def _save(moments: SecondMoments, path: Path, sites: Sequence[Site]) -> None:
         raise StatisticsError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
 
 
-def _of(moments: SecondMoments, sites: Sequence[Site]) -> Iterator[Stored]:
+def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Iterator[Stored]:
+    """Yield what there is on ``sites``: in the cache, or only in the file ``out`` where the cache cannot be written."""
     wanted = {moments.identity(site).fingerprint for site in sites}
-    return (stored for stored, identity in _kept(moments.cache) if identity.fingerprint in wanted)
+    yield from (stored for stored, identity in _kept(moments.cache) if identity.fingerprint in wanted)
+    if out is None:
+        return
+    for site, moment in moments.uncached.items():
+        identity, size = moments.identity(site), moment.numel() * moment.element_size()
+        yield Stored(site.module, len(moment), identity.tokens, identity.corpus, identity.dtype, size, out)
 
 
 def _kept(folder: Path) -> Iterator[tuple[Stored, Identity]]:

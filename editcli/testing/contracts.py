@@ -23,7 +23,7 @@ import torch
 from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
 from editcli.edits import EditRequest
-from editcli.errors import EditError, OptionError
+from editcli.errors import EditError, OptionError, RequestError
 from editcli.interfaces import Problem, Session, Site, Stabilizer, Update, Values
 from editcli.options import build, describe
 from editcli.testing.sessions import (
@@ -171,6 +171,16 @@ class EditorContract(SteeringContract):
         for site in session.sites:
             assert 0 < written.updates[site].norm() < float("inf")
             assert not torch.equal(session.weight(site), session.baseline(site))
+
+    def test_an_editor_that_needs_no_subject_writes_plain_questions(self, tmp_path: Path) -> None:
+        session, editor = self.ready(tmp_path)
+        questions = [dataclasses.replace(r, before=r.prompt, subject="", after="") for r in tiny_requests(0)]
+        if self.component.needs_subject:
+            # Whatever such an editor reads at a subject is refused, not read somewhere else.
+            assert _raises(RequestError, lambda: session.keys(questions, session.sites[0]))
+        else:
+            written = self.apply(session, editor, questions)
+            assert all(0 < written.updates[site].norm() < float("inf") for site in session.sites)
 
     def test_only_remember_advances_the_state(self, tmp_path: Path) -> None:
         session, editor = self.ready(tmp_path)

@@ -10,7 +10,9 @@ def editcli_formats():
     from editcli_formats.counterfact import CounterFact
     from editcli_formats.easyedit import EasyEdit
     from editcli_formats.knowedit import KnowEdit
+    from editcli_formats.mlake import MLaKE
     from editcli_formats.mquake import MQuake
+    from editcli_formats.wikibigedit import WikiBigEdit
     from editcli_formats.zsre import ZsRE
 
-    return [CounterFact, EasyEdit, KnowEdit, MQuake, ZsRE]
+    return [CounterFact, EasyEdit, KnowEdit, MLaKE, MQuake, WikiBigEdit, ZsRE]

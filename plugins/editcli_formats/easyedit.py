@@ -6,21 +6,25 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from editcli.formats import Format
-from editcli_formats.fields import answered, filled, first_text, identifier, neighbors, place, rest, text, texts
+from editcli_formats.fields import answered, asked, filled, first_text, identifier, neighbors, rest, texts
 
 _OWN = ("rephrase_prompt", "locality_prompt", "locality_ground_truth", "portability_prompt", "portability_ground_truth")
 _USED = ("id", "case_id", "prompt", "subject", "target_new", "ground_truth", *_OWN)
 
 
 class EasyEdit(Format):
-    """EasyEdit's flat records: ground_truth, rephrase_prompt, locality_prompt beside prompt and subject."""
+    """EasyEdit's flat records: ground_truth, rephrase_prompt, locality_prompt beside prompt, target and subject.
+
+    A record without a subject is a plain question, for editors that need none.
+    """
 
     name = "easyedit"
     reference = "arXiv:2308.07269"
 
     def sniff(self, record: Mapping[str, Any]) -> bool:
         grouped = any(isinstance(record.get(key), Mapping) for key in ("locality", "portability"))
-        return {"prompt", "subject", "target_new"} <= record.keys() and not grouped and _marked(record)
+        flat = {"prompt", "target_new"} <= record.keys() and not isinstance(record["target_new"], Mapping)
+        return flat and not grouped and _marked(record)
 
     def read(self, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield filled({**read_flat(record), **rest(record, _USED)})
@@ -36,7 +40,7 @@ def read_flat(record: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("the field 'target_new' is missing or not a text")
     return {
         "id": identifier(record),
-        **place(text(record, "prompt"), text(record, "subject")),
+        **asked(record, "prompt"),
         "target_new": new,
         "target_true": true,
         "paraphrase_prompts": texts(record.get("rephrase_prompt")),

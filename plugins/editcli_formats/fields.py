@@ -65,6 +65,12 @@ def place(prompt: str, subject: str) -> dict[str, str]:
     return {"prompt": f"{prompt[:start]}{{}}{prompt[start + len(subject) :]}", "subject": subject}
 
 
+def asked(record: Mapping[str, Any], field: str) -> dict[str, str]:
+    """Return the prompt in ``field`` and the record's subject, if it has one, for :func:`place`."""
+    prompt = text(record, field)
+    return {"prompt": prompt} if record.get("subject") is None else place(prompt, text(record, "subject"))
+
+
 def rest(record: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
     """Return the fields that a reader does not use; they are kept and passed on."""
     return {key: value for key, value in record.items() if key not in used}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from editcli.formats import Format
-from editcli_formats.counterfact import read_rewrite
+from editcli_formats.counterfact import is_single, read_rewrite
 from editcli_formats.fields import answered, filled, identifier, texts
 
 
@@ -20,7 +20,7 @@ class MQuake(Format):
     reference = "arXiv:2305.14795"
 
     def sniff(self, record: Mapping[str, Any]) -> bool:
-        return isinstance(record.get("requested_rewrite"), list)
+        return isinstance(record.get("requested_rewrite"), list) and not is_single(record)
 
     def read(self, record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         rewrites, case = record["requested_rewrite"], identifier(record)

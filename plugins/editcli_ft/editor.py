@@ -24,7 +24,9 @@ class FineTuning(Editor):
 
     name: ClassVar[str] = "ft"
     reference: ClassVar[str] = "arXiv:2012.00363"
+    tempered_by: ClassVar[str] = "lower ft.lr"
     needs_values: ClassVar[bool] = False
+    needs_subject: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Options:

@@ -26,6 +26,7 @@ class Memit(InverseGramEditor):
 
     name: ClassVar[str] = "memit"
     reference: ClassVar[str] = "arXiv:2210.07229"
+    tempered_by: ClassVar[str] = "raise memit.mom2_update_weight"
 
     @dataclass(frozen=True)
     class Options:

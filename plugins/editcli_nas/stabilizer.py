@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from editcli.edits import EditRequest
 from editcli.errors import NumericalError, OptionError, StateError
 from editcli.interfaces import Session, Stabilizer, Values
 from editcli.options import option
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BY_HAND = "set by hand"
+BATCH = 32
+"""Pilots of the first batch, the fewest that an anchor rests on; later batches are multiples of it."""
+PRECISION = 0.01
+"""Standard error, as a share of the anchor, at which no more pilots are needed."""
 
 
 class Nas(Stabilizer):
@@ -25,7 +32,9 @@ class Nas(Stabilizer):
 
         v <- a v / ||v||            v <- m, the edit is dropped, when ||v|| > guard a
 
-    The anchor is one number, measured once at the last edited layer and never again.
+    The anchor is one number, measured once at the last edited layer and never again. Pilots are measured
+    in batches, in an order that their content decides, until the standard error of their trimmed mean is below
+    :data:`PRECISION`.
     """
 
     name: ClassVar[str] = "nas"
@@ -48,6 +57,9 @@ class Nas(Stabilizer):
 
     anchor: float
     pilots: int = 0
+    """How many pilots served."""
+    error: float = 0.0
+    """Standard error of the anchor; infinite after a single pilot."""
     source: str = BY_HAND
 
     def prepare(self, session: Session) -> None:
@@ -55,15 +67,33 @@ class Nas(Stabilizer):
             self.anchor = self.options.anchor
             return
         requests, self.source = session.pilots(self.options.pilots)
-        self.pilots = len(requests)
         if not requests:
             raise OptionError("nas has no edits to measure its anchor on; set nas.anchor to a number")
-        norms = session.values(requests, prefixed=False).contribution.double().norm(dim=0).sort().values
-        kept = norms[: max(1, round(len(norms) * (1 - self.options.trim)))]
-        self.anchor = float(kept.mean())
+        digests = "".join(request.digest for request in requests)
+        parts = {
+            "pilots": hashlib.sha256(digests.encode()).hexdigest(),
+            "trim": self.options.trim,
+            "batch": BATCH,
+            "precision": PRECISION,
+        }
+        measured = session.calibrated(self.name, parts, lambda: self._measure(requests, session))
+        self.anchor, self.error, self.pilots = float(measured[0]), float(measured[1]), int(measured[2])
+
+    def _measure(self, requests: Sequence[EditRequest], session: Session) -> Tensor:
+        """Return (anchor, its standard error, how many pilots served), (3,) float64."""
+        import torch
+
+        norms = torch.empty(0, dtype=torch.float64)
+        mean, error, size = 0.0, float("inf"), BATCH
+        while len(norms) < len(requests) and not error < PRECISION * mean:
+            values = session.values(requests[len(norms) : len(norms) + size], prefixed=False)
+            norms = torch.cat([norms, values.contribution.double().norm(dim=0).cpu()])
+            mean, error = trimmed_mean(norms, self.options.trim)
+            size = _missing(len(norms), error / mean) if mean else BATCH
         # A NaN sorts last and may be trimmed away; only one that reaches the mean matters.
-        if not 0 < self.anchor < float("inf"):
-            raise NumericalError(f"the anchor of nas came out as {self.anchor}", site=session.sites[-1].module)
+        if not 0 < mean < float("inf"):
+            raise NumericalError(f"the anchor of nas came out as {mean}", site=session.sites[-1].module)
+        return torch.tensor([mean, error, len(norms)], dtype=torch.float64)
 
     def stabilize_values(self, values: Values, session: Session) -> Values:
         contribution = values.contribution
@@ -81,11 +111,12 @@ class Nas(Stabilizer):
         return f"its contribution has norm {norm:.3g}, which has no direction to keep"
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return ``anchor`` (float64), ``pilots`` (their number) and ``source`` (UTF-8 bytes)."""
+        """Return ``anchor`` and its ``error`` (float64), ``pilots`` (their number) and ``source`` (UTF-8 bytes)."""
         import torch
 
         return {
             "anchor": torch.tensor(self.anchor, dtype=torch.float64),
+            "error": torch.tensor(self.error, dtype=torch.float64),
             "pilots": torch.tensor(self.pilots),
             "source": torch.tensor(list(self.source.encode()), dtype=torch.uint8),
         }
@@ -94,8 +125,35 @@ class Nas(Stabilizer):
         if not {"anchor", "pilots", "source"} <= set(state):
             raise StateError("the saved state of nas has no anchor; start a new run")
         self.anchor = float(state["anchor"])
+        # Runs that were begun before the error was measured have none.
+        self.error = float(state.get("error", math.inf))
         self.pilots = int(state["pilots"])
         self.source = bytes(state["source"].tolist()).decode()
 
     def record(self) -> dict[str, Any]:
-        return {"anchor": self.anchor, "pilots": self.pilots, "source": self.source}
+        error = self.error if self.pilots and math.isfinite(self.error) else None
+        return {"anchor": self.anchor, "standard_error": error, "pilots": self.pilots, "source": self.source}
+
+
+def _missing(count: int, error: float) -> int:
+    """Return how many more pilots bring the relative ``error`` of ``count`` down to :data:`PRECISION`.
+
+    An error falls with the root of the count. Many at once cost less than a few at a time, but the first error is
+    itself uncertain, so that no batch is larger than three times what is measured.
+    """
+    ratio = error / PRECISION
+    needed = count * (ratio**2 - 1) if math.isfinite(ratio) else BATCH
+    return BATCH * max(1, min(math.ceil(needed / BATCH), 3 * count // BATCH))
+
+
+def trimmed_mean(norms: Tensor, trim: float) -> tuple[float, float]:
+    """Return the mean of ``norms`` (n,) without the share ``trim`` of the longest, and its standard error.
+
+    The error is that of Tukey and McLaughlin (Sankhya A 25, 1963) for a sample trimmed on one side: with the m
+    shortest of n kept and the others set to the longest of these, it is their deviation times sqrt(n) / m.
+    """
+    ordered = norms.sort().values
+    kept = max(1, round(len(ordered) * (1 - trim)))
+    mean = float(ordered[:kept].mean())
+    ordered[kept:] = ordered[kept - 1]
+    return mean, float(ordered.std()) * math.sqrt(len(ordered)) / kept if len(ordered) > 1 else math.inf

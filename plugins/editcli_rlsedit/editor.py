@@ -32,6 +32,7 @@ class RlsEdit(InverseGramEditor):
 
     name: ClassVar[str] = "rlsedit"
     reference: ClassVar[str] = "arXiv:2601.15686"
+    tempered_by: ClassVar[str] = "raise rlsedit.mom2_update_weight or rlsedit.lambda_reg"
 
     @dataclass(frozen=True)
     class Options:

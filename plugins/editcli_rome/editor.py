@@ -26,6 +26,7 @@ class Rome(InverseGramEditor):
 
     name: ClassVar[str] = "rome"
     reference: ClassVar[str] = "arXiv:2202.05262"
+    tempered_by: ClassVar[str] = "lower targets.clamp or raise rome.ridge"
     single_site: ClassVar[bool] = True
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {"nas": {"guard": 5.0}}
 

@@ -32,7 +32,9 @@ class UltraEdit(Editor):
 
     name: ClassVar[str] = "ultraedit"
     reference: ClassVar[str] = "arXiv:2505.14679"
+    tempered_by: ClassVar[str] = "lower ultraedit.lr"
     needs_values: ClassVar[bool] = False
+    needs_subject: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Options:

@@ -16,6 +16,8 @@ from editcli.cli import COMMANDS
 from editcli.cli.stats import COMMANDS as STATS_COMMANDS
 from editcli.testing import tiny_model_folder
 
+pytestmark = pytest.mark.slow
+
 SHARED = {"apply", "eval", "stats compute"}
 """What a launcher's processes can do together."""
 

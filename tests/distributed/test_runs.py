@@ -21,6 +21,8 @@ from editcli.runs.state import RunFolder
 from editcli.testing import tiny_model_folder
 from tests.streams.conftest import STACKS
 
+pytestmark = pytest.mark.slow
+
 Unbroken = Callable[..., Path]
 
 IN_BATCH = """

@@ -14,6 +14,8 @@ from editcli.testing import tiny_config
 from tests.distributed.test_runs import same_run
 from tests.streams.conftest import STACKS
 
+pytestmark = pytest.mark.slow
+
 SPLIT = ("--parallel", "tensor")
 MORE = {**STACKS, "ft": ("--editor", "ft")}
 

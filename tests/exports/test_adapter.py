@@ -23,7 +23,7 @@ from editcli.models.loading import open_model, resolve_model
 from editcli.runs.undo import Undo, undo
 
 # PEFT still asks transformers in a way that its next release drops.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
 
 KINDS = ("linear", "conv1d", "square", "tied", "sharded", "read out")
 """Kinds that are saved in float32, so that the folder holds just what the adapter gives."""

@@ -171,6 +171,7 @@ run.apply_patch(PatchRecipe(base=sys.argv[1], patch=sys.argv[2], out=sys.argv[3]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_what_is_killed_leaves_no_folder_that_looks_whole(
     patch: Path, bases: Callable[[str], Path], runs: Callable[[str], Path], tmp_path: Path, helpers: Any

@@ -24,7 +24,7 @@ from editcli.export.source import open_run
 from editcli.models.loading import BUNDLED
 
 # The hub's client uses its HTTP library in a way that the library's next release drops.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
 
 TOKEN = "hf_" + "verysecretindeed"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -46,7 +45,7 @@ def test_a_run_that_was_interrupted_is_exported_once_it_was_resumed(
     def apply(self: Stream, requests: Any, real: Any = Stream.apply) -> Any:
         report = real(self, requests)
         if report.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return report
 
     with monkeypatch.context() as patched:

@@ -117,6 +117,9 @@ class FakeSession:
     def pilots(self, count: int) -> tuple[Sequence[EditRequest], str]:
         return requests("pilot", min(count, 40)), "made for this test"
 
+    def calibrated(self, name: str, parts: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
+        return measure()
+
     def write(self, site: Site, update: Update) -> None:
         self.weights[site] = self.weights[site] + update.dense()
 

@@ -60,6 +60,36 @@ def test_relative_threshold_does_not_depend_on_the_scale(session, monkeypatch):
     assert plain.ranks == scaled.ranks == {site.module: session.small for site in session.sites}
 
 
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.7])
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_a_share_of_the_directions_keeps_exactly_so_many(session, monkeypatch, share, scale):
+    """Neither the scale of the keys nor one direction that holds nearly all of the trace changes the number."""
+    moment, size = session.second_moment, session.shape[1]
+    massive = torch.zeros(size, size, dtype=torch.float64)
+    massive[0, 0] = 1e5
+    monkeypatch.setattr(session, "second_moment", lambda site: scale * (moment(site) + massive))
+    editor = AlphaEdit(AlphaEdit.Options(threshold_kind="directions", nullspace_threshold=share))
+    editor.prepare(session)
+    for site in session.sites:
+        kept = round(share * size)
+        assert editor.ranks[site.module] == kept
+        assert int(torch.linalg.matrix_rank(editor.memory[site.module].matrix)) == kept
+        # These are the least used ones: C is zero on the others.
+        used = torch.linalg.eigh(session.second_moment(site))[1][:, kept:]
+        assert float((editor.memory[site.module].matrix @ used).norm()) < 1e-9
+
+
+def test_a_cut_at_the_median_halves_the_directions_at_any_scale(session, monkeypatch):
+    moment, size = session.second_moment, session.shape[1]
+    for scale in (1.0, 1e6):
+        monkeypatch.setattr(session, "second_moment", lambda site, scale=scale: scale * moment(site))
+        for times in (1.0, 1.0001):
+            editor = AlphaEdit(AlphaEdit.Options(threshold_kind="median", nullspace_threshold=times))
+            editor.prepare(session)
+            # Torch's median is the lower of two middle values.
+            assert set(editor.ranks.values()) == {(size - 1) // 2 + (times > 1)}
+
+
 def test_relative_l2_does_not_depend_on_the_scale_of_the_keys(session, monkeypatch, close):
     options = AlphaEdit.Options(threshold_kind="relative", nullspace_threshold=0.01, l2=0.5, l2_kind="relative")
     plain, scaled, site = AlphaEdit(options), AlphaEdit(options), session.sites[0]
@@ -74,5 +104,5 @@ def test_relative_l2_does_not_depend_on_the_scale_of_the_keys(session, monkeypat
 
 @pytest.mark.parametrize(("threshold", "change"), [(1e-9, "raise"), (1e9, "lower")])
 def test_no_rank_and_full_rank_say_what_to_change(session, threshold, change):
-    with pytest.raises(OptionError, match=rf"nullspace_threshold.*{change}.*relative"):
+    with pytest.raises(OptionError, match=rf"nullspace_threshold.*{change}.*directions"):
         AlphaEdit(AlphaEdit.Options(nullspace_threshold=threshold)).prepare(session)

@@ -1,11 +1,15 @@
 """Every registered component keeps its contract; a plugin that is installed is tested without being named here."""
 
+import pytest
+
 from editcli.plugins import load_plugins
 from editcli.testing import DiagnosticContract, EditorContract, StabilizerContract
 
 CONTRACTS = {"editor": EditorContract, "stabilizer": StabilizerContract, "diagnostic": DiagnosticContract}
 OPTIONS = {"spectra": {"every": 2}}
 """What turns a component on that does nothing by default."""
+QUICK = {"memit", "rlsedit", "nas", "revive", "norms"}
+"""With state and without, of every kind; the others are left to the whole suite."""
 
 
 def _classes():
@@ -14,7 +18,8 @@ def _classes():
         for name, found in plugins.all(kind).items():
             title = f"Test{name.title()}"
             body = {"component": found.component, "options": OPTIONS.get(name, {}), "__module__": __name__}
-            yield title, type(title, (contract,), body)
+            cls = type(title, (contract,), body)
+            yield title, cls if name in QUICK else pytest.mark.slow(cls)
 
 
 globals().update(_classes())

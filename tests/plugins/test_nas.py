@@ -3,12 +3,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from editcli.core_options import TargetOptions
 from editcli.editing.leastsquares import ridge
+from editcli.editing.session import ModelSession, PilotSource
 from editcli.errors import NumericalError, OptionError, StateError
 from editcli.interfaces import Problem, Site, Update, Values
+from editcli.models.loading import open_model, resolve_model
 from editcli.options import build
 from editcli.report import Silent
-from editcli_nas.stabilizer import Nas
+from editcli.testing import tiny_model_folder
+from editcli.testing.sessions import tiny_requests
+from editcli_nas.stabilizer import Nas, trimmed_mean
 
 
 def random(*size, seed=0):
@@ -28,7 +33,66 @@ def test_anchor_is_the_mean_norm_without_the_longest(session):
     requests, source = session.pilots(40)
     norms = session.values(requests, prefixed=False).contribution.norm(dim=0).sort().values
     assert nas.anchor == pytest.approx(float(norms[:38].mean()))
-    assert nas.record() == {"anchor": nas.anchor, "pilots": 40, "source": source}
+    assert nas.record() == {"anchor": nas.anchor, "standard_error": nas.error, "pilots": 40, "source": source}
+
+
+def test_the_error_is_that_of_the_mean_where_nothing_is_trimmed():
+    norms = random(40).abs()
+    mean, error = trimmed_mean(norms, 0.0)
+    assert mean == pytest.approx(float(norms.mean()))
+    assert error == pytest.approx(float(norms.std()) / 40**0.5)
+
+
+def test_the_error_of_a_trimmed_mean_is_its_spread_over_samples():
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.empty(64, dtype=torch.float64).log_normal_(generator=generator) for _ in range(3000)]
+    means, errors = zip(*(trimmed_mean(sample, 0.1) for sample in samples), strict=True)
+    assert sum(errors) / len(errors) == pytest.approx(float(torch.tensor(means).std()), rel=0.1)
+
+
+@pytest.mark.parametrize(("spread", "served"), [(0.01, 32), (0.2, 64), (5.0, 100)])
+def test_pilots_are_measured_until_the_anchor_is_sure(session, make_requests, monkeypatch, spread, served):
+    requests = make_requests("pilot", 100)
+    norms = 3 + spread * random(100)
+    asked = []
+
+    def values(batch, *, prefixed):
+        asked.append(len(batch))
+        at = [requests.index(request) for request in batch]
+        return values_of(torch.stack([norms[at].abs(), torch.zeros(len(at)).double()]))
+
+    monkeypatch.setattr(session, "pilots", lambda count: (requests[:count], "made for this test"))
+    monkeypatch.setattr(session, "values", values)
+    nas = Nas()
+    nas.prepare(session)
+    assert (nas.pilots, sum(asked)) == (served, served)
+    assert asked == ([32] if served == 32 else [32, served - 32])
+    assert nas.anchor == pytest.approx(trimmed_mean(norms[:served].abs(), 0.05)[0])
+    assert (nas.record()["standard_error"] < 0.01 * nas.anchor) == (spread < 1)
+
+
+def test_an_anchor_is_measured_once_for_all_runs(tmp_path, monkeypatch):
+    """Another model, layer or setting of the targets, or other pilots, are measured anew."""
+    folders = [tiny_model_folder(tmp_path / f"model{seed}" / "model", seed=seed) for seed in (0, 1)]
+    measured = []
+
+    def anchor(model=0, *, layers=(0, 1), pilots=9, **targets):
+        loaded = open_model(resolve_model(folders[model]), device="cpu")
+        source = PilotSource(tuple(tiny_requests(pilots)), "made for this test")
+        options = TargetOptions(**{"steps": 2, **targets})
+        session = ModelSession(loaded, layers, options=options, prefixes=(), pilots=source, cache=tmp_path / "cache")
+        unwatched = session.values
+        monkeypatch.setattr(session, "values", lambda *a, **k: (measured.append(1), unwatched(*a, **k))[1])
+        nas = Nas()
+        nas.prepare(session)
+        return nas.state_dict()
+
+    first, again = anchor(), anchor()
+    assert len(measured) == 1
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for change in ({"model": 1}, {"layers": (0, 2)}, {"pilots": 8}, {"lr": 0.1}):
+        anchor(**change)
+    assert len(measured) == 5
 
 
 @given(seed=st.integers(0, 50), scale=st.floats(0.01, 1.9))
@@ -109,7 +173,7 @@ def test_anchor_is_never_measured_again(session, through_bytes, monkeypatch):
 def test_an_anchor_set_by_hand_measures_nothing():
     nas = Nas(Nas.Options(anchor=1.25))
     nas.prepare(session=None)  # pyright: ignore[reportArgumentType]
-    assert nas.record() == {"anchor": 1.25, "pilots": 0, "source": "set by hand"}
+    assert nas.record() == {"anchor": 1.25, "standard_error": None, "pilots": 0, "source": "set by hand"}
 
 
 def test_what_cannot_be_measured_says_what_to_do(session, monkeypatch):
@@ -123,7 +187,7 @@ def test_what_cannot_be_measured_says_what_to_do(session, monkeypatch):
 
 
 def test_an_anchor_that_is_not_finite_is_refused(session, monkeypatch):
-    bad = values_of(torch.full((session.shape[0], 4), float("nan"), dtype=torch.float64))
+    bad = values_of(torch.full((session.shape[0], 32), float("nan"), dtype=torch.float64))
     monkeypatch.setattr(session, "values", lambda requests, prefixed: bad)
     with pytest.raises(NumericalError, match="anchor"):
         Nas().prepare(session)

@@ -338,6 +338,7 @@ def test_layers_are_written_as_ranges():
     assert layer_ranges([4, 5, 6, 9]) == "4-6, 9"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["png", "svg", "html"])
 def test_plots_are_drawn(make_run, tmp_path, form):
     pytest.importorskip("matplotlib", reason="plots need editcli[report]")

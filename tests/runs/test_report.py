@@ -100,6 +100,7 @@ def test_the_page_tells_everything_and_fetches_nothing(make_run, tmp_path):
         assert text in page
 
 
+@pytest.mark.slow
 def test_values_are_escaped_everywhere(make_run, tmp_path):
     run = make_run(people(4))
     record = json.loads((run / "editcli" / "run.json").read_text())
@@ -161,6 +162,7 @@ def test_a_model_is_no_run(base, tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_only_pages_are_written_over(make_run, tmp_path):
     run, target = make_run(), tmp_path / "page.html"
     page_of(run, target, "--no-spectra")
@@ -180,6 +182,7 @@ def test_a_missing_extra_is_one_sentence(make_run, tmp_path, monkeypatch, module
     assert "pip install 'editcli[report]'" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(make_run, tmp_path):
     run = make_run()
     assert page_of(run, tmp_path / "a.html") == page_of(run, tmp_path / "b.html")

@@ -27,6 +27,7 @@ EDIT = {"id": "a", "prompt": "The capital of {} is", "subject": "France", "targe
 # Edit files.
 
 
+@pytest.mark.slow
 def test_a_line_of_any_length_takes_bounded_memory(tmp_path: Path) -> None:
     """A sparse gigabyte without a line feed, before and after good lines."""
     path = tmp_path / "facts.jsonl"

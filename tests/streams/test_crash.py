@@ -15,6 +15,8 @@ import pytest
 from editcli.runs.recovery import recover
 from editcli.runs.state import RunFolder
 
+pytestmark = pytest.mark.slow
+
 KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
 

@@ -115,6 +115,7 @@ def test_a_guard_ends_the_run_with_code_3_and_says_why(shop: Any, helpers: Any, 
     assert (shop.folder / "out/model.safetensors").exists() == (applied > 0)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_once_its_guard_allows(shop: Any, finished: Callable[[str], Path], helpers: Any) -> None:
     assert shop.apply("out", *helpers.STACKS["rlsedit"], "--stop-if", "drift>0.02").code == 3
     assert shop.apply("out", *helpers.STACKS["rlsedit"], "--resume", "--stop-if", "drift>0.02").code == 3
@@ -122,6 +123,7 @@ def test_a_stopped_run_goes_on_once_its_guard_allows(shop: Any, finished: Callab
     helpers.same_stream(shop.folder / "out", finished("rlsedit"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guard", ["efficacy<=1", "retained<=1"])
 def test_a_guard_on_what_is_measured_keeps_nothing_of_the_batch(shop: Any, helpers: Any, guard: str) -> None:
     shop.edits("facts.jsonl", [{**edit, "target_true": "Bob"} for edit in helpers.EDITS])

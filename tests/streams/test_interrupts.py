@@ -23,8 +23,8 @@ import editcli.runs.stream
 def edit_batch(*arguments, real=editcli.runs.stream.edit_batch):
     written = real(*arguments)
     if arguments[0].written and calls.append(1) is None and len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     return written
 calls = []
 editcli.runs.stream.edit_batch = edit_batch
@@ -42,7 +42,7 @@ class Told(Silent):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_with_its_state_saved(
     shop: Any, finished: Callable[[str], Path], helpers: Any, name: str, step: int
 ) -> None:
@@ -56,6 +56,7 @@ def test_a_signal_ends_the_run_with_its_state_saved(
     helpers.same_stream(shop.folder / "out", finished("alphaedit"))
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once(shop: Any, finished: Callable[[str], Path], helpers: Any) -> None:
     ended = shop.apply("out", *helpers.STACKS["memit"], "--checkpoint-every", "1", prelude=TWICE)
     assert ended.code == 130, ended.err
@@ -72,7 +73,7 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
         with Interrupts(told := Told()) as interrupts:
             os.kill(os.getpid(), signal.SIGTERM)
             assert not interrupts.asked
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert interrupts.asked
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert len(told.notes) == 1
@@ -87,7 +88,7 @@ def test_a_note_that_cannot_be_written_inside_a_handler_does_no_harm() -> None:
             raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
 
     with Interrupts(Busy()) as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert interrupts.asked
 
 

@@ -49,6 +49,7 @@ def same(one: Recovered, other: Recovered) -> bool:
 
 @given(data=st.data())
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
 def test_no_flipped_bit_and_no_cut_changes_what_is_resumed(run: RunFolder, data: st.DataObject) -> None:
     whole = recover(run)
     paths = [path for path in sorted(run.folder.rglob("*")) if path.is_file() and path != run.lock]

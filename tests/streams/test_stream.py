@@ -44,6 +44,7 @@ def test_lines_added_to_the_file_are_picked_up(shop: Any, helpers: Any) -> None:
     assert record(out)["edits"] == {"read": 8, "applied": 8, "rejected": 0}
 
 
+@pytest.mark.slow
 def test_another_file_is_appended_even_after_a_kill_in_its_middle(shop: Any, helpers: Any) -> None:
     shop.edits("first.jsonl", UNNAMED[:2])
     shop.edits("second.jsonl", [{**edit, "target_new": "Paris"} for edit in UNNAMED])
@@ -54,7 +55,8 @@ def test_another_file_is_appended_even_after_a_kill_in_its_middle(shop: Any, hel
     for edits in ("second.jsonl", "second.jsonl", "first.jsonl"):
         assert shop.apply("out", *ANCHORED, "--resume", edits=edits).code == 0
         assert ids(out) == ["line-1", "line-2", "second:line-1", "second:line-2", "second:line-3"]
-    assert record(out)["edits"] == {"read": 5, "applied": 5, "rejected": 0}
+    # The second file gives the prompts of the first other targets.
+    assert record(out)["edits"] == {"read": 5, "applied": 3, "rejected": 2}
     assert record(out)["status"] == "done"
 
 
@@ -68,6 +70,7 @@ def test_a_file_that_was_changed_where_it_was_read_is_refused(shop: Any, helpers
         assert "is in the stream already, but this file does not start with what was applied" in ended.err
 
 
+@pytest.mark.slow
 def test_edits_that_cannot_be_used_are_counted_over_all_files(shop: Any, helpers: Any) -> None:
     for name, edits in (("first.jsonl", helpers.EDITS[:2]), ("second.jsonl", helpers.EDITS[2:3])):
         shop.edits(name, [*edits, {"id": "bad", "prompt": "{}", "subject": "", "target_new": "x"}])
@@ -288,6 +291,35 @@ def test_a_guard_leaves_a_program_its_stream(choices: dict[str, Any], helpers: A
     with editcli.EditStream("never", **choices) as stream:
         stream.apply(EDITS[:2])
     helpers.same_stream(Path("out"), Path("never"))
+
+
+def test_a_batch_that_moves_a_norm_too_far_is_refused_before_it_is_kept(choices: dict[str, Any], helpers: Any) -> None:
+    """Without any --stop-if: the sentence names the settings, and weights, journal and memory stay as they were."""
+    wild = {**choices["settings"], "targets": {"steps": 2, "prefixes": 0, "lr": 1e3, "clamp": 1e3}}
+    reckless = {**choices, "stabilizers": (), "settings": {**wild, "rlsedit": {"mom2_update_weight": 1e-3}}}
+    with editcli.EditStream("out", **reckless) as stream:
+        before = {name: weight.clone() for name, weight in stream.model.state_dict().items()}
+        said = r"jump>0.5: jump would be .* at model.layers.1.mlp.down_proj .*raise rlsedit.mom2_update_weight"
+        with pytest.raises(GuardError, match=said):
+            stream.apply(EDITS[:2])
+        assert stream.edits == ()
+        assert all(torch.equal(weight, before[name]) for name, weight in stream.model.state_dict().items())
+    assert recover(RunFolder(Path("out"))).snapshot.step == 0
+    with editcli.EditStream("allowed", **reckless, stop_if=("jump>1e9",)) as stream:
+        assert stream.apply(EDITS[:2]).sites[0].ratio > 1.5
+
+
+def test_how_targets_ended_is_journaled(choices: dict[str, Any]) -> None:
+    settings = {**choices["settings"], "targets": {"steps": 2, "prefixes": 0, "lr": 1e3, "stop_loss": 1e-9}}
+    with editcli.EditStream("out", **{**choices, "settings": settings}, stop_if=("jump>1e9",)) as stream:
+        expected = {"optimised": 2, "reached": 0, "clamped": 2}
+        assert stream.apply(EDITS[:2]).targets == expected
+        assert stream.save().targets == expected
+    # What a resumed run reports covers the batches of before.
+    with editcli.EditStream("out", **{**choices, "settings": settings}, stop_if=("jump>1e9",), resume=True) as stream:
+        stream.apply(EDITS[2:4])
+        assert stream.save().targets == {"optimised": 4, "reached": 0, "clamped": 4}
+    assert record(Path("out"))["targets"] == {"optimised": 4, "reached": 0, "clamped": 4}
 
 
 def test_figures_that_are_not_finite_reach_the_journal_as_null(

@@ -15,6 +15,8 @@ from editcli.runs.recovery import recover
 from editcli.runs.state import RunFolder
 from editcli.runs.undo import Undo, plan_undo
 
+pytestmark = pytest.mark.slow
+
 STACKS = ("memit", "remembering", "alphaedit", "rlsedit", "ultraedit")
 
 

@@ -1,0 +1,253 @@
+"""Stacks and settings on a real pretrained model: ``python -m benchmarks.real_models FOLDER EDITS.jsonl STACK ...``.
+
+A STACK is an editor with its stabilizers and settings that differ from the preset, for instance ``rlsedit``,
+``alphaedit+nas`` or ``"rlsedit targets.clamp=0.5 layers=8-12"``. Each runs on the unedited model in batches; figures
+are those at the end, for the records from ``--offset`` on. Rows are kept in benchmarks/results/real_models.json and not
+measured twice, so the command can be stopped and repeated; ``benchmarks.document`` makes the section of them.
+
+Stacks of the same target settings share the targets of their first batch, which is optimised on the unedited model:
+they are the same numbers, and optimising them is most of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from editcli.editing.pipeline import Written, commit, edit_batch
+from editcli.editing.session import ModelSession
+from editcli.editing.targets import TargetOptions
+from editcli.edits import EditRequest, read_edits
+from editcli.errors import EditError, GuardError
+from editcli.evaluation import Evaluation, evaluate
+from editcli.interfaces import Editor, Site, Stabilizer, Update, Values
+from editcli.models.loading import LoadedModel, open_model, resolve_model
+from editcli.options import build, parse_assignments
+from editcli.plugins import Plugins, load_plugins
+from editcli.presets import Preset, load_preset
+from editcli.recipe import parse_layers
+from editcli.runs.guards import LARGEST_JUMP
+from editcli.runs.planning import component, pilot_source, settings_for
+from editcli.statistics import SecondMoments, StatisticsOptions
+
+RESULTS = Path(__file__).parent / "results" / "real_models.json"
+FIGURES = ("efficacy_accuracy", "efficacy_success", "generalization_success", "specificity_success")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A stack with what differs from the preset."""
+
+    text: str
+    editor: str
+    stabilizers: tuple[str, ...]
+    layers: tuple[int, ...] | None
+    settings: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """Read ``editor+stabilizer name.key=value layers=4-8``."""
+        stack, *assignments = text.split()
+        editor, *stabilizers = stack.split("+")
+        layers = [parse_layers(part.partition("=")[2]) for part in assignments if part.startswith("layers=")]
+        others = [part for part in assignments if not part.startswith("layers=")]
+        chosen = tuple(layers[-1]) if layers else None
+        return cls(text, editor, tuple(stabilizers), chosen, parse_assignments(others))
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all variants of a model share: statistics, prefixes, and targets on the unedited model."""
+
+    loaded: LoadedModel
+    plugins: Plugins
+    preset: Preset
+    moments: SecondMoments
+    seed: int = 0
+    targets: dict[str, Values] = field(default_factory=dict)
+    before: dict[str, Evaluation] = field(default_factory=dict)
+
+
+class SharingSession(ModelSession):
+    """A session whose targets on the unedited model are those of an earlier variant, where that had the same."""
+
+    def __init__(self, shared: Shared, layers: Sequence[int], **others: Any):
+        super().__init__(shared.loaded, layers, **others)
+        self.shared = shared
+        self.counts: list[Values] = []
+
+    def values(self, requests: Sequence[EditRequest], *, prefixed: bool = True) -> Values:
+        """Return optimised targets; on the unedited model each set is optimised once."""
+        if self.written or not prefixed:
+            values = super().values(requests, prefixed=prefixed)
+        else:
+            key = repr((self.options, self.layers[-1], [request.id for request in requests]))
+            if key not in self.shared.targets:
+                self.shared.targets[key] = super().values(requests)
+            values = self.shared.targets[key]
+        if prefixed:
+            self.counts.append(values)
+        return values
+
+
+def measure(shared: Shared, variant: Variant, edits: Sequence[EditRequest], batch: int) -> dict[str, Any]:
+    """Write ``edits`` with a variant, measure them, and put the model back."""
+    started = time.perf_counter()
+    settings = settings_for(variant.editor, shared.preset, variant.settings, shared.plugins)
+    editor = component(shared.plugins, "editor", variant.editor, settings)
+    stabilizers = [component(shared.plugins, "stabilizer", name, settings) for name in variant.stabilizers]
+    layers = variant.layers or shared.preset.layers_for(variant.editor)
+    options = build(TargetOptions, settings.get("targets", {}), owner="targets")
+    session = SharingSession(
+        shared,
+        layers[-1:] if editor.single_site else layers,
+        options=options,
+        second_moment=shared.moments,
+        pilots=pilot_source(edits),
+        seed=shared.seed,
+    )
+    before = session.masters()
+    try:
+        for part in (editor, *stabilizers):
+            part.prepare(session)
+        size = 1 if editor.single_site else batch
+        for start in range(0, len(edits), size):
+            _write(session, editor, stabilizers, edits[start : start + size])
+        with session.read_out(stabilizers) as weights:
+            found = evaluate(shared.loaded, edits, metrics=("counterfact",))
+            ratios = [float(weight.norm() / session.baseline(site).norm()) for site, weight in weights.items()]
+    finally:
+        session.restore(before)
+    return {
+        **{name: getattr(found, name) for name in FIGURES},
+        "ratio": max(ratios),
+        **_ended(session.counts),
+        "layers": list(session.layers),
+        "batch": size,
+        "targets": asdict(options),
+        "components": {part.name: part.record() for part in (editor, *stabilizers)},
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _write(
+    session: ModelSession, editor: Editor, stabilizers: Sequence[Stabilizer], edits: Sequence[EditRequest]
+) -> Written:
+    def check(site: Site, update: Update) -> None:
+        base, old = session.baseline(site).norm(), session.weight(site)
+        new = old + update.left.to(old) @ update.right.to(old).T
+        jump = abs(float(new.norm() - old.norm())) / float(base)
+        LARGEST_JUMP.check("jump", jump, where=f"at {site.module}", remedy=editor.tempered_by)
+
+    written = edit_batch(session, editor, stabilizers, edits, check)
+    commit(session, editor, stabilizers, edits, written)
+    return written
+
+
+def _ended(counts: Sequence[Values]) -> dict[str, float]:
+    """Return the shares of targets that reached the stop loss and that ended at the clamp."""
+    known = [(v.reached, v.clamped) for v in counts if v.reached is not None and v.clamped is not None]
+    total = sum(len(reached) for reached, _ in known)
+    if not total:
+        return {}
+    reached, clamped = (sum(int(pair[column].sum()) for pair in known) for column in (0, 1))
+    return {"reached": reached / total, "clamped": clamped / total}
+
+
+def section(result: Mapping[str, Any]) -> Iterator[str]:
+    """Describe what was measured on real models."""
+    yield from ("## Real models", "")
+    yield "Stacks and settings on pretrained models that the program has no preset for: everything that a row does not"
+    yield "name is the guess. CounterFact records, one paraphrase and one neighbour each; figures at the end of the"
+    yield "stream, over all edits of the row. *reached* and *clamped*: targets whose loss fell below"
+    yield "`targets.stop_loss`, and targets that ended at `targets.clamp`."
+    yield "`python -m benchmarks.real_models FOLDER EDITS STACK ...`."
+    for name, model in result.items():
+        before = model["before"]
+        yield from ("", f"### {name}", "", f"{model['origin']}", "")
+        yield "| stack, settings | edits | batch | efficacy accuracy | efficacy success | generalization success |" + (
+            " specificity success | R_n | reached | clamped |"
+        )
+        yield "|---|---|---|---|---|---|---|---|---|---|"
+        for edits, row in before.items():
+            yield f"| *before* | {edits} | | {_cells(row)} | 1.00 | | |"
+        for row in model["rows"]:
+            yield f"| {row['stack']} | {row['edits']} | {_row(row)} |"
+    yield ""
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['batch']} | {row['error']} | | | | | |"
+    shares = " | ".join("" if row.get(name) is None else f"{row[name]:.0%}" for name in ("reached", "clamped"))
+    return f"{row['batch']} | {_cells(row)} | {row['ratio']:.2f} | {shares}"
+
+
+def _cells(row: Mapping[str, Any]) -> str:
+    return " | ".join("" if row[name] is None else f"{row[name]:.2f}" for name in FIGURES)
+
+
+@click.command()
+@click.argument("folder")
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@click.argument("stacks", nargs=-1, required=True)
+@click.option("--name", required=True, help="Title of the model in the document.")
+@click.option("--origin", default="", help="A sentence on where the model, the records and the text come from.")
+@click.option("--offset", default=0, show_default=True, help="Records to leave out at the start.")
+@click.option("--limit", default=100, show_default=True, help="Records to edit.")
+@click.option("--batch", default=100, show_default=True)
+@click.option("--corpus", help="Reference text; by default what the program takes.")
+@click.option("--tokens", type=int, help="Tokens of reference text; by default what the program takes.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=False)
+def main(
+    folder: str,
+    file: Path,
+    stacks: tuple[str, ...],
+    *,
+    name: str,
+    origin: str,
+    offset: int,
+    limit: int,
+    batch: int,
+    corpus: str | None,
+    tokens: int | None,
+    out: Path,
+) -> None:
+    """Measure every stack that is not in the results yet."""
+    edits = read_edits(file, limit=offset + limit).requests[offset:]
+    loaded, plugins = open_model(resolve_model(folder)), load_plugins()
+    moments = SecondMoments(loaded, options=StatisticsOptions(tokens=tokens), corpus=corpus)
+    preset = load_preset(loaded.model.config, loaded.architecture)
+    shared = Shared(loaded, plugins, preset, moments)
+    results: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    model = results.setdefault(name, {"origin": origin, "before": {}, "rows": []})
+    model["origin"] = origin or model["origin"]
+    slice_ = f"{offset}-{offset + len(edits)}"
+    if slice_ not in model["before"]:
+        found = evaluate(loaded, edits, metrics=("counterfact",))
+        model["before"][slice_] = {figure: getattr(found, figure) for figure in FIGURES}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for text in stacks:
+        variant = Variant.parse(text)
+        known = {"stack": text, "edits": slice_, "batch": batch}
+        if any(known.items() <= {**row, "batch": row["asked"]}.items() for row in model["rows"]):
+            continue
+        try:
+            row = measure(shared, variant, edits, batch)
+        except GuardError as error:
+            row = {"error": str(error).partition(":")[0]}
+        except EditError as error:
+            row = {"error": str(error)}
+        model["rows"].append({**known, "asked": batch, **row})
+        out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        click.echo("\n".join(section({name: model})))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Which edits a run can take: the one judgement that ``check`` shows and ``apply`` goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from editcli.core_options import TargetOptions
+from editcli.edits import EditRequest
+from editcli.errors import RequestError
+from editcli.evaluation import questions
+from editcli.evaluation.scoring import encode_probes
+from editcli.interfaces import Editor
+from editcli.models.tokens import Encoded, Tokens
+
+ROOM = 4
+"""Tokens of a prefix beyond the generated ones: its first word, and the full stop and space at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What an edit has to hold for one tokenizer and one editor."""
+
+    tokens: Tokens
+    editor: type[Editor]
+    targets: TargetOptions
+    without_subject: tuple[str, ...] = ()
+    """Installed editors that need no subject."""
+    measured: bool = True
+    """Whether the edit's prompts are asked of the model as well."""
+
+    def admit(self, request: EditRequest) -> Encoded:
+        """Return the edit's tokens; raise :class:`RequestError` at its line when it cannot be written or measured."""
+        self._refuse_missing_subject(request)
+        encoded = self.tokens.check(request)
+        self._refuse_long(request, encoded)
+        if self.measured:
+            check_questions(request, self.tokens)
+        return encoded
+
+    def _refuse_missing_subject(self, request: EditRequest) -> None:
+        if request.has_subject or not self.editor.needs_subject:
+            return
+        others = " or ".join(f"--editor {name}" for name in self.without_subject)
+        raise request.refusal(
+            f"the edit has no subject, and {self.editor.name} writes a fact at its subject's last token; "
+            f"add 'subject'{f', or take an editor that needs none: {others}' if others else ''}"
+        )
+
+    def _refuse_long(self, request: EditRequest, encoded: Encoded) -> None:
+        """Refuse an edit that fits the context alone and not behind the prefixes that its target is optimised with."""
+        limit = self.tokens.max_length
+        if limit is None or not self.editor.needs_values or not self.targets.prefixes:
+            return
+        longest = len(encoded.ids) + self.targets.prefix_tokens + ROOM
+        if longest > limit:
+            raise request.refusal(
+                f"behind a prefix the prompt and target may have {longest} tokens, more than the model's context of "
+                f"{limit}; lower targets.prefix_tokens or shorten the prompt"
+            )
+
+
+def check_questions(request: EditRequest, tokens: Tokens) -> None:
+    """Raise :class:`RequestError` at the request's line when one of its prompts cannot be measured."""
+    try:
+        encode_probes(tokens, [probe for question in questions(request, ("counterfact",)) for probe in question.probes])
+    except RequestError as error:
+        raise request.refusal(error.reason) from error
+
+
+def without_subject(editors: Iterable[type[Editor]]) -> tuple[str, ...]:
+    """Return the names of the editors that need no subject."""
+    return tuple(sorted(editor.name for editor in editors if not editor.needs_subject))
+
+
+def thinking_warning(tokens: Tokens) -> str | None:
+    """Return a warning where the chat template leaves the model thinking when the answer begins."""
+    mark = None if tokens.conversation is None else tokens.conversation.opened_thought()
+    if mark is None:
+        return None
+    return (
+        f"the chat template opens a thinking block ({mark}) in front of the answer, so targets become thoughts; "
+        "pass --template-args '{\"enable_thinking\": false}' if the template knows that"
+    )

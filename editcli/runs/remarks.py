@@ -1,0 +1,36 @@
+"""What a run says about edits that ask for nothing, or that its file does not name any more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from editcli.edits import EditFile
+from editcli.report import Reporter, RunReport
+from editcli.runs.recovery import Recovered, missing
+
+SHOWN = 5
+"""Edits that a remark names at the most."""
+
+
+def tell_known(report: RunReport, reporter: Reporter) -> None:
+    """Say which edits were true already."""
+    if report.already_true:
+        base = "; the weights are those of the base" if report.unchanged else ""
+        reporter.note(f"Already true before the run: {_listed(report.already_true)}{base}")
+
+
+def tell_missing(recovered: Recovered, file: EditFile, out: Path, reporter: Reporter) -> None:
+    """Warn about edits in force that the file does not name any more: they stay until they are taken back."""
+    gone = missing(recovered, file)
+    if gone:
+        reporter.warn(
+            f"{file.source} no longer has {_listed([request.id for request in gone])}, which the run in {out} keeps; "
+            "'editcli undo' with --edit takes an edit back"
+        )
+
+
+def _listed(ids: Sequence[str]) -> str:
+    """Return the first of some ids, and how many there are besides."""
+    more = f" and {len(ids) - SHOWN:,} more" if len(ids) > SHOWN else ""
+    return ", ".join(ids[:SHOWN]) + more
