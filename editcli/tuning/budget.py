@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TRIALS = 10
 """Trials that the time should be enough for."""
@@ -15,15 +15,13 @@ DEFAULT_EDITS = 32
 """Edits of a trial where only the number of trials is limited."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Budget:
     """Counts from when it is made; ``minutes`` None is no limit."""
 
     minutes: float | None
-    started: float = -1.0
-
-    def __post_init__(self) -> None:
-        self.started = time.monotonic()
+    started: float = field(default_factory=time.monotonic)
+    """When the time began to run, on the system's monotonic clock."""
 
     @property
     def spent(self) -> float:
