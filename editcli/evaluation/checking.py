@@ -15,7 +15,7 @@ from editcli.evaluation.scoring import encode_probes
 from editcli.formats import Format
 from editcli.models.architectures import skeleton
 from editcli.models.checkpoint import Checkpoint
-from editcli.models.choice import has_weights
+from editcli.models.choice import has_weights, is_fetched
 from editcli.models.fit import check_fit
 from editcli.models.loading import load_config, load_tokens, resolve_model
 from editcli.models.tokens import Encoded, Tokens
@@ -81,7 +81,7 @@ def check(
     tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
     bare = skeleton(config, trust_remote_code)
     tokens = tokens.of_model(bare)
-    if has_weights(source.folder):
+    if has_weights(source.folder) and (source.commit is None or is_fetched(source.folder)):
         check_fit(Checkpoint(source.folder), bare, reporter or Silent())
     file = read_edits(edits, skip_bad=True, limit=limit, formats=formats)
     checked: list[CheckedEdit] = []

@@ -94,6 +94,14 @@ def has_weights(folder: Path) -> bool:
     return any(path.suffix in _WEIGHTS and path.is_file() for path in folder.iterdir())
 
 
+def is_fetched(folder: Path) -> bool:
+    """Tell whether all shards that an index names are there; of a hub model they may not have been needed yet."""
+    index = folder / INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return True
+    return all((folder / name).is_file() for name in set(_read_index(index)["weight_map"].values()))
+
+
 def is_weights(path: Path) -> bool:
     """Tell by its name whether a file holds weights, or is an index of such files."""
     return path.suffix in _WEIGHTS or _AN_INDEX.search(path.name) is not None
@@ -110,13 +118,13 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and _PLAIN_NAME.match(name) is not None
 
 
-def is_own(path: Path) -> bool:
+def is_own(path: Path, folder: Path | None = None) -> bool:
     """Tell whether a file of a model folder lies in it, or is a link into a hub cache, as huggingface_hub makes them.
 
     The cache keeps contents in ``models--OWNER--NAME/blobs``; its snapshots, and the folders that older versions
-    downloaded to, hold links there.
+    downloaded to, hold links there. The folder is the file's own unless it is given.
     """
-    folder, real = path.parent.resolve(), path.resolve()
+    folder, real = (folder or path.parent).resolve(), path.resolve()
     if real.is_relative_to(folder) or _in_hub_cache(real):
         return True
     return folder.parent.name == "snapshots" and real.is_relative_to(folder.parent.parent / "blobs")

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
 
 CARD = "README.md"
-_TEMPLATES = "additional_chat_templates"
-"""The folder beside a tokenizer in which transformers looks for further chat templates."""
+TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps the chat templates that are not the default one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +39,18 @@ class Verified:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that are neither weights nor their indexes nor its model card.
+    """Return the files of a model folder that are neither weights nor its model card, further chat templates included.
 
     Raises :class:`ModelError` for a link out of the folder: what it leads to would be copied, and perhaps published.
     """
     found = [
         path
-        for path in [*sorted(folder.iterdir()), *sorted((folder / _TEMPLATES).glob("*.jinja"))]
+        for path in sorted(folder.iterdir())
         if path.is_file() and not is_weights(path) and path.name != CARD and not path.name.startswith(".")
     ]
+    found += sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
     for path in found:
-        if not is_own(path):
+        if not is_own(path, folder):
             raise ModelError(f"{path} is a link to {path.resolve()}; if that belongs to the model, copy it there")
     return found
 
@@ -68,7 +69,7 @@ def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> N
     """
     for path in side_files(base.folder):
         target = out / path.relative_to(base.folder)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, target)
     for name in base.files:
         own = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
