@@ -290,7 +290,7 @@ def test_a_guard_leaves_a_program_its_stream(choices: dict[str, Any], helpers: A
     helpers.same_stream(Path("out"), Path("never"))
 
 
-def test_a_batch_that_moves_a_norm_too_far_is_refused_before_it_is_kept(choices: dict[str, Any], helpers: Any) -> None:
+def test_a_batch_that_moves_a_norm_too_far_is_refused_before_it_is_kept(choices: dict[str, Any]) -> None:
     """Without any --stop-if: the sentence names the settings, and weights, journal and memory stay as they were."""
     wild = {**choices["settings"], "targets": {"steps": 2, "prefixes": 0, "lr": 1e3, "clamp": 1e3}}
     reckless: dict[str, Any] = {**choices, "stabilizers": (), "settings": {**wild, "rlsedit": {"mom2_update_weight": 1e-3}}}
