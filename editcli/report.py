@@ -44,12 +44,15 @@ class Silent:
 
 @dataclass(frozen=True, slots=True)
 class SiteReport:
-    """How one edited matrix changed: ``ratio`` is R_n = ||W_n|| / ||W_0||, ``drift`` is ||W_n - W_0|| / ||W_0||."""
+    """How one edited matrix changed: ``ratio`` is R_n = ||W_n|| / ||W_0||, ``drift`` is ||W_n - W_0|| / ||W_0||.
+
+    Both are None for a base of zeros, against which there is neither.
+    """
 
     module: str
     layer: int
-    ratio: float
-    drift: float
+    ratio: float | None
+    drift: float | None
     cast_loss: float = 0.0
     """||cast(W_n) - W_n|| / ||W_n||: what the file's dtype cannot hold."""
     update_norm: float = 0.0

@@ -201,6 +201,18 @@ def test_a_single_file_goes_before_an_index(hub: Hub, tmp_path: Path) -> None:
     assert hub.weights_sent() == ["model.safetensors"]
 
 
+def test_a_shard_outside_the_folder_is_not_asked_for(hub: Hub, tmp_path: Path) -> None:
+    files = hub.add("acme/odd", tiny_model_folder(tmp_path / "model", shards=2))
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"]["lm_head.weight"] = "../../other/model.safetensors"
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    source = resolve_model("acme/odd")
+    assert hub.weights_sent()
+    assert not any("other" in file for file in hub.sent)
+    with pytest.raises(ModelError, match="not a plain file name; refused"):
+        Checkpoint(source.folder).files  # noqa: B018
+
+
 def test_the_weights_that_the_config_names_go_before_all_others(hub: Hub, tiny: Path) -> None:
     files = hub.add("acme/named", tiny)
     files["other.safetensors"] = files["model.safetensors"]

@@ -127,7 +127,7 @@ def test_edits_inside_a_chat_template(tmp_path: Path) -> None:
     edits = tmp_path / "facts.jsonl"
     record = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome", "target_true": "Paris"}
     edits.write_text(json.dumps(record), encoding="utf-8")
-    settings = {"targets": {"prefixes": 0, "lr": 0.5}, "memit": {"mom2_update_weight": 1e-3}}
+    settings = {"targets": {"prefixes": 0, "lr": 0.5}, "rlsedit": {"mom2_update_weight": 1e-3}}
     reports = [
         apply(
             Recipe(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.models import loading
-from editcli.models.checkpoint import SINGLE, Checkpoint
+from editcli.models.checkpoint import Checkpoint
+from editcli.models.choice import SINGLE
 from editcli.models.loading import open_model, resolve_model
 from editcli.runs.files import read_safetensors
 from editcli.testing import tiny_model_folder

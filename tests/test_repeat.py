@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, corpus_text: str) -> Path:
     (folder / "corpus.txt").write_text(corpus_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        stack = ("--stabilizer", "clip", "--layers", "1-2", "--batch-size", "2", "--seed", "7", "-o", "memit.ridge=0.5")
+        stack = ("--stabilizer", "clip", "--layers", "1-2", "--batch-size", "2", "--seed", "7", "-o", "rlsedit.ridge=0.5")
         where = ("--model", "model", "--corpus", "corpus.txt", "--out", "first")
         assert main(["-q", "apply", "facts.jsonl", *where, *stack, *QUICK]) == 0
     return folder
@@ -72,7 +72,7 @@ def test_a_run_is_repeated_bit_by_bit(run: Run, monkeypatch: pytest.MonkeyPatch)
     """Whatever the settings file and the variables say meanwhile."""
     Path("editcli.toml").write_text("editor = 'rome'\nseed = 3\n[targets]\nsteps = 9\n")
     monkeypatch.setenv("EDITCLI_LAYERS", "3")
-    monkeypatch.setenv("EDITCLI_OPTIONS", "memit.ridge=9")
+    monkeypatch.setenv("EDITCLI_OPTIONS", "rlsedit.ridge=9")
     code, out, err = run("--recipe", RECORD)
     assert (code, "identical: all 2 edited tensors" in " ".join(out.split())) == (0, True), err
     first, second = (file_digest(Path(name, "model.safetensors")) for name in ("first", "first-repeated"))
@@ -130,7 +130,7 @@ def test_other_edits_or_another_base_are_refused_before_anything_is_done(run: Ru
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--editor", "rome"), ("--seed", "1"), ("-o", "memit.ridge=1"), ("--no-eval",), ("--resume",), ("--limit", "1")],
+    [("--editor", "rome"), ("--seed", "1"), ("-o", "rlsedit.ridge=1"), ("--no-eval",), ("--resume",), ("--limit", "1")],
 )
 def test_what_would_make_it_another_run_is_refused(run: Run, arguments: tuple[str, ...]) -> None:
     code, _, err = run("--recipe", RECORD, *arguments)
@@ -140,7 +140,7 @@ def test_what_would_make_it_another_run_is_refused(run: Run, arguments: tuple[st
 def test_a_dry_run_shows_what_would_be_repeated(run: Run) -> None:
     code, out, err = run("--recipe", RECORD, "--dry-run", "--json")
     plan = json.loads(out)
-    assert (code, plan["editor"], plan["stabilizers"], plan["batch_size"]) == (0, "memit", ["clip"], 2), err
+    assert (code, plan["editor"], plan["stabilizers"], plan["batch_size"]) == (0, "rlsedit", ["clip"], 2), err
     assert [site["layer"] for site in plan["sites"]] == [1, 2]
     assert not Path("first-repeated").exists()
 
@@ -204,7 +204,7 @@ def test_a_lost_snapshot_is_mended_as_the_message_says(run: Run) -> None:
 
 
 def test_batches_of_another_size_are_noted_on_resuming(run: Run) -> None:
-    stack = ("--stabilizer", "clip", "--layers", "1-2", "--seed", "7", "-o", "memit.ridge=0.5", *QUICK)
+    stack = ("--stabilizer", "clip", "--layers", "1-2", "--seed", "7", "-o", "rlsedit.ridge=0.5", *QUICK)
     where = ("--model", "model", "--corpus", "corpus.txt", "--out", "first", "--resume")
     code, _, err = run("facts.jsonl", *where, *stack, "--batch-size", "1")
     assert (code, err.count("Batches of 1 from here on; they were of 2")) == (0, 1), err

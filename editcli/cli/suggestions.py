@@ -111,7 +111,7 @@ SUGGESTIONS: Mapping[str, tuple[str | None, Any]] = {
     "device": _DEVICES,
     "solve_device": _DEVICES,
     "device_map": (None, _given("auto", "balanced", "sequential")),
-    "corpus": (FILES, _given("self")),
+    "corpus": (FILES, _given("english", "self")),
     "stop_if": (None, _given(*(f"{name}>" for name in SITE_FIGURES), *(f"{name}<" for name in BATCH_FIGURES))),
     "run": (FOLDERS, None),
     "patch": (FOLDERS, None),

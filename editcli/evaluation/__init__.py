@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 from editcli.distributed.team import Team
 from editcli.edits import EditRequest, Neighbor
-from editcli.errors import OptionError, near_miss
+from editcli.errors import OptionError, RequestError, near_miss
 from editcli.evaluation.generation import Generation, consistency, fluency, generate
-from editcli.evaluation.scoring import BATCH_TOKENS, Probe, ProbeScore, score
+from editcli.evaluation.scoring import BATCH_TOKENS, Probe, ProbeScore, encode_probes, score
+from editcli.models.tokens import Tokens
 from editcli.report import Reporter, Silent
 
 if TYPE_CHECKING:
@@ -136,9 +137,12 @@ def evaluate(
     chosen = _choose(metrics, requests)
     plans = [questions(request, chosen) for request in requests]
     probes = list(dict.fromkeys(probe for plan in plans for question in plan for probe in question.probes))
-    scores = dict(
-        zip(probes, score(loaded, probes, batch_tokens=batch_tokens, reporter=reporter, team=team), strict=True)
-    )
+    try:
+        found = score(loaded, probes, batch_tokens=batch_tokens, reporter=reporter, team=team)
+    except RequestError:
+        _refuse_unreadable(requests, plans, loaded.tokens)
+        raise
+    scores = dict(zip(probes, found, strict=True))
     generations: Mapping[str, Generation] = {}
     if chosen & {"fluency", "consistency"}:
         prompts = [prompt for request in requests for prompt in request.generation_prompts]
@@ -147,6 +151,15 @@ def evaluate(
         _outcome(request, plan, scores, generations) for request, plan in zip(requests, plans, strict=True)
     )
     return summarize(outcomes, requests=requests, metrics=chosen)
+
+
+def _refuse_unreadable(requests: Sequence[EditRequest], plans: Sequence[Sequence[Question]], tokens: Tokens) -> None:
+    """Raise :class:`RequestError` at the line of the first edit whose prompts cannot be scored."""
+    for request, plan in zip(requests, plans, strict=True):
+        try:
+            encode_probes(tokens, [probe for question in plan for probe in question.probes])
+        except RequestError as error:
+            raise request.refusal(error.reason) from error
 
 
 def summarize(outcomes: Sequence[Outcome], *, requests: Sequence[EditRequest], metrics: Collection[str]) -> Evaluation:

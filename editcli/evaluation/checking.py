@@ -12,7 +12,8 @@ from editcli.edits import EditRequest, read_edits
 from editcli.errors import RequestError
 from editcli.evaluation.admission import Gate, thinking_warning
 from editcli.formats import Format
-from editcli.models.loading import resolve_model
+from editcli.models.choice import has_weights
+from editcli.models.fit import check_fit
 from editcli.models.tokens import Encoded, Tokens
 from editcli.plugins import Plugins, load_plugins
 from editcli.recipe import Recipe
@@ -100,7 +101,10 @@ def check(
     )
     recipe.check(plugins)
     source = planning.located(recipe, weights=False)
-    gate = planning.gate_of(recipe, source, plugins)
+    base = planning.described(recipe, source, plugins)
+    if has_weights(source.folder):
+        check_fit(base.checkpoint, base.model, reporter or Silent())
+    gate = planning.gate_of(recipe, base, plugins)
     file = read_edits(edits, skip_bad=True, limit=limit, formats=formats)
     checked: list[CheckedEdit] = []
     rejected = list(file.rejected)

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from editcli.distributed.team import Team
-from editcli.models.recall import cache_of, with_cache
-from editcli.models.tokens import Encoded, Text
+from editcli.models.tokens import Encoded
 from editcli.models.writing import continue_rows
 from editcli.report import Reporter, Silent
 

@@ -144,8 +144,8 @@ def measure(
     parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
     agree_on_inputs(team, "recipe, edits and text", parts)
     families = tuple(family for _, family in plugins.brought("editcli_architectures"))
-    loaded = _open(source, recipe, families)
-    base = None if base_source is None else _open(base_source, recipe, families)
+    loaded = _open(source, recipe, families, reporter)
+    base = None if base_source is None else _open(base_source, recipe, families, reporter)
     warning = thinking_warning(loaded.tokens)
     if warning is not None:
         reporter.warn(warning)
@@ -218,7 +218,7 @@ def _evaluate(
     return evaluate(loaded, requests, metrics=recipe.metrics or None, seed=recipe.seed, reporter=reporter, team=team)
 
 
-def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family]) -> LoadedModel:
+def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family], reporter: Reporter) -> LoadedModel:
     return open_model(
         source,
         device=recipe.device,
@@ -227,6 +227,7 @@ def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family]) -
         families=families,
         chat_template=recipe.chat,
         trust_remote_code=recipe.trust_remote_code,
+        reporter=reporter,
     )
 
 

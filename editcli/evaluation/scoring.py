@@ -17,7 +17,7 @@ from editcli.distributed.team import Team
 from editcli.errors import RequestError
 from editcli.models.forward import chunks, head_only_at, pass_tokens, positions, run
 from editcli.models.matmul import quick_linears
-from editcli.models.tokens import Encoded, Tokens
+from editcli.models.tokens import Encoded, RowlessTokenError, Tokens
 from editcli.report import Reporter, Silent
 
 if TYPE_CHECKING:
@@ -77,8 +77,13 @@ def score(
 
 
 def encode_probes(tokens: Tokens, probes: Sequence[Probe]) -> list[Encoded]:
-    """Tokenise ``probes``; raise :class:`RequestError` for one without target tokens or longer than the context."""
-    rows = tokens.encode([tokens.continue_with(probe.prompt, probe.target, between=probe.between) for probe in probes])
+    """Tokenise ``probes``; raise :class:`RequestError` for one that the model cannot read or that asks for nothing."""
+    try:
+        rows = tokens.encode(
+            [tokens.continue_with(probe.prompt, probe.target, between=probe.between) for probe in probes]
+        )
+    except RowlessTokenError as error:
+        raise RequestError(str(error)) from error
     for probe, row in zip(probes, rows, strict=True):
         if row.target.start < 1:
             raise RequestError(f"the answer {probe.target!r} has no token of its own after {probe.prompt!r}")

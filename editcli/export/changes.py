@@ -22,6 +22,7 @@ from editcli.export.source import Edited
 from editcli.inspection.diffs import ROUNDING_MARGIN, rounding_level
 from editcli.interfaces import Site
 from editcli.models.checkpoint import Checkpoint
+from editcli.ratios import ratio
 from editcli.runs.output import to_stored
 
 SHARE = 0.5
@@ -153,5 +154,4 @@ def _factors(segments: Sequence[Path], site: Site, delta: Tensor) -> tuple[Tenso
 
 
 def _relative(found: Tensor, target: Tensor, base: Tensor) -> float:
-    change = spectra.distance(target, base)
-    return spectra.distance(found, target) / change if change else 0.0
+    return ratio(spectra.distance(found, target), spectra.distance(target, base)) or 0.0

@@ -78,9 +78,9 @@ def write_patch(folder: Path, edited: Edited, record: Mapping[str, Any]) -> None
 
 
 def model_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return every file of a model folder but its card and our records, with its sha256."""
+    """Return every file of a model folder but its card and our records, with its sha256, by its path in the folder."""
     paths = {path.relative_to(checkpoint.folder).as_posix(): path for path in side_files(checkpoint.folder)}
-    paths |= {name: checkpoint.folder / name for name in checkpoint.files}
+    paths |= {name: checkpoint.folder / name for name in checkpoint.choice.names}
     return {name: file_digest(path) for name, path in sorted(paths.items())}
 
 

@@ -20,7 +20,7 @@ from editcli.export.source import Edited, FinishedRun, open_run, with_base
 from editcli.models.architectures import Family
 from editcli.models.checkpoint import Checkpoint
 from editcli.models.hub import fetch_patch
-from editcli.models.loading import choose_device, resolve_model
+from editcli.models.loading import choose_device, refuse_unopenable, resolve_model
 from editcli.plugins import Plugins
 from editcli.report import Reporter, Silent
 from editcli.runs.apply import STOPPED, writing
@@ -175,6 +175,7 @@ class _Export:
             advance(1)
             if model_files(Checkpoint(self.folder)) != model_files(after):
                 raise ModelError(f"what was written is not {self.run.path}; the disk may be faulty, export again")
+            refuse_unopenable(self.folder, trust_remote_code=self.recipe.trust_remote_code)
             advance(1)
         return tuple(after.tensor_for(f"{module}.weight") for module in self.run.history.sites)
 

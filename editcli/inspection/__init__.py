@@ -16,8 +16,10 @@ from editcli.errors import ModelError, OptionError
 from editcli.interfaces import Site
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.checkpoint import Checkpoint
+from editcli.models.fit import check_fit
 from editcli.models.loading import ModelSource, load_config, resolve_model
 from editcli.presets import Preset, load_preset
+from editcli.ratios import ratio
 from editcli.report import Reporter, Silent
 from editcli.runs.history import History, TopEdit, read_history
 from editcli.runs.verdict import FINE, UNKNOWN, Thresholds, Verdict, judge, parse_thresholds, worst
@@ -165,6 +167,7 @@ def inspect(
         reporter.warn(f"the history of this run cannot be shown: {history.problem}")
     config = load_config(source)
     architecture = resolve(skeleton(config), families)
+    check_fit(Checkpoint(source.folder), architecture.model, reporter)
     chosen = load_preset(config, architecture, preset)
     before = _base_source(base, history, reporter) if wanted.norms or wanted.spectral else None
     reader = _Reader(source, before, architecture, wanted, device)
@@ -323,7 +326,7 @@ def _nonfinite(bare: SiteInspection) -> SiteInspection:
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
-    return None if part is None or not whole else part / whole
+    return None if part is None or whole is None else ratio(part, whole)
 
 
 def _thin(values: Tensor) -> tuple[tuple[int, float], ...]:

@@ -14,9 +14,11 @@ from torch import Tensor
 from editcli import krylov, spectra
 from editcli.errors import ModelError
 from editcli.evaluation.generation import generate
-from editcli.models.architectures import Family
+from editcli.models.architectures import Family, skeleton
 from editcli.models.checkpoint import Checkpoint
-from editcli.models.loading import open_model, resolve_model
+from editcli.models.fit import check_fit
+from editcli.models.loading import ModelSource, load_config, open_model, resolve_model
+from editcli.ratios import ratio
 from editcli.report import Reporter, Silent
 
 RANK_PROBE, RANK_LIMIT = 64, 1024
@@ -101,7 +103,7 @@ def diff(
     """Compare two checkpoints tensor by tensor, one pair in memory at a time; raises :class:`ModelError`."""
     reporter = reporter or Silent()
     sources = resolve_model(base), resolve_model(edited)
-    before, after = (Checkpoint(source.folder) for source in sources)
+    before, after = (_checked(source, reporter) for source in sources)
     names = [name for name in before.names() if name in after.entries]
     if not names:
         raise ModelError(f"{sources[0].name} and {sources[1].name} have no tensor in common; compare related models")
@@ -122,6 +124,23 @@ def diff(
         added=tuple(name for name in after.names() if name not in before.entries),
         reshaped=tuple(name for name in names if name not in set(same)),
     )
+
+
+def _checked(source: ModelSource, reporter: Reporter) -> Checkpoint:
+    """Return a checkpoint; tell what keeps it from being the whole model, as comparing may be how one finds out why."""
+    checkpoint = Checkpoint(source.folder)
+    try:
+        bare = skeleton(load_config(source))
+    except ModelError:
+        # Tensors can be compared of every checkpoint, also of a model that cannot be edited or needs code to be built.
+        for text in checkpoint.remarks():
+            reporter.warn(text)
+        return checkpoint
+    try:
+        check_fit(checkpoint, bare, reporter)
+    except ModelError as error:
+        reporter.warn(str(error))
+    return checkpoint
 
 
 def rounding_level(matrix: Tensor, dtype: torch.dtype) -> float:
@@ -180,8 +199,8 @@ def _tensor_diff(name: str, first: Tensor, second: Tensor, *, ranks: bool, devic
         dtype=str(second.dtype).removeprefix("torch."),
         base_dtype=str(first.dtype).removeprefix("torch."),
         norm=norm,
-        relative=norm / before if before else None,
-        ratio=spectra.frobenius(second) / before if before else None,
+        relative=ratio(norm, before),
+        ratio=ratio(spectra.frobenius(second), before),
         largest=float(difference.abs().max()) if difference.numel() else 0.0,
         rank=rank,
     )

@@ -10,11 +10,11 @@ import hashlib
 import itertools
 import json
 import math
-import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,11 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.lines import no_constant
+from editcli.models.choice import Choice, choose, left_out, listed
 from editcli.printable import shorten
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20
 _MAX_DIMENSIONS = 64
-_PLAIN_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\0]{1,250}$")
 CHUNK = 1 << 18
 """Bytes read at a time: larger pieces get fresh memory from the system each time, which costs more than reading."""
 
@@ -69,27 +67,50 @@ class Checkpoint:
         self.folder = Path(folder)
 
     @cached_property
-    def entries(self) -> Mapping[str, TensorEntry]:
-        """All tensors by name."""
-        entries: dict[str, TensorEntry] = {}
-        for file in self.files:
-            entries.update(read_header(self.folder / file))
-        return entries
+    def choice(self) -> Choice:
+        """Which files transformers loads from the folder."""
+        return choose(self.folder)
 
     @cached_property
     def files(self) -> tuple[str, ...]:
-        """The safetensors files of the checkpoint, by name."""
-        if (self.folder / INDEX).is_file():
-            return _shards(self.folder)
-        if (self.folder / SINGLE).is_file():
-            _refuse_strange(self.folder / SINGLE)
-            return (SINGLE,)
-        if any(self.folder.glob("*.bin")) or any(self.folder.glob("*.pt")):
-            raise ModelError(
-                f"{self.folder} has its weights only as pickle files, which editcli never opens; convert it to "
-                "safetensors first (load it with transformers where you trust it, then save_pretrained)"
-            )
-        raise ModelError(f"{self.folder} has no {SINGLE} and no {INDEX}; is it a Hugging Face model folder?")
+        """The safetensors files of the checkpoint, in the order in which they are read."""
+        return self.choice.files
+
+    @cached_property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """Every tensor of every file; a name may be there twice."""
+        return tuple(entry for file in self.files for entry in read_header(self.folder / file).values())
+
+    @cached_property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """The tensors that are loaded, by name; of one that several files hold, the last one."""
+        choice = self.choice
+        strict = choice.index is not None and _loads_what_the_index_names()
+        return {entry.name: entry for entry in self.stored if not strict or entry.name in choice.mapped}
+
+    @cached_property
+    def superseded(self) -> tuple[TensorEntry, ...]:
+        """What lies in the files and is not loaded from there: copies that a later file replaces."""
+        return tuple(entry for entry in self.stored if self.entries.get(entry.name) != entry)
+
+    @property
+    def is_indexed_exactly(self) -> bool:
+        """Whether the index, if there is one, names every tensor with its file and nothing else."""
+        choice = self.choice
+        return choice.index is None or choice.mapped == {name: entry.file for name, entry in self.entries.items()}
+
+    def index_text(self) -> str:
+        """Return the index that this checkpoint should have: the tensors that are loaded, with their files."""
+        assert self.choice.index is not None, "a single file needs no index"
+        index = json.loads((self.folder / self.choice.index).read_text("utf-8"))
+        mapped = {name: entry.file for name, entry in self.entries.items()}
+        total = sum(entry.stop - entry.start for entry in self.entries.values())
+        metadata = {**index["metadata"], "total_size": total}
+        return json.dumps({**index, "metadata": metadata, "weight_map": mapped}, indent=2, sort_keys=True) + "\n"
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return what is strange about the files and does not keep the model from loading, one sentence each."""
+        return tuple(_remarks(self))
 
     def names(self) -> tuple[str, ...]:
         """Return all tensor names."""
@@ -192,11 +213,6 @@ def read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size
 
 
-def is_plain_name(name: object) -> bool:
-    """Tell whether what a record calls a file's name is one, and leads to no other folder."""
-    return isinstance(name, str) and _PLAIN_NAME.match(name) is not None
-
-
 def file_digest(path: Path) -> str:
     """Return a file's sha256."""
     digest = hashlib.sha256()
@@ -256,39 +272,39 @@ def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
             raise ModelError(f"{path} is damaged: {names} share bytes; copy the file again")
 
 
-def is_own(path: Path, folder: Path | None = None) -> bool:
-    """Tell whether a file of a model folder lies in it, or where the hub's cache keeps what its snapshots link to.
+def _loads_what_the_index_names() -> bool:
+    """Tell whether the installed transformers takes from shards only what their index names, as 4.x does.
 
-    The folder is the file's own unless it is given.
+    From 5.0 on everything in the shards is loaded, and the index only says which files they are.
     """
-    folder, real = (folder or path.parent).resolve(), path.resolve()
-    places = [folder]
-    if folder.parent.name == "snapshots":
-        places.append(folder.parent.parent / "blobs")
-    return any(real.is_relative_to(place) for place in places)
+    return int(version("transformers").split(".")[0]) < 5
 
 
-def _shards(folder: Path) -> tuple[str, ...]:
-    path = folder / INDEX
-    try:
-        weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} is not a usable shard index: {error}") from error
-    for name in names:
-        # A shard named ../../x would make us read, and later write, outside the folder.
-        if not is_plain_name(name):
-            raise ModelError(f"{path} names the shard {shorten(repr(name))}, which is not a plain file name; refused")
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} lacks the shard {name} that its index names; download it again")
-        _refuse_strange(folder / name)
-    return tuple(names)
+def _remarks(checkpoint: Checkpoint) -> Iterator[str]:
+    choice, folder = checkpoint.choice, checkpoint.folder
+    others = left_out(folder, choice)
+    if others:
+        yield f"neither read nor copied, as transformers does not load it from {folder}: {listed(others)}"
+    for (file, used), names in sorted(_copies(checkpoint).items()):
+        yield f"stored twice in {folder}, in {file} and in {used}, which is what transformers loads: {listed(names)}"
+    present = {entry.name for entry in checkpoint.stored}
+    unnamed = tuple(sorted(present - choice.mapped.keys())) if choice.index else ()
+    if unnamed:
+        yield f"{choice.index} of {folder} does not name {listed(unnamed)}, which its shards hold"
+    lost = tuple(sorted(choice.mapped.keys() - present))
+    if lost:
+        yield f"{choice.index} of {folder} names {listed(lost)}, which its shards do not hold"
 
 
-def _refuse_strange(path: Path) -> None:
-    """Refuse a link out of the folder to something that does not even call itself weights."""
-    if not is_own(path) and path.resolve().suffix != ".safetensors":
-        raise ModelError(f"{path} is a link to {path.resolve()}, which is not a safetensors file; refused")
+def _copies(checkpoint: Checkpoint) -> Mapping[tuple[str, str], tuple[str, ...]]:
+    """Return the tensors that are stored twice, by the file that holds the spare copy and the file that counts."""
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for entry in checkpoint.superseded:
+        used = checkpoint.entries.get(entry.name)
+        if used is not None:
+            key = (entry.file, used.file)
+            found[key] = (*found.get(key, ()), entry.name)
+    return found
 
 
 def owned(tensor: Tensor) -> Tensor:

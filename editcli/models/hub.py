@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from editcli.errors import ModelError
-from editcli.models.checkpoint import INDEX, SINGLE, is_plain_name
+from editcli.models.choice import INDEX, SINGLE, is_plain_name
 from editcli.models.refusals import asking
 from editcli.printable import shorten
 

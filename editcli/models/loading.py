@@ -10,8 +10,7 @@ import importlib.resources
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +21,18 @@ import transformers
 
 from editcli.chat import ChatSettings
 from editcli.errors import ModelError
-from editcli.models.architectures import Architecture, Family, resolve
+from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.checkpoint import Checkpoint, owned
+from editcli.models.choice import refuse_adapter
+from editcli.models.finite import refuse_nonfinite
+from editcli.models.fit import COMPUTED, examine, fit_of, is_ordinary, quiet, refuse_misfit, remarks
 from editcli.models.hub import fetch, is_hub_copy, names_code, repository_of
 from editcli.models.offload import device_of
 from editcli.models.recall import resumes
 from editcli.models.refusals import page
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
+from editcli.report import Reporter, Silent
 
 BUNDLED = "bundled"
 """The name of the small trained model that ships inside the package."""
@@ -100,6 +103,7 @@ def resolve_model(
     name = str(source)
     folder = Path(name).expanduser()
     if folder.is_dir():
+        refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             if (folder / _RUN).is_file():
                 raise ModelError(f"the run in {name} has written no model yet; go on with 'editcli apply' and --resume")
@@ -128,30 +132,43 @@ def open_model(
     chat_template: bool | ChatSettings = False,
     trust_remote_code: bool = False,
     split: bool = False,
+    reporter: Reporter | None = None,
 ) -> LoadedModel:
     """Load model and tokenizer from a local folder; raise :class:`ModelError` with one sentence when that fails.
 
-    With ``split`` the model is spread over all processes of torch's process group, by its family's own plan.
+    A checkpoint that lacks what the model needs, or holds numbers that are not finite, is refused; what else is strange
+    about it is told to ``reporter``. With ``split`` the model is spread over all processes of torch's process group, by
+    its family's own plan.
     """
-    Checkpoint(source.folder).entries  # noqa: B018 - damaged or pickled weights are refused before anything is built.
+    checkpoint = Checkpoint(source.folder)
+    checkpoint.entries  # noqa: B018 - damaged or pickled weights are refused before anything is built.
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    if not is_ordinary(checkpoint):
+        # What the loaded model says of such a checkpoint depends on the version of transformers.
+        bare = skeleton(config, trust_remote_code)
+        refuse_misfit(examine(checkpoint, bare), checkpoint, bare)
     place = choose_device(device)
     if device_map and importlib.util.find_spec("accelerate") is None:
         raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
     options = {"device_map": device_map} if device_map else _straight_to(place)
     options = loading_options(config) if split else options
     try:
-        with _no_bars():
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        with quiet():
+            opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 config=config,
                 dtype=choose_dtype(dtype, config, place),
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
                 **options,
             )
+        model, info = opened
+        fit = fit_of(info, model)
+        refuse_misfit(fit, checkpoint, model)
         if not options:
             model = model.to(place)
         _own(model)
@@ -161,10 +178,26 @@ def open_model(
             "--device-map auto"
         ) from error
     # Transformers and safetensors raise many kinds of errors for an unusable folder, all of them the user's to mend.
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, ArithmeticError) as error:
         raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokens, resolve(model, families), source)
+    refuse_nonfinite(model, checkpoint)
+    for text in remarks(fit, checkpoint):
+        (reporter or Silent()).warn(text)
+    return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
+
+
+def refuse_unopenable(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise :class:`ModelError` unless transformers opens a saved folder for a user who has nothing but the folder.
+
+    Config, code, tokenizer and the choice of the weights' files are those of ``from_pretrained(folder)``; of the
+    weights only names and shapes are read.
+    """
+    source, checkpoint = ModelSource(str(folder), folder), Checkpoint(folder)
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    load_tokens(source, config, trust_remote_code=trust_remote_code)
+    bare = skeleton(config, trust_remote_code)
+    refuse_misfit(examine(checkpoint, bare), checkpoint, bare)
 
 
 def _own(model: Any) -> None:
@@ -187,12 +220,20 @@ def _straight_to(place: torch.device) -> dict[str, Any]:
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """Read a model's config."""
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    # A value of the wrong kind fails wherever the class of the config first looks at it, with errors of many libraries.
+    except Exception as error:
         _refuse_code(source, "config.json", trust_remote_code, error)
         raise ModelError(f"cannot read the config of {source.folder}: {_first_line(error)}") from error
+    kind = getattr(config, "dtype", None)
+    if isinstance(kind, torch.dtype) and kind not in COMPUTED:
+        raise ModelError(
+            f"the config of {source.folder} gives the dtype {str(kind).removeprefix('torch.')}, in which torch does "
+            "not compute; write bfloat16, float16 or float32 there"
+        )
+    return config
 
 
 def load_tokens(
@@ -265,18 +306,8 @@ def choose_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars off a stream that is not theirs to draw on."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-
-
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] = f"{lines[0]} {lines[1]}"
     return lines[0].rstrip(" :.") if lines else type(error).__name__

@@ -20,7 +20,12 @@ def device_of(module: nn.Module) -> torch.device:
 def read_weight(module: nn.Module) -> Tensor:
     """Return a module's weight as the model holds it, on the device on which the module computes."""
     weight = module.get_parameter("weight").detach()
-    return _hook(module).weights_map["weight"].to(device_of(module)) if weight.is_meta else whole_weight(weight)
+    return read_offloaded(module, "weight").to(device_of(module)) if weight.is_meta else whole_weight(weight)
+
+
+def read_offloaded(module: nn.Module, name: str) -> Tensor:
+    """Return one of a module's own parameters that accelerate keeps elsewhere, where it keeps it."""
+    return _hook(module).weights_map[name]
 
 
 def replace_weight(module: nn.Module, value: Tensor) -> None:

@@ -6,7 +6,9 @@ would be counted twice; nothing depends on the tokenizer's padding side, because
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +62,10 @@ class Text:
     """Characters between prompt and target: a model that is asked the prompt has to say them too."""
 
 
+class RowlessTokenError(ModelError):
+    """A text has a token that the model's embedding has no row for."""
+
+
 class Tokens:
     """A fast tokenizer with the conventions that editing needs."""
 
@@ -76,8 +82,30 @@ class Tokens:
         self.tokenizer, self.max_length, self.chat_template = tokenizer, max_length, bool(chat_template)
         settings = chat_template if isinstance(chat_template, ChatSettings) else ChatSettings()
         self.conversation = Conversation(tokenizer, settings) if chat_template else None
-        known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.pad_id: int = next(identifier for identifier in known if identifier is not None)
+        self.rows: int | None = None
+        """Rows of the model's embedding; None where no model is known. A tokenizer may have more tokens than that."""
+
+    @property
+    def pad_id(self) -> int:
+        """A token that can stand where nothing does."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((id for id in known if id is not None and self._has_row(id)), 0)
+
+    def of_model(self, model: Any) -> Tokens:
+        """Return these conventions for a model, or its skeleton: tokens without a row in its embedding are refused."""
+        bound = copy.copy(self)
+        bound.rows = int(model.get_input_embeddings().weight.shape[0])
+        return bound
+
+    def refuse_rowless(self, ids: Iterable[int]) -> None:
+        """Raise :class:`RowlessTokenError` for a token id that the embedding has no row for."""
+        lost = next((id for id in ids if not self._has_row(id)), None)
+        if lost is not None and self.rows is not None:
+            token = self.tokenizer.convert_ids_to_tokens(lost)
+            raise RowlessTokenError(
+                f"the token {token!r} ({lost}) has no row in the model's embedding, which ends at {self.rows - 1}; "
+                "use the tokenizer that belongs to the model"
+            )
 
     def locate(self, request: EditRequest, target: str | None = None) -> Text:
         """Return the text of ``request`` followed by ``target``, with both spans; raise :class:`RequestError`."""
@@ -128,7 +156,10 @@ class Tokens:
         return spaced, len(prompt) + 1
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        """Tokenise texts and turn their character spans into token positions."""
+        """Tokenise texts and turn their character spans into token positions.
+
+        Raises :class:`RowlessTokenError` for a token that the model cannot read.
+        """
         if not texts:
             return []
         batch = self.tokenizer(
@@ -140,12 +171,16 @@ class Tokens:
             # A text longer than the tokenizer's model_max_length is refused by check(); its own warning says less.
             verbose=False,
         )
+        self.refuse_rowless(itertools.chain.from_iterable(batch["input_ids"]))
         rows = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
         return [_place(text, ids, offsets) for text, ids, offsets in rows]
 
     def check(self, request: EditRequest) -> Encoded:
         """Tokenise a request with its target; raise :class:`RequestError` when it cannot be edited."""
-        (encoded,) = self.encode([self.locate(request, request.target_new)])
+        try:
+            (encoded,) = self.encode([self.locate(request, request.target_new)])
+        except RowlessTokenError as error:
+            raise request.refusal(str(error)) from error
         if request.has_subject and encoded.lookup < 0:
             raise request.refusal(f"the subject {request.subject!r} has no token of its own in this tokenizer")
         if not encoded.target:
@@ -195,6 +230,9 @@ class Tokens:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _has_row(self, id: int) -> bool:
+        return self.rows is None or id < self.rows
 
     def _round_trip(self, text: str) -> str:
         return self.decode(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

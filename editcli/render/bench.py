@@ -12,6 +12,7 @@ from rich.text import Text
 
 from editcli.errors import OptionError
 from editcli.pages.charts import Chart, Series
+from editcli.ratios import shown
 from editcli.report import Reporter
 from editcli.runs.bench import BenchReport, Curve, Point
 from editcli.runs.files import write_bytes
@@ -93,7 +94,7 @@ def _retained(curve: Curve) -> Sequence[str]:
 
 def _norms(curve: Curve) -> Sequence[str | Text]:
     growth, last, spent = curve.growth, curve.last, curve.seconds_per_edit
-    ratio = "n/a" if last is None else f"{last.ratio:.2f}"
+    ratio = shown(last and last.ratio, ".2f")
     seconds = "n/a" if spent is None else f"{spent:.2f}"
     if growth is None:
         return (ratio, *["n/a"] * (len(_SHORT) + 1), seconds)

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from editcli.ratios import shown
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.verdict import Thresholds, judge
 from editcli.words import duration, size
@@ -110,7 +111,7 @@ def _sites_table(sites: Sequence[SiteReport]) -> Table:
         word = judge(Thresholds(), ratio=site.ratio, drift=site.drift).word or ""
         loss = f"{site.cast_loss:.1e}" if site.cast_loss else "nothing"
         verdict = Text(word, style=STYLES.get(word, ""))
-        table.add_row(Text(site.module), f"{site.ratio:.3f}", f"{site.drift:.3f}", loss, verdict)
+        table.add_row(Text(site.module), shown(site.ratio, ".3f"), shown(site.drift, ".3f"), loss, verdict)
     return table
 
 

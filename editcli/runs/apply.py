@@ -20,7 +20,7 @@ from editcli.errors import GuardError, ModelError, OptionError, StateError
 from editcli.evaluation import Evaluation, evaluate
 from editcli.interfaces import Site
 from editcli.models.checkpoint import Checkpoint
-from editcli.models.loading import choose_device
+from editcli.models.loading import choose_device, refuse_unopenable
 from editcli.plugins import Plugins
 from editcli.presets.files import recorded_preset
 from editcli.recipe import Recipe
@@ -355,10 +355,12 @@ class Run:
         base = self.loaded.checkpoint
         tensors = stored_tensors(session, weights)
         self.provenance["weights"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-        with self.reporter.phase("Saving", 2, "steps") as advance:
+        with self.reporter.phase("Saving", 3, "steps") as advance:
             write_model(base, self.folder.out, tensors)
             advance(1)
             verified = verify(Checkpoint(self.planned.source.folder), self.folder.out, tensors, idle=idle)
+            advance(1)
+            refuse_unopenable(self.folder.out, trust_remote_code=self.recipe.trust_remote_code)
             advance(1)
         return verified
 

@@ -40,7 +40,12 @@ def body_of(report: BatchReport) -> dict[str, Any]:
         {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "update_norm": s.update_norm}
         for s in report.sites
     ]
-    body: dict[str, Any] = {"sites": sites, "metrics": report.metrics, "dropped": report.dropped, "targets": dict(report.targets)}
+    body: dict[str, Any] = {
+        "sites": sites,
+        "metrics": report.metrics,
+        "dropped": report.dropped,
+        "targets": dict(report.targets),
+    }
     if report.superseded:
         body["superseded"] = dict(report.superseded)
     if report.already_true:

@@ -63,8 +63,8 @@ class Point:
     """What a stack retained after so many edits."""
 
     edits: int
-    ratio: float
-    """The largest R_n of any site."""
+    ratio: float | None
+    """The largest R_n of any site that has one."""
     figures: Mapping[str, float | None]
 
 
@@ -216,7 +216,8 @@ def _points(history: History) -> tuple[Point, ...]:
 
 def _growth(history: History) -> Growth | None:
     counted = _counted(history)
-    return fit_growth([edits for edits, _ in counted], [_ratio(batch) for _, batch in counted])
+    known = [(edits, ratio) for edits, batch in counted if (ratio := _ratio(batch)) is not None]
+    return fit_growth([edits for edits, _ in known], [ratio for _, ratio in known])
 
 
 def _counted(history: History) -> list[tuple[int, Batch]]:
@@ -224,8 +225,9 @@ def _counted(history: History) -> list[tuple[int, Batch]]:
     return list(zip(accumulate(len(batch.edits) for batch in history.batches), history.batches, strict=True))
 
 
-def _ratio(batch: Batch) -> float:
-    return max(float(site["ratio"]) for site in batch.sites.values())
+def _ratio(batch: Batch) -> float | None:
+    """Return the largest R_n of a batch; None where every base is a matrix of zeros."""
+    return max((float(site["ratio"]) for site in batch.sites.values() if site["ratio"] is not None), default=None)
 
 
 def _cohorts(history: History) -> dict[str, tuple[float, ...]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from editcli.ratios import shown
 from editcli.recipe import Recipe
 from editcli.report import RunReport
 from editcli.runs.verdict import Thresholds, judge
@@ -171,7 +172,8 @@ def card_body(
     yield from ("| module | R_n | drift | lost by the cast | verdict |", "|---|---|---|---|---|")
     for site in report.sites:
         word = judge(Thresholds(), ratio=site.ratio, drift=site.drift).word or "n/a"
-        yield f"| `{site.module}` | {site.ratio:.4f} | {site.drift:.4f} | {site.cast_loss:.1e} | {word} |"
+        figures = " | ".join((shown(site.ratio, ".4f"), shown(site.drift, ".4f"), f"{site.cast_loss:.1e}"))
+        yield f"| `{site.module}` | {figures} | {word} |"
     if diagnostics:
         yield from ("", "## Diagnostics of the last batch", "", "| figure | value |", "|---|---|")
         yield from (f"| {name} | {_figure(value)} |" for name, value in diagnostics.items())

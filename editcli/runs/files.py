@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from editcli.models.checkpoint import CHUNK, DTYPES, owned
+from editcli.models.checkpoint import CHUNK, DTYPES, TensorEntry, owned
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIX, _SUFFIX = ".", ".tmp"
@@ -121,16 +123,37 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that lies in a safetensors file, to be copied byte for byte, whatever its dtype."""
+
+    path: Path
+    entry: TensorEntry
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the tensor's bytes, a piece in memory at a time."""
+        remaining = self.entry.stop - self.entry.start
+        with self.path.open("rb") as file:
+            file.seek(self.entry.start)
+            while remaining > 0:
+                data = file.read(min(CHUNK, remaining))
+                if not data:
+                    raise OSError(f"{self.path} ends within {self.entry.name}")
+                yield data
+                remaining -= len(data)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor | StoredTensor], metadata: Mapping[str, str]) -> str:
     """Write tensors atomically, one after the other, so that no second copy of them is held; return the sha256."""
+    layouts = {name: _layout(tensor) for name, tensor in tensors.items()}
     # Wide types first, as the format's own writer does, so that every tensor is aligned in the file.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-layouts[name].width, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name in names:
-        tensor = tensors[name]
-        stop = position + tensor.numel() * tensor.element_size()
-        fields = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, stop]}
+        layout = layouts[name]
+        stop = position + layout.size
+        fields = {"dtype": layout.dtype, "shape": list(layout.shape), "data_offsets": [position, stop]}
         header[name], position = fields, stop
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -140,10 +163,32 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             digest.update(part)
             file.write(part)
         for name in names:
-            data = tensor_bytes(tensors[name])
-            digest.update(data)
-            file.write(data)
+            for data in _pieces(tensors[name]):
+                digest.update(data)
+                file.write(data)
     return digest.hexdigest()
+
+
+class _Layout(NamedTuple):
+    """How a tensor lies in a file: bytes in all, and for one number."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    width: float
+
+
+def _layout(tensor: Tensor | StoredTensor) -> _Layout:
+    if isinstance(tensor, StoredTensor):
+        entry = tensor.entry
+        size = entry.stop - entry.start
+        return _Layout(entry.dtype, entry.shape, size, size / max(1, math.prod(entry.shape)))
+    width = tensor.element_size()
+    return _Layout(_NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * width, width)
+
+
+def _pieces(tensor: Tensor | StoredTensor) -> Iterable[bytes | memoryview]:
+    return tensor.pieces() if isinstance(tensor, StoredTensor) else (tensor_bytes(tensor),)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

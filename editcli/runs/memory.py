@@ -25,7 +25,7 @@ from editcli.export.folder import new_folder
 from editcli.interfaces import Site
 from editcli.models.architectures import Family, resolve
 from editcli.models.checkpoint import DTYPES, Checkpoint, TensorEntry
-from editcli.models.loading import LoadedModel, ModelSource
+from editcli.models.loading import LoadedModel, ModelSource, refuse_unopenable
 from editcli.models.offload import replace_weight
 from editcli.models.tokens import Tokens
 from editcli.plugins import Plugins
@@ -113,7 +113,7 @@ def hold(
     if strange is not None:
         raise ModelError(f"the model has weights of type {strange}, which editcli cannot read; load it unquantised")
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = Tokens(tokenizer, max_length=length, chat_template=chat_template)
+    tokens = Tokens(tokenizer, max_length=length, chat_template=chat_template).of_model(model)
     name = str(model.config.name_or_path or MEMORY)
     source = ModelSource(name, Path(name))
     return HeldModel(model, tokens, resolve(model, families), source, weights=HeldWeights(model, tokenizer))
@@ -179,6 +179,7 @@ class Saved(Run):
         tensors = stored_tensors(self.session, self.weights)
         write_model(self.loaded.checkpoint, folder, tensors)
         verify(self.loaded.checkpoint, folder, tensors, idle=self.idle)
+        refuse_unopenable(folder, trust_remote_code=self.recipe.trust_remote_code)
 
 
 class Unsaved(Saved):

@@ -16,6 +16,7 @@ from editcli.evaluation import Evaluation
 from editcli.interfaces import Site
 from editcli.models.loading import LoadedModel
 from editcli.plugins import Plugins
+from editcli.ratios import ratio
 from editcli.report import Rejection, RunReport, SiteReport
 from editcli.runs.card import carried
 from editcli.runs.planning import Planned
@@ -207,7 +208,8 @@ def _site_reports(session: ModelSession, weights: Mapping[Site, torch.Tensor]) -
         yield SiteReport(
             module=site.module,
             layer=site.layer,
-            ratio=float(weight.norm()) / norm,
-            drift=float((weight - base).norm()) / norm,
-            cast_loss=float((cast - weight).norm() / weight.norm()),
+            ratio=ratio(float(weight.norm()), norm),
+            drift=ratio(float((weight - base).norm()), norm),
+            # Zeros lose nothing in any dtype.
+            cast_loss=ratio(float((cast - weight).norm()), float(weight.norm())) or 0.0,
         )

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.interfaces import Site
-from editcli.models.checkpoint import CHUNK, Checkpoint, TensorEntry, is_own, read_raw_header
-from editcli.runs.files import atomic, copy_file, copy_into, tensor_bytes, write_safetensors
+from editcli.models.checkpoint import CHUNK, Checkpoint, TensorEntry, file_digest, read_raw_header
+from editcli.models.choice import is_own, is_weights
+from editcli.runs.files import StoredTensor, atomic, copy_file, copy_into, tensor_bytes, write_bytes, write_safetensors
 
 if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 CARD = "README.md"
 TEMPLATES = "additional_chat_templates"
 """Where transformers keeps the chat templates that are not the default one."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +41,17 @@ class Verified:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that are neither weights nor its model card, further chat templates included.
+    """Return the files of a model folder that are neither weights, nor their indexes, nor its model card.
+
+    Further chat templates are among them.
 
     Raises :class:`ModelError` for a link out of the folder: what it leads to would be copied, and perhaps published.
     """
     found = [
         path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix not in _WEIGHTS and path.name != CARD and not path.name.startswith(".")
+        for path in [*sorted(folder.iterdir()), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+        if path.is_file() and not is_weights(path) and path.name != CARD and not path.name.startswith(".")
     ]
-    found += sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
     for path in found:
         if not is_own(path, folder):
             raise ModelError(f"{path} is a link to {path.resolve()}; if that belongs to the model, copy it there")
@@ -64,7 +65,11 @@ def needed_bytes(base: Checkpoint) -> int:
 
 
 def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the base model to ``out`` with ``tensors`` (by stored name, in the layout and dtype to store) replaced."""
+    """Write the base model to ``out`` with ``tensors`` (by stored name, in the layout and dtype to store) replaced.
+
+    Only the checkpoint that transformers loads is written, each tensor of it once, so that every program that opens the
+    result finds the same weights.
+    """
     for path in side_files(base.folder):
         target = out / path.relative_to(base.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +77,8 @@ def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> N
     for name in base.files:
         own = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
         _write_shard(base, name, out / name, own)
+    if base.choice.index is not None:
+        _write_index(base, base.choice.index, out)
 
 
 def remove_old(folder: RunFolder) -> None:
@@ -110,6 +117,8 @@ def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor], *, idle: 
     Unless ``idle``, some planned tensor must differ from the base.
     """
     written = Checkpoint(out)
+    if written.files != base.files or written.choice.index != base.choice.index:
+        raise ModelError(f"transformers would load other files from {out} than were written; empty it and save again")
     if set(written.names()) != set(base.names()):
         raise ModelError(f"the model saved in {out} lacks tensors of the base; the disk may be faulty, save again")
     changed, unchanged = [], []
@@ -121,6 +130,7 @@ def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor], *, idle: 
             (unchanged if same else changed).append(name)
         elif not same:
             raise ModelError(f"{name} in {out} differs from the base though it was not edited; save again")
+    _refuse_other_files(base, out)
     if not changed and not idle:
         raise ModelError(
             "nothing changed: every edited weight equals the base's once it is stored, because the updates are smaller "
@@ -129,10 +139,28 @@ def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor], *, idle: 
     return Verified(tuple(changed), tuple(unchanged))
 
 
+def _refuse_other_files(base: Checkpoint, out: Path) -> None:
+    """Raise :class:`ModelError` unless config, tokenizer, templates and code are those of the base."""
+    for path in side_files(base.folder):
+        copy = out / path.relative_to(base.folder)
+        if not copy.is_file() or file_digest(copy) != file_digest(path):
+            raise ModelError(f"{copy} is not a copy of the base's; the disk may be faulty, save again")
+
+
+def _write_index(base: Checkpoint, name: str, out: Path) -> None:
+    """Copy an index that is right; write a new one where it names what is not there, or not all that is."""
+    if base.is_indexed_exactly:
+        copy_file(base.folder / name, out / name)
+    else:
+        write_bytes(out / name, base.index_text().encode())
+
+
 def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str, Tensor]) -> None:
     source = base.folder / name
-    if any(tensor.dtype != base.dtype(key) for key, tensor in tensors.items()):
-        kept = {key: base.read(key) for key, entry in base.entries.items() if entry.file == name and key not in tensors}
+    spare = any(entry.file == name for entry in base.superseded)
+    if spare or any(tensor.dtype != base.dtype(key) for key, tensor in tensors.items()):
+        here = {key: entry for key, entry in base.entries.items() if entry.file == name and key not in tensors}
+        kept = {key: StoredTensor(source, entry) for key, entry in here.items()}
         metadata = read_raw_header(source)[0].get("__metadata__", {"format": "pt"})
         write_safetensors(target, {**kept, **tensors}, metadata)
         return
@@ -158,16 +186,3 @@ def same_bytes(first: Path, one: TensorEntry, second: Path, other: TensorEntry) 
                 return False
             remaining -= size
     return True
-
-
-def remove_old(folder: RunFolder) -> None:
-    """Remove an old run's files, its state last; the lock stays, since this process holds it."""
-    state = (folder.lock, folder.state, folder.journal, folder.record)
-    for path in [*folder.out.iterdir(), *folder.folder.iterdir()]:
-        # A link is removed itself; what it leads to is not the run's.
-        if path.is_dir() and not path.is_symlink() and path != folder.folder:
-            shutil.rmtree(path)
-        elif (path.is_file() or path.is_symlink()) and path not in state:
-            path.unlink()
-    for path in (folder.record, folder.state, folder.journal):
-        path.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from editcli.formats import load_formats
 from editcli.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.checkpoint import Checkpoint
+from editcli.models.fit import check_fit
 from editcli.models.loading import (
     LoadedModel,
     ModelSource,
@@ -138,6 +139,7 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     base = described(recipe, source, plugins)
     located(recipe)
     warn_of_thinking(base.tokens, reporter)
+    check_fit(base.checkpoint, base.model, reporter)
     planned = replace(plan_on(base, recipe, plugins, file), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
     return replace(planned, footprint=check_memory(planned, base, reporter))
@@ -167,7 +169,7 @@ def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedMo
     config = load_config(source, trust_remote_code=trusted)
     tokens = load_tokens(source, config, chat_template=recipe.chat, trust_remote_code=trusted)
     model = skeleton(config, trusted)
-    return LoadedModel(model, tokens, resolve(model, brought_families(plugins)), source)
+    return LoadedModel(model, tokens.of_model(model), resolve(model, brought_families(plugins)), source)
 
 
 def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile) -> Planned:
@@ -274,10 +276,9 @@ def choose_sites(
     return sites
 
 
-def gate_of(recipe: Recipe, source: ModelSource, plugins: Plugins) -> Gate:
+def gate_of(recipe: Recipe, base: LoadedModel, plugins: Plugins) -> Gate:
     """Return what decides whether an edit can be used in a run of ``recipe``; reads no weights."""
-    base = described(recipe, source, plugins)
-    preset = load_preset(base.model.config, base.architecture)
+    preset = load_preset(base.model.config, base.architecture, recipe.preset)
     name = recipe.editor or preset.editor or DEFAULT_EDITOR
     settings = settings_for(name, preset, recipe.settings, plugins)
     editor = cast("type[Editor]", plugins.find("editor", name).component)

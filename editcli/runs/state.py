@@ -25,7 +25,8 @@ from torch import Tensor
 from editcli.edits import EditRequest, from_record
 from editcli.errors import RequestError, StateError
 from editcli.interfaces import Problem, Site, Update
-from editcli.models.checkpoint import file_digest, is_plain_name
+from editcli.models.checkpoint import file_digest
+from editcli.models.choice import is_plain_name
 from editcli.printable import shorten
 from editcli.runs.files import (
     is_leftover,

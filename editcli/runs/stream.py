@@ -24,6 +24,7 @@ from editcli.edits import EditRequest
 from editcli.errors import StateError
 from editcli.heap import give_back
 from editcli.interfaces import Editor, Problem, Site, Update
+from editcli.ratios import ratio
 from editcli.report import SiteReport
 from editcli.runs.batch import BatchReport, body_of, finite, report_of
 from editcli.runs.guards import Guard, refuse_nonfinite
@@ -127,11 +128,13 @@ class Stream:
         def check(site: Site, update: Update) -> None:
             where = _where(site.module, requests)
             reports[site] = self._site_report(site, update, where=where)
-            jump = abs(reports[site].ratio - float(before[site].norm()) / self._base_norms[site])
+            after, earlier = reports[site].ratio, ratio(float(before[site].norm()), self._base_norms[site])
+            jump = None if after is None or earlier is None else abs(after - earlier)
             figures = {"ratio": reports[site].ratio, "drift": reports[site].drift, "jump": jump}
             for guard in self.guards:
                 for figure, value in figures.items():
-                    guard.check(figure, value, where=where, remedy=self.stack.editor.tempered_by)
+                    if value is not None:
+                        guard.check(figure, value, where=where, remedy=self.stack.editor.tempered_by)
 
         with self._seeded(step):
             written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
@@ -317,8 +320,8 @@ class Stream:
         return SiteReport(
             module=site.module,
             layer=site.layer,
-            ratio=float(weight.norm()) / base,
-            drift=float(change.norm()) / base,
+            ratio=ratio(float(weight.norm()), base),
+            drift=ratio(float(change.norm()), base),
             update_norm=update.norm(),
         )
 

@@ -107,6 +107,7 @@ def _file_corpus(path: Path, loaded: LoadedModel, max_length: int, name: str) ->
 def _tokenised(loaded: LoadedModel, texts: Callable[[], Iterator[str]], max_length: int) -> Iterator[list[int]]:
     for text in itertools.chain.from_iterable(map(_pieces, texts())):
         ids = loaded.tokens.tokenizer(text, verbose=False)["input_ids"]
+        loaded.tokens.refuse_rowless(ids)
         for start in range(0, len(ids), max_length):
             piece = ids[start : start + max_length]
             if len(piece) > 1:
@@ -209,7 +210,8 @@ class _Writer:
         generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + number)
         begin = torch.full((_SELF_BATCH, 1), start or 0, device=device)
         if start is None:
-            begin = torch.randint(0, len(tokenizer), begin.shape, generator=generator, device=device)
+            known = min(len(tokenizer), self.loaded.tokens.rows or len(tokenizer))
+            begin = torch.randint(0, known, begin.shape, generator=generator, device=device)
         count = self.length - 1
         with self.reporter.phase("Writing reference text", _SELF_BATCH * count, "tokens") as advance:
 

@@ -98,6 +98,7 @@ def compute(
         device_map=recipe.device_map,
         families=families,
         trust_remote_code=recipe.trust_remote_code,
+        reporter=reporter,
     )
     layers = recipe.layers or load_preset(loaded.model.config, loaded.architecture, recipe.preset).layers
     sites = [loaded.architecture.site(layer) for layer in layers]

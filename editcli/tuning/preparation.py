@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from editcli.edits import EditRequest
 from editcli.errors import OptionError, StateError
-from editcli.models.loading import LoadedModel, open_model, resolve_model
+from editcli.models.loading import LoadedModel, open_model
 from editcli.plugins import Plugins
 from editcli.recipe import Recipe
 from editcli.report import Reporter
@@ -112,17 +112,19 @@ def open_edits(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter) -> tupl
     for warning in file.warnings if file else ():
         reporter.warn(warning)
     loaded = open_model(
-        resolve_model(run.model, revision=run.revision),
+        planning.located(run),
         device=run.device,
         dtype=run.dtype,
         device_map=run.device_map,
         families=planning.brought_families(plugins),
-        chat_template=run.chat_template,
+        chat_template=run.chat,
         trust_remote_code=run.trust_remote_code,
+        reporter=reporter,
     )
     if file is None:
         return loaded, probe_edits(loaded, seed=run.seed, reporter=reporter)
-    requests, rejected, _ = planning.usable(file, loaded.tokens, skip_bad=run.on_error == "skip", measured=True)
+    gate = planning.gate_of(run, loaded, plugins)
+    requests, rejected, _ = planning.usable(file, gate, skip_bad=run.on_error == "skip")
     for one in rejected:
         reporter.warn(f"left out: {one.id}: {one.reason}")
     for field, what in (("paraphrase_prompts", "generalization"), ("neighborhood_prompts", "specificity")):

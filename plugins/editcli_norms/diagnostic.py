@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from editcli.interfaces import Diagnostic, Session, Site, Update
 from editcli.options import option
+from editcli.ratios import ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,9 @@ class Norms(Diagnostic):
             # The base's weight may have to be read from its file, which is too dear for every batch.
             if site not in self._bases:
                 self._bases[site] = float(session.baseline(site).norm())
-            figures[f"update_norm_share/layer {site.layer}"] = update.norm() / self._bases[site]
+            share = ratio(update.norm(), self._bases[site])
+            if share is not None:
+                figures[f"update_norm_share/layer {site.layer}"] = share
             if update.left.shape[1] <= self.options.most:
                 figures[f"update_rank/layer {site.layer}"] = effective_rank(update)
         return figures

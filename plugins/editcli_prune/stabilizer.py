@@ -33,6 +33,9 @@ class Prune(Stabilizer):
         base = session.baseline(site).to(weight.device).double()
         change = weight.double() - base
         limit, _ = spectral_norm(base, device=session.device)
+        if limit == 0:
+            # Against a base of zeros every change is too large, and there is nothing to restrain it to.
+            return weight
         found = _leading(change, limit, session)
         above = int((found.values > limit).sum())
         self._restrained[site.module] = above

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from editcli.interfaces import Problem, Session, Site, Stabilizer, Update
 from editcli.options import option
+from editcli.ratios import ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,5 +102,4 @@ def _without(factor: Tensor, basis: Tensor) -> Tensor:
 
 
 def _share(before: Tensor, after: Tensor) -> float:
-    norm = float(before.norm())
-    return float((before - after).norm()) / norm if norm > 0 else 0.0
+    return ratio(float((before - after).norm()), float(before.norm())) or 0.0

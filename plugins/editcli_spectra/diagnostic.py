@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from editcli.interfaces import Diagnostic, Session, Site, Update
 from editcli.options import option
+from editcli.ratios import ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +46,8 @@ class Spectra(Diagnostic):
         figures: dict[str, float] = {}
         for site in session.sites:
             growth, share = self._shares(session, site)
-            figures[f"spectral_growth/layer {site.layer}"] = growth
-            figures[f"effective_rank_share/layer {site.layer}"] = share
+            known = {"spectral_growth": growth, "effective_rank_share": share}
+            figures |= {f"{name}/layer {site.layer}": value for name, value in known.items() if value is not None}
         return figures
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -58,8 +59,8 @@ class Spectra(Diagnostic):
     def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
         self._batches = int(state.get("batches", 0))
 
-    def _shares(self, session: Session, site: Site) -> tuple[float, float]:
-        """Return sigma_1 and the effective rank of the weight, relative to the base's."""
+    def _shares(self, session: Session, site: Site) -> tuple[float | None, float | None]:
+        """Return sigma_1 and the effective rank of the weight, relative to the base's; None for a base of zeros."""
         from editcli.spectra import spectrum  # Imports torch, which listing plugins must not.
 
         if site not in self._bases:
@@ -67,4 +68,4 @@ class Spectra(Diagnostic):
             self._bases[site] = base.spectral, base.effective_rank
         found = spectrum(session.weight(site), device=session.device)
         spectral, rank = self._bases[site]
-        return found.spectral / spectral, found.effective_rank / rank
+        return ratio(found.spectral, spectral), ratio(found.effective_rank, rank)

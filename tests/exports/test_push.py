@@ -183,7 +183,7 @@ def test_every_file_is_committed_at_once_to_a_new_repository(
     assert all(str(workshop).encode() not in data for data in hub.repos["me/edited"]["main"].values())
     card = hub.repos["me/edited"]["main"]["README.md"].decode()
     assert "4 edited facts" in card
-    assert "memit" in card
+    assert "rlsedit" in card
 
 
 def test_a_repository_that_exists_is_left_alone_unless_a_branch_is_named(

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from editcli.__main__ import main
 from editcli.errors import ModelError, StateError
-from editcli.models.checkpoint import INDEX, SINGLE, Checkpoint, read_header
+from editcli.models.checkpoint import Checkpoint, read_header
+from editcli.models.choice import INDEX, SINGLE
 from editcli.runs.history import read_history
 from editcli.runs.output import side_files
 from editcli.runs.state import RunFolder, journal_line
@@ -112,7 +113,7 @@ def test_any_header_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> N
 
 
 def shard_index(folder: Path, shard: str) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": shard}}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"x": shard}}))
 
 
 @pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\..\\b" * 5000])
@@ -124,7 +125,17 @@ def test_an_index_cannot_name_files_elsewhere(shard: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": [1]}}', "[" * 100_000, "\xff"]
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"x": [1]}}',
+        '{"weight_map": {}, "metadata": {}}',
+        '{"weight_map": {"x": "x.safetensors"}}',
+        "[" * 100_000,
+        "\xff",
+    ],
 )
 def test_an_index_that_is_none_is_one_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(text, encoding="latin-1")

@@ -1,0 +1,178 @@
+"""Whether a checkpoint holds what its architecture needs, known from its headers before any weight is read.
+
+A tensor that is missing is no error to transformers: it fills the parameter with random numbers, others at every load.
+What is missing depends on its renaming of old names, on prefixes and on tied weights, so transformers itself is asked:
+it loads a checkpoint of the same names and shapes whose tensors take no memory, and reports what it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from editcli.errors import ModelError
+from editcli.models.checkpoint import DTYPES, Checkpoint, TensorEntry
+from editcli.models.choice import CONFIG, listed
+from editcli.report import Reporter
+
+COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that torch multiplies matrices of; whatever else weights are stored in needs a rule of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How the names and shapes of a checkpoint fit a model; names are the model's own."""
+
+    missing: tuple[str, ...]
+    """Parameters for which nothing is stored; tied ones and buffers are none."""
+    reshaped: tuple[str, ...]
+    """Parameters that are stored in another shape."""
+    unused: tuple[str, ...]
+    """Stored tensors that no part of the model takes, but for those that its class knows to be there."""
+
+
+def check_fit(checkpoint: Checkpoint, model: PreTrainedModel, reporter: Reporter) -> None:
+    """Refuse a checkpoint that does not fit ``model``, of which names and shapes are enough; tell what is strange."""
+    fit = examine(checkpoint, model)
+    refuse_misfit(fit, checkpoint, model)
+    for text in remarks(fit, checkpoint):
+        reporter.warn(text)
+
+
+def examine(checkpoint: Checkpoint, model: PreTrainedModel) -> Fit:
+    """Return how a checkpoint fits ``model``, of which only the class, the config and the names are looked at.
+
+    Reads headers only and allocates nothing for what is stored; raises :class:`ModelError` where transformers cannot
+    load such a checkpoint at all.
+    """
+    return fit_of(rehearse(checkpoint, model), model)
+
+
+def fit_of(info: Mapping[str, Any], model: PreTrainedModel) -> Fit:
+    """Return the fit that transformers reports with ``output_loading_info=True``."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # The entries are names in older versions, and names with both shapes in newer ones.
+    reshaped = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
+    return Fit(
+        missing=tuple(sorted(name for name in set(info["missing_keys"]) - reshaped if name in parameters)),
+        reshaped=tuple(sorted(reshaped)),
+        unused=tuple(sorted(info["unexpected_keys"])),
+    )
+
+
+def refuse_misfit(fit: Fit, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Raise :class:`ModelError` unless every parameter of the model is stored, in its shape and a usable dtype."""
+    folder = checkpoint.folder
+    odd = [entry for entry in checkpoint.entries.values() if not _is_computed(entry)]
+    names = _stored_names(model) if odd else frozenset()
+    unusable = next((entry for entry in odd if entry.name in names), None)
+    if unusable is not None:
+        raise ModelError(
+            f"{unusable.name} of {folder} is stored as {unusable.dtype}, in which torch does not compute; choose the "
+            "checkpoint that it was made from, or convert it to bfloat16"
+        )
+    if fit.reshaped:
+        raise ModelError(f"{folder} does not fit its {CONFIG}: {_shapes(fit.reshaped[0], checkpoint, model)}; {_MEND}")
+    if fit.missing:
+        count = len(fit.missing)
+        what = "a tensor" if count == 1 else f"{count:,} tensors"
+        raise ModelError(
+            f"{folder} lacks {what} that its {CONFIG} asks for, and transformers would fill in random numbers: "
+            f"{listed(fit.missing)}; {_MEND}"
+        )
+
+
+def remarks(fit: Fit, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what is strange about a checkpoint and does not keep the model from loading, one sentence each."""
+    # Older versions report what an index names, whether it is there or not; that has a sentence of its own.
+    unused = tuple(name for name in fit.unused if name in checkpoint.entries or name not in checkpoint.choice.mapped)
+    if not unused:
+        return checkpoint.remarks()
+    what = f"{checkpoint.folder / CONFIG} describes a model that does not use {listed(unused)} of its weights"
+    return (*checkpoint.remarks(), what)
+
+
+def is_ordinary(checkpoint: Checkpoint) -> bool:
+    """Tell whether an index is right and everything is stored in a dtype that can be computed in."""
+    return checkpoint.is_indexed_exactly and all(map(_is_computed, checkpoint.entries.values()))
+
+
+def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any]:
+    """Have transformers load a checkpoint of the same names and shapes, and return what it reports.
+
+    Tensors in a dtype that cannot be computed in are held back, so that they count as missing.
+    """
+    # Every element of such a tensor is the same one in memory, so that a checkpoint of any size takes a few bytes.
+    one = torch.zeros((), dtype=torch.float32)
+    entries = checkpoint.entries.values()
+    hollow = {entry.name: one.expand(entry.shape) for entry in entries if _is_computed(entry)}
+    kind: Any = _uninitialised(type(model))
+    try:
+        with quiet():
+            _, info = kind.from_pretrained(
+                None,
+                config=model.config,
+                state_dict=hollow,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    # Transformers raises many kinds of errors for an unusable checkpoint, all of them the user's to mend.
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"transformers cannot load the checkpoint in {checkpoint.folder}: {lines[0]}") from error
+    return info
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own reports and progress bars off a stream that is not theirs to write on."""
+    log = transformers.utils.logging
+    shown, level = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if shown:
+            log.enable_progress_bar()
+
+
+_MEND = f"download the checkpoint again, or correct {CONFIG}"
+
+
+def _uninitialised(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return a model class that does not fill in what is missing, which would take the memory and time that it does."""
+    return type(kind.__name__, (kind,), {"_initialize_missing_keys": _leave, "__module__": kind.__module__})
+
+
+def _leave(model: PreTrainedModel, *which: Any) -> None:
+    """Leave parameters as they are."""
+
+
+def _is_computed(entry: TensorEntry) -> bool:
+    return DTYPES.get(entry.dtype) in COMPUTED
+
+
+def _stored_names(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names under which a model's parameters may be stored: with the backbone's prefix and without."""
+    prefix = f"{model.base_model_prefix}."
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return frozenset((*names, *(name.removeprefix(prefix) for name in names), *(prefix + name for name in names)))
+
+
+def _shapes(name: str, checkpoint: Checkpoint, model: PreTrainedModel) -> str:
+    needed = " x ".join(map(str, model.get_parameter(name).shape))
+    try:
+        stored = checkpoint.shape(checkpoint.tensor_for(name))
+    except ModelError:
+        # It was renamed since it was stored, and only transformers knows how.
+        return f"{name} should be {needed} and is stored in another shape"
+    return f"{name} should be {needed} and is stored as {' x '.join(map(str, stored))}"
