@@ -113,7 +113,7 @@ def test_what_has_no_fixed_values_offers_nothing() -> None:
 
 def test_nothing_that_has_values_is_left_without() -> None:
     """A new option that takes text is either in the table of suggestions or here."""
-    free = {"revision", "thresholds", "author", "metrics", "harness", "push", "name", "message", "ids"}
+    free = {"revision", "thresholds", "author", "metrics", "harness", "push", "name", "message", "ids", "system"}
     from editcli.cli.suggestions import SUGGESTIONS, Suggested, SuggestedList
 
     group = build_cli(load_plugins())

@@ -258,6 +258,12 @@ def test_rejected_edits_are_listed_up_to_a_point_and_never_read_as_markup() -> N
     assert "and 4 more, see editcli/rejected.jsonl" in shown
 
 
+def test_a_run_says_how_its_targets_ended() -> None:
+    shown = drawn(run_table(report(targets={"optimised": 1990, "reached": 1800, "clamped": 12})))
+    assert "targets: 1,800 of 1,990 reached the stop loss, 12 ended at the clamp" in shown
+    assert "targets: " not in drawn(run_table(report(targets=None)))
+
+
 def test_the_plan_says_what_it_costs() -> None:
     plan = Plan(
         model="bundled",

@@ -34,7 +34,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, corpus_text: str) -> Path:
     (folder / "corpus.txt").write_text(corpus_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        stack = ("--stabilizer", "clip", "--layers", "1-2", "--batch-size", "2", "--seed", "7", "-o", "rlsedit.ridge=0.5")
+        stack = ("--stabilizer", "clip", "--layers", "1-2", "--batch-size", "2", "--seed", "7")
+        stack = (*stack, "-o", "rlsedit.ridge=0.5")
         where = ("--model", "model", "--corpus", "corpus.txt", "--out", "first")
         assert main(["-q", "apply", "facts.jsonl", *where, *stack, *QUICK]) == 0
     return folder

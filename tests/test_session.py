@@ -230,7 +230,7 @@ def test_what_a_norm_silences_is_left_alone(tmp_path: Path) -> None:
     norm = loaded.architecture.mlp_norm(2)
     assert norm is not None
     with torch.no_grad():
-        norm.weight[3] = -1.0
+        dict(norm.named_parameters())["weight"][3] = -1.0
     opened = session(loaded, (2,))
     site, values = opened.sites[0], random_values(loaded, len(REQUESTS))
     residual = opened.residual(REQUESTS, site, values)

@@ -138,11 +138,11 @@ def evaluate(
     plans = [questions(request, chosen) for request in requests]
     probes = list(dict.fromkeys(probe for plan in plans for question in plan for probe in question.probes))
     try:
-        found = score(loaded, probes, batch_tokens=batch_tokens, reporter=reporter, team=team)
+        scored = score(loaded, probes, batch_tokens=batch_tokens, reporter=reporter, team=team)
     except RequestError:
         _refuse_unreadable(requests, plans, loaded.tokens)
         raise
-    scores = dict(zip(probes, found, strict=True))
+    scores = dict(zip(probes, scored, strict=True))
     generations: Mapping[str, Generation] = {}
     if chosen & {"fluency", "consistency"}:
         prompts = [prompt for request in requests for prompt in request.generation_prompts]

@@ -12,7 +12,7 @@ from editcli.edits import EditRequest, read_edits
 from editcli.errors import RequestError
 from editcli.evaluation.admission import Gate, thinking_warning
 from editcli.formats import Format
-from editcli.models.choice import has_weights
+from editcli.models.choice import has_weights, is_fetched
 from editcli.models.fit import check_fit
 from editcli.models.tokens import Encoded, Tokens
 from editcli.plugins import Plugins, load_plugins
@@ -102,7 +102,7 @@ def check(
     recipe.check(plugins)
     source = planning.located(recipe, weights=False)
     base = planning.described(recipe, source, plugins)
-    if has_weights(source.folder):
+    if has_weights(source.folder) and (source.commit is None or is_fetched(source.folder)):
         check_fit(base.checkpoint, base.model, reporter or Silent())
     gate = planning.gate_of(recipe, base, plugins)
     file = read_edits(edits, skip_bad=True, limit=limit, formats=formats)

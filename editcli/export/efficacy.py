@@ -22,13 +22,14 @@ from editcli.models.loading import LoadedModel, open_model
 from editcli.models.offload import device_of, replace_weight
 from editcli.report import Reporter
 from editcli.runs.outcome import efficacy
+from editcli.superseding import supersede
 
 
 def measure_adapter(
     edited: Edited, adapter: Path, recipe: ExportRecipe, *, families: tuple[Family, ...], reporter: Reporter
 ) -> Measured | None:
     """Return the efficacies of base and adapter on a sample of the edits; None when the run's edits are not there."""
-    requests = _applied(edited, reporter)
+    requests = supersede(_applied(edited, reporter))[0]
     if not requests:
         return None
     asked = [

@@ -298,13 +298,13 @@ def _remarks(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _copies(checkpoint: Checkpoint) -> Mapping[tuple[str, str], tuple[str, ...]]:
     """Return the tensors that are stored twice, by the file that holds the spare copy and the file that counts."""
-    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    copies: dict[tuple[str, str], tuple[str, ...]] = {}
     for entry in checkpoint.superseded:
         used = checkpoint.entries.get(entry.name)
         if used is not None:
             key = (entry.file, used.file)
-            found[key] = (*found.get(key, ()), entry.name)
-    return found
+            copies[key] = (*copies.get(key, ()), entry.name)
+    return copies
 
 
 def owned(tensor: Tensor) -> Tensor:

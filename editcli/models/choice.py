@@ -94,6 +94,14 @@ def has_weights(folder: Path) -> bool:
     return any(path.suffix in _WEIGHTS and path.is_file() for path in folder.iterdir())
 
 
+def is_fetched(folder: Path) -> bool:
+    """Tell whether all shards that an index names are there; of a hub model they may not have been needed yet."""
+    index = folder / INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return True
+    return all((folder / name).is_file() for name in set(_read_index(index)["weight_map"].values()))
+
+
 def is_weights(path: Path) -> bool:
     """Tell by its name whether a file holds weights, or is an index of such files."""
     return path.suffix in _WEIGHTS or _AN_INDEX.search(path.name) is not None
@@ -116,7 +124,7 @@ def is_own(path: Path, folder: Path | None = None) -> bool:
     The folder is the file's own unless it is given.
 
     The cache keeps contents in ``models--OWNER--NAME/blobs``; its snapshots, and the folders that older versions
-    downloaded to, hold links there.
+    downloaded to, hold links there. The folder is the file's own unless it is given.
     """
     folder, real = (folder or path.parent).resolve(), path.resolve()
     if real.is_relative_to(folder) or _in_hub_cache(real):

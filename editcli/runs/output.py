@@ -41,17 +41,16 @@ class Verified:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Return the files of a model folder that are neither weights, nor their indexes, nor its model card.
-
-    Further chat templates are among them.
+    """Return the files of a model folder that are neither weights nor its model card, further chat templates included.
 
     Raises :class:`ModelError` for a link out of the folder: what it leads to would be copied, and perhaps published.
     """
     found = [
         path
-        for path in [*sorted(folder.iterdir()), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+        for path in sorted(folder.iterdir())
         if path.is_file() and not is_weights(path) and path.name != CARD and not path.name.startswith(".")
     ]
+    found += sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
     for path in found:
         if not is_own(path, folder):
             raise ModelError(f"{path} is a link to {path.resolve()}; if that belongs to the model, copy it there")

@@ -121,6 +121,8 @@ class Stream:
             raise StateError("there is no edit in this batch")
         self._refuse(requests)
         requests, replaced = supersede(requests)
+        for one in replaced:
+            self.session.reporter.warn(f"{one.request.place}: the edit {one.request.id!r} is {one.reason}")
         before = self.session.masters()
         step = self.position.step + 1
         reports: dict[Site, SiteReport] = {}

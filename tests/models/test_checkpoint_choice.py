@@ -227,6 +227,7 @@ def test_a_shard_that_is_written_anew_keeps_what_nobody_can_read(folder: Any, tm
     edited_twice(folder)
     extra = torch.arange(4, dtype=torch.int64)
     folder.single({**load_file(folder.path / FIRST), "scales": extra}, FIRST)
+    folder.index({**Checkpoint(folder.path).choice.mapped, "scales": FIRST})
     shard = folder.path / FIRST
     shard.write_bytes(shard.read_bytes().replace(b'"I64"', b'"F6X"', 1))
     base, out = Checkpoint(folder.path), tmp_path / "out"

@@ -219,3 +219,17 @@ class TestEmbeddingRows:
         given = (str(short), "--corpus", str(text), "--device", "cpu", "--layers", "1")
         assert main(["-q", "stats", "compute", *given]) == 1
         assert "has no row in the model's embedding" in " ".join(capsys.readouterr().err.split())
+
+
+def test_check_does_not_ask_for_shards_of_a_hub_model_that_were_not_fetched(folder: Any, tmp_path: Path) -> None:
+    """A folder of the user's own that lacks them is refused."""
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text(json.dumps(EDIT))
+    mapped = folder.shards()
+    (folder.path / max(mapped.values())).unlink()
+    with pytest.raises(ModelError, match="lacks the shard"):
+        check(edits, model=folder.path)
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    folder.path.rename(snapshot)
+    assert len(check(edits, model=snapshot).edits) == 1

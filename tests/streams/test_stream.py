@@ -293,10 +293,10 @@ def test_a_guard_leaves_a_program_its_stream(choices: dict[str, Any], helpers: A
     helpers.same_stream(Path("out"), Path("never"))
 
 
-def test_a_batch_that_moves_a_norm_too_far_is_refused_before_it_is_kept(choices: dict[str, Any], helpers: Any) -> None:
+def test_a_batch_that_moves_a_norm_too_far_is_refused_before_it_is_kept(choices: dict[str, Any]) -> None:
     """Without any --stop-if: the sentence names the settings, and weights, journal and memory stay as they were."""
     wild = {**choices["settings"], "targets": {"steps": 2, "prefixes": 0, "lr": 1e3, "clamp": 1e3}}
-    reckless = {**choices, "stabilizers": (), "settings": {**wild, "rlsedit": {"mom2_update_weight": 1e-3}}}
+    reckless: dict[str, Any] = {**choices, "stabilizers": (), "settings": {**wild, "rlsedit": {"mom2_update_weight": 1e-3}}}
     with editcli.EditStream("out", **reckless) as stream:
         before = {name: weight.clone() for name, weight in stream.model.state_dict().items()}
         said = r"jump>0.5: jump would be .* at model.layers.1.mlp.down_proj .*raise rlsedit.mom2_update_weight"
@@ -311,12 +311,13 @@ def test_a_batch_that_moves_a_norm_too_far_is_refused_before_it_is_kept(choices:
 
 def test_how_targets_ended_is_journaled(choices: dict[str, Any]) -> None:
     settings = {**choices["settings"], "targets": {"steps": 2, "prefixes": 0, "lr": 1e3, "stop_loss": 1e-9}}
-    with editcli.EditStream("out", **{**choices, "settings": settings}, stop_if=("jump>1e9",)) as stream:
+    loose: dict[str, Any] = {**choices, "settings": settings, "stop_if": ("jump>1e9",)}
+    with editcli.EditStream("out", **loose) as stream:
         expected = {"optimised": 2, "reached": 0, "clamped": 2}
         assert stream.apply(EDITS[:2]).targets == expected
         assert stream.save().targets == expected
     # What a resumed run reports covers the batches of before.
-    with editcli.EditStream("out", **{**choices, "settings": settings}, stop_if=("jump>1e9",), resume=True) as stream:
+    with editcli.EditStream("out", **loose, resume=True) as stream:
         stream.apply(EDITS[2:4])
         assert stream.save().targets == {"optimised": 4, "reached": 0, "clamped": 4}
     assert record(Path("out"))["targets"] == {"optimised": 4, "reached": 0, "clamped": 4}

@@ -1,0 +1,42 @@
+"""What a run says of targets that their optimisation did not reach."""
+
+from __future__ import annotations
+
+import pytest
+
+from editcli.core_options import TargetOptions
+from editcli.runs.guards import LARGEST_JUMP, parse_guards, with_default
+from editcli.runs.outcome import missed_targets
+
+ABSOLUTE, RELATIVE = TargetOptions(), TargetOptions(lr_kind="relative", lr=0.2)
+
+
+def counts(optimised: int, reached: int, clamped: int = 0) -> dict[str, int]:
+    return {"optimised": optimised, "reached": reached, "clamped": clamped}
+
+
+@pytest.mark.parametrize("known", [None, {}, counts(10, 10), counts(10, 9), counts(100, 90, 100)])
+def test_up_to_a_tenth_may_miss(known: dict[str, int] | None) -> None:
+    assert missed_targets(known, ABSOLUTE) is None
+
+
+@pytest.mark.parametrize(
+    ("known", "targets", "setting"),
+    [
+        (counts(10, 8), ABSOLUTE, "targets.lr_kind=relative"),
+        (counts(10, 8), RELATIVE, "raise targets.steps=25"),
+        # More steps change nothing for those that lie at the clamp.
+        (counts(10, 8, 6), ABSOLUTE, "6 ended at targets.clamp=0.75; raise it"),
+    ],
+)
+def test_more_than_a_tenth_names_what_to_change(known: dict[str, int], targets: TargetOptions, setting: str) -> None:
+    said = missed_targets(known, targets)
+    assert said is not None
+    assert said.startswith("2 of 10 targets did not reach targets.stop_loss=0.05")
+    assert setting in said
+
+
+def test_the_guard_on_jumps_is_on_unless_another_limit_is_given() -> None:
+    assert with_default(()) == (LARGEST_JUMP,)
+    assert with_default(parse_guards(["ratio>2"])) == (*parse_guards(["ratio>2"]), LARGEST_JUMP)
+    assert with_default(parse_guards(["jump>2"])) == parse_guards(["jump>2"])
