@@ -121,7 +121,8 @@ def test_a_relative_rate_is_searched_around_the_presets() -> None:
     [
         ({"v_weight_decay": 0.5}, 0.05, 50.0),
         ({"v_weight_decay": 0.5, "decay_kind": "absolute"}, 0.05, 50.0),
-        ({"v_weight_decay": 0.1, "decay_kind": "relative"}, 0.005, 1.0),
+        ({"v_weight_decay": 0.1, "decay_kind": "relative"}, 0.005, 0.5),
+        ({"v_weight_decay": 0.0, "decay_kind": "relative"}, 0.0, 0.5),
         ({"v_weight_decay": 100.0}, 0.05, 100.0),
     ],
 )
@@ -130,6 +131,7 @@ def test_a_range_follows_what_the_preset_means_and_holds_its_value(
 ) -> None:
     (bound,) = build_space({"targets": section}, layers=(1,), depth=8, fixed={"layers"}).bounds
     assert (bound.low, bound.high, bound.start) == (low, high, section["v_weight_decay"])
+    assert bound.log == (low > 0)
 
 
 def test_what_the_user_fixes_is_not_searched() -> None:

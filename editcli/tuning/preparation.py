@@ -191,5 +191,5 @@ def identity_of(recipe: TuneRecipe, bench: Workbench, space: Space, slices: Slic
         "--kl-price": recipe.kl_price,
         "--text": recipe.text,
         "dtype": str(next(loaded.model.parameters()).dtype),
-        "chat template": run.chat_template,
+        "chat template": str(run.chat),
     }

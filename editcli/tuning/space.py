@@ -27,7 +27,10 @@ DIGITS = 4
 
 @dataclass(frozen=True, slots=True)
 class Dimension:
-    """One row of the table: an option of a component, and the range in which it is searched on a log scale."""
+    """One row of the table: an option of a component, and the range in which it is searched.
+
+    The scale is logarithmic, unless the preset's value is 0: then the range goes from 0 to ``high`` on a linear one.
+    """
 
     component: str
     option: str
@@ -54,7 +57,7 @@ TABLE: tuple[Dimension, ...] = (
     Dimension("targets", "clamp", 0.3, 4.0),
     # At the published 0.5 the decay hardly counts: ||h|| is in the tens or hundreds and divides it by its square.
     Dimension("targets", "v_weight_decay", 0.05, 50.0, when=("decay_kind", "absolute")),
-    Dimension("targets", "v_weight_decay", 0.005, 1.0, when=("decay_kind", "relative")),
+    Dimension("targets", "v_weight_decay", 0.005, 0.5, when=("decay_kind", "relative")),
     Dimension("memit", "mom2_update_weight", 0.01, 10.0, scaled=True),
     Dimension("rlsedit", "mom2_update_weight", 0.01, 10.0, scaled=True),
     Dimension("rlsedit", "lambda_reg", 0.01, 100.0, scaled=True),
@@ -83,6 +86,8 @@ class Bound:
     start: float
     """The preset's value."""
     integer: bool = False
+    log: bool = True
+    """Whether ratios count, not differences; a range that begins at 0 has none."""
     first: tuple[float, ...] = ()
 
 
@@ -178,7 +183,10 @@ def _holds(row: Dimension, section: Mapping[str, Any]) -> bool:
 
 
 def _bound(row: Dimension, value: float | None) -> Iterator[Bound]:
-    if value is None or value <= 0:
+    if value is None or value < 0 or (value == 0 and row.scaled):
+        return
+    if value == 0:
+        yield Bound(row.name, 0.0, row.high, 0.0, log=False)
         return
     unit = value if row.scaled else 1.0
     low, high = min(row.low * unit, value), max(row.high * unit, value)

@@ -253,7 +253,7 @@ def _storage(file: Path) -> Any:
 def _suggested(trial: Any, bound: Bound) -> float:
     if bound.integer:
         return trial.suggest_int(bound.name, int(bound.low), int(bound.high))
-    return trial.suggest_float(bound.name, bound.low, bound.high, log=True)
+    return trial.suggest_float(bound.name, bound.low, bound.high, log=bound.log)
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class Workbench:
             with _seeded(recipe.seed, 0):
                 stack.prepare(session)
             prepared = time.perf_counter()
-            self._write(session, stack, requests, batch=batch, watch=watch)
+            self._write(session, stack, planned, batch=batch, watch=watch)
             figures = self._measure(session, planned.stabilizers, requests)
         finally:
             session.restore(before)
@@ -142,15 +142,19 @@ class Workbench:
         size = sum(8 * architecture.shape(site.layer)[1] ** 2 for site in every)
         return every if every and size <= ONE_PASS_BYTES else sites
 
-    def _write(
-        self, session: ModelSession, stack: Stack, requests: Sequence[EditRequest], *, batch: int, watch: Watch
-    ) -> None:
-        looked = 0
+    def _write(self, session: ModelSession, stack: Stack, planned: Planned, *, batch: int, watch: Watch) -> None:
+        requests, looked = planned.requests, 0
+
+        def check(site: Site, update: Update) -> None:
+            refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+            for guard in planned.guards:
+                guard.check("jump", _jump(session, site, update), where=f"at {site.module}")
+
         for start in range(0, len(requests), batch):
             chosen = requests[start : start + batch]
             done = start + len(chosen)
             with _seeded(session.seed, start // batch + 1):
-                written = edit_batch(session, stack.editor, stack.stabilizers, chosen, _finite)
+                written = edit_batch(session, stack.editor, stack.stabilizers, chosen, check)
                 commit(session, stack.editor, stack.stabilizers, chosen, written)
                 stack.settle(session)
             session.forget_reads()
@@ -180,8 +184,11 @@ def _part(done: int, total: int) -> int:
     return done * PARTS // total
 
 
-def _finite(site: Site, update: Update) -> None:
-    refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+def _jump(session: ModelSession, site: Site, update: Update) -> float:
+    """Return by how much an update changes R_n = ||W_n|| / ||W_0|| of its site."""
+    weight = session.weight(site)
+    after = torch.addmm(weight, update.left.to(weight), update.right.to(weight).T)
+    return abs(float(after.norm() - weight.norm())) / float(session.baseline(site).norm())
 
 
 @contextmanager
