@@ -159,7 +159,7 @@ def editing_options(batches: str) -> Callable[[Any], Any]:
             "--corpus",
             metavar="TEXT",
             section="Method",
-            help="Text for statistics: english, a file, hf:ID[:CONFIG] or self: the model writes it.  [default: english]",
+            help="Text for statistics: english, a file, hf:ID[:CONFIG] or self: by the model.  [default: english]",
         ),
         seed_option("Method"),
     )
