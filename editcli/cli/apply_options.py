@@ -146,7 +146,7 @@ def method_options(command: Any) -> Any:
             "--corpus",
             metavar="TEXT",
             section="Method",
-            help="Text for statistics: english, a file, hf:ID[:CONFIG] or self: the model writes it.  [default: english]",
+            help="Text of the statistics: english, a file, hf:ID[:CONFIG], or self, which the model writes.",
         ),
         seed_option("Method"),
     )
