@@ -30,7 +30,7 @@ stats = LazyGroup(name="stats", commands_table=COMMANDS, help="Compute and show 
     "--corpus",
     metavar="TEXT",
     section="Statistics",
-    help="Text: english, a file, hf:ID[:CONFIG] or self: the model writes it.  [default: english]",
+    help="Text: english, a file, hf:ID[:CONFIG], or self, which the model writes.",
 )
 @option("--tokens", type=COUNT, section="Statistics", help="Tokens to read.  [default: 10 for each dimension of a key]")
 @option("--max-length", type=click.IntRange(min=2), section="Statistics", help="Longest sequence.  [default: 512]")
