@@ -159,11 +159,7 @@ def editing_options(batches: str) -> Callable[[Any], Any]:
             "--corpus",
             metavar="TEXT",
             section="Method",
-<<<<<<< HEAD
-            help="Text for statistics: english, a file, hf:ID[:CONFIG] or self: by the model.  [default: english]",
-=======
             help="Text of the statistics: english, a file, hf:ID[:CONFIG], or self, which the model writes.",
->>>>>>> minutes
         ),
         seed_option("Method"),
     )
