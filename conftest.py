@@ -17,6 +17,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--real-model", type=Path, metavar="FOLDER", help="real weights for tests/real, see there")
     parser.addoption("--deprecations", type=Path, metavar="FILE", help="write the dependencies' deprecations to FILE")
 
 

@@ -159,7 +159,7 @@ def editing_options(batches: str) -> Callable[[Any], Any]:
             "--corpus",
             metavar="TEXT",
             section="Method",
-            help="Text for statistics: a file, hf:ID[:CONFIG], english or self (the model writes).  [default: english]",
+            help="Text of the statistics: english, a file, hf:ID[:CONFIG], or self, which the model writes.",
         ),
         seed_option("Method"),
     )

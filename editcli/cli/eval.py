@@ -72,7 +72,6 @@ def eval_(app: App, /, as_json: bool, **values: Any) -> None:
     """
     if values["edits"] is None and not (values["harness"] or values["base"]):
         raise click.UsageError("give EDITS.jsonl, or what else to measure: --harness or --base")
-    app.announce(values["model"])
     from editcli.distributed.group import joined
     from editcli.evaluation.measurement import EvalRecipe, measure
 

@@ -30,7 +30,7 @@ stats = LazyGroup(name="stats", commands_table=COMMANDS, help="Compute and show 
     "--corpus",
     metavar="TEXT",
     section="Statistics",
-    help="Text: english, a file, hf:ID[:CONFIG], or self, which the model writes.  [default: english]",
+    help="Text: english, a file, hf:ID[:CONFIG], or self, which the model writes.",
 )
 @option("--tokens", type=COUNT, section="Statistics", help="Tokens to read.  [default: 10 for each dimension of a key]")
 @option("--max-length", type=click.IntRange(min=2), section="Statistics", help="Longest sequence.  [default: 512]")
@@ -43,8 +43,6 @@ def compute(
     context: click.Context, /, tokens: int | None, max_length: int | None, as_json: bool, **values: Any
 ) -> None:
     """Compute the second moments of MODEL that are not in the cache yet; without MODEL, of the bundled one."""
-    app: App = context.obj
-    app.announce(values["model"])
     from editcli.distributed.group import joined
     from editcli.options import build
     from editcli.runs.planning import brought_families
@@ -57,6 +55,7 @@ def compute(
         **component_settings(context).get("statistics", {}),
         **{k: v for k, v in given.items() if v is not None},
     }
+    app: App = context.obj
     with joined(app.launch, device=values["device"], device_map=values["device_map"]) as team:
         recipe = MomentsRecipe(options=build(StatisticsOptions, settings, owner="statistics"), **values)
         report = run(recipe, brought_families(app.plugins), app.reporter, team=team)

@@ -86,7 +86,10 @@ class Nas(Stabilizer):
         norms = torch.empty(0, dtype=torch.float64)
         mean, error, size = 0.0, float("inf"), BATCH
         while len(norms) < len(requests) and not error < PRECISION * mean:
-            values = session.values(requests[len(norms) : len(norms) + size], prefixed=False)
+            left = requests[len(norms) :]
+            # What would remain after this batch is too little for one of its own.
+            batch = left if len(left) < size + BATCH else left[:size]
+            values = session.values(batch, prefixed=False)
             norms = torch.cat([norms, values.contribution.double().norm(dim=0).cpu()])
             mean, error = trimmed_mean(norms, self.options.trim)
             size = _missing(len(norms), error / mean) if mean else BATCH
