@@ -29,7 +29,8 @@ IN_BATCH = """
 from editcli.distributed.session import TeamSession
 calls = []
 def values(self, requests, real=TeamSession.values, **choices):
-    calls.append(requests)
+    # Pilots are measured on bare prompts, in as many calls as they need, or not at all where they are cached.
+    calls.extend([requests] if choices.get("prefixed", True) else [])
     if len(calls) == {call}:
         {strike}
     return real(self, requests, **choices)
@@ -115,7 +116,7 @@ def test_the_launcher_that_everybody_uses(crew: Any, unbroken: Unbroken) -> None
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_run_and_one_process_finishes_it(crew: Any, unbroken: Unbroken, victim: int) -> None:
-    kill = IN_BATCH.format(call=3, strike="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    kill = IN_BATCH.format(call=2, strike="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     ended = crew.run(2, "out", *STACKS["memit"], "--checkpoint-every", "1", preludes={victim: kill})
     assert ended[victim].code == -signal.SIGKILL
     other = ended[1 - victim]
@@ -123,7 +124,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_finishes_it(crew: Any, unbro
     if victim == 1:
         assert other.err.splitlines()[-1].startswith("error: another process of this run died")
         assert "Traceback" not in other.err
-    # The anchor's pilots are the first call, so one batch was kept and the second was under way.
+    # One batch was kept and the second was under way.
     out = crew.shop.folder / "out"
     assert recover(RunFolder(out)).snapshot.step == 1
     finished = crew.alone("out", *STACKS["memit"], "--resume")
@@ -169,13 +170,13 @@ def test_a_rank_that_comes_to_other_weights_stops_the_run(crew: Any, unbroken: U
 
 def test_what_fails_on_another_rank_is_told_by_rank_0(crew: Any) -> None:
     strike = "from editcli.errors import ModelError; raise ModelError('one edit does not fit')"
-    leader, other = crew.run(2, "out", *STACKS["memit"], preludes={1: IN_BATCH.format(call=2, strike=strike)})
+    leader, other = crew.run(2, "out", *STACKS["memit"], preludes={1: IN_BATCH.format(call=1, strike=strike)})
     assert (leader.code, leader.err.splitlines()[-1]) == (1, "error: process 1 of 2: one edit does not fit")
     assert (other.code, other.out, other.err) == (1, "", "")
 
 
 def test_nobody_waits_for_ever_for_a_rank_that_hangs(crew: Any) -> None:
-    hang = IN_BATCH.format(call=2, strike="import time; time.sleep(600)")
+    hang = IN_BATCH.format(call=1, strike="import time; time.sleep(600)")
     leader, other = crew.start(2, "out", *STACKS["memit"], preludes={1: hang}, timeout=4)
     ended = leader.wait()
     os.kill(other.id, signal.SIGKILL)
