@@ -83,7 +83,7 @@ def test_a_subject_is_found_in_what_the_template_makes_of_its_prompt(template: s
     ],
 )
 def test_a_template_that_cannot_be_used_refuses_the_edit_by_its_line(template: str, reason: str) -> None:
-    with pytest.raises(RequestError, match=f"^facts.jsonl:7: the model's chat template {reason}|{reason}"):
+    with pytest.raises(RequestError, match=f"^facts.jsonl:7: .*{reason}"):
         tokens(template).check(request())
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from editcli.chat import ChatSettings
 from editcli.editing import activations
 from editcli.editing.session import ModelSession, generate_prefixes
 from editcli.editing.targets import TargetOptions
@@ -18,7 +19,7 @@ from editcli.models.forward import first, tapped
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.report import Silent
 from editcli.request import from_record
-from editcli.testing import TINY, tiny_model_folder
+from editcli.testing import CHAT_TEMPLATE, TINY, tiny_model_folder, tiny_tokenizer
 
 PREFIXES = ("Bob. ", "The river in London is. ")
 FACTS = [("The capital of {} is", "France"), ("{} works as a", "Ann Smith"), ("In Spain, {} wrote the", "Bob")]
@@ -241,3 +242,22 @@ def test_what_a_norm_silences_is_left_alone(tmp_path: Path) -> None:
     written = own.T + residual
     assert bool((written[3] / own.T[3] > 0).all())
     torch.testing.assert_close(written.norm(dim=0), own.T.norm(dim=0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_calibration_is_kept_for_one_system_message_alone(tmp_path: Path) -> None:
+    """Another system message gives other hidden states, so what was measured in its place must not be read."""
+    folder = tiny_model_folder(tmp_path / "model", tokenizer=tiny_tokenizer(chat_template=CHAT_TEMPLATE))
+    measured: list[str] = []
+
+    def anchor(system: str) -> float:
+        loaded = open_model(resolve_model(folder), device="cpu", chat_template=ChatSettings(system=system))
+        session = ModelSession(loaded, (1,), prefixes=(), cache=tmp_path / "cache")
+
+        def measure() -> torch.Tensor:
+            measured.append(system)
+            return torch.tensor(float(len(system)))
+
+        return float(session.calibrated("nas", {}, measure))
+
+    assert [anchor("Be short."), anchor("Be very kind."), anchor("Be short.")] == [9, 13, 9]
+    assert measured == ["Be short.", "Be very kind."]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from editcli.cli.apply_options import trust_options
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import config_option
 from editcli.export.recipe import PatchRecipe
@@ -15,16 +16,17 @@ from editcli.export.recipe import PatchRecipe
 @option(
     "--out", default="", env=False, metavar="DIR", section="Output", help="A new folder.  [default: <patch>-applied]"
 )
+@trust_options
 @json_option
 @config_option
 @click.pass_obj
-def apply_patch(app: App, /, base: str, patch: str, out: str, as_json: bool) -> None:
+def apply_patch(app: App, /, base: str, patch: str, out: str, trust_remote_code: bool, as_json: bool) -> None:
     """Rebuild an edited model from BASE and PATCH, the output of "editcli export --format patch".
 
     Both are folders or hub ids (ID@REVISION for one of its commits). Every tensor that the patch replaces is compared
     first: a base that the patch was not made for is refused.
     """
-    recipe = PatchRecipe(base=base, patch=patch, out=out)
+    recipe = PatchRecipe(base=base, patch=patch, out=out, trust_remote_code=trust_remote_code)
     # Torch takes seconds to import, so it waits until the command line has been read.
     from editcli.export.run import apply_patch as run
 

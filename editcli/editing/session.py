@@ -146,12 +146,13 @@ class ModelSession:
         if self.written:
             raise StatisticsError(f"{name} is calibrated on the unedited model, but the model was edited already")
         checkpoint, tokenizer = self.loaded.checkpoint, self.loaded.source.folder / "tokenizer.json"
+        conversation = self.loaded.tokens.conversation
         identity = {
             "component": name,
             # A model that a program holds has no files, and its tensors are compared instead.
             "model": checkpoint.fingerprint() or checkpoint.digest_of(checkpoint.names()),
             "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else "",
-            "chat_template": self.loaded.tokens.chat_template,
+            "chat": None if conversation is None else conversation.identity,
             "dtype": str(next(self.loaded.model.parameters()).dtype),
             "modules": [site.module for site in self.sites],
             "targets": asdict(self.options),

@@ -70,6 +70,7 @@ class PatchRecipe:
     """A folder or a hub id."""
     out: str = ""
     """The folder to write; empty means ``<patch>-applied`` in the working folder."""
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.out:

@@ -54,7 +54,7 @@ def apply_patch(recipe: PatchRecipe, reporter: Reporter | None = None) -> PatchR
     refuse_taken(recipe.folder)
     patch = _patch_folder(recipe.patch)
     manifest, record = read_manifest(patch), read_record(patch)
-    source = resolve_model(recipe.base)
+    source = resolve_model(recipe.base, code=recipe.trust_remote_code)
     base = Checkpoint(source.folder)
     with reporter.phase("Checking", 2, "steps") as advance:
         refuse_other_base(base, source.name, manifest)
@@ -69,6 +69,7 @@ def apply_patch(recipe: PatchRecipe, reporter: Reporter | None = None) -> PatchR
             write_card(folder, FULL, record)
             advance(1)
             verify(Checkpoint(source.folder), folder, tensors)
+            refuse_unopenable(folder, trust_remote_code=recipe.trust_remote_code)
             written = model_files(Checkpoint(folder))
             advance(1)
             files = listed(folder)

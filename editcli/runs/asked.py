@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from editcli.edits import Collector, EditFile, EditRequest, from_record, refuse_deep
 from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.formats import load_formats
+from editcli.models.fit import check_fit
 from editcli.plugins import Plugins, load_plugins
 from editcli.recipe import Recipe, parse_layers
 from editcli.report import Reporter, Silent
@@ -70,6 +71,7 @@ class Asked:
         if base is None:
             source = planning.located(self.recipe)
             base = planning.described(self.recipe, source, self.plugins)
+            check_fit(base.checkpoint, base.model, self.reporter)
         planning.warn_of_thinking(base.tokens, self.reporter)
         return planning.plan_on(base, self.recipe, self.plugins, file)
 

@@ -55,8 +55,7 @@ def test_the_defaults_write_facts_into_a_real_model(
     assert code == 0, said.err
     record: dict[str, Any] = json.loads(said.out)
     assert record["targets"]["optimised"] == COUNT
-    # With ten facts, one that ends just above the stop loss is a tenth.
-    assert record["targets"]["reached"] >= 0.9 * COUNT
+    assert record["targets"]["reached"] >= 0.95 * COUNT
     after = record["efficacy"]["retained"]
     assert after["efficacy_accuracy"] >= 0.95
     assert after["generalization_success"] >= 0.9
