@@ -36,6 +36,7 @@ class AlphaEdit(InverseGramEditor):
 
     name: ClassVar[str] = "alphaedit"
     reference: ClassVar[str] = "arXiv:2410.02355"
+    largest_jump: ClassVar[float | None] = 0.5
     tempered_by: ClassVar[str] = "lower alphaedit.nullspace_threshold or raise alphaedit.l2"
 
     @dataclass(frozen=True)
