@@ -139,13 +139,11 @@ def measure(shared: Shared, variant: Variant, edits: Sequence[EditRequest], batc
 def _write(
     session: ModelSession, editor: Editor, stabilizers: Sequence[Stabilizer], edits: Sequence[EditRequest]
 ) -> Written:
-    guards = with_default((), editor.largest_jump)
-
     def check(site: Site, update: Update) -> None:
         base, old = session.baseline(site).norm(), session.weight(site)
         new = old + update.left.to(old) @ update.right.to(old).T
         jump = abs(float(new.norm() - old.norm())) / float(base)
-        for guard in guards:
+        for guard in with_default((), editor.largest_jump(site)):
             guard.check("jump", jump, where=f"at {site.module}", remedy=editor.tempered_by)
 
     written = edit_batch(session, editor, stabilizers, edits, check)

@@ -261,12 +261,14 @@ class Editor(Component):
     """False for an editor that optimises no target values; stabilizers of values then have nothing to act on."""
     single_site: ClassVar[bool] = False
     """True for an editor that writes the last site only (ROME)."""
-    largest_jump: ClassVar[float | None] = None
-    """Most that one batch may change R_n of a site unless the user says otherwise; None for no such limit."""
     tempered_by: ClassVar[str] = ""
     """What makes this editor's updates smaller, as a clause ("raise mine.weight"); said when a guard refuses one."""
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings of other components that the papers use with this editor, ``{component: {option: value}}``."""
+
+    def largest_jump(self, site: Site) -> float | None:
+        """Return the most that one batch may change R_n of ``site`` if the user gives no limit; None for any."""
+        return None
 
     def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
         """Optimise the batch's target values on the current model; called once per batch, before the first write.

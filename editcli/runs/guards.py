@@ -3,8 +3,9 @@
 A condition is ``NAME>NUMBER`` or ``NAME<NUMBER`` over the figures of a batch: ``ratio``, ``drift`` and ``jump`` (the
 worst site), ``efficacy`` (of the batch just edited) and ``retained`` (of all edits so far). ``nonfinite`` is always on.
 An editor may bring a limit on ``jump``, the change of R_n = ||W_n|| / ||W_0|| by one batch, which holds unless the user
-gives another: AlphaEdit, whose null space may be far too small, brings 0.5. A batch beyond it has destroyed the layer,
-whatever its own edits score; streams that keep their edits change R_n by less than 0.1 in a batch of a hundred.
+gives another: AlphaEdit brings 0.5 where its null space is less than half of the directions. A batch beyond it has
+destroyed the layer, whatever its own edits score; streams that keep their edits change R_n by less than 0.1 in a batch
+of a hundred.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from editcli.heap import give_back
 from editcli.interfaces import Editor, Problem, Site, Update
 from editcli.report import SiteReport
 from editcli.runs.batch import BatchReport, body_of, finite, report_of
-from editcli.runs.guards import Guard, refuse_nonfinite
+from editcli.runs.guards import Guard, refuse_nonfinite, with_default
 from editcli.runs.recovery import BATCH, UNDO, Recovered, recover
 from editcli.runs.stack import Stack
 from editcli.runs.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest
@@ -124,7 +124,7 @@ class Stream:
             reports[site] = self._site_report(site, update, where=where)
             jump = abs(reports[site].ratio - float(before[site].norm()) / self._base_norms[site])
             figures = {"ratio": reports[site].ratio, "drift": reports[site].drift, "jump": jump}
-            for guard in self.guards:
+            for guard in with_default(self.guards, self.stack.editor.largest_jump(site)):
                 for figure, value in figures.items():
                     guard.check(figure, value, where=where, remedy=self.stack.editor.tempered_by)
 

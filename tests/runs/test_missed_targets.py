@@ -8,7 +8,7 @@ from editcli.core_options import TargetOptions
 from editcli.runs.guards import parse_guards, with_default
 from editcli.runs.outcome import missed_targets
 
-ABSOLUTE, RELATIVE = TargetOptions(), TargetOptions(lr_kind="relative", lr=0.2)
+ABSOLUTE, RELATIVE = TargetOptions(lr_kind="absolute"), TargetOptions(lr_kind="relative", lr=0.2)
 
 
 def counts(optimised: int, reached: int, clamped: int = 0) -> dict[str, int]:
