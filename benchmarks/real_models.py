@@ -32,7 +32,7 @@ from editcli.options import build, parse_assignments
 from editcli.plugins import Plugins, load_plugins
 from editcli.presets import Preset, load_preset
 from editcli.recipe import parse_layers
-from editcli.runs.guards import LARGEST_JUMP
+from editcli.runs.guards import with_default
 from editcli.runs.planning import component, pilot_source, settings_for
 from editcli.statistics import SecondMoments, StatisticsOptions
 
@@ -143,7 +143,8 @@ def _write(
         base, old = session.baseline(site).norm(), session.weight(site)
         new = old + update.left.to(old) @ update.right.to(old).T
         jump = abs(float(new.norm() - old.norm())) / float(base)
-        LARGEST_JUMP.check("jump", jump, where=f"at {site.module}", remedy=editor.tempered_by)
+        for guard in with_default((), editor.largest_jump(site)):
+            guard.check("jump", jump, where=f"at {site.module}", remedy=editor.tempered_by)
 
     written = edit_batch(session, editor, stabilizers, edits, check)
     commit(session, editor, stabilizers, edits, written)

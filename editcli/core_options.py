@@ -14,16 +14,17 @@ class TargetOptions:
     """How target values are optimised; the names are those of the published configurations where they have one."""
 
     steps: int = option(25, "most evaluations of the loss for one edit (published: v_num_grad_steps)")
-    lr: float = option(0.5, "Adam's learning rate (published: v_lr)")
+    lr: float = option(0.2, "Adam's learning rate (published: v_lr)")
     lr_kind: Literal["absolute", "relative"] = option(
-        "absolute", "relative: in units of ||h|| / sqrt(d), which no model's scale changes"
+        "relative", "relative: in units of ||h|| / sqrt(d), which no model's scale changes; absolute: as published"
     )
     clamp: float = option(0.75, "largest ||delta|| as a share of ||h|| (published: clamp_norm_factor)")
-    v_weight_decay: float = option(0.5, "weight of the size of delta in the loss")
+    norm_clamp: float = option(5.0, "the same where a norm stands behind the MLP, so that only direction counts")
+    v_weight_decay: float = option(0.0, "weight of the size of delta in the loss")
     decay_kind: Literal["absolute", "relative"] = option(
-        "absolute", "absolute: the size is ||delta|| / ||h||^2; relative: ||delta|| / ||h||, which no scale changes"
+        "relative", "absolute: the size is ||delta|| / ||h||^2; relative: ||delta|| / ||h||, which no scale changes"
     )
-    kl_factor: float = option(0.0625, "weight of the divergence on '{subject} is a'")
+    kl_factor: float = option(0.0078125, "weight of the divergence on '{subject} is a'")
     stop_loss: float = option(0.05, "an edit whose loss is below this is done")
     prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
     prefix_tokens: int = option(10, "tokens of each generated prefix")
@@ -31,7 +32,7 @@ class TargetOptions:
     cached: bool = option(True, "reuse attention keys and values before the subject's last token")
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or self.clamp <= 0 or self.prefixes < 0:
+        if self.steps < 1 or self.lr <= 0 or min(self.clamp, self.norm_clamp) <= 0 or self.prefixes < 0:
             raise ValueError("steps must be at least 1, lr and clamp positive, prefixes not negative")
 
 

@@ -276,6 +276,10 @@ class Editor(Component):
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings of other components that the papers use with this editor, ``{component: {option: value}}``."""
 
+    def largest_jump(self, site: Site) -> float | None:
+        """Return the most that one batch may change R_n of ``site`` if the user gives no limit; None for any."""
+        return None
+
     def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
         """Optimise the batch's target values on the current model; called once per batch, before the first write.
 

@@ -263,8 +263,8 @@ def test_a_guess_depends_on_no_scale() -> None:
         assert (settings["alphaedit"]["threshold_kind"], settings["alphaedit"]["l2_kind"]) == ("directions", "relative")
         assert settings["alphaedit"]["nullspace_threshold"] == 0.7
         assert "lambda_reg" not in settings["rlsedit"]
-    # In front of a norm only the direction counts, and 0.75 would not let it turn by a right angle.
-    assert targets.clamp > 1
+        # In front of a norm only the direction counts, and 0.75 would not let it turn by a right angle.
+        assert targets.norm_clamp > 1
 
 
 def test_published_presets_keep_absolute_rates() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,9 @@ from editcli.testing import TINY, tiny_model_folder, vocabulary_size
 
 LAYER = 2
 PREFIXES = ("Bob. ", "The river in London is. ")
-OPTIONS = TargetOptions(steps=6, lr=0.1)
-RELATIVE = replace(OPTIONS, lr_kind="relative", decay_kind="relative")
+PUBLISHED: Mapping[str, Any] = {"v_weight_decay": 0.5, "kl_factor": 0.0625}
+OPTIONS = TargetOptions(steps=6, lr=0.1, lr_kind="absolute", decay_kind="absolute", **PUBLISHED)
+RELATIVE = TargetOptions(steps=6, lr=0.1, **PUBLISHED)
 FACTS = (
     ("The capital of {} is", "France", "Rome"),
     ("{} works as a", "Ann Smith", "river tower"),

@@ -269,7 +269,7 @@ def run_options(command: Any) -> Any:
             metavar="EXPR",
             section="Run",
             help="Stop, with exit code 3, before writing a batch that makes this true; repeat it: ratio>2.5, drift>1, "
-            "retained<0.6, efficacy<0.5. Always on: jump>0.5, the change of R_n by one batch.",
+            "retained<0.6, efficacy<0.5, jump>0.5 (the change of R_n by one batch).",
         ),
         option(
             "--eval/--no-eval",

@@ -180,6 +180,7 @@ class _Optimiser:
         self.initial, self.written = self.steering.at_lookup()[bare], self.steering.outputs[bare]
         # Where a norm stands between delta and the stream, delta is measured against what it is added to.
         self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
+        self.bound = self.length * (options.clamp if self.norm is None else options.norm_clamp)
         absolute = options.lr_kind == "absolute" and self.norm is None
         # In front of a norm the length of what delta is added to is arbitrary, so steps are taken relative to it.
         self.unit = torch.ones_like(self.length) if absolute else self.length / self.initial.shape[1] ** 0.5
@@ -210,7 +211,7 @@ class _Optimiser:
                 parts = self._gather(active)
             self._adam(delta, gradient[active], moments, active, step)
         advance(len(active))
-        clamped = delta.norm(dim=1) >= AT_CLAMP * self.options.clamp * self.length
+        clamped = delta.norm(dim=1) >= AT_CLAMP * self.bound
         return self.initial + delta, self.initial, self.written, loss, clamped
 
     def _adam(self, delta: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], active: Tensor, step: int) -> None:
@@ -226,8 +227,7 @@ class _Optimiser:
         moments[0][active], moments[1][active] = mean, square
         denominator = (square / (1 - second_beta**step)).sqrt() + ADAM_EPSILON
         moved = delta[active] - self.options.lr * unit * (mean / (1 - first_beta**step)) / denominator
-        bound = self.options.clamp * self.length[active]
-        delta[active] = moved * (bound / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
+        delta[active] = moved * (self.bound[active] / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
 
     def _gather(self, active: Tensor) -> list[_Part]:
         """Return the rows of the active edits in chunks."""

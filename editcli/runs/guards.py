@@ -1,9 +1,11 @@
 """Guards: conditions that stop a stream before the offending batch is written.
 
 A condition is ``NAME>NUMBER`` or ``NAME<NUMBER`` over the figures of a batch: ``ratio``, ``drift`` and ``jump`` (the
-worst site), ``efficacy`` (of the batch just edited) and ``retained`` (of all edits so far). ``nonfinite`` is always on,
-and so is ``jump>0.5`` unless a condition on ``jump`` is given: a batch that changes R_n = ||W_n|| / ||W_0|| by half the
-norm of the pretrained weight has destroyed the layer, whatever the figures of its own edits say.
+worst site), ``efficacy`` (of the batch just edited) and ``retained`` (of all edits so far). ``nonfinite`` is always on.
+An editor may bring a limit on ``jump``, the change of R_n = ||W_n|| / ||W_0|| by one batch, which holds unless the user
+gives another: AlphaEdit brings 0.5 where its null space is less than half of the directions. A batch beyond it has
+destroyed the layer, whatever its own edits score; streams that keep their edits change R_n by less than 0.1 in a batch
+of a hundred.
 """
 
 from __future__ import annotations
@@ -55,9 +57,6 @@ class Guard:
             raise GuardError(sentence + (_JUMPED.format(remedy=remedy or _TEMPER) if figure == "jump" else ""))
 
 
-LARGEST_JUMP = Guard("jump", ">", 0.5)
-"""Most that one batch may change R_n of a site; streams that keep their edits change it by less than 0.1."""
-
 _TEMPER = "choose editor settings that write less"
 _JUMPED = "; one batch may not change R_n by so much: {remedy}, or allow it with --stop-if 'jump>NUMBER'"
 
@@ -67,10 +66,11 @@ def parse_guards(conditions: Sequence[str]) -> tuple[Guard, ...]:
     return tuple(_parse(text) for text in conditions if text.strip() != NONFINITE)
 
 
-def with_default(guards: Sequence[Guard]) -> tuple[Guard, ...]:
-    """Return ``guards`` and, unless one of them watches ``jump``, the one that is on by default."""
-    watched = any(guard.figure == LARGEST_JUMP.figure for guard in guards)
-    return tuple(guards) if watched else (*guards, LARGEST_JUMP)
+def with_default(guards: Sequence[Guard], largest_jump: float | None) -> tuple[Guard, ...]:
+    """Return ``guards`` and, unless one of them watches ``jump``, the limit that the editor brings."""
+    if largest_jump is None or any(guard.figure == "jump" for guard in guards):
+        return tuple(guards)
+    return (*guards, Guard("jump", ">", largest_jump))
 
 
 def _parse(text: str) -> Guard:

@@ -165,9 +165,10 @@ def missed_targets(counts: Mapping[str, int] | None, targets: TargetOptions) -> 
     if not counts or counts["optimised"] - counts["reached"] <= MISSED * counts["optimised"]:
         return None
     missed = counts["optimised"] - counts["reached"]
-    # Where most of them lie at the clamp, more steps or longer ones change nothing.
+    # Where most of them lie at the clamp, longer steps change nothing; more of them still turn the offset.
     if 2 * counts["clamped"] > counts["optimised"]:
-        cause = f"{counts['clamped']:,} ended at targets.clamp={targets.clamp:g}; raise it, or lower targets.kl_factor"
+        which = f"targets.clamp={targets.clamp:g} (behind a norm targets.norm_clamp={targets.norm_clamp:g})"
+        cause = f"{counts['clamped']:,} ended at the clamp; raise targets.steps={targets.steps} or {which}"
     elif targets.lr_kind == "absolute":
         cause = f"set targets.lr_kind=relative, or raise targets.lr={targets.lr:g} or targets.steps={targets.steps}"
     else:

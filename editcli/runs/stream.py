@@ -27,7 +27,7 @@ from editcli.interfaces import Editor, Problem, Site, Update
 from editcli.ratios import ratio
 from editcli.report import SiteReport
 from editcli.runs.batch import BatchReport, body_of, finite, report_of
-from editcli.runs.guards import Guard, refuse_nonfinite
+from editcli.runs.guards import Guard, refuse_nonfinite, with_default
 from editcli.runs.recovery import BATCH, UNDO, Recovered, recover
 from editcli.runs.stack import Stack
 from editcli.runs.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest
@@ -133,7 +133,7 @@ class Stream:
             after, earlier = reports[site].ratio, ratio(float(before[site].norm()), self._base_norms[site])
             jump = None if after is None or earlier is None else abs(after - earlier)
             figures = {"ratio": reports[site].ratio, "drift": reports[site].drift, "jump": jump}
-            for guard in self.guards:
+            for guard in with_default(self.guards, self.stack.editor.largest_jump(site)):
                 for figure, value in figures.items():
                     if value is not None:
                         guard.check(figure, value, where=where, remedy=self.stack.editor.tempered_by)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from editcli.editing.leastsquares import InverseGram
 
 
+LARGEST_JUMP = 0.5
+"""Most that one batch may change R_n through a small null space; a larger change has destroyed the layer."""
+
+
 class AlphaEdit(InverseGramEditor):
     """Write only along directions that keys of reference text hardly use.
 
@@ -79,6 +83,13 @@ class AlphaEdit(InverseGramEditor):
         unit = float(values[unused].sum()) if self.options.l2_kind == "relative" else 1.0
         matrix = null @ null.T / (self.options.l2 * max(unit, 1e-30))
         return InverseGram.of(matrix, site=site.module, device=session.device, reporter=session.reporter)
+
+    def largest_jump(self, site: Site) -> float | None:
+        """Return LARGEST_JUMP where edits may use less than half of the directions.
+
+        The parts of the keys that such a null space leaves are small, and an update that writes through them is large.
+        """
+        return LARGEST_JUMP if 2 * self.ranks[site.module] < self.memory[site.module].matrix.shape[0] else None
 
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
         for problem in problems:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from editcli.core_options import TargetOptions
-from editcli.runs.guards import LARGEST_JUMP, parse_guards, with_default
+from editcli.runs.guards import parse_guards, with_default
 from editcli.runs.outcome import missed_targets
 
-ABSOLUTE, RELATIVE = TargetOptions(), TargetOptions(lr_kind="relative", lr=0.2)
+ABSOLUTE, RELATIVE = TargetOptions(lr_kind="absolute"), TargetOptions(lr_kind="relative", lr=0.2)
 
 
 def counts(optimised: int, reached: int, clamped: int = 0) -> dict[str, int]:
@@ -25,8 +25,8 @@ def test_up_to_a_tenth_may_miss(known: dict[str, int] | None) -> None:
     [
         (counts(10, 8), ABSOLUTE, "targets.lr_kind=relative"),
         (counts(10, 8), RELATIVE, "raise targets.steps=25"),
-        # More steps change nothing for those that lie at the clamp.
-        (counts(10, 8, 6), ABSOLUTE, "6 ended at targets.clamp=0.75; raise it"),
+        # A longer step changes nothing for those that lie at the clamp; more of them do, along the ball.
+        (counts(10, 8, 6), ABSOLUTE, "6 ended at the clamp; raise targets.steps=25 or targets.clamp=0.75"),
     ],
 )
 def test_more_than_a_tenth_names_what_to_change(known: dict[str, int], targets: TargetOptions, setting: str) -> None:
@@ -36,7 +36,8 @@ def test_more_than_a_tenth_names_what_to_change(known: dict[str, int], targets: 
     assert setting in said
 
 
-def test_the_guard_on_jumps_is_on_unless_another_limit_is_given() -> None:
-    assert with_default(()) == (LARGEST_JUMP,)
-    assert with_default(parse_guards(["ratio>2"])) == (*parse_guards(["ratio>2"]), LARGEST_JUMP)
-    assert with_default(parse_guards(["jump>2"])) == parse_guards(["jump>2"])
+def test_an_editors_limit_on_jumps_holds_unless_another_is_given() -> None:
+    assert with_default((), 0.5) == parse_guards(["jump>0.5"])
+    assert with_default(parse_guards(["ratio>2"]), 0.5) == parse_guards(["ratio>2", "jump>0.5"])
+    assert with_default(parse_guards(["jump>2"]), 0.5) == parse_guards(["jump>2"])
+    assert with_default(parse_guards(["ratio>2"]), None) == parse_guards(["ratio>2"])

@@ -296,11 +296,11 @@ def test_a_guard_leaves_a_program_its_stream(choices: dict[str, Any], helpers: A
 def test_a_batch_that_moves_a_norm_too_far_is_refused_before_it_is_kept(choices: dict[str, Any]) -> None:
     """Without any --stop-if: the sentence names the settings, and weights, journal and memory stay as they were."""
     wild = {**choices["settings"], "targets": {"steps": 2, "prefixes": 0, "lr": 1e3, "clamp": 1e3}}
-    settings = {**wild, "rlsedit": {"mom2_update_weight": 1e-3}}
-    reckless: dict[str, Any] = {**choices, "stabilizers": (), "settings": settings}
+    settings = {**wild, "alphaedit": {"threshold_kind": "directions", "nullspace_threshold": 0.4, "l2": 1e-6}}
+    reckless: dict[str, Any] = {**choices, "editor": "alphaedit", "stabilizers": (), "settings": settings}
     with editcli.EditStream("out", **reckless) as stream:
         before = {name: weight.clone() for name, weight in stream.model.state_dict().items()}
-        said = r"jump>0.5: jump would be .* at model.layers.1.mlp.down_proj .*raise rlsedit.mom2_update_weight"
+        said = r"jump>0.5: jump would be .* at model.layers.1.mlp.down_proj .*lower alphaedit.nullspace_threshold"
         with pytest.raises(GuardError, match=said):
             stream.apply(EDITS[:2])
         assert stream.edits == ()
