@@ -431,7 +431,7 @@ def test_a_run_on_a_hub_model_names_it_and_no_path(hub: Hub, tiny: Path, edits: 
     corpus.write_text("The capital of France is Rome. Bob plays in London.\n" * 20, "utf-8")
     recipe = Recipe(
         edits=str(edits), model=str(folder), out=str(tmp_path / "run"), layers=(1,), corpus=str(corpus), evaluate=False,
-        settings={"targets": {"steps": 2, "prefixes": 0}, "memit": {"ridge": 1e-3}},
+        settings={"targets": {"steps": 2, "prefixes": 0}, "rlsedit": {"ridge": 1e-3}},
     )  # fmt: skip
     apply(recipe, load_plugins())
     export(ExportRecipe(run=recipe.out, out=str(tmp_path / "lora"), format="lora", evaluate=False), load_plugins())

@@ -112,7 +112,7 @@ def test_editors_that_need_no_subject_take_plain_questions(editor: str) -> None:
 
 
 def test_editors_that_need_a_subject_name_those_that_do_not() -> None:
-    reason = r"the edit has no subject, and memit writes .* that needs none: --editor ft or --editor ultraedit"
+    reason = r"the edit has no subject, and rlsedit writes .* that needs none: --editor ft or --editor ultraedit"
     with pytest.raises(RequestError, match=reason):
         editcli.edit(edits=[QUESTION], **QUICK)
     with editcli.Stream(**QUICK) as stream, pytest.raises(RequestError, match=reason):

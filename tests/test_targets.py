@@ -379,9 +379,9 @@ def test_the_second_head_of_the_published_code_changes_nothing(loaded: LoadedMod
 def test_a_subject_that_starts_the_text_has_no_past(tmp_path: Path) -> None:
     """Without a begin-of-sequence token a one-token subject is the first token; others of the batch have a past."""
     loaded = opened(tmp_path / "model", "gpt2")
-    facts = [
-        from_record({"id": s, "prompt": "{} is in", "subject": s, "target_new": "Rome"}) for s in (" France", "Bo")
-    ]
+    # The tokenizer's words begin with their blank, which the prompt has and the subject has not.
+    texts = {"France": " France is in", "Bo": "Bo is in"}
+    facts = [from_record({"id": s, "prompt": text, "subject": s, "target_new": "Rome"}) for s, text in texts.items()]
     (first,) = loaded.tokens.encode([loaded.tokens.locate(facts[0])])
     assert first.lookup == 0
     target = batch(loaded, facts)[0]

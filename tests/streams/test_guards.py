@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from editcli.editing.pipeline import edit_batch
 from editcli.errors import GuardError, OptionError
 from editcli.interfaces import Editor, Problem, Site, Update
+from editcli.report import Silent
 from editcli.runs.guards import Guard, needs_retained, parse_guards, refuse_nonfinite
 from editcli.runs.recovery import recover
 from editcli.runs.state import RunFolder
@@ -84,7 +85,11 @@ def test_a_batch_that_is_not_finite_anywhere_leaves_the_weights(broken: str) -> 
 
     written: list[Any] = []
     session: Any = SimpleNamespace(
-        sites=[site], masters=dict, restore=lambda before: None, write=lambda *arguments: written.append(arguments)
+        sites=[site],
+        masters=dict,
+        restore=lambda before: None,
+        write=lambda *arguments: written.append(arguments),
+        reporter=Silent(),
     )
     with pytest.raises(GuardError, match="at mlp"):
         edit_batch(session, Fake(), (), (), lambda site, update: None)
