@@ -34,6 +34,7 @@ from editcli.runs.foresight import warn_of_long_work
 from editcli.runs.guards import needs_retained
 from editcli.runs.identity import plan_parts, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
+from editcli.runs.made import completed
 from editcli.runs.outcome import Ending, efficacy, missed_targets, provenance, report_run, rounded_differently
 from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
@@ -204,7 +205,9 @@ class Run:
     def _recover(self) -> Recovered | None:
         """Read the stream that is to be gone on with; None for a new one."""
         if self.recipe.resume and self.folder.is_run:
-            return recover(self.folder)
+            recovered = recover(self.folder)
+            settings = completed(recovered.snapshot.settings, self.plugins)
+            return replace(recovered, snapshot=replace(recovered.snapshot, settings=settings))
         if self.folder.is_run and not self.recipe.overwrite:
             raise StateError(f"another process has made a run in {self.folder.out} meanwhile; choose another --out")
         return None

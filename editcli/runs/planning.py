@@ -37,6 +37,7 @@ from editcli.recipe import Recipe
 from editcli.report import Rejection, Reporter
 from editcli.runs.footprint import Footprint, check_memory
 from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards, with_default
+from editcli.runs.made import Made, made
 from editcli.runs.output import needed_bytes
 from editcli.runs.rejections import superseded
 from editcli.runs.state import RunFolder
@@ -136,11 +137,13 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     # What is wrong with the output or the model's configuration is said before its weights are fetched.
     source = located(recipe, weights=False)
     check_output(recipe, source)
+    before = made(recipe, plugins)
+    recipe = before.complete(recipe) if before else recipe
     base = described(recipe, source, plugins)
     located(recipe)
     warn_of_thinking(base.tokens, reporter)
     check_fit(base.checkpoint, base.model, reporter)
-    planned = replace(plan_on(base, recipe, plugins, file), model_bytes=needed_bytes(base.checkpoint))
+    planned = replace(plan_on(base, recipe, plugins, file, before=before), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
     return replace(planned, footprint=check_memory(planned, base, reporter))
 
@@ -172,12 +175,18 @@ def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedMo
     return LoadedModel(model, tokens.of_model(model), resolve(model, brought_families(plugins)), source)
 
 
-def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile) -> Planned:
-    """Plan a run on a model that may be loaded already; looks at no folder to write to."""
+def plan_on(
+    base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile, *, before: Made | None = None
+) -> Planned:
+    """Plan a run on a model that may be loaded already; looks at no folder to write to.
+
+    ``before`` is how the run was made that goes on; it stands for what ``recipe`` leaves open.
+    """
     guards = with_default(parse_guards(recipe.stop_if))
     skip = recipe.on_error == "skip"
     architecture = base.architecture
     preset = load_preset(base.model.config, architecture, recipe.preset)
+    preset = before.within(preset, given=recipe.preset is not None) if before else preset
     name = recipe.editor or preset.editor or DEFAULT_EDITOR
     settings = settings_for(name, preset, recipe.settings, plugins)
     editor = component(plugins, "editor", name, settings)

@@ -279,8 +279,9 @@ class Stream:
         self._ids = {request.id for request in requests}
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
-        for name in sorted({*saved, *self.settings}):
-            mine, theirs = self.settings.get(name), saved.get(name)
+        # What was not saved is a setting that did not exist then.
+        for name in sorted(saved):
+            mine, theirs = self.settings.get(name), saved[name]
             if mine == theirs:
                 continue
             if name in _REPLACED:
