@@ -22,7 +22,6 @@ from editcli.interfaces import Site
 from editcli.models.checkpoint import Checkpoint
 from editcli.models.loading import choose_device, refuse_unopenable
 from editcli.plugins import Plugins
-from editcli.presets.files import recorded_preset
 from editcli.recipe import Recipe
 from editcli.report import Reporter, RunReport, Silent
 from editcli.runs import planning
@@ -63,7 +62,7 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *,
         raise OptionError("--parallel tensor splits a model over several processes; start them with torchrun")
     if recipe.edits == "-" and team.size > 1:
         raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
-    recipe = with_clock(recipe, team)
+    recipe = with_clock(recipe.with_preset_read(), team)
     with clock.spent("load"):
         planned = planning.check(recipe, plugins, reporter)
     # Nobody looks whether the folder is free any more once rank 0 has taken it.
@@ -195,10 +194,9 @@ class Run:
     def _portable_recipe(self) -> dict[str, Any]:
         """Return the recipe with the files that an undo or a repetition needs named from the root.
 
-        A preset file is small and likely to be tuned again, so its content is recorded instead of its name.
+        A preset is recorded by its content, which :func:`apply` read: its file may be tuned again.
         """
         record = self.recipe.to_json()
-        record["preset"] = recorded_preset(self.recipe.preset)
         files = {name: record[name] for name in ("edits", "corpus", "stats") if record[name]}
         return {**record, **{name: str(Path(file).absolute()) for name, file in files.items() if Path(file).is_file()}}
 

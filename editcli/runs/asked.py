@@ -100,7 +100,7 @@ def ask(
     recipe = _recipe(edits if isinstance(edits, (str, Path)) else SOURCE, out, choices)
     if recipe.parallel == "tensor":
         raise OptionError("parallel='tensor' needs several processes; run 'editcli apply' with torchrun")
-    recipe = with_clock(recipe)
+    recipe = with_clock(recipe.with_preset_read())
     held = None
     if not named:
         families = planning.brought_families(plugins)
