@@ -39,7 +39,7 @@ from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, veri
 from editcli.runs.planning import Planned
 from editcli.runs.recovery import Recovered, recover, remaining
 from editcli.runs.rejections import Rejections
-from editcli.runs.remarks import tell_known, tell_missing
+from editcli.runs.remarks import tell_conflicts, tell_known, tell_missing
 from editcli.runs.retention import METRICS, sampled
 from editcli.runs.stack import Stack
 from editcli.runs.state import RunFolder
@@ -65,6 +65,7 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *,
     recipe = with_clock(recipe.with_preset_read(), team)
     with clock.spent("load"):
         planned = planning.check(recipe, plugins, reporter)
+    tell_conflicts(planned, reporter)
     # Nobody looks whether the folder is free any more once rank 0 has taken it.
     agree_on_inputs(team, "recipe and edits", plan_parts(planned))
     folder = run_folder(recipe.folder, team)
@@ -124,7 +125,7 @@ class Run:
         with self.clock.spent("prepare"):
             stream = self.stream()
             self.begin(stream)
-        self.read = len(stream.position.requests) + sum(map(len, todo)) + len(self.rejections.all)
+        self.read = stream.taken + sum(map(len, todo)) + len(self.rejections.all)
         with Interrupts(self.reporter) as interrupts:
             self._edit(stream, todo, interrupts)
         stream.save()
@@ -311,7 +312,7 @@ class Run:
 
     def finish(self, stream: Stream, before: Evaluation | None) -> RunReport:
         """Save the model as it is read out, verify the folder, write the record and the card."""
-        applied = supersede(stream.position.requests)[0]
+        applied, _ = supersede(stream.position.requests, given_up=stream.dropped)
         with stream.session.read_out(self.planned.stabilizers) as weights:
             after = self._evaluate(applied) if applied else None
             with self.clock.spent("save"):
@@ -391,7 +392,7 @@ class Run:
 
     def _retained(self, requests: Sequence[EditRequest]) -> Mapping[str, float | int | None]:
         """Measure a fixed sample of the edits so far: always the same ones, as far as they have been applied."""
-        asked = sampled(supersede(requests)[0], self.planned.requests, self.recipe.seed)
+        asked = sampled(requests, self.planned.requests, self.recipe.seed)
         found = self._evaluate(asked) if asked else None
         return {} if found is None else {**{name: getattr(found, name) for name in METRICS}, "edits": len(asked)}
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from editcli.editing.session import PilotSource
 from editcli.editing.targets import TargetOptions
-from editcli.edits import EditFile, EditRequest, read_edits
+from editcli.edits import EditFile, EditRequest, conflicts, read_edits
 from editcli.errors import OptionError, RequestError, StateError
 from editcli.evaluation.admission import Gate, thinking_warning, without_subject
 from editcli.formats import load_formats
@@ -57,6 +57,8 @@ class Planned:
     file: EditFile
     requests: tuple[EditRequest, ...]
     rejected: tuple[Rejection, ...]
+    conflicts: tuple[str, ...]
+    """Warnings about edits that a later one contradicts, which can be used itself."""
     source: ModelSource
     config: Any
     families: tuple[Family, ...]
@@ -132,7 +134,7 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     """
     recipe.check(plugins)
     file = file or read_requested(recipe, plugins)
-    for warning in file.warnings:
+    for warning in file.notes:
         reporter.warn(warning)
     # What is wrong with the output or the model's configuration is said before its weights are fetched.
     source = located(recipe, weights=False)
@@ -200,6 +202,7 @@ def plan_on(
         file=file,
         requests=requests,
         rejected=rejected,
+        conflicts=_conflicts(file, requests, rejected),
         source=base.source,
         config=base.model.config,
         families=brought_families(plugins),
@@ -322,6 +325,12 @@ def usable(file: EditFile, gate: Gate, *, skip_bad: bool) -> tuple[tuple[EditReq
     # Only an edit that can be used itself supersedes another.
     in_force, replaced = supersede(requests)
     return tuple(in_force), (*rejected, *map(superseded, replaced)), total
+
+
+def _conflicts(file: EditFile, requests: Sequence[EditRequest], rejected: Sequence[Rejection]) -> tuple[str, ...]:
+    """Return a warning for every edit that a later one contradicts, of those that can be used."""
+    known = {request.id for request in requests} | {one.id for one in rejected if one.superseded_by is not None}
+    return tuple(conflicts(request for request in file.requests if request.id in known))
 
 
 def check_output(recipe: Recipe, source: ModelSource) -> None:
