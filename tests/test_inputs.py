@@ -112,6 +112,8 @@ def test_a_fact_that_the_model_knows_leaves_the_base_and_a_clean_record(tmp_path
     assert (out / "model.safetensors").read_bytes() == (bundled_folder() / "model.safetensors").read_bytes()
     record = RunFolder(out).read_record()
     assert (record["status"], record["already_true"]) == ("done", ["tower"])
+    # Fine-tuning reads no reference text, and its record names none.
+    assert ("reference" in record["provenance"]) == (editor == "memit")
 
 
 def test_known_facts_among_others_are_named_and_stay() -> None:

@@ -186,11 +186,21 @@ class Run:
         """Say in the run's record that its model folder is not up to date; keep its figures so far."""
         record = self._old_record() if self.recovered else {}
         began = {**self.provenance["edits"], "limit": self.recipe.limit}
-        self.provenance["pilots"] = record.get("provenance", {}).get("pilots", began)
+        earlier = record.get("provenance", {})
+        self.provenance["pilots"] = earlier.get("pilots", began)
+        if "reference" in earlier:
+            # An editor that keeps what it made of the reference text does not read it again.
+            self.provenance["reference"] = earlier["reference"]
+        self._note_reference()
         running = {"status": RUNNING, "recipe": self._portable_recipe(), "provenance": self.provenance}
         if self.team.leads:
             self.folder.write_record({**record, **running})
             self.rejections.write()
+
+    def _note_reference(self) -> None:
+        """Record the reference text once a component has asked for second moments, which only some do."""
+        if self.moments.asked and "reference" not in self.provenance:
+            self.provenance["reference"] = self.moments.record(self.planned.sites)
 
     def _portable_recipe(self) -> dict[str, Any]:
         """Return the recipe with the files that an undo or a repetition needs named from the root.
@@ -258,7 +268,7 @@ class Run:
             team=self.team,
         )
         moments.plan(planned.sites)
-        self.provenance["reference"] = moments.record(planned.sites)
+        self.moments = moments
         session = TeamSession(
             self.loaded,
             planned.layers,
@@ -413,5 +423,6 @@ class Run:
         return report_run(self.planned, stream, ending)
 
     def _write_record(self, report: RunReport) -> None:
+        self._note_reference()
         record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
         self.folder.write_record(record)
