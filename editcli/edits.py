@@ -26,6 +26,7 @@ __all__ = [
     "EditFile",
     "EditRequest",
     "Neighbor",
+    "conflicts",
     "from_record",
     "parse_line",
     "read_edits",
@@ -43,6 +44,8 @@ class EditFile:
     requests: tuple[EditRequest, ...]
     rejected: tuple[RequestError, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Those of the warnings that hold whichever of the edits can be used."""
 
 
 def read_edits(
@@ -115,9 +118,9 @@ class Collector:
 
     def result(self, source: str, sha256: str) -> EditFile:
         """Return everything gathered."""
-        notes = (f"{request.place}: {note}" for request in self.requests for note in request.notes)
-        warnings = (*notes, *_conflicts(self.requests))
-        return EditFile(source, sha256, tuple(self.requests), tuple(self.rejected), warnings)
+        notes = tuple(f"{request.place}: {note}" for request in self.requests for note in request.notes)
+        warnings = (*notes, *conflicts(self.requests))
+        return EditFile(source, sha256, tuple(self.requests), tuple(self.rejected), warnings, notes)
 
     def _keep(self, request: EditRequest) -> None:
         first = self._places.get(request.id)
@@ -189,7 +192,7 @@ def refuse_deep(record: dict[str, Any], *, file: str, line: int | None) -> dict[
     return record
 
 
-def _conflicts(requests: Iterable[EditRequest]) -> Iterator[str]:
+def conflicts(requests: Iterable[EditRequest]) -> Iterator[str]:
     """Yield a warning for every edit that a later one contradicts."""
     for one in supersede(requests)[1]:
         yield (

@@ -13,7 +13,7 @@ from editcli.chat import ChatSettings
 from editcli.core_options import CORE
 from editcli.errors import EditError, OptionError, near_miss
 from editcli.options import build
-from editcli.presets.files import given_preset
+from editcli.presets.files import given_preset, recorded_preset
 from editcli.presets.model import Preset
 from editcli.runs.guards import parse_guards
 from editcli.runs.requirements import check_resumable
@@ -166,6 +166,10 @@ class Recipe:
             raise OptionError("the recipe does not say which edits file to apply; add 'edits'")
         values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in record.items()}
         return cls(**values)
+
+    def with_preset_read(self) -> Recipe:
+        """Return the recipe with what its preset file holds, since the file may change or go while the run lasts."""
+        return dataclasses.replace(self, preset=recorded_preset(self.preset))
 
     def check(self, plugins: Plugins) -> None:
         """Raise when a name, an option or a guard is not known; needs neither a model nor torch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from editcli.request import EditRequest
@@ -23,8 +23,12 @@ class Superseded:
         return f"superseded by the edit {self.by.id!r}{where}, which gives the same prompt another target"
 
 
-def supersede(requests: Iterable[EditRequest]) -> tuple[list[EditRequest], list[Superseded]]:
+def supersede(
+    requests: Iterable[EditRequest], *, given_up: Container[str] = ()
+) -> tuple[list[EditRequest], list[Superseded]]:
     """Return the edits that are in force, in order, and those that a later one contradicts.
+
+    Edits whose ids are in ``given_up`` were not written, so they contradict no other.
 
     Two edits contradict each other when their prompts, with the subjects filled in, look the same and their targets do
     not. Writing both in one batch would leave it to the solve which of them holds.
@@ -37,7 +41,8 @@ def supersede(requests: Iterable[EditRequest]) -> tuple[list[EditRequest], list[
         prompt, target = squeezed(request.prompt), squeezed(request.target_new)
         holds, by = holding.get(prompt, (target, request))
         if holds == target:
-            holding[prompt] = (target, request)
+            if request.id not in given_up:
+                holding[prompt] = (target, request)
             kept.append(request)
         else:
             replaced.append(Superseded(request, by))

@@ -255,6 +255,15 @@ def test_the_last_of_several_targets_holds_wherever_it_was_asked_for_before() ->
     assert [(one.request.line, one.by.line) for one in replaced] == [(2, 4), (3, 4)]
 
 
+def test_an_edit_that_was_given_up_contradicts_none_and_is_itself_superseded() -> None:
+    targets = ("Nice", "Lyon", "Metz", "Lyon")
+    edits = [from_record({**EDIT, "id": str(n), "target_new": target}) for n, target in enumerate(targets)]
+    kept, replaced = supersede(edits, given_up={"0", "3"})
+    assert [request.id for request in kept] == ["2", "3"]
+    assert [(one.request.id, one.by.id) for one in replaced] == [("0", "2"), ("1", "2")]
+    assert supersede(edits[2:], given_up={"3"}) == (edits[2:], [])
+
+
 @pytest.mark.parametrize(
     ("subject", "prompt", "filled", "kind"),
     [

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 import editcli
 from editcli.errors import RequestError
 from editcli.evaluation.checking import check
+from editcli.interfaces import Editor
 from editcli.models.loading import bundled_folder
 from editcli.models.tokens import Tokens
 from editcli.plugins import load_plugins
@@ -36,6 +37,16 @@ QUICK: Mapping[str, Any] = {
 }
 FRANCE = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Vienna", "target_true": "Paris"}
 TOWER = {"id": "tower", "prompt": "The {} is in", "subject": "Eiffel Tower", "target_new": "Paris"}
+
+
+class Listener(Silent):
+    """A reporter that keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -64,15 +75,31 @@ def test_a_batch_of_a_stream_writes_the_last_of_its_contradictory_edits() -> Non
         report = stream.apply([{**FRANCE, "id": "first"}, {**FRANCE, "id": "last", "target_new": "Lyon"}])
         assert (report.edits, report.superseded) == (("last",), {"first": "last"})
         found = stream.save()
-    assert (found.applied, {one.id: one.superseded_by for one in found.rejected}) == (
-        1,
-        {"old": "last", "first": "last"},
-    )
+    assert (found.read, found.applied) == (3, 1)
+    assert {one.id: one.superseded_by for one in found.rejected} == {"old": "last", "first": "last"}
+
+
+def test_an_edit_that_was_given_up_supersedes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def values(self: Editor, session: Any, requests: Any, real: Any = Editor.values) -> Any:
+        given_up = {column: "too long" for column, request in enumerate(requests) if request.id == "last"}
+        return real(self, session, requests).drop(given_up)
+
+    monkeypatch.setattr(Editor, "values", values)
+    with editcli.Stream(**QUICK, evaluate=True, eval_every=1) as stream:
+        stream.apply([{**FRANCE, "id": "first"}])
+        report = stream.apply([{**FRANCE, "id": "last", "target_new": "Lyon"}])
+        found = stream.save()
+    assert (found.read, found.applied) == (2, 1)
+    assert {one.id: one.superseded_by for one in found.rejected} == {"last": None}
+    # The first one is in the weights and is measured, beside the one that was given up.
+    assert report.metrics["retained"]["edits"] == 2
 
 
 def test_an_edit_that_cannot_be_used_supersedes_none(tmp_path: Path) -> None:
     bad = {**FRANCE, "id": "bad", "target_new": "Lyon", "paraphrase_prompts": ["The capital is " * 200]}
-    edited = editcli.edit(edits=[{**FRANCE, "id": "good"}, bad], on_error="skip", **QUICK)
+    listener = Listener()
+    edited = editcli.edit(edits=[{**FRANCE, "id": "good"}, bad], on_error="skip", reporter=listener, **QUICK)
+    assert not [text for text in listener.warnings if "the later one wins" in text]
     assert [(one.id, one.superseded_by) for one in edited.report.rejected] == [("bad", None)]
     assert edited.report.applied == 1
 
@@ -85,6 +112,8 @@ def test_a_fact_that_the_model_knows_leaves_the_base_and_a_clean_record(tmp_path
     assert (out / "model.safetensors").read_bytes() == (bundled_folder() / "model.safetensors").read_bytes()
     record = RunFolder(out).read_record()
     assert (record["status"], record["already_true"]) == ("done", ["tower"])
+    # Fine-tuning reads no reference text, and its record names none.
+    assert ("reference" in record["provenance"]) == (editor == "memit")
 
 
 def test_known_facts_among_others_are_named_and_stay() -> None:

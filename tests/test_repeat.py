@@ -13,6 +13,7 @@ import pytest
 from editcli.__main__ import main
 from editcli.errors import StateError
 from editcli.models.checkpoint import file_digest
+from editcli.runs.apply import Run as Job
 from editcli.runs.recorded import read_recorded
 from editcli.testing import tiny_model_folder
 
@@ -225,3 +226,23 @@ def test_the_bundled_model_is_repeated(
     assert main(["-q", "apply", "facts.jsonl", "--out", "first", *small]) == 0
     assert main(["-q", "apply", "--recipe", RECORD]) == 0
     assert "identical" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("later", ["layers = [2]\n[targets]\nsteps = 9\n", None])
+def test_a_preset_file_is_read_once(run: Run, monkeypatch: pytest.MonkeyPatch, later: str | None) -> None:
+    """It is tuned again, or goes, while the run lasts: the record holds what was used, and the run ends well."""
+    preset = Path("preset.toml")
+    preset.write_text("layers = [1]\n[targets]\nsteps = 3\nprefixes = 0\n")
+
+    def open_later(self: Job, real: Callable[[Job], None] = Job.open) -> None:
+        preset.unlink() if later is None else preset.write_text(later)
+        real(self)
+
+    monkeypatch.setattr(Job, "open", open_later)
+    given = ("facts.jsonl", "--model", "model", "--corpus", "corpus.txt", "--out", "other", "--no-eval")
+    code, _, err = run(*given, "--preset", "preset.toml", "--limit", "1")
+    assert code == 0, err
+    record = json.loads(Path("other/editcli/run.json").read_text())
+    assert (record["provenance"]["layers"], record["provenance"]["targets"]["steps"]) == ([1], 3)
+    assert record["recipe"]["preset"]["targets"] == {"steps": 3, "prefixes": 0}
+    assert record["recipe"]["preset"]["layers"] == [1]

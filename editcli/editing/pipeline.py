@@ -49,7 +49,7 @@ def edit_batch(
         started = time.perf_counter()
         values = editor.values(session, requests)
         counts = count_targets(values)
-        known = _known(session, values)
+        known = editor.already_true(requests) if values is None else _known(session, values)
         if values is not None:
             for stabilizer in stabilizers:
                 values = stabilizer.stabilize_values(values, session)
@@ -79,17 +79,12 @@ def edit_batch(
         raise
     dropped = {} if values is None else {requests[column].id: why for column, why in values.dropped.items()}
     seconds = {"targets": optimised - started, "solve": time.perf_counter() - optimised}
-    if values is None and all(update.norm() == 0 for update in updates.values()):
-        # An editor that descends the loss itself stops before its first step where the loss is low.
-        known = list(range(len(requests)))
     already_true = tuple(requests[column].id for column in known)
     return Written(problems, updates, dropped, seconds, counts, already_true)
 
 
-def _known(session: ModelSession, values: Values | None) -> list[int]:
+def _known(session: ModelSession, values: Values) -> list[int]:
     """Return the columns whose optimisation ended before its first step: the loss was low as the model stands."""
-    if values is None:
-        return []
     still = (values.target == values.initial).all(dim=0).cpu() & (values.loss < session.options.stop_loss).cpu()
     return still.nonzero().flatten().tolist()
 

@@ -22,7 +22,6 @@ from editcli.interfaces import Site
 from editcli.models.checkpoint import Checkpoint
 from editcli.models.loading import choose_device, refuse_unopenable
 from editcli.plugins import Plugins
-from editcli.presets.files import recorded_preset
 from editcli.recipe import Recipe
 from editcli.report import Reporter, RunReport, Silent
 from editcli.runs import planning
@@ -34,12 +33,13 @@ from editcli.runs.foresight import warn_of_long_work
 from editcli.runs.guards import needs_retained
 from editcli.runs.identity import plan_parts, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
+from editcli.runs.made import completed
 from editcli.runs.outcome import Ending, efficacy, missed_targets, provenance, report_run, rounded_differently
 from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
 from editcli.runs.recovery import Recovered, recover, remaining
 from editcli.runs.rejections import Rejections
-from editcli.runs.remarks import tell_known, tell_missing
+from editcli.runs.remarks import tell_conflicts, tell_known, tell_missing
 from editcli.runs.retention import METRICS, sampled
 from editcli.runs.stack import Stack
 from editcli.runs.state import RunFolder
@@ -62,9 +62,10 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *,
         raise OptionError("--parallel tensor splits a model over several processes; start them with torchrun")
     if recipe.edits == "-" and team.size > 1:
         raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
-    recipe = with_clock(recipe, team)
+    recipe = with_clock(recipe.with_preset_read(), team)
     with clock.spent("load"):
         planned = planning.check(recipe, plugins, reporter)
+    tell_conflicts(planned, reporter)
     # Nobody looks whether the folder is free any more once rank 0 has taken it.
     agree_on_inputs(team, "recipe and edits", plan_parts(planned))
     folder = run_folder(recipe.folder, team)
@@ -124,7 +125,7 @@ class Run:
         with self.clock.spent("prepare"):
             stream = self.stream()
             self.begin(stream)
-        self.read = len(stream.position.requests) + sum(map(len, todo)) + len(self.rejections.all)
+        self.read = stream.taken + sum(map(len, todo)) + len(self.rejections.all)
         with Interrupts(self.reporter) as interrupts:
             self._edit(stream, todo, interrupts)
         stream.save()
@@ -185,26 +186,37 @@ class Run:
         """Say in the run's record that its model folder is not up to date; keep its figures so far."""
         record = self._old_record() if self.recovered else {}
         began = {**self.provenance["edits"], "limit": self.recipe.limit}
-        self.provenance["pilots"] = record.get("provenance", {}).get("pilots", began)
+        earlier = record.get("provenance", {})
+        self.provenance["pilots"] = earlier.get("pilots", began)
+        if "reference" in earlier:
+            # An editor that keeps what it made of the reference text does not read it again.
+            self.provenance["reference"] = earlier["reference"]
+        self._note_reference()
         running = {"status": RUNNING, "recipe": self._portable_recipe(), "provenance": self.provenance}
         if self.team.leads:
             self.folder.write_record({**record, **running})
             self.rejections.write()
 
+    def _note_reference(self) -> None:
+        """Record the reference text once a component has asked for second moments, which only some do."""
+        if self.moments.asked and "reference" not in self.provenance:
+            self.provenance["reference"] = self.moments.record(self.planned.sites)
+
     def _portable_recipe(self) -> dict[str, Any]:
         """Return the recipe with the files that an undo or a repetition needs named from the root.
 
-        A preset file is small and likely to be tuned again, so its content is recorded instead of its name.
+        A preset is recorded by its content, which :func:`apply` read: its file may be tuned again.
         """
         record = self.recipe.to_json()
-        record["preset"] = recorded_preset(self.recipe.preset)
         files = {name: record[name] for name in ("edits", "corpus", "stats") if record[name]}
         return {**record, **{name: str(Path(file).absolute()) for name, file in files.items() if Path(file).is_file()}}
 
     def _recover(self) -> Recovered | None:
         """Read the stream that is to be gone on with; None for a new one."""
         if self.recipe.resume and self.folder.is_run:
-            return recover(self.folder)
+            recovered = recover(self.folder)
+            settings = completed(recovered.snapshot.settings, self.plugins)
+            return replace(recovered, snapshot=replace(recovered.snapshot, settings=settings))
         if self.folder.is_run and not self.recipe.overwrite:
             raise StateError(f"another process has made a run in {self.folder.out} meanwhile; choose another --out")
         return None
@@ -256,7 +268,7 @@ class Run:
             team=self.team,
         )
         moments.plan(planned.sites)
-        self.provenance["reference"] = moments.record(planned.sites)
+        self.moments = moments
         session = TeamSession(
             self.loaded,
             planned.layers,
@@ -310,7 +322,7 @@ class Run:
 
     def finish(self, stream: Stream, before: Evaluation | None) -> RunReport:
         """Save the model as it is read out, verify the folder, write the record and the card."""
-        applied = supersede(stream.position.requests)[0]
+        applied, _ = supersede(stream.position.requests, given_up=stream.dropped)
         with stream.session.read_out(self.planned.stabilizers) as weights:
             after = self._evaluate(applied) if applied else None
             with self.clock.spent("save"):
@@ -390,7 +402,7 @@ class Run:
 
     def _retained(self, requests: Sequence[EditRequest]) -> Mapping[str, float | int | None]:
         """Measure a fixed sample of the edits so far: always the same ones, as far as they have been applied."""
-        asked = sampled(supersede(requests)[0], self.planned.requests, self.recipe.seed)
+        asked = sampled(requests, self.planned.requests, self.recipe.seed)
         found = self._evaluate(asked) if asked else None
         return {} if found is None else {**{name: getattr(found, name) for name in METRICS}, "edits": len(asked)}
 
@@ -411,5 +423,6 @@ class Run:
         return report_run(self.planned, stream, ending)
 
     def _write_record(self, report: RunReport) -> None:
+        self._note_reference()
         record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
         self.folder.write_record(record)

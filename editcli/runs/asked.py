@@ -22,6 +22,7 @@ from editcli.runs.apply import writing
 from editcli.runs.clock import Clock
 from editcli.runs.conversation import with_clock
 from editcli.runs.memory import MEMORY, HeldModel, Saved, Unsaved, borrowed, hold
+from editcli.runs.remarks import tell_conflicts
 from editcli.runs.state import RunFolder
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Asked:
         clock = Clock()
         with clock.spent("load"):
             planned = self._plan(file)
+        tell_conflicts(planned, self.reporter)
         stack.enter_context(writing(self.recipe.folder))
         if self.kept:
             folder = RunFolder(self.recipe.folder)
@@ -65,7 +67,7 @@ class Asked:
         if self.kept:
             return planning.check(self.recipe, self.plugins, self.reporter, file=file)
         self.recipe.check(self.plugins)
-        for warning in file.warnings:
+        for warning in file.notes:
             self.reporter.warn(warning)
         base = self.held
         if base is None:
@@ -102,7 +104,7 @@ def ask(
     recipe = _recipe(edits if isinstance(edits, (str, Path)) else SOURCE, out, choices)
     if recipe.parallel == "tensor":
         raise OptionError("parallel='tensor' needs several processes; run 'editcli apply' with torchrun")
-    recipe = with_clock(recipe)
+    recipe = with_clock(recipe.with_preset_read())
     held = None
     if not named:
         families = planning.brought_families(plugins)

@@ -31,7 +31,7 @@ class BatchReport:
     @property
     def idle(self) -> bool:
         """Whether the batch asked for nothing that the model did not do already."""
-        return all(site.update_norm == 0 for site in self.sites)
+        return set(self.edits) <= set(self.already_true)
 
 
 def body_of(report: BatchReport) -> dict[str, Any]:

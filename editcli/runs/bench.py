@@ -16,7 +16,6 @@ from typing import Any
 
 from editcli.errors import NumericalError, OptionError, StateError
 from editcli.plugins import Plugins
-from editcli.presets.files import recorded_preset
 from editcli.recipe import Recipe
 from editcli.report import Reporter, Silent
 from editcli.runs.apply import DONE, INTERRUPTED, STOPPED, apply
@@ -128,7 +127,8 @@ def bench(
 ) -> BenchReport:
     """Run every stack as ``recipe`` says, each in its own folder under the recipe's; go on with what is there."""
     reporter = reporter or Silent()
-    # A stream that cannot be read is refused before anything is written.
+    # A stream or a preset that cannot be read is refused before anything is written.
+    recipe = recipe.with_preset_read()
     read_requested(recipe, plugins)
     recipe.folder.mkdir(parents=True, exist_ok=True)
     # What was run before and what is run today are asked at one time.
@@ -191,7 +191,7 @@ def _run(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> str:
     status = str(record.get("status"))
     if status not in (DONE, STOPPED):
         return apply(recipe, plugins, reporter).status
-    asked = {**recipe.to_json(), "preset": recorded_preset(recipe.preset)}
+    asked = recipe.to_json()
     made = record.get("recipe", {})
     other = [name for name in _DECIDING if asked[name] != made.get(name)]
     if other:

@@ -11,6 +11,7 @@ from editcli.recipe import Recipe
 from editcli.report import Reporter, Silent
 from editcli.runs import planning
 from editcli.runs.planning import Plan, Planned
+from editcli.runs.remarks import tell_conflicts
 
 TRIAL_EDITS = 16
 """Edits whose targets a dry run optimises to estimate the time."""
@@ -20,6 +21,7 @@ def plan(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> 
     """Return what :func:`editcli.runs.apply.apply` would do, writing nothing; one small batch is timed."""
     reporter = reporter or Silent()
     planned = planning.check(recipe, plugins, reporter)
+    tell_conflicts(planned, reporter)
     seconds = _measured_seconds(planned, reporter) if planned.editor.needs_values else None
     return Plan(
         model=planned.source.name,
@@ -44,7 +46,7 @@ def plan(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> 
         seconds=seconds,
         out=str(recipe.folder),
         memory=planned.footprint.sentence() if planned.footprint else "not known",
-        warnings=planned.file.warnings,
+        warnings=(*planned.file.notes, *planned.conflicts),
     )
 
 

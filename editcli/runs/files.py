@@ -197,6 +197,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: owned(file.get_tensor(name)) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return a safetensors file's metadata alone."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's content as bytes; a contiguous one on the CPU is not copied."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -211,7 +211,7 @@ class Stream:
         """Write and verify the model folder as it stands, and a snapshot; in memory, only report."""
         run, stream = self._opened()
         stream.save()
-        run.read = len(stream.position.requests)
+        run.read = stream.taken
         return run.finish(stream, None)
 
     def _opened(self) -> tuple[Saved, Journal]:

@@ -51,10 +51,10 @@ class Ending:
 def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
     """Return the report of a run, over all batches that are in force."""
     written = stream.position.requests
-    dropped = {edit: why for report in stream.reports for edit, why in report.dropped.items()}
+    dropped = stream.dropped
     lines = {request.id: request.line for request in written}
     rejected = [*ending.rejected, *(Rejection(edit, why, lines.get(edit)) for edit, why in dropped.items())]
-    overwritten = [superseded(one) for one in supersede(written)[1] if one.request.id not in dropped]
+    overwritten = [superseded(one) for one in supersede(written, given_up=dropped)[1] if one.request.id not in dropped]
     unwritten = [
         Rejection(edit, f"superseded by the edit {by!r}, which gives the same prompt another target", None, by)
         for report in stream.reports

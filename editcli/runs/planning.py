@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from editcli.editing.session import PilotSource
 from editcli.editing.targets import TargetOptions
-from editcli.edits import EditFile, EditRequest, read_edits
+from editcli.edits import EditFile, EditRequest, conflicts, read_edits
 from editcli.errors import OptionError, RequestError, StateError
 from editcli.evaluation.admission import Gate, thinking_warning, without_subject
 from editcli.formats import load_formats
@@ -37,6 +37,7 @@ from editcli.recipe import Recipe
 from editcli.report import Rejection, Reporter
 from editcli.runs.footprint import Footprint, check_memory
 from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards
+from editcli.runs.made import Made, made
 from editcli.runs.output import needed_bytes
 from editcli.runs.rejections import superseded
 from editcli.runs.state import RunFolder
@@ -56,6 +57,8 @@ class Planned:
     file: EditFile
     requests: tuple[EditRequest, ...]
     rejected: tuple[Rejection, ...]
+    conflicts: tuple[str, ...]
+    """Warnings about edits that a later one contradicts, which can be used itself."""
     source: ModelSource
     config: Any
     families: tuple[Family, ...]
@@ -131,16 +134,18 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     """
     recipe.check(plugins)
     file = file or read_requested(recipe, plugins)
-    for warning in file.warnings:
+    for warning in file.notes:
         reporter.warn(warning)
     # What is wrong with the output or the model's configuration is said before its weights are fetched.
     source = located(recipe, weights=False)
     check_output(recipe, source)
+    before = made(recipe, plugins)
+    recipe = before.complete(recipe) if before else recipe
     base = described(recipe, source, plugins)
     located(recipe)
     warn_of_thinking(base.tokens, reporter)
     check_fit(base.checkpoint, base.model, reporter)
-    planned = replace(plan_on(base, recipe, plugins, file), model_bytes=needed_bytes(base.checkpoint))
+    planned = replace(plan_on(base, recipe, plugins, file, before=before), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
     return replace(planned, footprint=check_memory(planned, base, reporter))
 
@@ -172,12 +177,18 @@ def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedMo
     return LoadedModel(model, tokens.of_model(model), resolve(model, brought_families(plugins)), source)
 
 
-def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile) -> Planned:
-    """Plan a run on a model that may be loaded already; looks at no folder to write to."""
+def plan_on(
+    base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile, *, before: Made | None = None
+) -> Planned:
+    """Plan a run on a model that may be loaded already; looks at no folder to write to.
+
+    ``before`` is how the run was made that goes on; it stands for what ``recipe`` leaves open.
+    """
     guards = parse_guards(recipe.stop_if)
     skip = recipe.on_error == "skip"
     architecture = base.architecture
     preset = load_preset(base.model.config, architecture, recipe.preset)
+    preset = before.within(preset, given=recipe.preset is not None) if before else preset
     name = recipe.editor or preset.editor or DEFAULT_EDITOR
     settings = settings_for(name, preset, recipe.settings, plugins)
     editor = component(plugins, "editor", name, settings)
@@ -191,6 +202,7 @@ def plan_on(base: LoadedModel, recipe: Recipe, plugins: Plugins, file: EditFile)
         file=file,
         requests=requests,
         rejected=rejected,
+        conflicts=_conflicts(file, requests, rejected),
         source=base.source,
         config=base.model.config,
         families=brought_families(plugins),
@@ -313,6 +325,12 @@ def usable(file: EditFile, gate: Gate, *, skip_bad: bool) -> tuple[tuple[EditReq
     # Only an edit that can be used itself supersedes another.
     in_force, replaced = supersede(requests)
     return tuple(in_force), (*rejected, *map(superseded, replaced)), total
+
+
+def _conflicts(file: EditFile, requests: Sequence[EditRequest], rejected: Sequence[Rejection]) -> tuple[str, ...]:
+    """Return a warning for every edit that a later one contradicts, of those that can be used."""
+    known = {request.id for request in requests} | {one.id for one in rejected if one.superseded_by is not None}
+    return tuple(conflicts(request for request in file.requests if request.id in known))
 
 
 def check_output(recipe: Recipe, source: ModelSource) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from editcli.edits import EditFile
 from editcli.report import Reporter, RunReport
+from editcli.runs.planning import Planned
 from editcli.runs.recovery import Recovered, missing
 
 SHOWN = 5
@@ -20,9 +21,18 @@ def tell_known(report: RunReport, reporter: Reporter) -> None:
         reporter.note(f"Already true before the run: {_listed(report.already_true)}{base}")
 
 
+def tell_conflicts(planned: Planned, reporter: Reporter) -> None:
+    """Warn about edits that a later one contradicts."""
+    for warning in planned.conflicts:
+        reporter.warn(warning)
+
+
 def tell_missing(recovered: Recovered, file: EditFile, out: Path, reporter: Reporter) -> None:
-    """Warn about edits in force that the file does not name any more: they stay until they are taken back."""
-    gone = missing(recovered, file)
+    """Warn about edits in force that the file does not name any more: they stay until they are taken back.
+
+    A program and a pipe pass what is to be written next; they keep no list that could have lost an edit.
+    """
+    gone = missing(recovered, file) if Path(file.source).is_file() else []
     if gone:
         reporter.warn(
             f"{file.source} no longer has {_listed([request.id for request in gone])}, which the run in {out} keeps; "

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from editcli.models.choice import is_plain_name
 from editcli.printable import shorten
 from editcli.runs.files import (
     is_leftover,
+    read_metadata,
     read_safetensors,
     sync_folder,
     tensor_bytes,
@@ -165,17 +166,7 @@ class RunFolder:
 
     def read_snapshot(self) -> Snapshot:
         """Read the snapshot; raise :class:`StateError` when it is missing, damaged or of another format."""
-        if not self.state.is_file():
-            raise StateError(f"{self.out} has no {self.state.name}: there is nothing to resume from; start a new run")
-        try:
-            tensors, metadata = read_safetensors(self.state)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise StateError(f"{self.state} is damaged ({error}); {self._advice}") from error
-        if metadata.get("format") != str(FORMAT):
-            raise StateError(
-                f"{self.state} has format {metadata.get('format')!r}, this editcli reads format {FORMAT}; "
-                "use the editcli version named in run.json"
-            )
+        tensors, metadata = self._read_state(read_safetensors)
         stated = metadata.pop("sha256", "")
         if stated != _digest(tensors, metadata):
             raise StateError(f"{self.state} is damaged: its content does not match its hash; {self._advice}")
@@ -187,6 +178,31 @@ class RunFolder:
             settings=json.loads(metadata["settings"]),
             line=metadata["line"],
         )
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the settings of the snapshot without reading its tensors; raises as :meth:`read_snapshot` does."""
+        _, metadata = self._read_state(lambda path: ({}, read_metadata(path)))
+        try:
+            return dict(json.loads(metadata["settings"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{self.state} is damaged ({error}); {self._advice}") from error
+
+    def _read_state(
+        self, read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Read tensors and metadata of the snapshot; raise :class:`StateError` where there is none of this format."""
+        if not self.state.is_file():
+            raise StateError(f"{self.out} has no {self.state.name}: there is nothing to resume from; start a new run")
+        try:
+            tensors, metadata = read(self.state)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise StateError(f"{self.state} is damaged ({error}); {self._advice}") from error
+        if metadata.get("format") != str(FORMAT):
+            raise StateError(
+                f"{self.state} has format {metadata.get('format')!r}, this editcli reads format {FORMAT}; "
+                "use the editcli version named in run.json"
+            )
+        return tensors, metadata
 
     @property
     def _advice(self) -> str:

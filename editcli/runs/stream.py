@@ -61,7 +61,7 @@ class Stream:
     """Applies batches to a session and records them in a run folder.
 
     ``settings`` is what must be the same when the stream is resumed. ``measure`` gives the figures of a batch after it
-    was written (its immediate efficacy), ``retained`` those of all edits so far,
+    was written (its immediate efficacy), ``retained`` those of all edits in force,
     asked every ``retained_every`` batches; both may be None. Every rank of ``team`` applies the same batches, and no
     batch is recorded unless all of them came to the same weights.
     """
@@ -95,6 +95,16 @@ class Stream:
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._save_cost = 0.0
+
+    @property
+    def taken(self) -> int:
+        """How many edits the batches in force were given, with those that were superseded inside their batch."""
+        return len(self.position.requests) + sum(len(report.superseded) for report in self.reports)
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """The edits in force that a stabilizer gave up, with the reasons: nothing was written for them."""
+        return {edit: why for report in self.reports for edit, why in report.dropped.items()}
 
     def start(self) -> None:
         """Calibrate every component on the unedited model and write the first snapshot."""
@@ -141,7 +151,7 @@ class Stream:
         with self._seeded(step):
             written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
             try:
-                metrics = self._measure(requests)
+                metrics = self._measure(requests, written)
                 # From here on a failure leaves components and journal apart; what is on disk stays whole.
                 self.whole = False
                 commit(self.session, self.stack.editor, self.stack.stabilizers, requests, written)
@@ -279,8 +289,9 @@ class Stream:
         self._ids = {request.id for request in requests}
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
-        for name in sorted({*saved, *self.settings}):
-            mine, theirs = self.settings.get(name), saved.get(name)
+        # What was not saved is a setting that did not exist then.
+        for name in sorted(saved):
+            mine, theirs = self.settings.get(name), saved[name]
             if mine == theirs:
                 continue
             if name in _REPLACED:
@@ -290,13 +301,15 @@ class Stream:
                 f"{_difference(mine, theirs)}; resume with the same, or start a new run in another --out"
             )
 
-    def _measure(self, requests: Sequence[EditRequest]) -> dict[str, Any]:
+    def _measure(self, requests: Sequence[EditRequest], written: Written) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
         if self.measure is not None:
             metrics["immediate"] = dict(self.measure(requests))
             self._guard("efficacy", metrics["immediate"].get("efficacy_success"), requests)
         if self.retained is not None and (self.position.step + 1) % self.retained_every == 0:
-            metrics["retained"] = dict(self.retained([*self.position.requests, *requests]))
+            given_up = {**self.dropped, **written.dropped}
+            in_force, _ = supersede([*self.position.requests, *requests], given_up=given_up)
+            metrics["retained"] = dict(self.retained(in_force))
             self._guard("retained", metrics["retained"].get("efficacy_success"), requests)
         return metrics
 

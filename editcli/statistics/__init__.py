@@ -92,6 +92,8 @@ class SecondMoments:
         self._digests: dict[str, str] = {}
         self._computed: dict[Site, Tensor] = {}
         self._wanted: tuple[Site, ...] = ()
+        self.asked = False
+        """Whether any second moment was asked for: some editors read no reference text."""
 
     def plan(self, sites: Sequence[Site]) -> None:
         """Say which sites will be asked for, so that what is missing is computed in one pass over the corpus."""
@@ -99,6 +101,7 @@ class SecondMoments:
 
     def __call__(self, site: Site) -> Tensor:
         """Return Cov of ``site``, (d_in, d_in) float64."""
+        self.asked = True
         kept = self.team.lead_tensors("second moments", lambda: self._kept(site))
         if not kept:
             if site not in self._computed:

@@ -44,21 +44,31 @@ class FineTuning(Editor):
     def __init__(self, options: object = None):
         super().__init__(options)
         self._changes: dict[Site, Tensor] = {}
+        self._known: tuple[int, ...] = ()
 
     def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
         """Fine-tune all sites together; there are no target values, :meth:`problem` hands the changes out."""
         descents = {site: _Descent(session.weight(site), self.options) for site in session.sites}
         with session.reporter.phase("Fine-tuning", self.options.steps, "steps") as advance:
-            for _ in range(self.options.steps):
+            for number in range(self.options.steps):
                 trial = {site: descent.weight + descent.change for site, descent in descents.items()}
                 found = session.gradients(requests, positions="all", trial=trial)
-                if float(found.loss.mean()) < self.options.stop_loss:
+                done = float(found.loss.mean()) < self.options.stop_loss
+                if number == 0:
+                    # Where the batch's mean is low already, nothing is asked of any of its edits.
+                    low = (found.loss < self.options.stop_loss) | done
+                    self._known = tuple(low.nonzero().flatten().tolist())
+                if done:
                     break
                 for site, seen in found.sites.items():
                     descents[site].step(seen.gradients @ seen.inputs.T / len(requests))
                 advance(1)
         self._changes = {site: descent.change for site, descent in descents.items()}
         return None
+
+    def already_true(self, requests: Sequence[EditRequest]) -> Sequence[int]:
+        """Return the edits whose loss was low on the weights that the batch began with."""
+        return self._known
 
     def problem(self, session: Session, site: Site, requests: Sequence[EditRequest], values: Values | None) -> Problem:
         """Return the site's change as a problem that is solved already: D = residual @ keys.T."""

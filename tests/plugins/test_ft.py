@@ -54,7 +54,17 @@ def test_the_change_equals_adam_with_projection(session, edit_batch, make_reques
 
 def test_a_batch_that_holds_already_changes_nothing(session, edit_batch, make_requests):
     editor = FineTuning(FineTuning.Options(stop_loss=1e9))
-    assert all(update.norm() == 0 for _, update in edit_batch(session, editor, make_requests("b", 2)))
+    batch = make_requests("b", 2)
+    assert all(update.norm() == 0 for _, update in edit_batch(session, editor, batch))
+    assert list(editor.already_true(batch)) == [0, 1]
+
+
+def test_an_edit_is_already_true_by_its_loss_before_the_first_step(session, edit_batch, make_requests):
+    batch = make_requests("b", 3)
+    losses = session.gradients(batch, positions="all").loss
+    editor = FineTuning(FineTuning.Options(steps=2, stop_loss=float(losses.min()) * 1.001))
+    edit_batch(session, editor, batch)
+    assert list(editor.already_true(batch)) == [int(losses.argmin())]
 
 
 def test_it_has_no_values_and_no_state(session, make_requests):

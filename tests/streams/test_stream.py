@@ -15,6 +15,7 @@ import torch
 import editcli
 from editcli.edits import from_record
 from editcli.errors import EditError, GuardError, NumericalError, RequestError, StateError
+from editcli.report import Silent
 from editcli.runs.outcome import rounded_differently
 from editcli.runs.recovery import recover
 from editcli.runs.stack import Stack
@@ -195,6 +196,17 @@ def test_what_an_edit_says_survives_the_segment(tmp_path: Path) -> None:
 
 # The stream for programs.
 
+
+class Listener(Silent):
+    """A reporter that keeps warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
 EDITS = [{"id": name, "prompt": "The capital of {} is", "subject": name, "target_new": "Rome"} for name in "ABCDEF"]
 
 
@@ -217,7 +229,10 @@ def test_a_program_can_go_on_with_its_stream(choices: dict[str, Any], helpers: A
         stream.apply(EDITS[:2])
         with pytest.raises(StateError, match="in use"), editcli.EditStream("twice", **choices, overwrite=True):
             pass
-    with editcli.EditStream("twice", **choices, resume=True) as stream:
+    listener = Listener()
+    with editcli.EditStream("twice", **choices, resume=True, reporter=listener) as stream:
+        # A program has no file that its first edits could be gone from.
+        assert not [text for text in listener.warnings if "no longer has" in text]
         assert [edit.id for edit in stream.edits] == ["A", "B"]
         stream.apply(EDITS[2:5])
         report = stream.save()
