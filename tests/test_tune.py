@@ -19,6 +19,7 @@ from rich.console import Console
 
 from editcli.__main__ import main
 from editcli.core_options import TargetOptions
+from editcli.edits import EditFile
 from editcli.errors import NumericalError, StateError
 from editcli.evaluation.ability import Drift, TextBaseline, general_drift
 from editcli.models.loading import LoadedModel, open_model, resolve_model
@@ -29,7 +30,7 @@ from editcli.presets.files import read_preset
 from editcli.recipe import Recipe
 from editcli.render.tune import search_charts, tune_view
 from editcli.report import Silent
-from editcli.runs.planning import settings_for
+from editcli.runs.planning import described, located, plan_on, settings_for
 from editcli.testing import tiny_model_folder, tiny_requests
 from editcli.tuning import SOURCE
 from editcli.tuning import study as states
@@ -500,6 +501,20 @@ def test_a_budget_that_is_too_small_says_so_and_keeps_the_search(
     assert "was begun with other edits, seed" in capsys.readouterr().err
     assert main(["tune", *small, "--trials", "1", "--resume"]) == 0
     assert "the preset holds the guess" in capsys.readouterr().out
+
+
+def test_apply_writes_the_layers_that_were_tuned_for_an_editor_with_layers_of_its_own(
+    here: Path, small: tuple[str, ...], plugins: Plugins
+) -> None:
+    model, edits, _, _, _, corpus, *_ = small
+    run = Recipe(model=model, edits=edits, corpus=corpus, out="tune", editor="ultraedit", layers=(0, 1), batch_size=4)
+    report = tune(TuneRecipe(run=run, trials=1, sample=4), plugins)
+    assert report.chosen is not None
+    assert report.chosen.layers == (0, 1)
+    written = Recipe(model=model, edits=edits, preset=report.preset, evaluate=False)
+    base = described(written, located(written, weights=False), plugins)
+    planned = plan_on(base, written, plugins, EditFile(edits, "", (), (), ()))
+    assert (planned.editor.name, planned.layers) == ("ultraedit", (0, 1))
 
 
 class _Stopping(Silent):

@@ -247,7 +247,7 @@ class Search:
             f"score {shown(chosen.score)}{against}",
             layers=chosen.layers,
             editor=start.editor.name,
-            editor_layers={k: v for k, v in start.preset.editor_layers.items() if k != start.editor.name},
+            editor_layers={**start.preset.editor_layers, start.editor.name: chosen.layers},
             settings=merge(start.preset.settings, fixed, chosen.settings),
             # Tokens that users add change nothing about where facts are.
             match=replace(sizes_of(loaded.model.config, loaded.architecture), vocab=None),
