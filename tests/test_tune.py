@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from editcli.__main__ import main
 from editcli.core_options import TargetOptions
 from editcli.edits import EditFile
 from editcli.errors import NumericalError, StateError
 from editcli.evaluation.ability import Drift, TextBaseline, general_drift
+from editcli.models.choice import SINGLE
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.options import build
 from editcli.plugins import Plugins, load_plugins
@@ -341,6 +343,21 @@ def test_a_trial_that_is_ended_gives_them_back_too(bench: Workbench) -> None:
     with pytest.raises(KeyboardInterrupt):
         bench.run(Candidate((1, 2), {}), tiny_requests(0), batch=1, watch=end)
     assert same(before, bench.loaded.model.state_dict())
+
+
+def test_a_block_of_zeros_has_no_ratio_and_stops_no_trial(
+    bench: Workbench, tmp_path: Path, plugins: Plugins, corpus_text: str
+) -> None:
+    folder = tiny_model_folder(tmp_path / "zero")
+    weights = load_file(folder / SINGLE)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**weights, name: torch.zeros_like(weights[name])}, folder / SINGLE, metadata={"format": "pt"})
+    zero = open_model(resolve_model(folder), device="cpu")
+    other = Workbench(zero, bench.recipe, plugins, Silent(), texts=corpus_text.splitlines())
+    for layers, known in (((1,), False), ((1, 2), True)):
+        trial = other.run(Candidate(layers, {}), tiny_requests(0), batch=3, watch=lambda done, figures: None)
+        assert (trial.figures.ratio is not None) == known
+        json.dumps(trial.figures.to_json(), allow_nan=False)
 
 
 def test_settings_that_wreck_the_model_are_a_failed_trial_and_not_the_end(

@@ -40,8 +40,8 @@ def portable(run: FinishedRun) -> dict[str, Any]:
         if recipe.get(name):
             recipe[name] = file_name(recipe[name])
     recipe["preset"] = shareable_preset(recipe.get("preset"))
-    for sections in (recipe.get("settings"), provenance.get("options"), record.get("components")):
-        for name, options in (sections or {}).items():
+    for sections in filter(None, (recipe.get("settings"), provenance.get("options"), record.get("components"))):
+        for name, options in sections.items():
             sections[name] = shareable_options(options)
     base = provenance["base"]
     base["name"] = public_name(base)

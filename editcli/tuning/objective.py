@@ -31,7 +31,7 @@ class Figures:
     kl: float | None = None
     """Mean KL(base || edited) per token of ordinary text, in nats; None while it was not measured."""
     ratio: float | None = None
-    """The largest R_n = ||W_n|| / ||W_0|| of any site."""
+    """The largest R_n = ||W_n|| / ||W_0|| of any site; None where it was not measured or every W_0 is zero."""
 
     def score(self, *, kl_price: float = KL_PRICE) -> float:
         """Return harmonic mean minus price; what could not be measured is left out of the mean."""
