@@ -360,6 +360,36 @@ def test_a_block_of_zeros_has_no_ratio_and_stops_no_trial(
         json.dumps(trial.figures.to_json(), allow_nan=False)
 
 
+class _Listening(Silent):
+    """A reporter that records what it is given."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.phases: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def phase(self, name: str, total: int, unit: str = "") -> Any:
+        self.phases.append(name)
+        return super().phase(name, total, unit)
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning_for_all_trials(
+    bench: Workbench, tmp_path: Path, plugins: Plugins, corpus_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_text("a file where the folder of the cache would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    listening = _Listening()
+    recipe = replace(bench.recipe, editor="alphaedit")
+    other = Workbench(bench.loaded, recipe, plugins, listening, texts=corpus_text.splitlines())
+    for _ in range(2):
+        other.run(Candidate((1, 2), {}), tiny_requests(0), batch=3, watch=lambda done, figures: None)
+    assert [text for text in listening.warnings if "cannot be written" in text] == listening.warnings[:1]
+    assert len(listening.warnings) == 1
+    assert "Writing prefixes" in listening.phases
+
+
 def test_settings_that_wreck_the_model_are_a_failed_trial_and_not_the_end(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

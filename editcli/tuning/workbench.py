@@ -67,7 +67,7 @@ class Workbench:
     ):
         self.loaded, self.recipe, self.plugins, self.reporter = loaded, recipe, plugins, reporter
         self.start = self._planned(recipe, ())
-        self.prefixes = generate_prefixes(loaded, self.start.targets, seed=recipe.seed)
+        self.prefixes = generate_prefixes(loaded, self.start.targets, seed=recipe.seed, reporter=reporter)
         self.text = TextBaseline(loaded, texts)
         self.moments = SecondMoments(
             loaded,
@@ -129,7 +129,7 @@ class Workbench:
             options=planned.targets,
             prefixes=self.prefixes,
             second_moment=self.moments,
-            cache=self.moments.cache,
+            cache=self.moments.files,
             pilots=planning.pilot_source(requests),
             save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
             reporter=self.reporter,
