@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from editcli.recipe import Recipe
 from editcli.render.tune import search_charts, tune_view
 from editcli.report import Silent
 from editcli.runs.planning import described, located, plan_on, settings_for
-from editcli.testing import tiny_model_folder, tiny_requests
+from editcli.testing import CHAT_TEMPLATE, tiny_model_folder, tiny_requests, tiny_tokenizer
 from editcli.tuning import SOURCE
 from editcli.tuning import study as states
 from editcli.tuning.budget import FEWEST, MOST, Budget, edits_per_trial
@@ -42,7 +43,7 @@ from editcli.tuning.preparation import TuneRecipe
 from editcli.tuning.probes import counterfactuals, relations
 from editcli.tuning.search import PRESET, tune
 from editcli.tuning.space import COUNT, LAST, Bound, Candidate, Space, build_space
-from editcli.tuning.study import Study
+from editcli.tuning.study import Study, begun_with
 from editcli.tuning.workbench import Workbench
 
 FAST = ("--sample", "4", "-o", "targets.steps=5", "-o", "targets.prefixes=1", "-o", "statistics.tokens=2000")
@@ -562,6 +563,45 @@ def test_apply_writes_the_layers_that_were_tuned_for_an_editor_with_layers_of_it
     base = described(written, located(written, weights=False), plugins)
     planned = plan_on(base, written, plugins, EditFile(edits, "", (), (), ()))
     assert (planned.editor.name, planned.layers) == ("ultraedit", (0, 1))
+
+
+CLOCK = CHAT_TEMPLATE + "{{ strftime_now('%H:%M') }}<think>"
+
+
+def test_trials_share_the_templates_clock_and_a_search_is_what_its_files_hold(
+    here: Path, small: tuple[str, ...], plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that is resumed reads the time at which it was begun, and refuses another text or template."""
+    _, edits, _, _, _, corpus, *_ = small
+    model = tiny_model_folder(here / "model", tokenizer=tiny_tokenizer(chat_template=CLOCK))
+    text = here / "text.txt"
+    text.write_text(Path(corpus).read_text())
+    settings = {"targets": {"steps": 1, "prefixes": 0}}
+    run = Recipe(model=str(model), edits=edits, corpus=corpus, out="tune", settings=settings, chat_template=True)
+    recipe = TuneRecipe(run=run, trials=1, sample=4, text=str(text))
+    listening = _Listening()
+    tune(recipe, plugins, listening)
+    assert [warning for warning in listening.warnings if "thinking block (<think>)" in warning] != []
+    identity = begun_with(Path("tune/study.jsonl"))
+    assert identity is not None
+    clock = identity["chat template"]["clock"]
+    assert clock is not None
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Later:
+            return cls(2031, 5, 6, 7, 8)
+
+    monkeypatch.setattr("editcli.runs.conversation.datetime", Later)
+    again = replace(recipe, resume=True, trials=2)
+    assert len(tune(again, plugins).trials) == 2
+    text.write_text(text.read_text() + "\nThe river")
+    with pytest.raises(StateError, match="was begun with other --text;"):
+        tune(again, plugins)
+    text.write_text(Path(corpus).read_text())
+    (model / "chat_template.jinja").write_text(CLOCK + "!")
+    with pytest.raises(StateError, match="was begun with other chat template"):
+        tune(again, plugins)
 
 
 class _Stopping(Silent):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,11 @@ class Conversation:
         """The template's text."""
         templates = self._tokenizer.chat_template
         return str(templates[self._arguments[NAME]] if isinstance(templates, Mapping) else templates)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides how a prompt is rendered, as JSON values; the template's text by its hash."""
+        return {**self.settings.to_json(), "template": hashlib.sha256(self.template.encode()).hexdigest()}
 
     def render(self, prompt: str) -> str:
         """Return the conversation up to where the answer begins; raise :class:`TemplateError` with the reason."""

@@ -28,6 +28,7 @@ from editcli.tuning.preparation import (
     search_folder,
     slices_of,
     space_of,
+    with_search_clock,
 )
 from editcli.tuning.report import Comparison, TuneReport
 from editcli.tuning.space import Candidate
@@ -53,7 +54,7 @@ def tune(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter | None = None)
     require_optuna()
     recipe.run.check(plugins)
     with writing(recipe.run.folder), search_folder(recipe.run.folder, resume=recipe.resume):
-        return Search(recipe, plugins, reporter, budget).go()
+        return Search(with_search_clock(recipe), plugins, reporter, budget).go()
 
 
 class Search:
