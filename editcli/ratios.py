@@ -18,5 +18,6 @@ def jump(before: float | None, after: float | None) -> float | None:
 
 
 def shown(figure: float | None, form: str) -> str:
-    """Return a figure in a format such as ``.3f``, or ``n/a`` where there is none."""
-    return "n/a" if figure is None else format(figure, form)
+    """Return a figure in a format such as ``.3f``, or ``n/a`` where there is none; what rounds to 0 has no sign."""
+    text = "n/a" if figure is None else format(figure, form)
+    return text if text.strip("-0.") else text.lstrip("-")

@@ -29,7 +29,7 @@ from editcli.models.fit import COMPUTED, examine, fit_of, is_ordinary, quiet, re
 from editcli.models.hub import fetch, is_hub_copy, names_code, repository_of
 from editcli.models.offload import device_of
 from editcli.models.recall import resumes
-from editcli.models.refusals import page
+from editcli.models.refusals import first_line, page
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
 from editcli.report import Reporter, Silent
@@ -179,7 +179,7 @@ def open_model(
         ) from error
     # Transformers and safetensors raise many kinds of errors for an unusable folder, all of them the user's to mend.
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, ArithmeticError) as error:
-        raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the model in {source.folder}: {first_line(error)}") from error
     model.eval().requires_grad_(False)
     refuse_nonfinite(model, checkpoint)
     for text in remarks(fit, checkpoint):
@@ -226,7 +226,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     # A value of the wrong kind fails wherever the class of the config first looks at it, with errors of many libraries.
     except Exception as error:
         _refuse_code(source, "config.json", trust_remote_code, error)
-        raise ModelError(f"cannot read the config of {source.folder}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the config of {source.folder}: {first_line(error)}") from error
     kind = getattr(config, "dtype", None)
     if isinstance(kind, torch.dtype) and kind not in COMPUTED:
         raise ModelError(
@@ -251,7 +251,7 @@ def load_tokens(
         if not any(source.folder.glob("tokenizer*")):
             what = "has no tokenizer; copy tokenizer.json and tokenizer_config.json into it"
             raise ModelError(f"{source.folder} {what}") from error
-        raise ModelError(f"cannot load a tokenizer from {source.folder}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load a tokenizer from {source.folder}: {first_line(error)}") from error
     text_config = config.get_text_config()
     length = getattr(text_config, "max_position_embeddings", None)
     return Tokens(tokenizer, max_length=length, chat_template=chat_template)
@@ -289,7 +289,7 @@ def choose_device(device: str) -> torch.device:
         torch.empty(1, device=place)
     # Torch raises any of these for an absent backend.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"{cannot}: {_first_line(error)}; use auto or cpu") from error
+        raise ModelError(f"{cannot}: {first_line(error)}; use auto or cpu") from error
     return place
 
 
@@ -304,10 +304,3 @@ def choose_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
         return torch.float32
     stored = getattr(config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        lines[0] = f"{lines[0]} {lines[1]}"
-    return lines[0].rstrip(" :.") if lines else type(error).__name__

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 KL_PRICE = 1.0
 """Points of the score for one nat of KL(base || edited) per token: 0.01 nats, 1 % of perplexity, cost 0.01."""
 
+SCORE = ".3f"
+"""Format of a score."""
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:

@@ -12,6 +12,7 @@ from editcli.options import merge
 from editcli.plugins import Plugins
 from editcli.presets import Preset, sizes_of
 from editcli.presets.files import preset_text
+from editcli.ratios import shown
 from editcli.report import Reporter, Silent
 from editcli.runs.apply import DONE, INTERRUPTED, writing
 from editcli.runs.files import write_bytes, write_json
@@ -19,7 +20,7 @@ from editcli.runs.interrupts import Interrupts
 from editcli.tuning import SOURCE
 from editcli.tuning import study as states
 from editcli.tuning.budget import Budget
-from editcli.tuning.objective import Figures
+from editcli.tuning.objective import SCORE, Figures
 from editcli.tuning.preparation import (
     STUDY,
     TuneRecipe,
@@ -184,7 +185,7 @@ class Search:
         best = self.study.best()
         parts = [f"Trial {record.number}, {described(record)}: {outcome(record)}"]
         if best is not None:
-            parts.append(f"best {shown(best.score)} (trial {best.number})")
+            parts.append(f"best {shown(best.score, SCORE)} (trial {best.number})")
         parts.append(f"{self._left() / 60:.1f} minutes left")
         self.reporter.note("; ".join(parts))
 
@@ -240,12 +241,12 @@ class Search:
         method = "+".join((start.editor.name, *run.stabilizers))
         edits = "bundled probes" if run.edits == SOURCE else "edits"
         guess = self.study.start_record()
-        against = "" if guess is None else f", the guess {shown(guess.score)}"
+        against = "" if guess is None else f", the guess {shown(guess.score, SCORE)}"
         preset = Preset(
             name=f"{start.preset.name}-tuned",
             label="tuned",
             source=f"editcli tune: {method}, {self.study.made} trials on {self.slices.split.trial} {edits}; "
-            f"score {shown(chosen.score)}{against}",
+            f"score {shown(chosen.score, SCORE)}{against}",
             layers=chosen.layers,
             editor=start.editor.name,
             editor_layers={**start.preset.editor_layers, start.editor.name: chosen.layers},
@@ -272,15 +273,10 @@ def described(record: Record) -> str:
     return ", ".join((layers, *settings))
 
 
-def shown(score: float | None) -> str:
-    """Return a score with three digits; what rounds to nothing has no sign."""
-    return "n/a" if score is None else f"{round(score, 3) + 0.0:.3f}"
-
-
 def outcome(record: Record) -> str:
     """Return how a trial ended in a few words."""
     if record.state == states.DONE:
-        return f"score {shown(record.score)}"
+        return f"score {shown(record.score, SCORE)}"
     if record.state == states.PRUNED:
         return "ended early, worse than most"
     return f"failed: {record.reason}" if record.state == states.FAILED else "not finished"
