@@ -1,4 +1,4 @@
-"""``editcli tune``: what is searched, what is maximised, and a search that can be stopped and gone on with."""
+"""``editcli tune``: what is searched, what is maximised, and a search that can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -651,7 +651,7 @@ def test_a_killed_search_goes_on(here: Path, small: tuple[str, ...], capsys: pyt
     assert process.returncode == -signal.SIGKILL
     assert main(["tune", *small, "--trials", "5", "--resume", "--json"]) == 0
     said = capsys.readouterr()
-    assert "Going on after" in said.err
+    assert "Resuming after" in said.err
     report = json.loads(said.out)
     assert report["status"] == "done"
     assert len(report["trials"]) >= 5

@@ -106,7 +106,9 @@ def resolve_model(
         refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             if (folder / _RUN).is_file():
-                raise ModelError(f"the run in {name} has written no model yet; go on with 'editcli apply' and --resume")
+                raise ModelError(
+                    f"the run in {name} has written no model yet; continue it with 'editcli apply --resume'"
+                )
             raise ModelError(f"{name} is a folder without config.json; is it a Hugging Face model folder?")
         folder = folder.resolve()
         repository = repository_of(folder)
@@ -177,7 +179,7 @@ def open_model(
             f"the model in {source.folder} does not fit the memory of {place}; use a smaller --dtype, --device cpu or "
             "--device-map auto"
         ) from error
-    # Transformers and safetensors raise many kinds of errors for an unusable folder, all of them the user's to mend.
+    # Transformers and safetensors raise many kinds of errors for an unusable folder; the user can correct it.
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, ArithmeticError) as error:
         raise ModelError(f"cannot load the model in {source.folder}: {first_line(error)}") from error
     model.eval().requires_grad_(False)
@@ -270,8 +272,8 @@ def _refuse_code(source: ModelSource, file: str, trusted: bool, error: Exception
         return
     code = f"{page(source.name)}/tree/{source.folder.name}" if source.commit else str(source.folder)
     raise ModelError(
-        f"{source.name} needs Python code of its own, which editcli does not run unasked; read the code in {code}, and "
-        "add --trust-remote-code if you trust it"
+        f"{source.name} needs Python code of its own, which editcli does not run by default; read "
+        f"the code in {code}, and add --trust-remote-code if you trust it"
     )
 
 

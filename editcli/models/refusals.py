@@ -18,7 +18,7 @@ def asking(name: str, revision: str | None, folder: Path | None = None) -> Itera
     try:
         yield
     except (EditError, TypeError, AttributeError, NameError):
-        # The last three are ours to mend.
+        # The last three are errors in this program.
         raise
     except HFValidationError as error:
         raise ModelError(f"{name!r} cannot be the id of a hub model; write OWNER/NAME, or a folder's path") from error

@@ -46,7 +46,7 @@ class TuneRecipe:
     """Model, edits (:data:`editcli.tuning.SOURCE` for the bundled probes), methods, fixed settings and out."""
     minutes: float | None = None
     trials: int | None = None
-    """Trials in all, those of a search that is gone on with included."""
+    """Trials in all, including those before ``resume``."""
     sample: int | None = None
     """Edits of a trial; None is as many as the time allows."""
     kl_price: float = KL_PRICE
@@ -77,7 +77,7 @@ class Slices:
 
 @contextmanager
 def search_folder(out: Path, *, resume: bool) -> Iterator[None]:
-    """Hold the folder of a search; raises :class:`StateError` where it is another's or cannot be gone on with.
+    """Hold the folder of a search; raises :class:`StateError` where it is not a search's or cannot be resumed.
 
     A folder that is made here is removed again when the block fails before its first trial.
     """

@@ -42,7 +42,7 @@ _UNUSABLE = (NumericalError, GuardError, OptionError)
 
 
 class _Ended(Exception):
-    """A trial that is not gone on with."""
+    """Ends a trial before its last batch."""
 
     def __init__(self, state: str):
         self.state = state
@@ -59,7 +59,7 @@ def tune(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter | None = None)
 
 
 class Search:
-    """One search, ready to begin or to go on: the model is loaded, the edits are chosen."""
+    """One search, new or resumed: the model is loaded, the edits are chosen."""
 
     def __init__(self, recipe: TuneRecipe, plugins: Plugins, reporter: Reporter, budget: Budget):
         self.recipe, self.reporter, self.budget = recipe, reporter, budget
@@ -121,20 +121,20 @@ class Search:
         self.reporter.note(f"Tuning {method} from the preset {start.preset.name} ({start.preset.label}): {edits}")
         self.reporter.note(f"Searched: {searched}")
         if self.study.made:
-            self.reporter.note(f"Going on after {self.study.made} trials")
+            self.reporter.note(f"Resuming after {self.study.made} trials")
 
     def _search(self) -> None:
         limit, trials = self.recipe.limit, self.recipe.trials
         total, unit = (int(60 * limit), "s") if limit is not None else (trials or 0, "trials")
         with self.reporter.phase("Tuning", total, unit) as advance:
             shown = 0
-            while self._goes_on():
+            while self._continues():
                 self._try(self.study.ask())
                 done = int(self.budget.spent) if limit is not None else self.study.made
                 advance(max(done - shown, 0))
                 shown = max(done, shown)
 
-    def _goes_on(self) -> bool:
+    def _continues(self) -> bool:
         limit = self.recipe.trials
         enough = limit is not None and self.study.made >= limit
         # The first batch of a trial must fit as well, or it would teach nothing.
@@ -232,7 +232,9 @@ class Search:
         if failed:
             return f"no trial of the search in {self.folder} worked; the first failed because {failed[0].reason}"
         minutes = f"{self.budget.spent / 60:.1f} minutes"
-        return f"no trial was done within {minutes}; go on with --resume and more --minutes, or a smaller --sample"
+        return (
+            f"no trial was done within {minutes}; continue it with --resume and more --minutes, or a smaller --sample"
+        )
 
     def _preset(self, chosen: Record) -> str:
         """Return a trial as the text of a preset file."""
