@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 
+from editcli.editing.jumps import jump_of
 from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
 from editcli.editing.targets import TargetOptions
@@ -140,11 +141,10 @@ def _write(
     session: ModelSession, editor: Editor, stabilizers: Sequence[Stabilizer], edits: Sequence[EditRequest]
 ) -> Written:
     def check(site: Site, update: Update) -> None:
-        base, old = session.baseline(site).norm(), session.weight(site)
-        new = old + update.left.to(old) @ update.right.to(old).T
-        jump = abs(float(new.norm() - old.norm())) / float(base)
+        jump = jump_of(session, site, update)
         for guard in with_default((), editor.largest_jump(site)):
-            guard.check("jump", jump, where=f"at {site.module}", remedy=editor.tempered_by)
+            if jump is not None:
+                guard.check("jump", jump, where=f"at {site.module}", remedy=editor.tempered_by)
 
     written = edit_batch(session, editor, stabilizers, edits, check)
     commit(session, editor, stabilizers, edits, written)

@@ -21,7 +21,7 @@ _OURS = (
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """What is said before the prompt, what the template is told, and what time it is there."""
+    """The system message before the prompt, the template's variables, and the time that the template reads."""
 
     system: str | None = None
     """The system message; None for none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -66,6 +67,14 @@ def test_the_base_is_named_without_a_path(name: str, folder: str, commit: str | 
     assert f"--model {public}" in command
     assert (f"--revision {COMMIT}" in command) == (commit is not None)
     assert "hf:owner/texts" in command
+
+
+@pytest.mark.parametrize("preset", ["/home/me/tune/preset.toml", {"file": "/home/me/tune/preset.toml", "layers": [1]}])
+def test_a_preset_is_named_without_its_folder(preset: Any) -> None:
+    """The same for a recipe of the command line and for one that was read from a record, which holds the preset."""
+    recipe = shareable(Recipe(edits="facts.jsonl", preset=preset), {"name": "tiny"})
+    assert command_line(recipe) == "editcli apply facts.jsonl --preset preset.toml"
+    assert isinstance(preset, str) or recipe.preset == {"file": "preset.toml", "layers": [1]}
 
 
 def test_the_front_matter_names_what_holds_for_the_copy_as_well(tmp_path: Path) -> None:

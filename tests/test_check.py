@@ -115,6 +115,35 @@ def test_the_command_shows_rows_and_exits_with_2_when_one_is_refused(
     assert "field 'target_new' is empty" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_preset_decides_as_it_does_for_apply(
+    file: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The editor of a preset may write edits without a subject; long prefixes leave less room for a prompt."""
+    monkeypatch.chdir(tmp_path)
+    Path("ft.toml").write_text('layers = [1]\neditor = "ft"\n')
+    Path("long.toml").write_text("layers = [1]\n[targets]\nprefix_tokens = 250\n")
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(json.dumps({"prompt": "The capital of Italy is", "target_new": "Rome"}))
+    command = ["check", str(bare), "--model", str(model)]
+    assert main(command) == 2
+    assert main([*command, "--preset", "ft.toml"]) == 0
+    assert main([*command, "--preset", "ft.toml", "--editor", "memit"]) == 2
+    Path("editcli.toml").write_text('preset = "ft.toml"\n')
+    assert main(command) == 0
+    Path("editcli.toml").unlink()
+    command = ["check", str(file({})), "--model", str(model)]
+    for given, code in (
+        ((), 0),
+        (("--preset", "long.toml"), 2),
+        (("-o", "targets.prefix_tokens=250"), 2),
+        (("--preset", "long.toml", "-o", "targets.prefix_tokens=5"), 0),
+    ):
+        assert main([*command, *given]) == code
+    capsys.readouterr()
+    assert main([*command, "--preset", "none.toml"]) == 1
+    assert "the preset none.toml cannot be read" in capsys.readouterr().err
+
+
 def test_the_command_prints_one_json_document(file: Any, model: Path, capsys: pytest.CaptureFixture[str]):
     path = file({}, {"target_new": 3})
     assert main(["check", str(path), "--model", str(model), "--json"]) == 2

@@ -198,6 +198,24 @@ def test_a_preset_file_replaces_the_models_own(tmp_path: Path) -> None:
     assert preset.layers_for("memit") == (2,)
 
 
+@pytest.mark.parametrize(
+    ("text", "layers", "others"),
+    [
+        ('editor = "ultraedit"\n', (0, 3), (0, 3)),
+        ('editor = "ultraedit"\n[layers_for]\nultraedit = [1]\n', (1,), (0, 3)),
+        ('editor = "memit"\n', (2,), (0, 3)),
+    ],
+)
+def test_the_layers_of_a_preset_file_are_those_of_the_editor_it_names(
+    text: str, layers: tuple[int, ...], others: tuple[int, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("layers = [0, 3]\n" + text, "utf-8")
+    preset = load_preset(tiny_config("llama"), resolve(tiny_model("llama")), str(file))
+    assert preset.layers_for("ultraedit") == layers
+    assert preset.layers_for("memit") == others
+
+
 def test_inspect_and_stats_take_the_layers_of_a_preset_file(
     tmp_path: Path, corpus_text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

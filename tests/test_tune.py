@@ -1,4 +1,4 @@
-"""``editcli tune``: what is searched, what is maximised, and a search that can be stopped and gone on with."""
+"""``editcli tune``: what is searched, what is maximised, and a search that can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from editcli.__main__ import main
 from editcli.core_options import TargetOptions
+from editcli.edits import EditFile
 from editcli.errors import NumericalError, StateError
 from editcli.evaluation.ability import Drift, TextBaseline, general_drift
+from editcli.models.choice import SINGLE
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.options import build
 from editcli.plugins import Plugins, load_plugins
@@ -29,8 +33,8 @@ from editcli.presets.files import read_preset
 from editcli.recipe import Recipe
 from editcli.render.tune import search_charts, tune_view
 from editcli.report import Silent
-from editcli.runs.planning import settings_for
-from editcli.testing import tiny_model_folder, tiny_requests
+from editcli.runs.planning import described, located, plan_on, settings_for
+from editcli.testing import CHAT_TEMPLATE, tiny_model_folder, tiny_requests, tiny_tokenizer
 from editcli.tuning import SOURCE
 from editcli.tuning import study as states
 from editcli.tuning.budget import FEWEST, MOST, Budget, edits_per_trial
@@ -39,7 +43,7 @@ from editcli.tuning.preparation import TuneRecipe
 from editcli.tuning.probes import counterfactuals, relations
 from editcli.tuning.search import PRESET, tune
 from editcli.tuning.space import COUNT, LAST, Bound, Candidate, Space, build_space
-from editcli.tuning.study import Study
+from editcli.tuning.study import Study, begun_with
 from editcli.tuning.workbench import Workbench
 
 FAST = ("--sample", "4", "-o", "targets.steps=5", "-o", "targets.prefixes=1", "-o", "statistics.tokens=2000")
@@ -342,6 +346,51 @@ def test_a_trial_that_is_ended_gives_them_back_too(bench: Workbench) -> None:
     assert same(before, bench.loaded.model.state_dict())
 
 
+def test_a_block_of_zeros_has_no_ratio_and_stops_no_trial(
+    bench: Workbench, tmp_path: Path, plugins: Plugins, corpus_text: str
+) -> None:
+    folder = tiny_model_folder(tmp_path / "zero")
+    weights = load_file(folder / SINGLE)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**weights, name: torch.zeros_like(weights[name])}, folder / SINGLE, metadata={"format": "pt"})
+    zero = open_model(resolve_model(folder), device="cpu")
+    other = Workbench(zero, bench.recipe, plugins, Silent(), texts=corpus_text.splitlines())
+    for layers, known in (((1,), False), ((1, 2), True)):
+        trial = other.run(Candidate(layers, {}), tiny_requests(0), batch=3, watch=lambda done, figures: None)
+        assert (trial.figures.ratio is not None) == known
+        json.dumps(trial.figures.to_json(), allow_nan=False)
+
+
+class _Listening(Silent):
+    """A reporter that records what it is given."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.phases: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def phase(self, name: str, total: int, unit: str = "") -> Any:
+        self.phases.append(name)
+        return super().phase(name, total, unit)
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning_for_all_trials(
+    bench: Workbench, tmp_path: Path, plugins: Plugins, corpus_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_text("a file where the folder of the cache would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    listening = _Listening()
+    recipe = replace(bench.recipe, editor="alphaedit")
+    other = Workbench(bench.loaded, recipe, plugins, listening, texts=corpus_text.splitlines())
+    for _ in range(2):
+        other.run(Candidate((1, 2), {}), tiny_requests(0), batch=3, watch=lambda done, figures: None)
+    assert [text for text in listening.warnings if "cannot be written" in text] == listening.warnings[:1]
+    assert len(listening.warnings) == 1
+    assert "Writing prefixes" in listening.phases
+
+
 def test_settings_that_wreck_the_model_are_a_failed_trial_and_not_the_end(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -502,6 +551,59 @@ def test_a_budget_that_is_too_small_says_so_and_keeps_the_search(
     assert "the preset holds the guess" in capsys.readouterr().out
 
 
+def test_apply_writes_the_layers_that_were_tuned_for_an_editor_with_layers_of_its_own(
+    here: Path, small: tuple[str, ...], plugins: Plugins
+) -> None:
+    model, edits, _, _, _, corpus, *_ = small
+    run = Recipe(model=model, edits=edits, corpus=corpus, out="tune", editor="ultraedit", layers=(0, 1), batch_size=4)
+    report = tune(TuneRecipe(run=run, trials=1, sample=4), plugins)
+    assert report.chosen is not None
+    assert report.chosen.layers == (0, 1)
+    written = Recipe(model=model, edits=edits, preset=report.preset, evaluate=False)
+    base = described(written, located(written, weights=False), plugins)
+    planned = plan_on(base, written, plugins, EditFile(edits, "", (), (), ()))
+    assert (planned.editor.name, planned.layers) == ("ultraedit", (0, 1))
+
+
+CLOCK = CHAT_TEMPLATE + "{{ strftime_now('%H:%M') }}<think>"
+
+
+def test_trials_share_the_templates_clock_and_a_search_is_what_its_files_hold(
+    here: Path, small: tuple[str, ...], plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that is resumed reads the time at which it was begun, and refuses another text or template."""
+    _, edits, _, _, _, corpus, *_ = small
+    model = tiny_model_folder(here / "model", tokenizer=tiny_tokenizer(chat_template=CLOCK))
+    text = here / "text.txt"
+    text.write_text(Path(corpus).read_text())
+    settings = {"targets": {"steps": 1, "prefixes": 0}}
+    run = Recipe(model=str(model), edits=edits, corpus=corpus, out="tune", settings=settings, chat_template=True)
+    recipe = TuneRecipe(run=run, trials=1, sample=4, text=str(text))
+    listening = _Listening()
+    tune(recipe, plugins, listening)
+    assert [warning for warning in listening.warnings if "thinking block (<think>)" in warning] != []
+    identity = begun_with(Path("tune/study.jsonl"))
+    assert identity is not None
+    clock = identity["chat template"]["clock"]
+    assert clock is not None
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Later:
+            return cls(2031, 5, 6, 7, 8)
+
+    monkeypatch.setattr("editcli.runs.conversation.datetime", Later)
+    again = replace(recipe, resume=True, trials=2)
+    assert len(tune(again, plugins).trials) == 2
+    text.write_text(text.read_text() + "\nThe river")
+    with pytest.raises(StateError, match="was begun with other --text;"):
+        tune(again, plugins)
+    text.write_text(Path(corpus).read_text())
+    (model / "chat_template.jinja").write_text(CLOCK + "!")
+    with pytest.raises(StateError, match="was begun with other chat template"):
+        tune(again, plugins)
+
+
 class _Stopping(Silent):
     """A reporter that does something when a note begins with certain words."""
 
@@ -549,7 +651,7 @@ def test_a_killed_search_goes_on(here: Path, small: tuple[str, ...], capsys: pyt
     assert process.returncode == -signal.SIGKILL
     assert main(["tune", *small, "--trials", "5", "--resume", "--json"]) == 0
     said = capsys.readouterr()
-    assert "Going on after" in said.err
+    assert "Resuming after" in said.err
     report = json.loads(said.out)
     assert report["status"] == "done"
     assert len(report["trials"]) >= 5

@@ -239,7 +239,7 @@ def output_options(command: Any) -> Any:
             is_flag=True,
             env=False,
             section="Output",
-            help="Go on with the run in DIR, with the same edits or more.",
+            help="Continue the run in DIR, with the same edits or more.",
         ),
         option(
             "--save-dtype",

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import COUNT, code_options, editor_option, source_options
+from editcli.cli.apply_options import (
+    COUNT,
+    assignments_option,
+    code_options,
+    editor_option,
+    preset_option,
+    source_options,
+)
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option
 from editcli.formats import load_formats
@@ -20,11 +27,13 @@ UNUSABLE = 2
 @source_options
 @code_options
 @editor_option
+@preset_option("Method")
+@assignments_option
 @option("--limit", type=COUNT, section="Run", help="Check only the first N edits.")
 @json_option
 @config_option
 @click.pass_context
-def check(context: click.Context, /, edits: str, as_json: bool, **values: Any) -> int:
+def check(context: click.Context, /, edits: str, assignments: tuple[str, ...], as_json: bool, **values: Any) -> int:
     """Check EDITS.jsonl against a model's tokenizer, without loading its weights.
 
     Shows for every edit the token at which it is written, what stands between prompt and target, the target's tokens,
@@ -36,7 +45,7 @@ def check(context: click.Context, /, edits: str, as_json: bool, **values: Any) -
     report = run(
         edits,
         formats=load_formats(app.plugins),
-        settings=component_settings(context, ()),
+        settings=component_settings(context, assignments),
         plugins=app.plugins,
         reporter=app.reporter,
         **values,

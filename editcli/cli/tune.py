@@ -53,7 +53,7 @@ SEARCH = "Search"
 @device_options
 @code_options
 @reading_options
-@option("--resume", is_flag=True, env=False, section="Run", help="Go on with the search in DIR.")
+@option("--resume", is_flag=True, env=False, section="Run", help="Continue the search in DIR.")
 @option(
     "--out",
     default="tune",

@@ -61,8 +61,6 @@ def general_drift(
         raise ModelError("the edited model and the base have different tokenizers; pass the model that was edited")
     rows = _rows(edited.tokens, texts, max_length=max_length, max_tokens=max_tokens)
     total = sum(len(row.ids) - 1 for row in rows)
-    if total == 0:
-        raise ModelError("there is no text to measure general ability on; pass another one with --text")
     sums = torch.zeros(3, dtype=torch.float64)
     team = team or Team()
     batches = [[rows[index] for index in chunk] for chunk in chunks(rows, budget=batch_tokens)]
@@ -73,9 +71,7 @@ def general_drift(
             sums += _batch_sums(edited, base, batches[number])
             advance(predicted[number])
     team.total("sums of the drift", [sums])
-    nll, nll_base, kl = (sums / total).tolist()
-    # Rounding may leave a model that equals its base a hair below zero.
-    return Drift(math.exp(nll), math.exp(nll_base), max(kl, 0.0), total)
+    return _drift_of(sums, total)
 
 
 class TextBaseline:
@@ -87,8 +83,6 @@ class TextBaseline:
 
     def __init__(self, loaded: LoadedModel, texts: Iterable[str], *, max_length: int = 128, max_tokens: int = 400):
         rows = _rows(loaded.tokens, texts, max_length=max_length, max_tokens=max_tokens)
-        if not rows:
-            raise ModelError("there is no text to measure general ability on; pass another one with --text")
         chosen = [[rows[index] for index in chunk] for chunk in chunks(rows, budget=BATCH_TOKENS // 4)]
         self._batches = [(batch, _logits(loaded, batch).cpu()) for batch in chosen]
 
@@ -99,8 +93,7 @@ class TextBaseline:
         for batch, before in self._batches:
             sums += compare_logits(_logits(loaded, batch), before, _predicted(batch))
             tokens += len(before)
-        nll, nll_base, kl = (sums / tokens).tolist()
-        return Drift(math.exp(nll), math.exp(nll_base), max(kl, 0.0), tokens)
+        return _drift_of(sums, tokens)
 
 
 def compare_logits(edited: Tensor, base: Tensor, wanted: Tensor) -> Tensor:
@@ -115,6 +108,13 @@ def compare_logits(edited: Tensor, base: Tensor, wanted: Tensor) -> Tensor:
         kl = (theirs.exp() * (theirs - ours)).sum()
         sums += torch.stack([-ours.gather(1, chosen).sum(), -theirs.gather(1, chosen).sum(), kl]).double().cpu()
     return sums
+
+
+def _drift_of(sums: Tensor, tokens: int) -> Drift:
+    """Return the means of the sums of :func:`compare_logits` over all tokens."""
+    nll, nll_base, kl = (sums / tokens).tolist()
+    # Rounding may leave a model that equals its base a hair below zero.
+    return Drift(math.exp(nll), math.exp(nll_base), max(kl, 0.0), tokens)
 
 
 def _batch_sums(edited: LoadedModel, base: LoadedModel, batch: Sequence[Encoded]) -> Tensor:
@@ -137,7 +137,10 @@ def _places(batch: Sequence[Encoded]) -> list[tuple[int, int]]:
 
 
 def _rows(tokens: Tokens, texts: Iterable[str], *, max_length: int, max_tokens: int) -> list[Encoded]:
-    """Return the first ``max_tokens`` tokens of ``texts`` as rows of at most ``max_length``, at least two each."""
+    """Return the first ``max_tokens`` tokens of ``texts`` as rows of at most ``max_length``, at least two each.
+
+    Raises :class:`ModelError` when there is no such row.
+    """
     length = min(max_length, tokens.max_length or max_length)
     rows: list[Encoded] = []
     left = max_tokens
@@ -148,4 +151,6 @@ def _rows(tokens: Tokens, texts: Iterable[str], *, max_length: int, max_tokens: 
         left -= len(ids)
         if left <= 0:
             break
+    if not rows:
+        raise ModelError("there is no text to measure general ability on; pass another one with --text")
     return rows

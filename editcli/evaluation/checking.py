@@ -73,6 +73,7 @@ def check(
     model: str | Path | None = None,
     revision: str | None = None,
     editor: str | None = None,
+    preset: str | Mapping[str, Any] | None = None,
     formats: Sequence[Format] = (),
     limit: int | None = None,
     chat_template: bool = False,
@@ -85,7 +86,8 @@ def check(
 ) -> CheckReport:
     """Check every edit of a file as ``apply`` does; only an unreadable file or model raises, bad edits are collected.
 
-    ``editor`` is what the edits are meant for, by default the one that ``apply`` takes for this model.
+    ``editor``, ``preset`` and ``settings`` are those of the run that the edits are meant for; by default the ones that
+    ``apply`` takes for this model.
     """
     plugins = plugins or load_plugins()
     recipe = Recipe(
@@ -93,6 +95,7 @@ def check(
         model=None if model is None else str(model),
         revision=revision,
         editor=editor,
+        preset=preset,
         settings=settings or {},
         chat_template=chat_template,
         system=system,

@@ -67,7 +67,7 @@ def run_harness(
     simple_evaluate: Any = lm_eval.simple_evaluate
     manager, names = _find(tasks, include)
     tokens, chat = loaded.tokens, loaded.tokens.conversation
-    # The harness renders the template itself, so it is given what the template is to be told.
+    # The harness renders the template itself, so it needs the template's variables.
     arguments = {"chat_template_args": dict(chat.settings.arguments)} if chat and chat.settings.arguments else {}
     model = wrap(
         pretrained=loaded.model,

@@ -82,7 +82,7 @@ def _asking(repo: str, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (EditError, TypeError, AttributeError, NameError):
-        # Ours to mend, the last three.
+        # The last three are errors in this program.
         raise
     except HFValidationError as error:
         raise ModelError(f"{repo!r} cannot be a repository of the hub; write OWNER/NAME") from error

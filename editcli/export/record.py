@@ -14,7 +14,16 @@ from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
 from editcli.recipe import Recipe
 from editcli.report import Rejection, RunReport, SiteReport
-from editcli.runs.card import card_body, counted, file_name, front_matter, model_card, public_name
+from editcli.runs.card import (
+    card_body,
+    counted,
+    file_name,
+    front_matter,
+    model_card,
+    public_name,
+    shareable_options,
+    shareable_preset,
+)
 from editcli.runs.files import write_bytes, write_json
 from editcli.runs.output import CARD
 
@@ -30,15 +39,20 @@ def portable(run: FinishedRun) -> dict[str, Any]:
     for name in _FILES:
         if recipe.get(name):
             recipe[name] = file_name(recipe[name])
+    recipe["preset"] = shareable_preset(recipe.get("preset"))
+    for sections in filter(None, (recipe.get("settings"), provenance.get("options"), record.get("components"))):
+        for name, options in sections.items():
+            sections[name] = shareable_options(options)
     base = provenance["base"]
     base["name"] = public_name(base)
     base.pop("folder", None)
     record["model"] = base["name"]
     if recipe.get("model"):
         recipe["model"] = base["name"]
-    for name in ("edits", "pilots"):
-        if provenance.get(name, {}).get("file"):
-            provenance[name]["file"] = file_name(provenance[name]["file"])
+    named = (*(provenance.get(name) for name in ("edits", "pilots", "reference")), record.get("preset"))
+    for section in named:
+        if section and section.get("file"):
+            section["file"] = file_name(section["file"])
     record["out"] = file_name(record.get("out") or run.path)
     return record
 

@@ -64,7 +64,7 @@ class Conversation:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that a rendered prompt depends on: the settings, and the template by its hash."""
+        """What decides how a prompt is rendered, as JSON values; the template's text by its hash."""
         return {**self.settings.to_json(), "template": hashlib.sha256(self.template.encode()).hexdigest()}
 
     def render(self, prompt: str) -> str:

@@ -121,10 +121,8 @@ def is_plain_name(name: object) -> bool:
 def is_own(path: Path, folder: Path | None = None) -> bool:
     """Tell whether a file of a model folder lies in it, or is a link into a hub cache, as huggingface_hub makes them.
 
-    The folder is the file's own unless it is given.
-
-    The cache keeps contents in ``models--OWNER--NAME/blobs``; its snapshots, and the folders that older versions
-    downloaded to, hold links there. The folder is the file's own unless it is given.
+    ``folder`` is by default the one that holds ``path``. The cache keeps contents in ``models--OWNER--NAME/blobs``; its
+    snapshots, and the folders that older versions downloaded to, hold links there.
     """
     folder, real = (folder or path.parent).resolve(), path.resolve()
     if real.is_relative_to(folder) or _in_hub_cache(real):
@@ -151,7 +149,7 @@ def _named_by_config(folder: Path) -> str | None:
     try:
         fields = json.loads((folder / CONFIG).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        # Whoever builds a model reads the config as well, and says what is wrong with it.
+        # Building the model reads the config as well, and refuses it with its reason.
         return None
     name = fields.get("transformers_weights") if isinstance(fields, dict) else None
     if name is not None and not is_plain_name(name):

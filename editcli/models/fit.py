@@ -78,13 +78,15 @@ def refuse_misfit(fit: Fit, checkpoint: Checkpoint, model: PreTrainedModel) -> N
             "checkpoint that it was made from, or convert it to bfloat16"
         )
     if fit.reshaped:
-        raise ModelError(f"{folder} does not fit its {CONFIG}: {_shapes(fit.reshaped[0], checkpoint, model)}; {_MEND}")
+        raise ModelError(
+            f"{folder} does not fit its {CONFIG}: {_shapes(fit.reshaped[0], checkpoint, model)}; {_REMEDY}"
+        )
     if fit.missing:
         count = len(fit.missing)
         what = "a tensor" if count == 1 else f"{count:,} tensors"
         raise ModelError(
             f"{folder} lacks {what} that its {CONFIG} asks for, and transformers would fill in random numbers: "
-            f"{listed(fit.missing)}; {_MEND}"
+            f"{listed(fit.missing)}; {_REMEDY}"
         )
 
 
@@ -123,7 +125,7 @@ def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    # Transformers raises many kinds of errors for an unusable checkpoint, all of them the user's to mend.
+    # Transformers raises many kinds of errors for an unusable checkpoint; the user can correct it.
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"transformers cannot load the checkpoint in {checkpoint.folder}: {lines[0]}") from error
@@ -145,7 +147,7 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-_MEND = f"download the checkpoint again, or correct {CONFIG}"
+_REMEDY = f"download the checkpoint again, or correct {CONFIG}"
 
 
 def _uninitialised(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:

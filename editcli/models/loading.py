@@ -29,7 +29,7 @@ from editcli.models.fit import COMPUTED, examine, fit_of, is_ordinary, quiet, re
 from editcli.models.hub import fetch, is_hub_copy, names_code, repository_of
 from editcli.models.offload import device_of
 from editcli.models.recall import resumes
-from editcli.models.refusals import page
+from editcli.models.refusals import first_line, page
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
 from editcli.report import Reporter, Silent
@@ -106,7 +106,9 @@ def resolve_model(
         refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             if (folder / _RUN).is_file():
-                raise ModelError(f"the run in {name} has written no model yet; go on with 'editcli apply' and --resume")
+                raise ModelError(
+                    f"the run in {name} has written no model yet; continue it with 'editcli apply --resume'"
+                )
             raise ModelError(f"{name} is a folder without config.json; is it a Hugging Face model folder?")
         folder = folder.resolve()
         repository = repository_of(folder)
@@ -177,9 +179,9 @@ def open_model(
             f"the model in {source.folder} does not fit the memory of {place}; use a smaller --dtype, --device cpu or "
             "--device-map auto"
         ) from error
-    # Transformers and safetensors raise many kinds of errors for an unusable folder, all of them the user's to mend.
+    # Transformers and safetensors raise many kinds of errors for an unusable folder; the user can correct it.
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, ArithmeticError) as error:
-        raise ModelError(f"cannot load the model in {source.folder}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the model in {source.folder}: {first_line(error)}") from error
     model.eval().requires_grad_(False)
     refuse_nonfinite(model, checkpoint)
     for text in remarks(fit, checkpoint):
@@ -226,7 +228,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     # A value of the wrong kind fails wherever the class of the config first looks at it, with errors of many libraries.
     except Exception as error:
         _refuse_code(source, "config.json", trust_remote_code, error)
-        raise ModelError(f"cannot read the config of {source.folder}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the config of {source.folder}: {first_line(error)}") from error
     kind = getattr(config, "dtype", None)
     if isinstance(kind, torch.dtype) and kind not in COMPUTED:
         raise ModelError(
@@ -251,7 +253,7 @@ def load_tokens(
         if not any(source.folder.glob("tokenizer*")):
             what = "has no tokenizer; copy tokenizer.json and tokenizer_config.json into it"
             raise ModelError(f"{source.folder} {what}") from error
-        raise ModelError(f"cannot load a tokenizer from {source.folder}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load a tokenizer from {source.folder}: {first_line(error)}") from error
     text_config = config.get_text_config()
     length = getattr(text_config, "max_position_embeddings", None)
     return Tokens(tokenizer, max_length=length, chat_template=chat_template)
@@ -270,8 +272,8 @@ def _refuse_code(source: ModelSource, file: str, trusted: bool, error: Exception
         return
     code = f"{page(source.name)}/tree/{source.folder.name}" if source.commit else str(source.folder)
     raise ModelError(
-        f"{source.name} needs Python code of its own, which editcli does not run unasked; read the code in {code}, and "
-        "add --trust-remote-code if you trust it"
+        f"{source.name} needs Python code of its own, which editcli does not run by default; read "
+        f"the code in {code}, and add --trust-remote-code if you trust it"
     )
 
 
@@ -289,7 +291,7 @@ def choose_device(device: str) -> torch.device:
         torch.empty(1, device=place)
     # Torch raises any of these for an absent backend.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"{cannot}: {_first_line(error)}; use auto or cpu") from error
+        raise ModelError(f"{cannot}: {first_line(error)}; use auto or cpu") from error
     return place
 
 
@@ -304,10 +306,3 @@ def choose_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype:
         return torch.float32
     stored = getattr(config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else torch.float32
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        lines[0] = f"{lines[0]} {lines[1]}"
-    return lines[0].rstrip(" :.") if lines else type(error).__name__

@@ -18,7 +18,7 @@ def asking(name: str, revision: str | None, folder: Path | None = None) -> Itera
     try:
         yield
     except (EditError, TypeError, AttributeError, NameError):
-        # The last three are ours to mend.
+        # The last three are errors in this program.
         raise
     except HFValidationError as error:
         raise ModelError(f"{name!r} cannot be the id of a hub model; write OWNER/NAME, or a folder's path") from error
@@ -32,7 +32,7 @@ def asking(name: str, revision: str | None, folder: Path | None = None) -> Itera
     except Exception as error:
         if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
             raise ModelError(_unwritable(error, name)) from error
-        raise ModelError(f"{_unreachable(name, revision, folder)} ({_first_line(error)})") from error
+        raise ModelError(f"{_unreachable(name, revision, folder)} ({first_line(error)})") from error
 
 
 def _answer(error: BaseException) -> Any:
@@ -66,7 +66,7 @@ def _refusal(error: Any, name: str, revision: str | None) -> str:
         return f"the hub does not accept the login of this machine to read {name}; log in again with 'hf auth login'"
     if status == 403:
         return f"the login of this machine may not read {name}; use a token with read access to it, or see {page(name)}"
-    said = str(getattr(error, "server_message", None) or _first_line(error)).splitlines()[0]
+    said = str(getattr(error, "server_message", None) or first_line(error)).splitlines()[0]
     return f"the hub did not send {name} (status {status}: {said}); try again later"
 
 
@@ -93,8 +93,14 @@ def _unwritable(error: OSError, name: str) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text without the punctuation at its end, or the name of its type.
+
+    A first line that ends in a colon goes on with the second one.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] = f"{lines[0]} {lines[1]}"
     return lines[0].rstrip(" :.") if lines else type(error).__name__
 
 

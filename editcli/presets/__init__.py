@@ -69,7 +69,9 @@ def load_preset(config: Any, architecture: Architecture, given: str | Mapping[st
             return guessed
         # The one that also names the vocabulary is the more specific one.
         best = min(fitting, key=lambda preset: preset.match is None or preset.match.vocab is None)
-    return replace(best, editor_layers={**guessed.editor_layers, **best.editor_layers})
+    # A preset that names its editor gives that editor's layers.
+    others = {name: layers for name, layers in guessed.editor_layers.items() if name != best.editor}
+    return replace(best, editor_layers={**others, **best.editor_layers})
 
 
 def sizes_of(config: Any, architecture: Architecture) -> Sizes:

@@ -13,7 +13,7 @@ from editcli.words import duration, rate
 FIRST, EVERY = 1.0, 10.0
 """Seconds until a phase counts as one that lasts and is announced, and between its later lines."""
 ENOUGH = 0.05
-"""Share of a phase that must be done before the rest can be foretold: edits of one batch end together."""
+"""Share of a phase that must be done before its end is estimated: edits of one batch end together."""
 LOOK = 0.25
 """Seconds between looks at what is due."""
 

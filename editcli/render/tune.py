@@ -14,13 +14,13 @@ from rich.text import Text
 
 from editcli.errors import OptionError
 from editcli.pages.charts import Chart, Series
+from editcli.ratios import shown
 from editcli.render.run import duration
 from editcli.report import Reporter
 from editcli.runs.files import write_bytes
 from editcli.tuning import SOURCE
-from editcli.tuning.objective import Figures
+from editcli.tuning.objective import SCORE, Figures
 from editcli.tuning.report import TuneReport
-from editcli.tuning.search import shown
 from editcli.tuning.study import DONE, PRUNED, Record, by_score
 
 SHOWN = 8
@@ -100,7 +100,7 @@ def _trade_off(report: TuneReport, listed: Sequence[Record]) -> Table:
         name = f"{trial.number} (guess)" if report.guess is not None and trial.number == report.guess.number else ""
         style = "bold" if report.best is not None and trial.number == report.best.number else ""
         cells = _cells(trial.figures)
-        table.add_row(name or str(trial.number), shown(trial.score), *cells, f"{trial.seconds:.0f}", style=style)
+        table.add_row(name or str(trial.number), shown(trial.score, SCORE), *cells, f"{trial.seconds:.0f}", style=style)
     table.add_section()
     table.add_row("unedited", "", *_cells(report.base), "", style="dim")
     return table
@@ -123,7 +123,7 @@ def _comparison(report: TuneReport) -> Table:
         ("guess", comparison.guess_score, comparison.guess),
         ("best trial", comparison.best_score, comparison.best),
     ):
-        table.add_row(name, shown(score), *_cells(figures))
+        table.add_row(name, shown(score, SCORE), *_cells(figures))
     return table
 
 
@@ -149,8 +149,7 @@ def _cells(figures: Figures | None) -> tuple[str, ...]:
         return ("n/a",) * len(_FIGURES)
     shares = (figures.efficacy, figures.generalization, figures.specificity)
     known = ("n/a" if value is None else f"{100 * value:.0f}" for value in shares)
-    kl = "n/a" if figures.kl is None else f"{figures.kl:.4f}"
-    return (*known, kl, "" if figures.ratio is None else f"{figures.ratio:.3f}")
+    return (*known, shown(figures.kl, ".4f"), "" if figures.ratio is None else f"{figures.ratio:.3f}")
 
 
 def _layers(layers: Sequence[int]) -> str:

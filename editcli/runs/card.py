@@ -71,15 +71,24 @@ def public_name(base: Mapping[str, Any]) -> str:
 def shareable(recipe: Recipe, base: Mapping[str, Any]) -> Recipe:
     """Return a recipe for other people: names of files and folders in place of where they are on this machine."""
     files = {name: file_name(value) for name in _FILES if (value := getattr(recipe, name)) is not None}
-    settings = {
-        section: {key: _without_folder(value) for key, value in options.items()}
-        for section, options in recipe.settings.items()
-    }
+    settings = {section: shareable_options(options) for section, options in recipe.settings.items()}
     # The out folder is not part of the command; an empty one would be filled in from the edits file.
-    recipe = dataclasses.replace(recipe, **files, settings=settings)
+    recipe = dataclasses.replace(recipe, **files, preset=shareable_preset(recipe.preset), settings=settings)
     if recipe.model is None:
         return recipe
     return dataclasses.replace(recipe, model=public_name(base), revision=base.get("commit") or recipe.revision)
+
+
+def shareable_preset(preset: str | Mapping[str, Any] | None) -> str | dict[str, Any] | None:
+    """Return a preset file's name without its folder; of the record of a preset all but the folder of its file."""
+    if preset is None or isinstance(preset, str):
+        return None if preset is None else file_name(preset)
+    return {**preset, "file": file_name(str(preset["file"]))} if preset.get("file") else dict(preset)
+
+
+def shareable_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a component with names of files in place of absolute paths."""
+    return {key: _without_folder(value) for key, value in options.items()}
 
 
 def file_name(text: str) -> str:
@@ -115,7 +124,7 @@ def command_line(recipe: Recipe) -> str:
 def _arguments(name: str, value: Any) -> list[str]:
     """Return one setting as it is written on the command line."""
     flag = "--" + _FLAGS.get(name, name).replace("_", "-")
-    if isinstance(value, Mapping):
+    if name == "preset" and isinstance(value, Mapping):
         # A recipe that was read from a record holds the preset itself; its file may be gone.
         value = value.get("file") or value.get("name")
     if name == "template_args":
@@ -178,7 +187,8 @@ def card_body(
         yield from ("", "## Diagnostics of the last batch", "", "| figure | value |", "|---|---|")
         yield from (f"| {name} | {_figure(value)} |" for name, value in diagnostics.items())
     yield from ("", "## Options in force", "", "```json")
-    yield json.dumps({"targets": provenance["targets"], **provenance["options"]}, indent=2)
+    options = {"targets": provenance["targets"], **provenance["options"]}
+    yield json.dumps({name: shareable_options(section) for name, section in options.items()}, indent=2)
     yield from ("```", "", "## Known limits", "")
     yield "The edits are associations at the subject's last token: paraphrases that name the subject otherwise, and"
     yield "facts that follow from the edited ones, may still be answered as before. Everything was measured on the"

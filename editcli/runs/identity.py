@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -58,11 +57,9 @@ def statistics_file(text: str) -> Path:
 
 
 def _chat(planned: Planned) -> dict[str, Any] | None:
-    """Return the chat template by its hash, and what it is given."""
+    """Return the chat template by its hash, with its settings."""
     conversation = planned.gate.tokens.conversation
-    if conversation is None:
-        return None
-    return {**conversation.settings.to_json(), "template": hashlib.sha256(conversation.template.encode()).hexdigest()}
+    return None if conversation is None else conversation.identity
 
 
 def _tokenizer_digest(loaded: LoadedModel) -> str:

@@ -24,7 +24,7 @@ from editcli.edits import EditRequest
 from editcli.errors import StateError
 from editcli.heap import give_back
 from editcli.interfaces import Editor, Problem, Site, Update
-from editcli.ratios import ratio
+from editcli.ratios import jump, ratio
 from editcli.report import SiteReport
 from editcli.runs.batch import BatchReport, body_of, finite, report_of
 from editcli.runs.guards import Guard, refuse_nonfinite, with_default
@@ -141,8 +141,7 @@ class Stream:
             where = _where(site.module, requests)
             reports[site] = self._site_report(site, update, where=where)
             after, earlier = reports[site].ratio, ratio(float(before[site].norm()), self._base_norms[site])
-            jump = None if after is None or earlier is None else abs(after - earlier)
-            figures = {"ratio": reports[site].ratio, "drift": reports[site].drift, "jump": jump}
+            figures = {"ratio": after, "drift": reports[site].drift, "jump": jump(earlier, after)}
             for guard in with_default(self.guards, self.stack.editor.largest_jump(site)):
                 for figure, value in figures.items():
                     if value is not None:

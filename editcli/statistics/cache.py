@@ -26,8 +26,8 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 class Cache:
     """A folder of safetensors files; without a folder nothing is kept.
 
-    A file's name is its key, and the file repeats it, so that one that was renamed serves nobody. That the folder
-    cannot be written is mentioned once; the work goes on without it.
+    A file's name is its key, and the file repeats it, so that a renamed file is refused. A folder that cannot be
+    written is one warning; the work continues without a cache.
     """
 
     def __init__(self, folder: Path | None, reporter: Reporter):

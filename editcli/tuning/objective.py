@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 KL_PRICE = 1.0
 """Points of the score for one nat of KL(base || edited) per token: 0.01 nats, 1 % of perplexity, cost 0.01."""
 
+SCORE = ".3f"
+"""Format of a score."""
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
@@ -31,7 +34,7 @@ class Figures:
     kl: float | None = None
     """Mean KL(base || edited) per token of ordinary text, in nats; None while it was not measured."""
     ratio: float | None = None
-    """The largest R_n = ||W_n|| / ||W_0|| of any site."""
+    """The largest R_n = ||W_n|| / ||W_0|| of any site; None where it was not measured or every W_0 is zero."""
 
     def score(self, *, kl_price: float = KL_PRICE) -> float:
         """Return harmonic mean minus price; what could not be measured is left out of the mean."""

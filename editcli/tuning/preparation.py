@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from filelock import FileLock, Timeout
 
 from editcli.edits import EditRequest
 from editcli.errors import OptionError, StateError
+from editcli.models.checkpoint import file_digest
 from editcli.models.loading import LoadedModel, open_model
 from editcli.plugins import Plugins
 from editcli.recipe import Recipe
 from editcli.report import Reporter
 from editcli.runs import planning
+from editcli.runs.conversation import with_clock
 from editcli.tuning import SOURCE
 from editcli.tuning.budget import Budget, edits_per_trial
 from editcli.tuning.objective import KL_PRICE
@@ -33,7 +35,7 @@ MINUTES = 10.0
 WARM_UP = 4
 """Edits that the preset writes first, to see what one costs."""
 STUDY, LOCK = "study.jsonl", ".lock"
-_COUNT = "edits of a trial"
+_COUNT, _CHAT = "edits of a trial", "chat template"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class TuneRecipe:
     """Model, edits (:data:`editcli.tuning.SOURCE` for the bundled probes), methods, fixed settings and out."""
     minutes: float | None = None
     trials: int | None = None
-    """Trials in all, those of a search that is gone on with included."""
+    """Trials in all, including those before ``resume``."""
     sample: int | None = None
     """Edits of a trial; None is as many as the time allows."""
     kl_price: float = KL_PRICE
@@ -75,7 +77,7 @@ class Slices:
 
 @contextmanager
 def search_folder(out: Path, *, resume: bool) -> Iterator[None]:
-    """Hold the folder of a search; raises :class:`StateError` where it is another's or cannot be gone on with.
+    """Hold the folder of a search; raises :class:`StateError` where it is not a search's or cannot be resumed.
 
     A folder that is made here is removed again when the block fails before its first trial.
     """
@@ -121,6 +123,7 @@ def open_edits(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter) -> tupl
         trust_remote_code=run.trust_remote_code,
         reporter=reporter,
     )
+    planning.warn_of_thinking(loaded.tokens, reporter)
     if file is None:
         return loaded, probe_edits(loaded, seed=run.seed, reporter=reporter)
     gate = planning.gate_of(run, loaded, plugins)
@@ -131,6 +134,15 @@ def open_edits(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter) -> tupl
         if not any(getattr(request, field) for request in requests):
             reporter.warn(f"the edits have no {field}: {what} is not measured and does not count")
     return loaded, requests
+
+
+def with_search_clock(recipe: TuneRecipe) -> TuneRecipe:
+    """Return the recipe with one time for the chat templates of all trials: of the search that is resumed, else now."""
+    earlier = begun_with(recipe.run.folder / STUDY) if recipe.resume else None
+    chat, run = (earlier or {}).get(_CHAT), recipe.run
+    if run.chat_template and run.template_clock is None and isinstance(chat, Mapping):
+        run = replace(run, template_clock=chat["clock"])
+    return replace(recipe, run=with_clock(run))
 
 
 def space_of(bench: Workbench) -> Space:
@@ -176,6 +188,7 @@ def slices_of(
 def identity_of(recipe: TuneRecipe, bench: Workbench, space: Space, slices: Slices) -> dict[str, Any]:
     """Return what has to be the same for the scores of two trials to be comparable."""
     run, start, loaded = recipe.run, bench.start, bench.loaded
+    conversation = loaded.tokens.conversation
     return {
         "base model": loaded.checkpoint.fingerprint(),
         "editor": start.editor.name,
@@ -189,7 +202,8 @@ def identity_of(recipe: TuneRecipe, bench: Workbench, space: Space, slices: Slic
         "reference text": bench.moments.corpus.identity,
         "seed": run.seed,
         "--kl-price": recipe.kl_price,
-        "--text": recipe.text,
+        "--text": None if recipe.text is None else file_digest(Path(recipe.text).expanduser()),
+        "--stats": None if bench.moments.file is None else file_digest(bench.moments.file),
         "dtype": str(next(loaded.model.parameters()).dtype),
-        "chat template": str(run.chat),
+        _CHAT: None if conversation is None else conversation.identity,
     }

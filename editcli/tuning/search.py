@@ -12,6 +12,7 @@ from editcli.options import merge
 from editcli.plugins import Plugins
 from editcli.presets import Preset, sizes_of
 from editcli.presets.files import preset_text
+from editcli.ratios import shown
 from editcli.report import Reporter, Silent
 from editcli.runs.apply import DONE, INTERRUPTED, writing
 from editcli.runs.files import write_bytes, write_json
@@ -19,7 +20,7 @@ from editcli.runs.interrupts import Interrupts
 from editcli.tuning import SOURCE
 from editcli.tuning import study as states
 from editcli.tuning.budget import Budget
-from editcli.tuning.objective import Figures
+from editcli.tuning.objective import SCORE, Figures
 from editcli.tuning.preparation import (
     STUDY,
     TuneRecipe,
@@ -28,6 +29,7 @@ from editcli.tuning.preparation import (
     search_folder,
     slices_of,
     space_of,
+    with_search_clock,
 )
 from editcli.tuning.report import Comparison, TuneReport
 from editcli.tuning.space import Candidate
@@ -40,7 +42,7 @@ _UNUSABLE = (NumericalError, GuardError, OptionError)
 
 
 class _Ended(Exception):
-    """A trial that is not gone on with."""
+    """Ends a trial before its last batch."""
 
     def __init__(self, state: str):
         self.state = state
@@ -53,11 +55,11 @@ def tune(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter | None = None)
     require_optuna()
     recipe.run.check(plugins)
     with writing(recipe.run.folder), search_folder(recipe.run.folder, resume=recipe.resume):
-        return Search(recipe, plugins, reporter, budget).go()
+        return Search(with_search_clock(recipe), plugins, reporter, budget).go()
 
 
 class Search:
-    """One search, ready to begin or to go on: the model is loaded, the edits are chosen."""
+    """One search, new or resumed: the model is loaded, the edits are chosen."""
 
     def __init__(self, recipe: TuneRecipe, plugins: Plugins, reporter: Reporter, budget: Budget):
         self.recipe, self.reporter, self.budget = recipe, reporter, budget
@@ -119,20 +121,20 @@ class Search:
         self.reporter.note(f"Tuning {method} from the preset {start.preset.name} ({start.preset.label}): {edits}")
         self.reporter.note(f"Searched: {searched}")
         if self.study.made:
-            self.reporter.note(f"Going on after {self.study.made} trials")
+            self.reporter.note(f"Resuming after {self.study.made} trials")
 
     def _search(self) -> None:
         limit, trials = self.recipe.limit, self.recipe.trials
         total, unit = (int(60 * limit), "s") if limit is not None else (trials or 0, "trials")
         with self.reporter.phase("Tuning", total, unit) as advance:
             shown = 0
-            while self._goes_on():
+            while self._continues():
                 self._try(self.study.ask())
                 done = int(self.budget.spent) if limit is not None else self.study.made
                 advance(max(done - shown, 0))
                 shown = max(done, shown)
 
-    def _goes_on(self) -> bool:
+    def _continues(self) -> bool:
         limit = self.recipe.trials
         enough = limit is not None and self.study.made >= limit
         # The first batch of a trial must fit as well, or it would teach nothing.
@@ -183,7 +185,7 @@ class Search:
         best = self.study.best()
         parts = [f"Trial {record.number}, {described(record)}: {outcome(record)}"]
         if best is not None:
-            parts.append(f"best {shown(best.score)} (trial {best.number})")
+            parts.append(f"best {shown(best.score, SCORE)} (trial {best.number})")
         parts.append(f"{self._left() / 60:.1f} minutes left")
         self.reporter.note("; ".join(parts))
 
@@ -230,7 +232,9 @@ class Search:
         if failed:
             return f"no trial of the search in {self.folder} worked; the first failed because {failed[0].reason}"
         minutes = f"{self.budget.spent / 60:.1f} minutes"
-        return f"no trial was done within {minutes}; go on with --resume and more --minutes, or a smaller --sample"
+        return (
+            f"no trial was done within {minutes}; continue it with --resume and more --minutes, or a smaller --sample"
+        )
 
     def _preset(self, chosen: Record) -> str:
         """Return a trial as the text of a preset file."""
@@ -239,15 +243,15 @@ class Search:
         method = "+".join((start.editor.name, *run.stabilizers))
         edits = "bundled probes" if run.edits == SOURCE else "edits"
         guess = self.study.start_record()
-        against = "" if guess is None else f", the guess {shown(guess.score)}"
+        against = "" if guess is None else f", the guess {shown(guess.score, SCORE)}"
         preset = Preset(
             name=f"{start.preset.name}-tuned",
             label="tuned",
             source=f"editcli tune: {method}, {self.study.made} trials on {self.slices.split.trial} {edits}; "
-            f"score {shown(chosen.score)}{against}",
+            f"score {shown(chosen.score, SCORE)}{against}",
             layers=chosen.layers,
             editor=start.editor.name,
-            editor_layers={k: v for k, v in start.preset.editor_layers.items() if k != start.editor.name},
+            editor_layers={**start.preset.editor_layers, start.editor.name: chosen.layers},
             settings=merge(start.preset.settings, fixed, chosen.settings),
             # Tokens that users add change nothing about where facts are.
             match=replace(sizes_of(loaded.model.config, loaded.architecture), vocab=None),
@@ -271,15 +275,10 @@ def described(record: Record) -> str:
     return ", ".join((layers, *settings))
 
 
-def shown(score: float | None) -> str:
-    """Return a score with three digits; what rounds to nothing has no sign."""
-    return "n/a" if score is None else f"{round(score, 3) + 0.0:.3f}"
-
-
 def outcome(record: Record) -> str:
     """Return how a trial ended in a few words."""
     if record.state == states.DONE:
-        return f"score {shown(record.score)}"
+        return f"score {shown(record.score, SCORE)}"
     if record.state == states.PRUNED:
         return "ended early, worse than most"
     return f"failed: {record.reason}" if record.state == states.FAILED else "not finished"

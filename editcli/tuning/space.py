@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from editcli.options import merge
-
 Point = Mapping[str, float]
 """One candidate: a value for every bound, by its name."""
 
@@ -195,8 +193,3 @@ def _bound(row: Dimension, value: float | None) -> Iterator[Bound]:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
-
-
-def settings_of(candidate: Candidate, *others: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return a candidate's settings laid over others, the weakest of which comes first."""
-    return merge(*others, candidate.settings)

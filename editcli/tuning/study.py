@@ -1,7 +1,7 @@
 """The record of a search's trials, with Optuna, an extra (``editcli[tune]``): what comes next, and what was there.
 
 The record is a journal of JSON lines. Each line is written at once, so a killed process leaves a record that can be
-resumed. A machine that fails may cut the last line; :func:`mend` drops it.
+resumed. A machine that fails may cut the last line; :func:`drop_cut_line` drops it.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ class Study:
         self.space = space
         self._optuna: Any = optuna
         begun = file.is_file()
-        mend(file)
+        drop_cut_line(file)
         with _quiet(optuna):
             self._study = optuna.create_study(
                 storage=_storage(file), study_name=_NAME, direction="maximize", load_if_exists=True
             )
             self._study.pruner = optuna.pruners.MedianPruner(n_startup_trials=UNPRUNED, n_warmup_steps=LOOK)
-            # A search that goes on must not draw again what it drew before.
+            # A resumed search must not draw the same points again.
             drawn = seed + len(self._study.get_trials(deepcopy=False))
             self._study.sampler = optuna.samplers.TPESampler(seed=drawn % 2**32, n_startup_trials=STARTUP)
         self._begin(identity, file=file, begun=begun)
@@ -146,10 +146,10 @@ class Study:
                 f"the search in {file.parent} was begun with other {', '.join(other)}; resume it with the same, or "
                 "choose another --out"
             )
-        self._go_on()
+        self._repeat_unfinished()
 
-    def _go_on(self) -> None:
-        """Have what a killed process was at done again."""
+    def _repeat_unfinished(self) -> None:
+        """Have the trials done again that a killed process did not finish."""
         running = self._optuna.trial.TrialState.RUNNING
         for trial in self._study.get_trials(deepcopy=False, states=(running,)):
             self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
@@ -205,8 +205,7 @@ class Ask:
         score: float | None = None,
         reason: str | None = None,
     ) -> None:
-        """Record how the trial ended; one that was interrupted or ran out of time is done again by a search that
-        goes on."""
+        """Record how the trial ended; a resumed search repeats one that was interrupted or ran out of time."""
         study = self._study
         states = study._optuna.trial.TrialState
         outcome = {
@@ -226,7 +225,7 @@ class Ask:
             study._study.enqueue_trial(dict(self.point))
 
 
-def mend(file: Path) -> None:
+def drop_cut_line(file: Path) -> None:
     """Drop the last line of a record where it was cut, which a failing machine or a full disk may leave."""
     if not file.is_file():
         return
@@ -279,7 +278,7 @@ def begun_with(file: Path) -> Mapping[str, Any] | None:
         return None
     import optuna  # pyright: ignore[reportMissingImports]
 
-    mend(file)
+    drop_cut_line(file)
     with _quiet(optuna):
         storage = _storage(file)
         if _NAME not in optuna.study.get_all_study_names(storage):

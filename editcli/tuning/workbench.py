@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from editcli.editing.jumps import jump_of
 from editcli.editing.pipeline import commit, edit_batch
 from editcli.editing.session import ModelSession, generate_prefixes
 from editcli.edits import EditFile, EditRequest
@@ -25,10 +26,11 @@ from editcli.interfaces import Site, Stabilizer, Update
 from editcli.models.loading import LoadedModel, choose_device
 from editcli.options import merge
 from editcli.plugins import Plugins
+from editcli.ratios import ratio
 from editcli.recipe import Recipe
 from editcli.report import Reporter
 from editcli.runs import planning
-from editcli.runs.guards import refuse_nonfinite
+from editcli.runs.guards import refuse_nonfinite, with_default
 from editcli.runs.identity import statistics_file
 from editcli.runs.planning import Planned
 from editcli.runs.stack import Stack
@@ -65,7 +67,7 @@ class Workbench:
     ):
         self.loaded, self.recipe, self.plugins, self.reporter = loaded, recipe, plugins, reporter
         self.start = self._planned(recipe, ())
-        self.prefixes = generate_prefixes(loaded, self.start.targets, seed=recipe.seed)
+        self.prefixes = generate_prefixes(loaded, self.start.targets, seed=recipe.seed, reporter=reporter)
         self.text = TextBaseline(loaded, texts)
         self.moments = SecondMoments(
             loaded,
@@ -127,7 +129,7 @@ class Workbench:
             options=planned.targets,
             prefixes=self.prefixes,
             second_moment=self.moments,
-            cache=self.moments.cache,
+            cache=self.moments.files,
             pilots=planning.pilot_source(requests),
             save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
             reporter=self.reporter,
@@ -147,8 +149,10 @@ class Workbench:
 
         def check(site: Site, update: Update) -> None:
             refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
-            for guard in planned.guards:
-                guard.check("jump", _jump(session, site, update), where=f"at {site.module}")
+            jump = jump_of(session, site, update)
+            if jump is not None:
+                for guard in with_default(planned.guards, stack.editor.largest_jump(site)):
+                    guard.check("jump", jump, where=f"at {site.module}", remedy=stack.editor.tempered_by)
 
         for start in range(0, len(requests), batch):
             chosen = requests[start : start + batch]
@@ -170,25 +174,19 @@ class Workbench:
     ) -> Figures:
         with session.read_out(stabilizers) as weights:
             evaluation = evaluate(self.loaded, requests, metrics=("counterfact",), reporter=self.reporter)
-            ratio = max(float(weight.norm() / session.baseline(site).norm()) for site, weight in weights.items())
+            norms = ((float(weight.norm()), float(session.baseline(site).norm())) for site, weight in weights.items())
+            ratios = [known for pair in norms if (known := ratio(*pair)) is not None]
             drift = self.text.drift(self.loaded)
             if not math.isfinite(drift.kl):
                 raise NumericalError(
                     "the edited model's answers are not numbers any more", site=session.sites[-1].module
                 )
-            return figures_of(evaluation, kl=drift.kl, ratio=ratio)
+            return figures_of(evaluation, kl=drift.kl, ratio=max(ratios, default=None))
 
 
 def _part(done: int, total: int) -> int:
     """Return how many of the equal parts of a set of edits are done."""
     return done * PARTS // total
-
-
-def _jump(session: ModelSession, site: Site, update: Update) -> float:
-    """Return by how much an update changes R_n = ||W_n|| / ||W_0|| of its site."""
-    weight = session.weight(site)
-    after = torch.addmm(weight, update.left.to(weight), update.right.to(weight).T)
-    return abs(float(after.norm() - weight.norm())) / float(session.baseline(site).norm())
 
 
 @contextmanager

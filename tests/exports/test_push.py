@@ -281,3 +281,28 @@ def test_a_record_does_not_say_where_the_bundled_model_is_installed(runs: Callab
     record = {**run.record, "provenance": {**run.record["provenance"], "base": base}}
     bundled = SimpleNamespace(record=record, path=run.path)
     assert base["folder"] not in json.dumps(portable(bundled))
+
+
+def test_a_record_names_every_file_without_its_folder(runs: Callable[[str], Path]) -> None:
+    run = open_run(str(runs("linear")))
+    preset = {"file": "/home/me/tune/preset.toml", "name": "mine", "layers": [1]}
+    files = {"stats": "/home/me/moments.safetensors", "corpus": "/home/me/text.txt", "preset": preset}
+    settings = {"plugin": {"table": "/home/me/table.bin", "share": 0.5}}
+    record = {
+        **run.record,
+        "preset": preset,
+        "components": settings,
+        "recipe": {**run.record["recipe"], **files, "settings": settings, "system": "/no_think"},
+        "provenance": {
+            **run.record["provenance"],
+            "options": settings,
+            "reference": {"file": files["stats"], "sha256": "0"},
+        },
+    }
+    shared = portable(SimpleNamespace(record=record, path=run.path))
+    assert "/home/me" not in json.dumps(shared)
+    assert shared["recipe"]["preset"] == {**preset, "file": "preset.toml"}
+    assert shared["provenance"]["reference"] == {"file": "moments.safetensors", "sha256": "0"}
+    assert shared["provenance"]["options"]["plugin"] == {"table": "table.bin", "share": 0.5}
+    # A system message may begin as a path does.
+    assert shared["recipe"]["system"] == "/no_think"

@@ -49,6 +49,8 @@ def test_a_ratio_to_nothing_is_no_figure() -> None:
     assert ratio(3, 0) is None
     assert ratio(0, 0) is None
     assert (shown(1.5, ".2f"), shown(None, ".2f")) == ("1.50", "n/a")
+    assert (shown(-0.001, ".2f"), shown(-0.01, ".2f"), shown(0.0, ".2f")) == ("0.00", "-0.01", "0.00")
+    assert shown(float("-inf"), ".2f") == "-inf"
 
 
 def test_the_run_writes_both_and_gives_ratios_of_one(run: Path, base: Path) -> None:
