@@ -218,7 +218,7 @@ def test_a_model_writes_only_what_the_prose_lacks(tmp_path: Path, monkeypatch: p
     length = default(loaded, tmp_path).corpus.length
     needed = {tokens: default(loaded, tmp_path, tokens=tokens) for tokens in (length, length + 100)}
     identities = {tokens: found.identity(site).corpus for tokens, found in needed.items()}
-    assert identities[length + 100] == f"{identities[length]}+self:2:0:256"
+    assert identities[length + 100] == f"{identities[length]}+self:0:256"
     assert [found.record([site])["written_by_the_model"] for found in needed.values()] == [0, 100]
     rows = list(itertools.islice(needed[length + 100].corpus.read(length + 100), len(TEXT) + 1))
     assert rows[: len(TEXT)] == list(needed[length].corpus.read(length))

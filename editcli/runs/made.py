@@ -66,16 +66,18 @@ def made(recipe: Recipe, plugins: Plugins) -> Made | None:
 
 
 def completed(saved: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
-    """Return a stream's saved settings with the options that were added since.
-
-    An option that is added has the default that does what was done before it, whatever a preset makes of it.
-    """
+    """Return a stream's saved settings with the options that were added since, at what was done before them."""
     options = {name: _with_defaults(values, _options(name, plugins)) for name, values in saved["options"].items()}
     reference = dict(saved["reference"])
     if "options" in reference:
         reference["options"] = _with_defaults(reference["options"], CORE["statistics"])
-    targets = _with_defaults(saved["targets"], CORE["targets"])
+    targets = _with_defaults({**_targets_before(saved["targets"]), **saved["targets"]}, CORE["targets"])
     return {**saved, "options": options, "targets": targets, "reference": reference}
+
+
+def _targets_before(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the target options of the time when steps had one unit and one clamp held for every family."""
+    return {"lr_kind": "absolute", "decay_kind": "absolute", "norm_clamp": values["clamp"]}
 
 
 def _with_defaults(values: Mapping[str, Any], options: type[Any] | None) -> dict[str, Any]:

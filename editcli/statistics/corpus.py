@@ -22,8 +22,6 @@ from editcli.report import Reporter, Silent
 
 ENGLISH, SELF = "english", "self"
 _SELF_BATCH, _SELF_LENGTH = 32, 256
-_SAMPLING = 2
-"""Version of how a model writes its text: moments of text that was sampled otherwise are not this text's."""
 PIECE = 1 << 22
 """Most characters of a text that are tokenised at once: a file without line breaks must not exhaust memory."""
 MAX_RECORD = 1 << 26
@@ -80,7 +78,7 @@ def open_corpus(
     if spec in (ENGLISH, SELF):
         length = min(max_length, _SELF_LENGTH)
         writer = _Writer(loaded, length, seed, team or Team(), reporter or Silent())
-        own = Corpus(SELF, f"{SELF}:{_SAMPLING}:{seed}:{length}", writer.rows)
+        own = Corpus(SELF, f"{SELF}:{seed}:{length}", writer.rows)
         return own if spec == SELF else replace(_file_corpus(english_file(), loaded, max_length, ENGLISH), more=own)
     if spec.startswith("hf:"):
         texts = _dataset_texts(spec)

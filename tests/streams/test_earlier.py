@@ -43,8 +43,9 @@ def test_it_is_inspected_resumed_and_undone(run: Path, capsys: pytest.CaptureFix
     assert (resumed["editor"], resumed["edits"]["applied"]) == ("memit", 4)
     then, now = begun["provenance"], resumed["provenance"]
     assert now["options"] == then["options"]
-    # Options that were added since are at the defaults that change nothing.
-    assert now["targets"] == {**then["targets"], "lr_kind": "absolute", "decay_kind": "absolute"}
+    # Options that were added since stand at what was done before them.
+    added = {"lr_kind": "absolute", "decay_kind": "absolute", "norm_clamp": then["targets"]["clamp"]}
+    assert now["targets"] == {**then["targets"], **added}
     assert resumed["recipe"]["corpus"] == "self"
     assert main(["-q", "undo", str(run)]) == 0, capsys.readouterr().err
     undone = load_file(run / "model.safetensors")
