@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Tools and benchmarks are tested but not installed; last on the path, so that editcli itself is the installed one.
@@ -45,6 +46,11 @@ def logged_deprecations() -> None:
 def heard_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the program from silencing libraries in this process, where pytest collects what they say."""
     monkeypatch.setattr(sys, "warnoptions", ["default"])
+
+
+# How long an example takes says something about the machine alone.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

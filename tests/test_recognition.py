@@ -21,7 +21,6 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 REGULAR = (
     *(
-        "apertus",
         "arcee",
         "bitnet",
         "cohere",

@@ -154,7 +154,7 @@ def test_links_out_of_a_model_are_not_followed_to_other_files(tmp_path: Path, mo
         Checkpoint(folder).names()
     (folder / "x.safetensors").unlink()
     (folder / "x.safetensors").symlink_to(model / SINGLE)
-    assert Checkpoint(folder).names() == Checkpoint(model).names()
+    assert {entry.name for entry in Checkpoint(folder).stored} == set(Checkpoint(model).names())
     (folder / "notes.txt").symlink_to(secret)
     with pytest.raises(ModelError, match=r"notes\.txt is a link to .*secret\.txt"):
         side_files(folder)
