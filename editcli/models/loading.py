@@ -10,7 +10,8 @@ import importlib.resources
 import importlib.util
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,25 +156,44 @@ def open_model(
         raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
     options = {"device_map": device_map} if device_map else _straight_to(place)
     options = loading_options(config) if split else options
-    try:
-        with quiet():
-            opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                source.folder,
-                config=config,
-                dtype=choose_dtype(dtype, config, place),
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **options,
-            )
-        model, info = opened
+    with _in_one_sentence(source, place), quiet():
+        model, info = _from_pretrained(
+            source.folder,
+            config=config,
+            dtype=choose_dtype(dtype, config, place),
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
         fit = fit_of(info, model)
         refuse_misfit(fit, checkpoint, model)
         if not options:
             model = model.to(place)
         _own(model)
+    model.eval().requires_grad_(False)
+    refuse_nonfinite(model, checkpoint)
+    for text in remarks(fit, checkpoint):
+        (reporter or Silent()).warn(text)
+    return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
+
+
+def _from_pretrained(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the model that transformers loads from a folder, and what it reports of the names of its tensors."""
+    model_class: Any = transformers.AutoModelForCausalLM
+    return model_class.from_pretrained(
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+
+
+@contextmanager
+def _in_one_sentence(source: ModelSource, place: torch.device) -> Iterator[None]:
+    """Raise :class:`ModelError` for whatever transformers raises while it loads a model."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"the model in {source.folder} does not fit the memory of {place}; use a smaller --dtype, --device cpu or "
@@ -182,11 +202,6 @@ def open_model(
     # Transformers and safetensors raise many kinds of errors for an unusable folder; the user can correct it.
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, ArithmeticError) as error:
         raise ModelError(f"cannot load the model in {source.folder}: {first_line(error)}") from error
-    model.eval().requires_grad_(False)
-    refuse_nonfinite(model, checkpoint)
-    for text in remarks(fit, checkpoint):
-        (reporter or Silent()).warn(text)
-    return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
 
 
 def refuse_unopenable(folder: Path, *, trust_remote_code: bool = False) -> None:
