@@ -64,11 +64,13 @@ def load_config(path: Path | None = None) -> Config:
         return Config()
     try:
         document = tomli.loads(chosen.read_bytes().decode("utf-8-sig"))
+        _refuse_infinite(document, chosen)
     except OSError as error:
         raise OptionError(f"{chosen}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise OptionError(f"{chosen}: is not valid TOML: {error or 'nested too deeply'}") from error
-    _refuse_infinite(document, chosen)
+    except RecursionError as error:
+        raise OptionError(f"{chosen}: is nested too deeply for TOML") from error
+    except ValueError as error:
+        raise OptionError(f"{chosen}: is not valid TOML: {error}") from error
     values = {_plain(key): value for key, value in document.items() if not isinstance(value, dict)}
     tables = {key: _plain_keys(value) for key, value in document.items() if isinstance(value, dict)}
     return Config(str(chosen), values, tables)

@@ -66,6 +66,14 @@ class Option(click.Option):
             # A number that is counted with; versions of click differ in how they ask for the name of a value.
             self.metavar = "N"
 
+    def consume_value(self, ctx: click.Context, opts: Any) -> Any:
+        """Return the value and its source; click 8.1 trips over a single value of an option that repeats."""
+        try:
+            return super().consume_value(ctx, opts)
+        except TypeError as error:
+            given = ctx.lookup_default(self.name or "")
+            raise click.BadParameter(f"{shorten(repr(given))} is no value for it", ctx=ctx, param=self) from error
+
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         """Convert a value; a settings file may hold a type that click's own converters trip over."""
         try:
