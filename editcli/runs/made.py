@@ -33,7 +33,7 @@ class Made:
     stats: str | None
 
     def within(self, preset: Preset, *, given: bool) -> Preset:
-        """Return the preset for a resumed run: its recorded choices, under those of a preset that is ``given`` again."""
+        """Return the preset for a resumed run: its recorded choices, under those of a preset ``given`` again."""
         if given:
             settings = merge(self.settings, preset.settings)
             return replace(preset, editor=preset.editor or self.editor, settings=settings)
