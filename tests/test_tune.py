@@ -35,7 +35,7 @@ from editcli.render.tune import search_charts, tune_view
 from editcli.report import Silent
 from editcli.runs.planning import described, located, plan_on, settings_for
 from editcli.testing import CHAT_TEMPLATE, tiny_model_folder, tiny_requests, tiny_tokenizer
-from editcli.tuning import SOURCE
+from editcli.tuning.space import SOURCE
 from editcli.tuning import study as states
 from editcli.tuning.budget import FEWEST, MOST, Budget, edits_per_trial
 from editcli.tuning.objective import Figures

@@ -17,7 +17,7 @@ from editcli.cli.apply_options import (
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option, refuse_idle_options
 from editcli.recipe import Recipe
-from editcli.tuning import SOURCE
+from editcli.tuning.space import SOURCE
 
 SEARCH = "Search"
 

@@ -12,7 +12,7 @@ from editcli.render.run import run_table
 if TYPE_CHECKING:
     from editcli.runs.repeat import Repetition
 
-SHOWN = 5
+SHOWN_TENSORS = 5
 """Tensors that are named; ``--json`` names all."""
 
 
@@ -25,7 +25,7 @@ def _lines(repeated: Repetition) -> list[Text]:
     if repeated.identical:
         text = f"identical: all {repeated.tensors} edited tensors are bit by bit those of {repeated.of}"
         return [Text(text, style="green")]
-    named = ", ".join(repeated.differ[:SHOWN]) + (" ..." if len(repeated.differ) > SHOWN else "")
+    named = ", ".join(repeated.differ[:SHOWN_TENSORS]) + (" ..." if len(repeated.differ) > SHOWN_TENSORS else "")
     lines = [
         Text(f"different: {len(repeated.differ)} of {repeated.tensors} edited tensors are not those of {repeated.of}"),
         Text(f"tensors: {named}"),

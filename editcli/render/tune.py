@@ -18,7 +18,7 @@ from editcli.ratios import shown
 from editcli.render.run import duration
 from editcli.report import Reporter
 from editcli.runs.files import write_bytes
-from editcli.tuning import SOURCE
+from editcli.tuning.space import SOURCE
 from editcli.tuning.objective import SCORE, Figures
 from editcli.tuning.report import TuneReport
 from editcli.tuning.study import DONE, PRUNED, Record, by_score

@@ -9,7 +9,7 @@ from rich.text import Text
 from editcli.runs.undo import UndoPlan
 from editcli.words import duration
 
-SHOWN = 8
+SHOWN_EDITS = 8
 """Ids that are listed."""
 
 
@@ -18,11 +18,11 @@ def undo_table(plan: UndoPlan) -> RenderableType:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
-    more = "" if len(plan.edits) <= SHOWN else f" and {len(plan.edits) - SHOWN:,} more"
+    more = "" if len(plan.edits) <= SHOWN_EDITS else f" and {len(plan.edits) - SHOWN_EDITS:,} more"
     again = f"{plan.redone_edits:,} edits in {len(plan.redo):,} batches, about {duration(plan.seconds)}"
     for name, value in (
         ("run", plan.out),
-        ("taken back", f"{len(plan.edits):,} edits: {', '.join(plan.edits[:SHOWN])}{more}"),
+        ("taken back", f"{len(plan.edits):,} edits: {', '.join(plan.edits[:SHOWN_EDITS])}{more}"),
         ("stays", f"{plan.step:,} batches, replayed from their factors"),
         ("computed again", again if plan.redo else "nothing"),
     ):

@@ -21,7 +21,7 @@ from editcli.recipe import Recipe
 from editcli.report import Reporter
 from editcli.runs import planning
 from editcli.runs.conversation import with_clock
-from editcli.tuning import SOURCE
+from editcli.tuning.space import SOURCE
 from editcli.tuning.budget import Budget, edits_per_trial
 from editcli.tuning.objective import KL_PRICE
 from editcli.tuning.probes import probe_edits
@@ -43,7 +43,7 @@ class TuneRecipe:
     """What to tune, on what, for how long; raises :class:`OptionError` when it makes no sense."""
 
     run: Recipe
-    """Model, edits (:data:`editcli.tuning.SOURCE` for the bundled probes), methods, fixed settings and out."""
+    """Model, edits (:data:`editcli.tuning.space.SOURCE` for the bundled probes), methods, fixed settings and out."""
     minutes: float | None = None
     trials: int | None = None
     """Trials in all, including those before ``resume``."""

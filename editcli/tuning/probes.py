@@ -18,7 +18,7 @@ from editcli.edits import EditRequest, from_record
 from editcli.errors import ModelError
 from editcli.evaluation import Probe, score
 from editcli.report import Reporter
-from editcli.tuning import SOURCE
+from editcli.tuning.space import SOURCE
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel

@@ -17,7 +17,7 @@ from editcli.report import Reporter, Silent
 from editcli.runs.apply import DONE, INTERRUPTED, writing
 from editcli.runs.files import write_bytes, write_json
 from editcli.runs.interrupts import Interrupts
-from editcli.tuning import SOURCE
+from editcli.tuning.space import SOURCE
 from editcli.tuning import study as states
 from editcli.tuning.budget import Budget
 from editcli.tuning.objective import SCORE, Figures

@@ -10,6 +10,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+SOURCE = "(bundled probes)"
+"""Stands where an edits file is named when the edits are made from bundled probes."""
+
 Point = Mapping[str, float]
 """One candidate: a value for every bound, by its name."""
 
