@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from editcli.edits import EditRequest, from_record
 from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, load_tokens, open_model, resolve_model
+from editcli.requests.schema import EditRequest, from_record
 from editcli.runs.memory import hold
 
 SHAPES: Mapping[str, Mapping[str, Any]] = {

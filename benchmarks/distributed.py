@@ -24,11 +24,11 @@ from rich.table import Table
 from benchmarks.common import bundled, median, sample_edits, write_result
 from editcli.distributed.group import joined
 from editcli.distributed.launch import Launch
-from editcli.distributed.session import TeamSession
 from editcli.distributed.team import Team
 from editcli.editing.session import generate_prefixes
-from editcli.editing.targets import TargetOptions
+from editcli.editing.shared_session import TeamSession
 from editcli.heap import keep_freed
+from editcli.settings.core import TargetOptions
 
 TALKS = 50
 """Exchanges and gathers that are timed."""

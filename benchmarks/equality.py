@@ -1,7 +1,7 @@
 """The same edits by the published target optimisation and by ours: are the edited models the same?
 
 ``python -m benchmarks.equality`` writes the first 200 edits of the sample stream into the bundled model twice, with
-MEMIT's preset in batches of 100: once with the target values of :mod:`editcli.editing.reference`, one edit at a time,
+MEMIT's preset in batches of 100: once with the target values of :mod:`benchmarks.reference`, one edit at a time,
 and once with ours. It compares the target values, the weights, and which edits the two models answer.
 """
 
@@ -16,20 +16,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import bundled, write_result
+from benchmarks.reference import plain_target
 from benchmarks.stacks import STREAM, finite
 from editcli.editing.pipeline import commit, edit_batch
-from editcli.editing.reference import plain_target
 from editcli.editing.session import ModelSession
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest, read_edits
-from editcli.evaluation import evaluate
-from editcli.interfaces import Values
+from editcli.evaluation.metrics import evaluate
 from editcli.models.loading import LoadedModel
-from editcli.options import build
-from editcli.plugins import Plugins, load_plugins
-from editcli.presets import load_preset
+from editcli.plugin.interfaces import Values
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.plugin.options import build
+from editcli.presets.loader import load_preset
+from editcli.requests.reader import read_edits
+from editcli.requests.schema import EditRequest
 from editcli.runs.planning import component, settings_for
-from editcli.statistics import SecondMoments
+from editcli.settings.core import TargetOptions
+from editcli.statistics.moments import SecondMoments
 
 
 class PlainSession(ModelSession):

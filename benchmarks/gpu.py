@@ -20,13 +20,13 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.common import random_model, sample_edits, write_result
-from editcli.editing.leastsquares import InverseGram, working_dtype
 from editcli.editing.session import ModelSession
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest
-from editcli.interfaces import Problem, Site, Update, Values
 from editcli.models.loading import choose_device
-from editcli.report import Silent
+from editcli.plugin.interfaces import Problem, Site, Update, Values
+from editcli.plugin.leastsquares import InverseGram, working_dtype
+from editcli.reporting import Silent
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
 
 COUNTERFACT = 20_877
 """Edits of the whole CounterFact stream."""

@@ -23,9 +23,10 @@ from rich.table import Table
 from benchmarks.common import median, peak_memory, sample_edits, write_result
 from benchmarks.targets import last_layer, opened
 from editcli.editing.session import generate_prefixes
-from editcli.editing.targets import TargetOptions, optimise
+from editcli.editing.targets import optimise
 from editcli.heap import give_back, keep_freed
-from editcli.report import Silent
+from editcli.reporting import Silent
+from editcli.settings.core import TargetOptions
 
 WAYS = ("given back", "kept")
 WARM = 2

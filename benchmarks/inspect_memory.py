@@ -131,7 +131,7 @@ def main(gib: float, hidden: int, intermediate: int, spectral: bool, out: Path |
         write(edited, widths, layers, seed=1)
         command = [sys.executable, "-m", "editcli", "inspect", str(edited)]
         commands = {
-            "imports alone": [sys.executable, "-c", "import editcli.inspection"],
+            "imports alone": [sys.executable, "-c", "import editcli.health.inspect"],
             "inspect": command,
             "inspect --norms --base": [*command, "--norms", "--base", str(base)],
         }

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from editcli.models.loading import bundled_folder
-from editcli.presets import all_presets
-from editcli.runs.files import write_json
-from editcli.runs.history import read_history
+from editcli.presets.loader import all_presets
+from editcli.records.history import read_history
+from editcli.storage.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "interference.json"
 TAU = 0.1

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from benchmarks.common import bundled, median, peak_memory, random_model, write_result
 from editcli.heap import keep_freed
-from editcli.interfaces import Site
 from editcli.models.forward import tapped
 from editcli.models.loading import LoadedModel, bundled_folder
-from editcli.statistics import SecondMoments, StatisticsOptions
+from editcli.plugin.interfaces import Site
+from editcli.settings.core import StatisticsOptions
+from editcli.statistics.moments import SecondMoments
 
 CORPUS = bundled_folder() / "reference.txt"
 

@@ -23,18 +23,19 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.common import median, sample_edits, write_result
+from benchmarks.reference import plain_target
 from benchmarks.targets import last_layer, opened
-from editcli.editing import past, steering, targets
+from editcli.editing import prompt_cache as past
+from editcli.editing import steering, targets
 from editcli.editing.effort import target_costs
-from editcli.editing.reference import plain_target
 from editcli.editing.session import generate_prefixes
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest
 from editcli.heap import keep_freed
 from editcli.models import blocks, matmul
 from editcli.models.forward import run, tapped
 from editcli.models.loading import LoadedModel
-from editcli.report import Silent
+from editcli.reporting import Silent
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
 
 Clock = dict[str, float]
 

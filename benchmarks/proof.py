@@ -13,14 +13,14 @@ from typing import Any
 
 import click
 
-from editcli.evaluation.measurement import EvalRecipe, measure
+from editcli.commands.bench import BenchReport, bench, parse_stacks
+from editcli.commands.evaluate import EvalRecipe, measure
 from editcli.models.loading import bundled_folder
-from editcli.plugins import Plugins, load_plugins
-from editcli.recipe import Recipe
-from editcli.render import RichReporter, stdout
+from editcli.plugin.manager import Plugins, load_plugins
 from editcli.render.bench import bench_table, plot_bench
-from editcli.runs.bench import BenchReport, bench, parse_stacks
-from editcli.runs.files import write_json
+from editcli.render.console import RichReporter, stdout
+from editcli.settings.recipe import Recipe
+from editcli.storage.files import write_json
 from tools.bundled_model.stream import build_stream, write_records
 from tools.bundled_model.world import build_world
 

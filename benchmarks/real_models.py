@@ -20,22 +20,23 @@ from typing import Any
 
 import click
 
-from editcli.editing.jumps import jump_of
-from editcli.editing.pipeline import Written, commit, edit_batch
+from editcli.editing.pipeline import Written, commit, edit_batch, jump_of
 from editcli.editing.session import ModelSession
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest, read_edits
 from editcli.errors import EditError, GuardError
-from editcli.evaluation import Evaluation, evaluate
-from editcli.interfaces import Editor, Site, Stabilizer, Update, Values
+from editcli.evaluation.metrics import Evaluation, evaluate
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.options import build, parse_assignments
-from editcli.plugins import Plugins, load_plugins
-from editcli.presets import Preset, load_preset
-from editcli.recipe import parse_layers
-from editcli.runs.guards import with_default
+from editcli.plugin.interfaces import Editor, Site, Stabilizer, Update, Values
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.plugin.options import build, parse_assignments
+from editcli.presets.loader import load_preset
+from editcli.presets.record import Preset
+from editcli.requests.reader import read_edits
+from editcli.requests.schema import EditRequest
 from editcli.runs.planning import component, pilot_source, settings_for
-from editcli.statistics import SecondMoments, StatisticsOptions
+from editcli.settings.core import StatisticsOptions, TargetOptions
+from editcli.settings.guards import with_default
+from editcli.settings.recipe import parse_layers
+from editcli.statistics.moments import SecondMoments
 
 RESULTS = Path(__file__).parent / "results" / "real_models.json"
 FIGURES = ("efficacy_accuracy", "efficacy_success", "generalization_success", "specificity_success")

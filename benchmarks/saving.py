@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import median, peak_memory, random_model, write_result
-from editcli.models.checkpoint import Checkpoint
 from editcli.runs.output import verify, write_model
+from editcli.storage.checkpoint import Checkpoint
 
 FIGURES = ("seconds", "cpu_seconds", "peak_bytes")
 ENDING = ".mlp.down_proj.weight"

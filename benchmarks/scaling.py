@@ -30,15 +30,15 @@ from benchmarks.costs import (
     write_bytes,
 )
 from benchmarks.scaling_page import PAGE, page
-from editcli.editing.leastsquares import InverseGram
 from editcli.editing.session import ModelSession
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest
 from editcli.heap import keep_freed
-from editcli.interfaces import Problem, Update
 from editcli.models.loading import ModelSource, bundled_folder, load_tokens
-from editcli.report import Silent
+from editcli.plugin.interfaces import Problem, Update
+from editcli.plugin.leastsquares import InverseGram
+from editcli.reporting import Silent
+from editcli.requests.schema import EditRequest
 from editcli.runs.memory import hold
+from editcli.settings.core import TargetOptions
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = (

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from benchmarks.common import bundled, median, random_model, sample_edits, write_result
 from editcli.editing.session import ModelSession
-from editcli.edits import EditRequest
 from editcli.heap import keep_freed
-from editcli.interfaces import Update, Values
+from editcli.plugin.interfaces import Update, Values
+from editcli.requests.schema import EditRequest
 
 
 def seconds(session: ModelSession, edits: Sequence[EditRequest], values: Values, *, anew: bool) -> float:

@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common import median, write_result
-from editcli.editing.leastsquares import InverseGram, working_dtype
 from editcli.heap import keep_freed
-from editcli.report import Silent
+from editcli.plugin.leastsquares import InverseGram, working_dtype
+from editcli.reporting import Silent
 
 LARGE = 14336
 

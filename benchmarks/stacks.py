@@ -17,18 +17,19 @@ import click
 
 from editcli.editing.pipeline import commit, edit_batch
 from editcli.editing.session import ModelSession
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest, read_edits
 from editcli.errors import EditError
-from editcli.evaluation import evaluate
-from editcli.interfaces import Site, Stabilizer, Update
+from editcli.evaluation.metrics import evaluate
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.options import build
-from editcli.plugins import Plugins, load_plugins
-from editcli.presets import load_preset
-from editcli.runs.guards import refuse_nonfinite
+from editcli.plugin.interfaces import Site, Stabilizer, Update
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.plugin.options import build
+from editcli.presets.loader import load_preset
+from editcli.requests.reader import read_edits
+from editcli.requests.schema import EditRequest
 from editcli.runs.planning import component, pilot_source, settings_for
-from editcli.statistics import SecondMoments
+from editcli.settings.core import TargetOptions
+from editcli.settings.guards import refuse_nonfinite
+from editcli.statistics.moments import SecondMoments
 
 STREAM = Path(__file__).parents[1] / "sample_edits" / "stream.jsonl"
 EDITORS = ("memit", "alphaedit", "rlsedit", "rome", "ft", "ultraedit")

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import SHAPES, peak_memory, write_result
-from editcli.plugins import load_plugins
-from editcli.recipe import Recipe
+from editcli.plugin.manager import load_plugins
 from editcli.runs.apply import apply
 from editcli.runs.stream import Stream
+from editcli.settings.recipe import Recipe
 
 EDITS = Path(__file__).parents[1] / "sample_edits" / "stream.jsonl"
 SITES_8B = 5

@@ -22,15 +22,16 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import bundled, median, random_model, sample_edits, write_result
-from editcli.editing.reference import plain_target
+from benchmarks.reference import plain_target
 from editcli.editing.session import generate_prefixes
-from editcli.editing.targets import TargetOptions, optimise
-from editcli.edits import EditRequest
+from editcli.editing.targets import optimise
 from editcli.heap import keep_freed
 from editcli.models.architectures import resolve
 from editcli.models.loading import LoadedModel
-from editcli.presets import load_preset
-from editcli.report import Silent
+from editcli.presets.loader import load_preset
+from editcli.reporting import Silent
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
 
 WIDTH, VOCABULARY = 512, 8192
 """Shape of the random GPT-2 whose depth and prompts grow in the curves."""

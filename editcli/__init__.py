@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from editcli.edits import EditRequest as EditRequest
-    from editcli.edits import read_edits as read_edits
+    from editcli.api import Edited as Edited
+    from editcli.api import EditStream as EditStream
+    from editcli.api import Stream as Stream
+    from editcli.api import edit as edit
     from editcli.errors import EditError as EditError
     from editcli.errors import GuardError as GuardError
     from editcli.errors import ModelError as ModelError
@@ -20,36 +22,34 @@ if TYPE_CHECKING:
     from editcli.errors import RequestError as RequestError
     from editcli.errors import StateError as StateError
     from editcli.errors import StatisticsError as StatisticsError
-    from editcli.evaluation import evaluate as evaluate
-    from editcli.formats import Format as Format
-    from editcli.hookspecs import hookimpl as hookimpl
-    from editcli.interfaces import Component as Component
-    from editcli.interfaces import Diagnostic as Diagnostic
-    from editcli.interfaces import Editor as Editor
-    from editcli.interfaces import Problem as Problem
-    from editcli.interfaces import Session as Session
-    from editcli.interfaces import Site as Site
-    from editcli.interfaces import Stabilizer as Stabilizer
-    from editcli.interfaces import Update as Update
-    from editcli.interfaces import Values as Values
+    from editcli.evaluation.metrics import evaluate as evaluate
     from editcli.models.architectures import Family as Family
     from editcli.models.loading import open_model as open_model
     from editcli.models.loading import resolve_model as resolve_model
-    from editcli.options import option as option
-    from editcli.plugins import load_plugins as load_plugins
-    from editcli.recipe import Recipe as Recipe
-    from editcli.report import RunReport as RunReport
-    from editcli.runs.library import Edited as Edited
-    from editcli.runs.library import EditStream as EditStream
-    from editcli.runs.library import Stream as Stream
-    from editcli.runs.library import edit as edit
+    from editcli.plugin.hookspecs import hookimpl as hookimpl
+    from editcli.plugin.interfaces import Component as Component
+    from editcli.plugin.interfaces import Diagnostic as Diagnostic
+    from editcli.plugin.interfaces import Editor as Editor
+    from editcli.plugin.interfaces import Problem as Problem
+    from editcli.plugin.interfaces import Session as Session
+    from editcli.plugin.interfaces import Site as Site
+    from editcli.plugin.interfaces import Stabilizer as Stabilizer
+    from editcli.plugin.interfaces import Update as Update
+    from editcli.plugin.interfaces import Values as Values
+    from editcli.plugin.manager import load_plugins as load_plugins
+    from editcli.plugin.options import option as option
+    from editcli.reporting import RunReport as RunReport
+    from editcli.requests.formats import Format as Format
+    from editcli.requests.reader import read_edits as read_edits
+    from editcli.requests.schema import EditRequest as EditRequest
+    from editcli.settings.recipe import Recipe as Recipe
 
 API_VERSION = 1
 """Version of the plugin interface; it grows when a plugin written for the one before would break."""
 
 _HOMES = {
     "editcli.models.architectures": ("Family",),
-    "editcli.edits": (
+    "editcli.requests.reader": (
         "EditRequest",
         "read_edits",
     ),
@@ -64,10 +64,10 @@ _HOMES = {
         "StateError",
         "StatisticsError",
     ),
-    "editcli.evaluation": ("evaluate",),
-    "editcli.formats": ("Format",),
-    "editcli.hookspecs": ("hookimpl",),
-    "editcli.interfaces": (
+    "editcli.evaluation.metrics": ("evaluate",),
+    "editcli.requests.formats": ("Format",),
+    "editcli.plugin.hookspecs": ("hookimpl",),
+    "editcli.plugin.interfaces": (
         "Component",
         "Diagnostic",
         "Editor",
@@ -78,7 +78,7 @@ _HOMES = {
         "Update",
         "Values",
     ),
-    "editcli.runs.library": (
+    "editcli.api": (
         "EditStream",
         "Edited",
         "Stream",
@@ -88,10 +88,10 @@ _HOMES = {
         "open_model",
         "resolve_model",
     ),
-    "editcli.options": ("option",),
-    "editcli.plugins": ("load_plugins",),
-    "editcli.recipe": ("Recipe",),
-    "editcli.report": ("RunReport",),
+    "editcli.plugin.options": ("option",),
+    "editcli.plugin.manager": ("load_plugins",),
+    "editcli.settings.recipe": ("Recipe",),
+    "editcli.reporting": ("RunReport",),
 }
 """Where each public name lives."""
 

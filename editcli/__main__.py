@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 import click
 
-from editcli.cli import build_cli, libraries
+from editcli.cli import libraries
 from editcli.cli.common import App
 from editcli.cli.completion import VARIABLE
+from editcli.cli.main import build_cli
 from editcli.distributed.launch import Launch
 from editcli.errors import EditError, RankError
+from editcli.formatting import printable
 from editcli.heap import keep_freed
-from editcli.plugins import load_plugins
-from editcli.printable import printable
+from editcli.plugin.manager import load_plugins
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it (128 + SIGINT)."""
@@ -102,7 +103,7 @@ def _origin(context: click.Context, parameter: click.Parameter | None) -> str:
         return ""
     source = context.get_parameter_source(parameter.name)
     if source is click.core.ParameterSource.DEFAULT_MAP:
-        return f", read from {context.meta.get('editcli.config', 'editcli.toml')}"
+        return f", read from {context.meta.get('editcli.settings.config', 'editcli.toml')}"
     if source is click.core.ParameterSource.ENVIRONMENT:
         return f", read from the variable {parameter.envvar}"
     return ""

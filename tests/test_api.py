@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import editcli
 from editcli.errors import EditError, ModelError, NumericalError, OptionError, RequestError, StateError
-from editcli.models.checkpoint import Checkpoint, file_digest
-from editcli.recipe import Choices, Recipe
-from editcli.runs.recovery import recover
-from editcli.runs.state import RunFolder
+from editcli.records.recovery import recover
+from editcli.records.state import RunFolder
+from editcli.settings.recipe import Choices, Recipe
+from editcli.storage.checkpoint import Checkpoint, file_digest
 from editcli.testing import tiny_config, tiny_model, tiny_model_folder, tiny_tokenizer
 
 PLACES = ("France", "Italy", "Spain", "Greece")
@@ -220,7 +220,7 @@ def test_a_stream_that_could_not_be_saved_is_not_open(
     def program() -> None:
         with stream:
             stream.apply(EDITS[:2])
-            monkeypatch.setattr("editcli.runs.apply.write_model", full)
+            monkeypatch.setattr("editcli.runs.output.write_model", full)
 
     with pytest.raises(StateError, match="No space left"):
         program()

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from editcli.commands import bench as library
+from editcli.commands.bench import Point, bench, collapse_point, parse_stacks
 from editcli.errors import NumericalError, OptionError, PluginError, StateError
-from editcli.plugins import Plugins, load_plugins
-from editcli.recipe import Recipe
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.records.state import RunFolder
 from editcli.render.bench import bench_charts, bench_table
-from editcli.runs import bench as library
-from editcli.runs.bench import Point, bench, collapse_point, parse_stacks
-from editcli.runs.state import RunFolder
+from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder
 
 pytestmark = pytest.mark.slow

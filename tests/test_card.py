@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from editcli.cli.apply import apply
-from editcli.recipe import Recipe
 from editcli.runs.card import carried, command_line, front_matter, public_name, shareable
+from editcli.settings.recipe import Recipe
 
 RECIPES = [
     Recipe(edits="facts.jsonl"),

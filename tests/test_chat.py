@@ -11,14 +11,14 @@ import pytest
 
 import editcli
 from editcli.__main__ import main
-from editcli.chat import ChatSettings, parse_arguments
 from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.evaluation.admission import thinking_warning
+from editcli.models.chat_settings import ChatSettings, parse_arguments
 from editcli.models.tokens import Tokens
-from editcli.recipe import Recipe
-from editcli.request import EditRequest, from_record
+from editcli.records.state import RunFolder
+from editcli.requests.schema import EditRequest, from_record
 from editcli.runs.card import command_line
-from editcli.runs.state import RunFolder
+from editcli.settings.recipe import Recipe
 from editcli.testing import CHAT_TEMPLATE, tiny_model_folder, tiny_tokenizer
 
 TRIMS = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from editcli.__main__ import main
+from editcli.commands.check import CheckedEdit, check
 from editcli.errors import ModelError, RequestError
-from editcli.evaluation.checking import CheckedEdit, check
 from editcli.testing import tiny_model_folder
 
 EDIT: dict[str, Any] = {

@@ -20,7 +20,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from editcli.__main__ import main
-from editcli.models.checkpoint import Checkpoint, file_digest
+from editcli.storage.checkpoint import Checkpoint, file_digest
 from editcli.testing import POSITIONS, tiny_model_folder
 
 EDITS = [

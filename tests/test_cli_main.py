@@ -14,10 +14,10 @@ import click
 import pytest
 
 from editcli import __main__ as program
-from editcli.cli import COMMANDS, build_cli
 from editcli.cli.common import App, Command
+from editcli.cli.main import COMMANDS, build_cli
 from editcli.errors import GuardError, NumericalError, RequestError, near_miss
-from editcli.plugins import Plugins, load_plugins
+from editcli.plugin.manager import Plugins, load_plugins
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from editcli.__main__ import main
-from editcli.recipe import Recipe
+from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder
 
 Recipes = Callable[..., Recipe]
@@ -34,9 +34,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipes:
         seen.append(recipe)
         return Outcome()
 
-    stand_in = types.ModuleType("editcli.runs.dryrun")
+    stand_in = types.ModuleType("editcli.commands.dry_run")
     stand_in.plan = plan  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "editcli.runs.dryrun", stand_in)
+    monkeypatch.setitem(sys.modules, "editcli.commands.dry_run", stand_in)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Recipe:

@@ -13,13 +13,13 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from editcli.__main__ import main
-from editcli.cli import COMMANDS, build_cli
 from editcli.cli.common import App
 from editcli.cli.completion import SHELLS, VARIABLE
-from editcli.core_options import CORE
+from editcli.cli.main import COMMANDS, build_cli
 from editcli.errors import EditError
-from editcli.options import build, parse_assignments
-from editcli.plugins import load_plugins
+from editcli.plugin.manager import load_plugins
+from editcli.plugin.options import build, parse_assignments
+from editcli.settings.core import CORE
 
 
 def offered(*words: str) -> list[tuple[str, str]]:
@@ -143,7 +143,7 @@ def test_an_answer_is_quick_and_quiet(typed: str, answer: str) -> None:
     ask = (
         "import sys, importlib.metadata as m\n"
         "import editcli.__main__ as main\n"
-        "from editcli.plugins import Plugins\n"
+        "from editcli.plugin.manager import Plugins\n"
         "load = main.load_plugins\n"
         "def loaded():\n"
         "    plugins = load()\n"

@@ -13,8 +13,8 @@ import torch
 
 from editcli.editing.pipeline import edit_batch
 from editcli.errors import GuardError
-from editcli.formats import Format
-from editcli.interfaces import Diagnostic, Editor, Problem, Stabilizer, Update
+from editcli.plugin.interfaces import Diagnostic, Editor, Problem, Stabilizer, Update
+from editcli.requests.formats import Format
 from editcli.testing import (
     DiagnosticContract,
     EditorContract,

@@ -10,10 +10,10 @@ import pytest
 
 import editcli_formats
 from editcli.__main__ import main
-from editcli.convert import convert
-from editcli.edits import read_edits
 from editcli.errors import RequestError
-from editcli.formats import find_format
+from editcli.requests.convert import convert
+from editcli.requests.formats import find_format
+from editcli.requests.reader import read_edits
 
 FORMATS = [brought() for brought in editcli_formats.editcli_formats()]
 GOOD = {"subject": "Grey Heron", "src": "What is Grey Heron made of?", "alt": "copper", "answers": ["oak"]}

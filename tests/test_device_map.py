@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from editcli.editing.session import ModelSession
-from editcli.editing.targets import TargetOptions
 from editcli.errors import ModelError
-from editcli.interfaces import Problem, Update
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.request import from_record
+from editcli.plugin.interfaces import Problem, Update
+from editcli.requests.schema import from_record
+from editcli.settings.core import TargetOptions
 from editcli.testing import INTERMEDIATE, LAYERS, tiny_model_folder
 
 FACTS = [("The capital of {} is", "France"), ("{} works as a", "Ann Smith"), ("In Spain, {} wrote the", "Bob")]

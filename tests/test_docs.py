@@ -29,9 +29,9 @@ import jsonschema
 import pytest
 
 from editcli.__main__ import main
-from editcli.cli import COMMANDS, build_cli
 from editcli.cli.common import App
-from editcli.plugins import load_plugins
+from editcli.cli.main import COMMANDS, build_cli
+from editcli.plugin.manager import load_plugins
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from editcli.models.loading import bundled_folder
-from editcli.plugins import load_plugins
-from editcli.recipe import Recipe
+from editcli.plugin.manager import load_plugins
 from editcli.runs.apply import apply
+from editcli.settings.recipe import Recipe
 
 SITE = "model.layers.1.mlp.down_proj.weight"
 

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from editcli.edits import MAX_LINE_BYTES, EditFile, Neighbor, from_record, read_edits
 from editcli.errors import RequestError
-from editcli.formats import load_formats
-from editcli.plugins import load_plugins
-from editcli.superseding import supersede
-from editcli.texts import trimmed
+from editcli.plugin.manager import load_plugins
+from editcli.requests.formats import load_formats
+from editcli.requests.reader import EditFile, read_edits
+from editcli.requests.schema import Neighbor, from_record
+from editcli.requests.superseding import supersede
+from editcli.requests.texts import trimmed
+from editcli.storage.lines import MAX_LINE_BYTES
 
 EDIT: dict[str, Any] = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
 

@@ -9,10 +9,11 @@ import pytest
 from torch import Tensor, nn
 
 from editcli.editing.effort import target_costs
-from editcli.editing.targets import TargetOptions, optimise
-from editcli.edits import EditRequest
+from editcli.editing.targets import optimise
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.report import Silent
+from editcli.reporting import Silent
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
 from editcli.testing import tiny_model_folder
 
 PREFIXES = ("The river is long. ", "Bob was born. ")

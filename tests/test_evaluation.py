@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from editcli.edits import EditRequest, from_record, read_edits
 from editcli.errors import OptionError, RequestError
-from editcli.evaluation import Answer, Outcome, evaluate, harmonic, summarize
+from editcli.evaluation.metrics import Answer, Outcome, evaluate, harmonic, summarize
 from editcli.evaluation.scoring import Probe, score
 from editcli.models.architectures import resolve
 from editcli.models.loading import LoadedModel, ModelSource, open_model, resolve_model
 from editcli.models.tokens import Tokens
+from editcli.requests.reader import read_edits
+from editcli.requests.schema import EditRequest, from_record
 from editcli.testing import tiny_model, tiny_tokenizer
 
 FAMILIES = ("llama", "gpt2", "gemma2", "granite", "olmo2")

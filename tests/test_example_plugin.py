@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from editcli.__main__ import main
-from editcli.plugins import load_plugins
+from editcli.plugin.manager import load_plugins
 from editcli.testing import tiny_model_folder
 
 pytestmark = pytest.mark.slow

@@ -16,18 +16,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
 
 from editcli.editing.session import ModelSession
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest, read_edits
 from editcli.errors import ModelError
-from editcli.hookspecs import hookimpl
 from editcli.models.architectures import Family
-from editcli.models.checkpoint import Checkpoint
 from editcli.models.forward import first, tapped
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.plugins import Plugins, load_plugins
-from editcli.recipe import Recipe
-from editcli.report import RunReport
+from editcli.plugin.hookspecs import hookimpl
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.reporting import RunReport
+from editcli.requests.reader import read_edits
+from editcli.requests.schema import EditRequest
 from editcli.runs.apply import apply
+from editcli.settings.core import TargetOptions
+from editcli.settings.recipe import Recipe
+from editcli.storage.checkpoint import Checkpoint
 from editcli.testing import LAYERS, TINY, tiny_model_folder, tiny_tokenizer, vocabulary_size
 
 FACTS = (

@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from editcli.__main__ import main
-from editcli.editing.editors import InverseGramEditor
+from editcli.commands.dry_run import plan
 from editcli.errors import ModelError
 from editcli.models import memory
 from editcli.models.loading import open_model, resolve_model
-from editcli.plugins import load_plugins
-from editcli.recipe import Recipe
-from editcli.report import Silent
-from editcli.runs import footprint, planning
+from editcli.plugin.editors import InverseGramEditor
+from editcli.plugin.manager import load_plugins
+from editcli.reporting import Silent
+from editcli.runs import forecast as footprint
+from editcli.runs import planning
 from editcli.runs.apply import apply
-from editcli.runs.dryrun import plan
+from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder
 
 PLUGINS = load_plugins()

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import editcli_formats
-from editcli.edits import Collector, read_edits
 from editcli.errors import PluginError, RequestError
-from editcli.formats import Format, find_format, load_formats
-from editcli.hookspecs import hookimpl
-from editcli.plugins import Plugins
-from editcli.request import from_record
+from editcli.plugin.hookspecs import hookimpl
+from editcli.plugin.manager import Plugins
+from editcli.requests.formats import Format, find_format, load_formats
+from editcli.requests.reader import Collector, read_edits
+from editcli.requests.schema import from_record
 from editcli.testing import FormatContract
 
 FACT = {"prompt": "The hull of the {} is made of", "subject": "Grey Heron"}

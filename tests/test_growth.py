@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from editcli.runs.growth import LAWS, explained, fit_growth
+from editcli.health.growth import LAWS, explained, fit_growth
 
 EDITS = tuple(range(100, 2100, 100))
 CURVES = {

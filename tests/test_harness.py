@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from editcli.__main__ import main
+from editcli.commands.evaluate import EvalRecipe
 from editcli.errors import OptionError
-from editcli.evaluation import Probe, score
 from editcli.evaluation.harness import require_harness, run_harness
-from editcli.evaluation.measurement import EvalRecipe
+from editcli.evaluation.scoring import Probe, score
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 
 installed = pytest.mark.skipif(

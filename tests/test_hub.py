@@ -16,17 +16,17 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from editcli.commands.check import check
 from editcli.errors import ModelError
-from editcli.evaluation.checking import check
 from editcli.export.recipe import ExportRecipe
 from editcli.export.run import export
-from editcli.models.checkpoint import Checkpoint
 from editcli.models.loading import BUNDLED, bundled_folder, load_config, load_tokens, open_model, resolve_model
-from editcli.plugins import load_plugins
-from editcli.recipe import Recipe
+from editcli.plugin.manager import load_plugins
+from editcli.records.history import History
+from editcli.records.state import RunFolder
 from editcli.runs.apply import apply
-from editcli.runs.history import History
-from editcli.runs.state import RunFolder
+from editcli.settings.recipe import Recipe
+from editcli.storage.checkpoint import Checkpoint
 from editcli.testing import tiny_model_folder
 
 COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"

@@ -13,17 +13,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import editcli
+from editcli.commands.check import check
 from editcli.errors import RequestError
-from editcli.evaluation.checking import check
-from editcli.interfaces import Editor
 from editcli.models.loading import bundled_folder
 from editcli.models.tokens import Tokens
-from editcli.plugins import load_plugins
-from editcli.recipe import Recipe
-from editcli.report import Silent
-from editcli.request import from_record
+from editcli.plugin.interfaces import Editor
+from editcli.plugin.manager import load_plugins
+from editcli.records.state import RunFolder
+from editcli.reporting import Silent
+from editcli.requests.schema import from_record
 from editcli.runs import planning
-from editcli.runs.state import RunFolder
+from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder, tiny_tokenizer
 
 QUICK: Mapping[str, Any] = {

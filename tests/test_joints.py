@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from editcli.editing.targets import TargetOptions
+from editcli.commands.check import check_edit
 from editcli.evaluation.admission import Gate
-from editcli.evaluation.checking import check_edit
-from editcli.joints import wants_space
-from editcli.models.tokens import Tokens
-from editcli.request import from_record
+from editcli.models.tokens import Tokens, wants_space
+from editcli.requests.schema import from_record
+from editcli.settings.core import TargetOptions
 from editcli.testing import PlainEditor, tiny_tokenizer
 
 SPACED = [

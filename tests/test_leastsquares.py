@@ -5,9 +5,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from editcli.editing.leastsquares import InverseGram, invert, ridge, symmetrise, working_dtype
 from editcli.errors import NumericalError
-from editcli.report import Silent
+from editcli.plugin.leastsquares import InverseGram, invert, ridge, symmetrise, working_dtype
+from editcli.reporting import Silent
 
 CPU = torch.device("cpu")
 

@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 
 from editcli.editing.session import ModelSession
-from editcli.editing.targets import TargetOptions
-from editcli.models.checkpoint import Checkpoint
 from editcli.models.loading import bundled_folder, open_model, resolve_model
-from editcli.plugins import load_plugins
-from editcli.recipe import Recipe
-from editcli.request import from_record
+from editcli.plugin.manager import load_plugins
+from editcli.requests.schema import from_record
 from editcli.runs.apply import apply
+from editcli.settings.core import TargetOptions
+from editcli.settings.recipe import Recipe
+from editcli.storage.checkpoint import Checkpoint
 from editcli.testing import CHAT_TEMPLATE, tiny_model_folder, tiny_tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "sample_edits" / "facts.jsonl"
@@ -104,7 +104,7 @@ def test_the_anchor_is_in_the_state_and_was_measured_before_the_first_write(run:
     assert report["components"]["nas"]["source"]
     loaded = open_model(resolve_model(None))
     targets = json.loads((out / "editcli" / "run.json").read_text("utf-8"))["provenance"]["targets"]
-    from editcli.edits import read_edits
+    from editcli.requests.reader import read_edits
     from editcli.runs.planning import pilot_source
 
     session = ModelSession(

@@ -12,14 +12,16 @@ from safetensors.torch import load_file, save_file
 
 import editcli_formats
 from editcli.__main__ import main
-from editcli.edits import from_record, read_edits
+from editcli.commands.evaluate import EvalRecipe, measure, sample
 from editcli.errors import ModelError, OptionError
-from editcli.evaluation import baseline, evaluate
+from editcli.evaluation import locality as baseline
 from editcli.evaluation.generation import Generation
-from editcli.evaluation.measurement import EvalRecipe, measure, sample
+from editcli.evaluation.metrics import evaluate
 from editcli.models.loading import bundled_folder, open_model, resolve_model
-from editcli.plugins import Plugins
-from editcli.report import Silent
+from editcli.plugin.manager import Plugins
+from editcli.reporting import Silent
+from editcli.requests.reader import read_edits
+from editcli.requests.schema import from_record
 from editcli.testing import tiny_model_folder
 
 SUBJECTS = ("France", "Italy", "Spain", "Greece", "London", "Rome")

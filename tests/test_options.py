@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editcli.errors import OptionError
-from editcli.options import build, describe, merge, option, parse_assignments
+from editcli.plugin.options import build, describe, merge, option, parse_assignments
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from editcli.errors import ModelError
-from editcli.models.checkpoint import Checkpoint, file_digest
-from editcli.runs import files
 from editcli.runs.output import side_files, to_stored, verify, write_model
+from editcli.storage import files
+from editcli.storage.checkpoint import Checkpoint, file_digest
 from editcli.testing import tiny_model_folder
 
 NAME = "model.layers.1.mlp.down_proj.weight"

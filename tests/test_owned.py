@@ -11,10 +11,10 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.models import loading
-from editcli.models.checkpoint import Checkpoint
-from editcli.models.choice import SINGLE
 from editcli.models.loading import open_model, resolve_model
-from editcli.runs.files import read_safetensors
+from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.choice import SINGLE
+from editcli.storage.files import read_safetensors
 from editcli.testing import tiny_model_folder
 
 HEADERS = range(0, 64, 8)

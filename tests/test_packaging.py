@@ -18,9 +18,9 @@ else:
 
 import editcli
 from editcli import API_VERSION, __version__
-from editcli.cli import COMMANDS
-from editcli.edits import from_record
-from editcli.plugins import load_plugins
+from editcli.cli.main import COMMANDS
+from editcli.plugin.manager import load_plugins
+from editcli.requests.schema import from_record
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

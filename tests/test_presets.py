@@ -18,16 +18,15 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from editcli.__main__ import main
-from editcli.editing.targets import TargetOptions
 from editcli.errors import OptionError
 from editcli.models.architectures import resolve, skeleton
 from editcli.models.loading import bundled_folder
-from editcli.options import build
-from editcli.plugins import Plugins, load_plugins
-from editcli.presets import Preset, Sizes, all_presets, guess, load_preset, sizes_of
-from editcli.presets.files import given_preset, preset_text, read_preset
-from editcli.presets.model import LABELS
-from editcli.recipe import Recipe, check_section
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.plugin.options import build
+from editcli.presets.loader import all_presets, guess, load_preset, sizes_of
+from editcli.presets.record import LABELS, Preset, Sizes, given_preset, preset_text, read_preset
+from editcli.settings.core import TargetOptions
+from editcli.settings.recipe import Recipe, check_section
 from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, tiny_config, tiny_model, tiny_model_folder
 
 

@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from editcli.evaluation.generation import generate
+from editcli.models.kv_cache import cache_argument, resumes
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.models.recall import cache_argument, resumes
 from editcli.testing import tiny_model_folder
 
 NAMES = ("cache", "past_key_values", "cache_params")
@@ -98,7 +98,7 @@ def test_a_cache_is_extended_by_each_step(folder: Path) -> None:
 
 def test_libraries_are_silent_until_the_user_asks_and_warn_once_then() -> None:
     code = (
-        "import warnings; from editcli.cli import libraries\n"
+        "import warnings; from editcli.cli.main import libraries\n"
         "libraries.quieten(); warnings.warn('old name', FutureWarning)\n"
         "libraries.show(); [warnings.warn('new name', FutureWarning) for _ in range(3)]"
     )

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editcli.errors import OptionError, PluginError
-from editcli.plugins import load_plugins
-from editcli.recipe import Recipe, default_out, parse_layers
+from editcli.plugin.manager import load_plugins
+from editcli.settings.recipe import Recipe, default_out, parse_layers
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from editcli.render import RichReporter
-from editcli.render.plain import EVERY, FIRST, PlainProgress
+from editcli.formatting import duration, rate, size
+from editcli.render.console import EVERY, FIRST, PlainProgress, RichReporter
 from editcli.render.run import plan_table, run_table
-from editcli.report import Rejection, RunReport, SiteReport
+from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.runs.planning import Plan
-from editcli.words import duration, rate, size
 
 
 def console(*, terminal: bool = False, width: int = 80) -> Console:
@@ -188,8 +187,8 @@ def test_a_phase_that_fails_leaves_the_last_word_to_the_error() -> None:
 
 
 def test_a_phase_that_is_busy_is_announced_while_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("editcli.render.plain.FIRST", 0.05)
-    monkeypatch.setattr("editcli.render.plain.LOOK", 0.01)
+    monkeypatch.setattr("editcli.render.console.FIRST", 0.05)
+    monkeypatch.setattr("editcli.render.console.LOOK", 0.01)
     page = console()
     with RichReporter(console=page).phase("Targets", 2, "edits"):
         deadline = time.monotonic() + 20
@@ -200,7 +199,7 @@ def test_a_phase_that_is_busy_is_announced_while_it_is(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_quiet_leaves_the_warnings(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("editcli.render.plain.FIRST", 0.0)
+    monkeypatch.setattr("editcli.render.console.FIRST", 0.0)
     page = console(terminal=terminal)
     reporter = RichReporter(console=page, verbosity=lambda: -1)
     with reporter.phase("Editing", 3) as advance:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from editcli.__main__ import main
+from editcli.commands.repeat import read_recorded
 from editcli.errors import StateError
-from editcli.models.checkpoint import file_digest
 from editcli.runs.apply import Run as Job
-from editcli.runs.recorded import read_recorded
+from editcli.storage.checkpoint import file_digest
 from editcli.testing import tiny_model_folder
 
 PLACES = ("France", "Italy", "Spain")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editcli.errors import RequestError
-from editcli.request import from_record
+from editcli.requests.schema import from_record
 
 SCHEMA = json.loads((importlib.resources.files("editcli") / "schemas" / "edits.schema.json").read_text("utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

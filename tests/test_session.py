@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from editcli.chat import ChatSettings
 from editcli.editing import activations
 from editcli.editing.session import ModelSession, generate_prefixes
-from editcli.editing.targets import TargetOptions
 from editcli.errors import ModelError, StatisticsError
-from editcli.interfaces import Site, Update, Values
+from editcli.models.chat_settings import ChatSettings
 from editcli.models.forward import first, tapped
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.report import Silent
-from editcli.request import from_record
+from editcli.plugin.interfaces import Site, Update, Values
+from editcli.reporting import Silent
+from editcli.requests.schema import from_record
+from editcli.settings.core import TargetOptions
 from editcli.testing import CHAT_TEMPLATE, TINY, tiny_model_folder, tiny_tokenizer
 
 PREFIXES = ("Bob. ", "The river in London is. ")

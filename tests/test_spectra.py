@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from editcli import krylov, spectra
+from editcli.linalg import krylov, spectra
 
 SHAPES = [(40, 90), (90, 40), (64, 64), (1, 7), (7, 1)]
 

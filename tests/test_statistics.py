@@ -14,15 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from editcli.commands.stats import MomentsRecipe, compute
 from editcli.editing.session import ModelSession
 from editcli.errors import StatisticsError
 from editcli.models.forward import tapped
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.report import Silent
-from editcli.statistics import SecondMoments, StatisticsOptions
+from editcli.reporting import Silent
+from editcli.settings.core import StatisticsOptions
 from editcli.statistics import corpus as corpora
 from editcli.statistics.corpus import open_corpus
-from editcli.statistics.moments import MomentsRecipe, compute
+from editcli.statistics.moments import SecondMoments
 from editcli.testing import tiny_model_folder
 
 TEXT = [

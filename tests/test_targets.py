@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig
 
-from editcli.editing.reference import PlainTarget, plain_target
+from benchmarks.reference import PlainTarget, plain_target
 from editcli.editing.steering import Chunk, Steering
-from editcli.editing.targets import TargetOptions, optimise
-from editcli.edits import EditRequest
+from editcli.editing.targets import optimise
 from editcli.errors import ModelError, NumericalError, RequestError
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.report import Silent
-from editcli.request import from_record
+from editcli.reporting import Silent
+from editcli.requests.schema import EditRequest, from_record
+from editcli.settings.core import TargetOptions
 from editcli.testing import TINY, tiny_model_folder, vocabulary_size
 
 LAYER = 2

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizer
 
-from editcli.edits import EditRequest
 from editcli.errors import ModelError, RequestError
 from editcli.models.tokens import Tokens
-from editcli.request import from_record
+from editcli.requests.schema import EditRequest, from_record
 from editcli.testing import CHAT_TEMPLATE, tiny_tokenizer
 
 

@@ -20,29 +20,27 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from editcli.__main__ import main
-from editcli.core_options import TargetOptions
-from editcli.edits import EditFile
 from editcli.errors import NumericalError, StateError
 from editcli.evaluation.ability import Drift, TextBaseline, general_drift
-from editcli.models.choice import SINGLE
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.options import build
-from editcli.plugins import Plugins, load_plugins
-from editcli.presets import Preset, all_presets
-from editcli.presets.files import read_preset
-from editcli.recipe import Recipe
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.plugin.options import build
+from editcli.presets.loader import all_presets
+from editcli.presets.record import Preset, read_preset
 from editcli.render.tune import search_charts, tune_view
-from editcli.report import Silent
+from editcli.reporting import Silent
+from editcli.requests.reader import EditFile
 from editcli.runs.planning import described, located, plan_on, settings_for
+from editcli.settings.core import TargetOptions
+from editcli.settings.recipe import Recipe
+from editcli.storage.choice import SINGLE
 from editcli.testing import CHAT_TEMPLATE, tiny_model_folder, tiny_requests, tiny_tokenizer
-from editcli.tuning.space import SOURCE
 from editcli.tuning import study as states
-from editcli.tuning.budget import FEWEST, MOST, Budget, edits_per_trial
 from editcli.tuning.objective import Figures
 from editcli.tuning.preparation import TuneRecipe
 from editcli.tuning.probes import counterfactuals, relations
-from editcli.tuning.search import PRESET, tune
-from editcli.tuning.space import COUNT, LAST, Bound, Candidate, Space, build_space
+from editcli.tuning.search import FEWEST, MOST, PRESET, Budget, edits_per_trial, tune
+from editcli.tuning.space import COUNT, LAST, SOURCE, Bound, Candidate, Space, build_space
 from editcli.tuning.study import Study, begun_with
 from editcli.tuning.workbench import Workbench
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from editcli.cli import COMMANDS, build_cli
-from editcli.plugins import load_plugins
+from editcli.cli.main import COMMANDS, build_cli
+from editcli.plugin.manager import load_plugins
 from tools.docs_blocks import DOCS, finish, replaced
 
 WIDTH = 80

@@ -16,15 +16,16 @@ from typing import Any
 import click
 
 import editcli
-from editcli import errors, hookspecs
+from editcli import errors
 from editcli.cli.apply import apply
-from editcli.config import COMMAND_LINE_ONLY
-from editcli.core_options import CORE
 from editcli.errors import EditError
-from editcli.options import describe
-from editcli.plugins import Plugins, load_plugins
-from editcli.presets import all_presets
-from editcli.runs.verdict import Thresholds
+from editcli.health.verdict import Thresholds
+from editcli.plugin import hookspecs
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.plugin.options import describe
+from editcli.presets.loader import all_presets
+from editcli.settings.config import COMMAND_LINE_ONLY
+from editcli.settings.core import CORE
 from tools.docs_blocks import DOCS, ROOT, finish, replaced
 
 SCHEMAS = ROOT / "editcli" / "schemas"

@@ -22,13 +22,15 @@ from rich.table import Table
 
 from benchmarks.stacks import StackBench
 from editcli.editing.session import generate_prefixes
-from editcli.editing.targets import TargetOptions, optimise
-from editcli.edits import EditRequest, from_record, read_edits
+from editcli.editing.targets import optimise
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.plugins import load_plugins
-from editcli.presets import all_presets
-from editcli.recipe import parse_layers
-from editcli.report import Silent
+from editcli.plugin.manager import load_plugins
+from editcli.presets.loader import all_presets
+from editcli.reporting import Silent
+from editcli.requests.reader import read_edits
+from editcli.requests.schema import EditRequest, from_record
+from editcli.settings.core import TargetOptions
+from editcli.settings.recipe import parse_layers
 from tools.bundled_model.stream import build_stream
 from tools.bundled_model.world import build_world
 

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from editcli.cli.apply_options import method_options, model_options, output_options, repeat_option, run_options
 from editcli.cli.common import App, Command, json_option, print_json
 from editcli.cli.settings import component_settings, config_option, refuse_idle_options
-from editcli.recipe import Recipe
+from editcli.settings.recipe import Recipe
 
 EXIT_CODES = {"stopped": 3, "interrupted": 130}
 """Exit codes of runs that ended early with their last good state saved."""
@@ -70,7 +70,7 @@ def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
         return 0
     app.announce(recipe.model)
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.
-    from editcli.runs.dryrun import plan
+    from editcli.commands.dry_run import plan
 
     # One process looks ahead for all, so it looks at the whole model.
     outcome = plan(replace(recipe, parallel="data"), app.plugins, app.reporter)
@@ -84,8 +84,8 @@ def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
 
 
 def _repeat(context: click.Context, file: Path, values: Mapping[str, Any], *, dry_run: bool, as_json: bool) -> int:
-    from editcli.runs.recorded import read_recorded
-    from editcli.runs.requirements import refuse_missing
+    from editcli.commands.repeat import read_recorded
+    from editcli.records.requirements import refuse_missing
 
     if context.obj.launch.size > 1:
         raise click.UsageError("--recipe repeats a run in one process; start it without torchrun", context)
@@ -96,13 +96,13 @@ def _repeat(context: click.Context, file: Path, values: Mapping[str, Any], *, dr
     if dry_run:
         return _plan(recipe, context.obj, as_json)
     context.obj.announce(recipe.model)
-    from editcli.runs.repeat import repeat
+    from editcli.commands.repeat import repeat
 
     outcome = repeat(recorded, recipe, context.obj.plugins, context.obj.reporter)
     if as_json:
         print_json(outcome.to_json())
     else:
-        from editcli.render.repeat import repetition_view
+        from editcli.render.run import repetition_view
 
         context.obj.show(repetition_view(outcome))
     return EXIT_CODES.get(outcome.report.status, 0 if outcome.identical else 1)

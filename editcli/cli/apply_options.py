@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from editcli.cli.common import CommaSeparated, JsonObject, LayerRange, option, split_commas
-from editcli.recipe import DTYPES, ON_ERROR, PARALLEL
+from editcli.settings.recipe import DTYPES, ON_ERROR, PARALLEL
 
 COUNT = click.IntRange(min=1)
 

@@ -18,7 +18,7 @@ from editcli.cli.apply_options import (
 )
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option
-from editcli.recipe import Recipe
+from editcli.settings.recipe import Recipe
 
 EDITS = "sample_edits/stream.jsonl"
 STACKS = "memit,memit+nas,memit+revive,alphaedit,rlsedit,rlsedit+nas"
@@ -88,7 +88,7 @@ def bench(
     recipe.check(app.plugins)
     app.announce(recipe.model)
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.
-    from editcli.runs import bench as library
+    from editcli.commands import bench as library
 
     report = library.bench(recipe, library.parse_stacks(stacks, app.plugins), app.plugins, app.reporter)
     from editcli.render.bench import bench_table, plot_bench

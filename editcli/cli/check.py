@@ -16,7 +16,7 @@ from editcli.cli.apply_options import (
 )
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option
-from editcli.formats import load_formats
+from editcli.requests.formats import load_formats
 
 UNUSABLE = 2
 """Exit code when an edit was refused, as for any unusable input file."""
@@ -39,7 +39,7 @@ def check(context: click.Context, /, edits: str, assignments: tuple[str, ...], a
     Shows for every edit the token at which it is written, what stands between prompt and target, the target's tokens,
     and what looks like a mistake. Refuses what apply would refuse; the exit code is then 2.
     """
-    from editcli.evaluation.checking import check as run
+    from editcli.commands.check import check as run
 
     app: App = context.obj
     report = run(

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from editcli.chat import check_arguments, parse_arguments
 from editcli.cli import libraries
 from editcli.distributed.launch import Launch
 from editcli.errors import OptionError
-from editcli.plugins import Plugins
-from editcli.printable import shorten
-from editcli.recipe import parse_layers
+from editcli.formatting import shorten
+from editcli.models.chat_settings import check_arguments, parse_arguments
+from editcli.plugin.manager import Plugins
+from editcli.settings.recipe import parse_layers
 
 if TYPE_CHECKING:
-    from editcli.render import RichReporter
+    from editcli.render.console import RichReporter
 
 
 OTHER = "Other options"
@@ -36,7 +36,7 @@ class App:
     @cached_property
     def reporter(self) -> RichReporter:
         """Progress, notes and warnings, on stderr."""
-        from editcli.render import RichReporter
+        from editcli.render.console import RichReporter
 
         return RichReporter(verbosity=lambda: self.verbosity)
 
@@ -47,7 +47,7 @@ class App:
 
     def show(self, renderable: Any) -> None:
         """Draw a table on stdout."""
-        from editcli.render import stdout
+        from editcli.render.console import stdout
 
         stdout().print(renderable)
 

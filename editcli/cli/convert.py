@@ -9,8 +9,8 @@ import click
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import config_option
 from editcli.errors import EditError
-from editcli.formats import find_format, load_formats
-from editcli.recipe import ON_ERROR
+from editcli.requests.formats import find_format, load_formats
+from editcli.settings.recipe import ON_ERROR
 
 
 @click.command(cls=Command)
@@ -36,7 +36,7 @@ def convert(
 
     'editcli plugins' lists the formats. apply, eval and check read lines of these formats as they stand.
     """
-    from editcli.convert import convert as run
+    from editcli.requests.convert import convert as run
 
     if out is not None and not overwrite and Path(out).exists():
         raise EditError(f"{out} exists; pass --overwrite to replace it")

@@ -54,7 +54,7 @@ def diff(
     The checkpoints are compared tensor by tensor; models are loaded, one after the other, only for --prompt.
     """
     # Torch takes seconds to import, so it waits until the command line has been read.
-    from editcli.inspection import diffs
+    from editcli.health import diff as diffs
     from editcli.models.loading import choose_device
     from editcli.runs.planning import brought_families
 

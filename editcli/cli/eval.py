@@ -72,8 +72,8 @@ def eval_(app: App, /, as_json: bool, **values: Any) -> None:
     """
     if values["edits"] is None and not (values["harness"] or values["base"]):
         raise click.UsageError("give EDITS.jsonl, or what else to measure: --harness or --base")
+    from editcli.commands.evaluate import EvalRecipe, measure
     from editcli.distributed.group import joined
-    from editcli.evaluation.measurement import EvalRecipe, measure
 
     with joined(app.launch, device=values["device"], device_map=values["device_map"]) as team:
         found = measure(EvalRecipe(**values), app.plugins, app.reporter, team=team)

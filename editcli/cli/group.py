@@ -11,7 +11,7 @@ import click
 from editcli.cli.common import App, verbosity_options
 from editcli.cli.suggestions import with_suggestions
 from editcli.errors import near_miss
-from editcli.plugins import Plugins
+from editcli.plugin.manager import Plugins
 
 
 class LazyGroup(click.Group):

@@ -64,8 +64,8 @@ def inspect(app: App, /, model: str | None, as_json: bool, plot: Path | None, **
     "editcli apply"; without either the configured model is shown, else the bundled one.
     """
     # Torch takes seconds to import, so it waits until the command line has been read.
-    from editcli.inspection import inspect as run
-    from editcli.inspection import wanted_from
+    from editcli.health.inspect import inspect as run
+    from editcli.health.inspect import wanted_from
     from editcli.models.loading import choose_device
     from editcli.pages.plots import check_plot, plot_inspection
     from editcli.runs.planning import brought_families

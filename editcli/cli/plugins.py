@@ -6,11 +6,10 @@ from functools import partial
 
 import click
 
-from editcli.catalogue import catalogue
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.group import with_verbosity
-from editcli.scaffold import LICENSES, scaffold
-from editcli.scaffold.kinds import KINDS
+from editcli.plugin.manager import catalogue
+from editcli.scaffold.package import KINDS, LICENSES, scaffold
 
 package_option = partial(option, section="The package", env=False)
 

@@ -61,12 +61,12 @@ def report(
     It needs no network and no other file: curves, spectra, verdict, provenance, and every edit with its outcome.
     """
     # Torch takes seconds to import, so it waits until the command line has been read.
-    from editcli.inspection import Wanted, inspect
+    from editcli.health.inspect import Wanted, inspect
+    from editcli.health.verdict import parse_thresholds
     from editcli.models.loading import choose_device
     from editcli.pages.page import check_page, run_page, write_page
+    from editcli.records.state import RunFolder
     from editcli.runs.planning import brought_families
-    from editcli.runs.state import RunFolder
-    from editcli.runs.verdict import parse_thresholds
 
     check_page(output)
     RunFolder(Path(run)).require()

@@ -11,12 +11,12 @@ from typing import Any
 import click
 
 from editcli.cli.common import App, option
-from editcli.config import Config, environment_settings, load_config
-from editcli.core_options import CORE
 from editcli.errors import OptionError
-from editcli.options import merge, parse_assignments
-from editcli.plugins import Plugins
-from editcli.recipe import Recipe, check_section
+from editcli.plugin.manager import Plugins
+from editcli.plugin.options import merge, parse_assignments
+from editcli.settings.config import Config, environment_settings, load_config
+from editcli.settings.core import CORE
+from editcli.settings.recipe import Recipe, check_section
 
 _META = "editcli.component-settings"
 
@@ -60,7 +60,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
         **{shared[key]: value for key, value in config.values.items() if key in shared},
         **{own[key]: value for key, value in table.items()},
     }
-    context.meta["editcli.config"] = config.source
+    context.meta["editcli.settings.config"] = config.source
     context.meta[_META] = {name: table for name, table in config.tables.items() if name not in _commands()}
     if app.launch.leads:
         _warn_near_misses(context, app)
@@ -83,7 +83,7 @@ def _check(config: Config, context: click.Context, app: App) -> None:
 
 
 def _commands() -> frozenset[str]:
-    from editcli.cli import COMMANDS
+    from editcli.cli.main import COMMANDS
 
     return frozenset(COMMANDS)
 

@@ -43,12 +43,12 @@ def compute(
     context: click.Context, /, tokens: int | None, max_length: int | None, as_json: bool, **values: Any
 ) -> None:
     """Compute the second moments of MODEL that are not in the cache yet; without MODEL, of the bundled one."""
+    from editcli.commands.stats import MomentsRecipe
+    from editcli.commands.stats import compute as run
     from editcli.distributed.group import joined
-    from editcli.options import build
+    from editcli.plugin.options import build
     from editcli.runs.planning import brought_families
-    from editcli.statistics import StatisticsOptions
-    from editcli.statistics.moments import MomentsRecipe
-    from editcli.statistics.moments import compute as run
+    from editcli.settings.core import StatisticsOptions
 
     given = {"tokens": tokens, "max_length": max_length}
     settings = {
@@ -71,8 +71,8 @@ def compute(
 @click.pass_obj
 def show(app: App, /, model: str | None, revision: str | None, as_json: bool) -> None:
     """List the second moments in the cache: those of MODEL, or of every model."""
+    from editcli.commands.stats import show as run
     from editcli.runs.planning import brought_families
-    from editcli.statistics.moments import show as run
 
     _show(app, run(model, revision=revision, families=brought_families(app.plugins)), as_json)
 

@@ -11,12 +11,11 @@ import click
 from click.shell_completion import CompletionItem
 from click.types import StringParamType
 
-from editcli.catalogue import catalogue
 from editcli.cli.common import App, CommaSeparated
-from editcli.core_options import CORE
-from editcli.options import describe
-from editcli.plugins import Plugins
-from editcli.runs.guards import BATCH_FIGURES, SITE_FIGURES
+from editcli.plugin.manager import Plugins, catalogue
+from editcli.plugin.options import describe
+from editcli.settings.core import CORE
+from editcli.settings.guards import BATCH_FIGURES, SITE_FIGURES
 
 Suggest = Callable[[Plugins], Iterable[tuple[str, str]]]
 """Returns values, each with a line of help."""

@@ -7,16 +7,10 @@ from typing import Any
 
 import click
 
-from editcli.cli.apply_options import (
-    COUNT,
-    code_options,
-    device_options,
-    editing_options,
-    reading_options,
-)
+from editcli.cli.apply_options import COUNT, code_options, device_options, editing_options, reading_options
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option, refuse_idle_options
-from editcli.recipe import Recipe
+from editcli.settings.recipe import Recipe
 from editcli.tuning.space import SOURCE
 
 SEARCH = "Search"

@@ -64,7 +64,7 @@ def undo(
         if as_json:
             print_json(plan.to_json())
         else:
-            from editcli.render.undo import undo_table
+            from editcli.render.run import undo_table
 
             app.show(undo_table(plan))
         return 0

@@ -3,22 +3,46 @@
 Every method of :class:`Team` that sends something is called by all ranks in the same order. Each call begins with an
 exchange of short texts that say where a rank is and whether it failed, so a rank that fails ends the others' waiting,
 and ranks that came apart find out instead of waiting for each other.
+
+Deal work out so that no process has much more of it than another.
+
+What processes compare before they begin, so that none of them works on something else than the others.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
-from editcli.distributed.sharing import balanced
+import torch
+import transformers
+
 from editcli.errors import EditError, RankError, StateError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+def balanced(costs: Sequence[float], size: int) -> list[list[int]]:
+    """Deal items out to ``size`` ranks: the costliest first, each to the rank that has the least so far.
+
+    Returns the items of every rank, ascending. The same costs give the same shares everywhere; ties go to the item and
+    the rank with the smaller number. No share exceeds 4/3 of the best possible (Graham, 1969).
+    """
+    shares: list[list[int]] = [[] for _ in range(size)]
+    loads = [0.0] * size
+    for item in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        rank = min(range(size), key=lambda number: (loads[number], number))
+        shares[rank].append(item)
+        loads[rank] += costs[item]
+    return [sorted(share) for share in shares]
 
 
 _LARGE = 1 << 26
@@ -209,3 +233,25 @@ class Team:
                     f"the processes came apart: {places}; start again, 'apply' with --resume, and report this"
                 )
         return heard
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    return {
+        "editcli": version("editcli"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def agree_on_inputs(team: Team, what: str, parts: Mapping[str, Any]) -> None:
+    """Raise :class:`StateError` unless all ranks were asked for the same and read the same, as JSON tells it."""
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    team.agree(what, digest, remedy="start them with the same command and files")
+
+
+def agree_on_models(team: Team, fingerprints: Sequence[str], others: Any = None) -> None:
+    """Raise :class:`StateError` unless all ranks have these model files, and the same versions of all packages."""
+    team.agree("model files", list(fingerprints), remedy="give every machine the same copy of the model")
+    team.agree("versions", [versions(), others], remedy="install the same packages on every machine")

@@ -1,1 +1,1 @@
-"""Editing: target values, keys and residuals, the least-squares problem, and the loop around them."""
+"""Editing: target values, keys and residuals, and the loop that every batch goes through."""

@@ -21,7 +21,7 @@ from editcli.models.forward import chunks, first, pass_tokens, positions, replac
 from editcli.models.loading import LoadedModel
 from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
-from editcli.report import Reporter
+from editcli.reporting import Reporter
 
 KEPT_BATCHES = 2
 """Lists of texts whose hidden states are kept: a batch's bare prompts and its prefixed ones."""

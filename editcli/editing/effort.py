@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest
 from editcli.models.loading import LoadedModel
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
 
 
 def target_costs(

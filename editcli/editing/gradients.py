@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editcli.edits import EditRequest
-from editcli.interfaces import Gradients, Site, SiteGradients
 from editcli.models.forward import chunks, first, head_only_at, run, tapped
 from editcli.models.forward import positions as index_pairs
 from editcli.models.loading import LoadedModel
 from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
+from editcli.plugin.interfaces import Gradients, Site, SiteGradients
+from editcli.requests.schema import EditRequest
 
 
 def measure(

@@ -1,4 +1,7 @@
-"""The one loop that every batch of edits goes through, whatever editor and stabilizers take part."""
+"""The one loop that every batch of edits goes through, whatever editor and stabilizers take part.
+
+How much an update changes R_n = ||W_n|| / ||W_0|| of its site.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,18 @@ import torch
 from torch import Tensor
 
 from editcli.editing.session import ModelSession
-from editcli.edits import EditRequest
-from editcli.interfaces import Editor, Problem, Site, Stabilizer, Update, Values
-from editcli.runs.guards import refuse_nonfinite
+from editcli.linalg.spectra import jump, ratio
+from editcli.plugin.interfaces import Editor, Problem, Site, Stabilizer, Update, Values
+from editcli.requests.schema import EditRequest
+from editcli.settings.guards import refuse_nonfinite
+
+
+def jump_of(session: ModelSession, site: Site, update: Update) -> float | None:
+    """Return |R_n+1 - R_n| of ``site``, to which ``update`` is not added yet; None where W_0 is zero."""
+    weight, base = session.weight(site), float(session.baseline(site).norm())
+    after = weight.addmm(update.left.to(weight), update.right.to(weight).T)
+    return jump(ratio(float(weight.norm()), base), ratio(float(after.norm()), base))
+
 
 SiteCheck = Callable[[Site, Update], None]
 

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from editcli.editing import gradients, targets
 from editcli.editing.activations import Activations, Tap
-from editcli.editing.decompositions import Decompositions
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest
 from editcli.errors import StatisticsError
-from editcli.interfaces import Gradients, Site, Stabilizer, Update, Values
-from editcli.models.checkpoint import file_digest
+from editcli.models.generate import continue_rows
 from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of, read_weight, replace_weight
 from editcli.models.tokens import Encoded
-from editcli.models.writing import continue_rows
-from editcli.report import Reporter, Silent
+from editcli.plugin.interfaces import Gradients, Site, Stabilizer, Update, Values
+from editcli.reporting import Reporter, Silent
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
 from editcli.statistics.cache import Cache, fingerprint
+from editcli.statistics.decompositions import Decompositions
+from editcli.storage.checkpoint import file_digest
 
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 """What the generated prefixes start with, as in ROME's code."""
@@ -52,7 +52,7 @@ class PilotSource:
 
 
 class ModelSession:
-    """Implements :class:`editcli.interfaces.Session`, plus the writing that components may not do."""
+    """Implements :class:`editcli.plugin.interfaces.Session`, plus the writing that components may not do."""
 
     def __init__(
         self,

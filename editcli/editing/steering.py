@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editcli.editing.past import Kept, encode
+from editcli.editing.prompt_cache import Kept, encode
 from editcli.models.blocks import Blocks, Call, Past
 from editcli.models.forward import first, run, tapped
+from editcli.models.kv_cache import cache_options
 from editcli.models.loading import LoadedModel
-from editcli.models.recall import cache_options
 from editcli.models.tokens import Encoded
 
 SETUP = 60e6

@@ -15,26 +15,64 @@ rate holds for the model it was chosen on. ``lr_kind = "relative"`` takes steps 
 minimises over u, delta = u ||h|| / sqrt(d), and a step moves delta by about lr * ||h||. With ``decay_kind =
 "relative"`` the last term is v_weight_decay * ||delta|| / ||h||. Then no part of the procedure depends on the scale of
 the stream: where that is multiplied by a factor and the model's answers stay the same, delta is multiplied by it.
+
+The loss of target optimisation from logits, in the memory of the logits themselves.
+
+Both its parts are cross-entropies: of one token at a target's position, of the whole distribution before the edit at
+"{subject} is a", whose divergence is the cross-entropy less its value at delta = 0. Logits are the largest tensor of a
+step, so their softmax overwrites them, and their gradient overwrites that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from editcli.core_options import TargetOptions
-from editcli.editing.losses import cross_entropies
 from editcli.editing.steering import Chunk, Row, Steering
-from editcli.edits import EditRequest
 from editcli.errors import ModelError, NumericalError
-from editcli.interfaces import Values
 from editcli.models.forward import positions
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import quick_linears
-from editcli.report import Reporter
+from editcli.plugin.interfaces import Values
+from editcli.reporting import Reporter
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
+
+
+def cross_entropies(logits: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
+    """Return the cross-entropy of each row of ``logits`` (n, vocabulary), (n,) float32; the logits are used up.
+
+    The first rows are compared with ``tokens`` (t,), the others with the distributions ``wanted`` (n - t, vocabulary).
+    """
+    return cast(Tensor, _CrossEntropies.apply(logits, tokens, wanted))
+
+
+class _CrossEntropies(torch.autograd.Function):
+    """Log-sum-exp minus what was wanted; autograd refuses to go on if an earlier operation still needs the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
+        told = len(tokens)
+        known = logits[:told].gather(1, tokens[:, None]).squeeze(1)
+        chosen = torch.cat([known, torch.linalg.vecdot(wanted, logits[told:])])
+        largest = logits.amax(dim=1, keepdim=True)
+        shares = logits.sub_(largest).exp_()
+        total = shares.sum(dim=1)
+        ctx.shares, ctx.total, ctx.tokens, ctx.wanted = shares.detach(), total, tokens, wanted
+        return total.log() + largest.squeeze(1) - chosen
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        slope, told = slopes[0], len(ctx.tokens)
+        gradient = ctx.shares.mul_((slope / ctx.total)[:, None])
+        gradient[torch.arange(told, device=slope.device), ctx.tokens] -= slope[:told]
+        gradient[told:] -= slope[told:, None] * ctx.wanted
+        return gradient, None, None
+
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
 AT_CLAMP = 1 - 1e-4

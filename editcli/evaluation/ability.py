@@ -15,7 +15,7 @@ from editcli.errors import ModelError
 from editcli.evaluation.scoring import BATCH_TOKENS, logits_at
 from editcli.models.forward import chunks, positions
 from editcli.models.tokens import Encoded, Text, Tokens
-from editcli.report import Reporter, Silent
+from editcli.reporting import Reporter, Silent
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel

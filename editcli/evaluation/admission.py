@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from editcli.core_options import TargetOptions
-from editcli.edits import EditRequest
 from editcli.errors import RequestError
-from editcli.evaluation import questions
+from editcli.evaluation.metrics import questions
 from editcli.evaluation.scoring import encode_probes
-from editcli.interfaces import Editor
 from editcli.models.tokens import Encoded, Tokens
+from editcli.plugin.interfaces import Editor
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
 
 ROOM = 4
 """Tokens of a prefix beyond the generated ones: its first word, and the full stop and space at its end."""

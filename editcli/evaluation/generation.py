@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from editcli.distributed.team import Team
+from editcli.models.generate import continue_rows
 from editcli.models.tokens import Encoded
-from editcli.models.writing import continue_rows
-from editcli.report import Reporter, Silent
+from editcli.reporting import Reporter, Silent
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel

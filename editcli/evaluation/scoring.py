@@ -18,7 +18,7 @@ from editcli.errors import RequestError
 from editcli.models.forward import chunks, head_only_at, pass_tokens, positions, run
 from editcli.models.matmul import quick_linears
 from editcli.models.tokens import Encoded, RowlessTokenError, Tokens
-from editcli.report import Reporter, Silent
+from editcli.reporting import Reporter, Silent
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel

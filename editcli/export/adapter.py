@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from editcli.export.changes import SiteChange
-from editcli.runs.files import write_json, write_safetensors
+from editcli.storage.files import write_json, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -15,15 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from editcli import krylov, spectra
 from editcli.errors import ModelError
 from editcli.export.report import SiteExport
 from editcli.export.source import Edited
-from editcli.inspection.diffs import ROUNDING_MARGIN, rounding_level
-from editcli.interfaces import Site
-from editcli.models.checkpoint import Checkpoint
-from editcli.ratios import ratio
+from editcli.health.diff import ROUNDING_MARGIN, rounding_level
+from editcli.linalg import krylov, spectra
+from editcli.linalg.spectra import ratio
+from editcli.plugin.interfaces import Site
 from editcli.runs.output import to_stored
+from editcli.storage.checkpoint import Checkpoint
 
 SHARE = 0.5
 """Largest size of an adapter's pair of matrices that is chosen unasked, as a share of the matrix that they change."""

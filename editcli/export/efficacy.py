@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from editcli.edits import EditRequest
+from editcli.commands.evaluate import sample
 from editcli.errors import StateError
-from editcli.evaluation import evaluate
-from editcli.evaluation.measurement import sample
+from editcli.evaluation.metrics import evaluate
 from editcli.export.adapter import read_adapter
 from editcli.export.changes import oriented
 from editcli.export.recipe import ExportRecipe
@@ -20,9 +19,10 @@ from editcli.export.source import Edited
 from editcli.models.architectures import Family
 from editcli.models.loading import LoadedModel, open_model
 from editcli.models.offload import device_of, replace_weight
-from editcli.report import Reporter
+from editcli.reporting import Reporter
+from editcli.requests.schema import EditRequest
+from editcli.requests.superseding import supersede
 from editcli.runs.outcome import efficacy
-from editcli.superseding import supersede
 
 
 def measure_adapter(

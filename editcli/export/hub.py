@@ -13,7 +13,7 @@ from pathlib import Path
 from editcli.errors import EditError, ModelError
 from editcli.export.report import Pushed, listed
 from editcli.models.hub import without_bars
-from editcli.report import Reporter
+from editcli.reporting import Reporter
 
 MAIN = "main"
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.export.source import Edited
-from editcli.models.checkpoint import DTYPES, Checkpoint, file_digest
-from editcli.runs.files import tensor_digest, write_json, write_safetensors
 from editcli.runs.output import side_files
+from editcli.storage.checkpoint import DTYPES, Checkpoint, file_digest
+from editcli.storage.files import tensor_digest, write_json, write_safetensors
 
 FORMAT = 1
 MANIFEST, WEIGHTS = "manifest.json", "patch.safetensors"

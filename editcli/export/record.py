@@ -12,8 +12,7 @@ from editcli.errors import EditError, ModelError
 from editcli.export.recipe import FULL, LORA, PATCH
 from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
-from editcli.recipe import Recipe
-from editcli.report import Rejection, RunReport, SiteReport
+from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.runs.card import (
     card_body,
     counted,
@@ -24,8 +23,9 @@ from editcli.runs.card import (
     shareable_options,
     shareable_preset,
 )
-from editcli.runs.files import write_bytes, write_json
 from editcli.runs.output import CARD
+from editcli.settings.recipe import Recipe
+from editcli.storage.files import write_bytes, write_json
 
 RECORD = "editcli/run.json"
 _FILES = ("edits", "corpus", "stats", "out")

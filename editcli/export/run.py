@@ -5,27 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from editcli import spectra
 from editcli.errors import ModelError, StateError
 from editcli.export.adapter import write_adapter
 from editcli.export.changes import SHARE, SiteChange, find_change
 from editcli.export.efficacy import measure_adapter
-from editcli.export.folder import new_folder, refuse_taken
 from editcli.export.hub import check_destination, push
 from editcli.export.patch import model_files, read_manifest, read_tensors, refuse_other_base, write_patch
 from editcli.export.recipe import FULL, LORA, PATCH, ExportRecipe, PatchRecipe
 from editcli.export.record import portable, read_record, write_card, write_record
 from editcli.export.report import ExportReport, Measured, PatchReport, SiteExport, listed
 from editcli.export.source import Edited, FinishedRun, open_run, with_base
+from editcli.linalg import spectra
 from editcli.models.architectures import Family
-from editcli.models.checkpoint import Checkpoint
 from editcli.models.hub import fetch_patch
 from editcli.models.loading import choose_device, refuse_unopenable, resolve_model
-from editcli.plugins import Plugins
-from editcli.report import Reporter, Silent
+from editcli.plugin.manager import Plugins
+from editcli.reporting import Reporter, Silent
 from editcli.runs.apply import STOPPED, writing
 from editcli.runs.output import needed_bytes, verify, write_model
 from editcli.runs.planning import brought_families, check_disk
+from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.folders import new_folder, refuse_taken
 
 
 def export(recipe: ExportRecipe, plugins: Plugins, reporter: Reporter | None = None) -> ExportReport:

@@ -10,14 +10,14 @@ from typing import Any
 
 from editcli.errors import ModelError, StateError
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
-from editcli.models.checkpoint import Checkpoint
 from editcli.models.loading import ModelSource, load_config, resolve_model
-from editcli.report import Reporter
+from editcli.records.history import History, read_history
+from editcli.records.state import RunFolder
+from editcli.reporting import Reporter
 from editcli.runs.apply import DONE, STOPPED
-from editcli.runs.files import tensor_digest
-from editcli.runs.history import History, read_history
 from editcli.runs.output import same_bytes
-from editcli.runs.state import RunFolder
+from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.files import tensor_digest
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from editcli.errors import ModelError
-from editcli.interfaces import Site
 from editcli.models.discovery import discover
+from editcli.plugin.interfaces import Site
 
 
 @dataclass(frozen=True, slots=True)

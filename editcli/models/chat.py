@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from editcli.chat import NAME, ChatSettings
 from editcli.errors import ModelError, OptionError, near_miss
+from editcli.models.chat_settings import NAME, ChatSettings
 
 _THOUGHT = re.compile(
     r"[<\[]\|?(?P<end>/|end_of_)?(?:\w+:|begin_of_)?(?:think|thinking|thought|reasoning)\|?[>\]]", re.I

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from editcli.errors import ModelError
-from editcli.models.checkpoint import Checkpoint
 from editcli.models.offload import read_offloaded
 from editcli.models.sharded import is_split
+from editcli.storage.checkpoint import Checkpoint
 
 
 def refuse_nonfinite(model: Any, checkpoint: Checkpoint) -> None:

@@ -17,9 +17,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from editcli.errors import ModelError
-from editcli.models.checkpoint import DTYPES, Checkpoint, TensorEntry
-from editcli.models.choice import CONFIG, listed
-from editcli.report import Reporter
+from editcli.reporting import Reporter
+from editcli.storage.checkpoint import DTYPES, Checkpoint, TensorEntry
+from editcli.storage.choice import CONFIG, listed
 
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that torch multiplies matrices of; whatever else weights are stored in needs a rule of its own."""

@@ -20,20 +20,19 @@ from typing import Any
 import torch
 import transformers
 
-from editcli.chat import ChatSettings
 from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
-from editcli.models.checkpoint import Checkpoint, owned
-from editcli.models.choice import refuse_adapter
+from editcli.models.chat_settings import ChatSettings
 from editcli.models.finite import refuse_nonfinite
 from editcli.models.fit import COMPUTED, examine, fit_of, is_ordinary, quiet, refuse_misfit, remarks
-from editcli.models.hub import fetch, is_hub_copy, names_code, repository_of
+from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page, repository_of
+from editcli.models.kv_cache import resumes
 from editcli.models.offload import device_of
-from editcli.models.recall import resumes
-from editcli.models.refusals import first_line, page
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
-from editcli.report import Reporter, Silent
+from editcli.reporting import Reporter, Silent
+from editcli.storage.checkpoint import Checkpoint, owned
+from editcli.storage.choice import refuse_adapter
 
 BUNDLED = "bundled"
 """The name of the small trained model that ships inside the package."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from editcli.inspection import Figures, Inspection, SiteInspection
-from editcli.runs.history import Batch, History
+from editcli.health.inspect import Figures, Inspection, SiteInspection
+from editcli.records.history import Batch, History
 
 MAX_POINTS = 400
 """Points of one curve that are drawn; a page for thousands of batches must stay small."""

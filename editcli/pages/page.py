@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from editcli.errors import OptionError, StateError
-from editcli.inspection import Inspection
+from editcli.health.inspect import Inspection
 from editcli.pages.charts import Chart, history_charts, norm_charts, spectrum_charts
 from editcli.pages.plots import COLOURS, inline_svg, require_matplotlib
-from editcli.recipe import Recipe
+from editcli.records.edits import MEANINGS, edit_rows
+from editcli.records.history import History
 from editcli.runs.card import command_line
-from editcli.runs.history import History
-from editcli.runs.outcomes import MEANINGS, edit_rows
+from editcli.settings.recipe import Recipe
 
 MARK = '<meta name="generator" content="editcli">'
 """What tells a page of ours from any other file, so that only a page of ours is written over."""

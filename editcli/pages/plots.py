@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editcli.errors import OptionError
-from editcli.inspection import Inspection
+from editcli.health.inspect import Inspection
 from editcli.pages.charts import Chart, Series, history_charts, norm_charts, spectrum_charts
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from editcli.commands.bench import BenchReport, Curve, Point
 from editcli.errors import OptionError
+from editcli.linalg.spectra import shown
 from editcli.pages.charts import Chart, Series
-from editcli.ratios import shown
-from editcli.report import Reporter
-from editcli.runs.bench import BenchReport, Curve, Point
-from editcli.runs.files import write_bytes
+from editcli.reporting import Reporter
+from editcli.storage.files import write_bytes
 
 _PAIRS = (("efficacy", "efficacy"), ("general.", "generalization"), ("specif.", "specificity"))
 _ENDS = (("early", 0), ("late", -1))

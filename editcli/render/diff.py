@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.inspection.diffs import Diff, Spoken, TensorDiff
+from editcli.health.diff import Diff, Spoken, TensorDiff
 
 _LEGEND = "A base, B edited: drift ||B - A|| / ||A||, ratio ||B|| / ||A||, largest change of a number, rank of B - A."
 

@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.evaluation import Evaluation
-from editcli.evaluation.checking import CheckedEdit, CheckReport
+from editcli.commands.check import CheckedEdit, CheckReport
+from editcli.commands.evaluate import Measurement
 from editcli.evaluation.harness import HarnessResult
-from editcli.evaluation.measurement import Measurement
+from editcli.evaluation.metrics import Evaluation
 
 _FLAT = (
     "efficacy_accuracy",

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from editcli.export.report import ExportReport, FileReport, PatchReport, SiteExport
-from editcli.words import size
+from editcli.formatting import size
 
 WHAT = {"lora": "LoRA adapter", "patch": "patch", "full": "plain model folder"}
 

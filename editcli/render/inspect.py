@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.inspection import Figures, Inspection, SiteInspection
+from editcli.health.inspect import Figures, Inspection, SiteInspection
+from editcli.records.history import TopEdit
 from editcli.render.run import STYLES
-from editcli.runs.history import TopEdit
 
 SPARK_WIDTH = 16
 _BARS = "▁▂▃▄▅▆▇█"

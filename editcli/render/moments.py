@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.words import duration, size
+from editcli.formatting import duration, size
 
 if TYPE_CHECKING:
-    from editcli.statistics.moments import MomentsReport
+    from editcli.commands.stats import MomentsReport
 
 
 def moments_table(report: MomentsReport) -> RenderableType:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from editcli.scaffold import Scaffolded
+    from editcli.scaffold.package import Scaffolded
 
 
 def plugins_table(rows: Sequence[Mapping[str, Any]], broken: Mapping[str, str]) -> RenderableType:

@@ -1,4 +1,9 @@
-"""Tables of ``editcli apply``: the plan before, the outcome after."""
+"""Tables of ``editcli apply``: the plan before, the outcome after.
+
+What ``editcli apply --recipe`` says below the table of the run.
+
+The table of ``editcli undo --dry-run``.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.ratios import shown
-from editcli.report import Rejection, RunReport, SiteReport
-from editcli.runs.verdict import Thresholds, judge
-from editcli.words import duration, size
+from editcli.formatting import duration, size
+from editcli.health.verdict import Thresholds, judge
+from editcli.linalg.spectra import shown
+from editcli.reporting import Rejection, RunReport, SiteReport
+from editcli.runs.undo import UndoPlan
 
 if TYPE_CHECKING:
+    from editcli.commands.repeat import Repetition
     from editcli.runs.planning import Plan
 
 SHOWN = 5
@@ -145,3 +152,51 @@ def _table(*headings: str) -> Table:
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
+
+
+SHOWN_TENSORS = 5
+"""Tensors that are named; ``--json`` names all."""
+
+
+def repetition_view(repeated: Repetition) -> RenderableType:
+    """Draw a repeated run and whether it came out the same."""
+    return Group(run_table(repeated.report), *_lines(repeated))
+
+
+def _lines(repeated: Repetition) -> list[Text]:
+    if repeated.identical:
+        text = f"identical: all {repeated.tensors} edited tensors are bit by bit those of {repeated.of}"
+        return [Text(text, style="green")]
+    named = ", ".join(repeated.differ[:SHOWN_TENSORS]) + (" ..." if len(repeated.differ) > SHOWN_TENSORS else "")
+    lines = [
+        Text(f"different: {len(repeated.differ)} of {repeated.tensors} edited tensors are not those of {repeated.of}"),
+        Text(f"tensors: {named}"),
+    ]
+    if not repeated.same_edits:
+        lines.append(Text("the edits in force are others: the recorded run was undone in part, or ended elsewhere"))
+    if repeated.environment:
+        lines.append(Text(f"on another machine: {'; '.join(repeated.environment)}"))
+    for line in lines:
+        line.stylize("yellow")
+    return lines
+
+
+SHOWN_EDITS = 8
+"""Ids that are listed."""
+
+
+def undo_table(plan: UndoPlan) -> RenderableType:
+    """Draw what an undo would take back, keep and compute again."""
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    more = "" if len(plan.edits) <= SHOWN_EDITS else f" and {len(plan.edits) - SHOWN_EDITS:,} more"
+    again = f"{plan.redone_edits:,} edits in {len(plan.redo):,} batches, about {duration(plan.seconds)}"
+    for name, value in (
+        ("run", plan.out),
+        ("taken back", f"{len(plan.edits):,} edits: {', '.join(plan.edits[:SHOWN_EDITS])}{more}"),
+        ("stays", f"{plan.step:,} batches, replayed from their factors"),
+        ("computed again", again if plan.redo else "nothing"),
+    ):
+        facts.add_row(name, Text(value))
+    return Group(facts, Text("Nothing was written: this is a dry run.", style="dim"))

@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from editcli.errors import OptionError
+from editcli.formatting import duration
+from editcli.linalg.spectra import shown
 from editcli.pages.charts import Chart, Series
-from editcli.ratios import shown
-from editcli.render.run import duration
-from editcli.report import Reporter
-from editcli.runs.files import write_bytes
-from editcli.tuning.space import SOURCE
+from editcli.reporting import Reporter
+from editcli.storage.files import write_bytes
 from editcli.tuning.objective import SCORE, Figures
 from editcli.tuning.report import TuneReport
+from editcli.tuning.space import SOURCE
 from editcli.tuning.study import DONE, PRUNED, Record, by_score
 
 SHOWN = 8

@@ -1,1 +1,1 @@
-"""Runs: a stream of batches from its plan to its files, and what is done with a run afterwards."""
+"""Runs: a stream of batches from its plan to its files."""

@@ -10,42 +10,40 @@ from typing import Any
 
 import torch
 
-from editcli.distributed.agreement import agree_on_inputs, agree_on_models
-from editcli.distributed.folder import run_folder
-from editcli.distributed.session import TeamSession
-from editcli.distributed.team import Team
+from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
 from editcli.editing.session import ModelSession, PilotSource
-from editcli.edits import EditRequest
+from editcli.editing.shared_session import TeamSession
 from editcli.errors import GuardError, ModelError, OptionError, StateError
-from editcli.evaluation import Evaluation, evaluate
-from editcli.interfaces import Site
-from editcli.models.checkpoint import Checkpoint
+from editcli.evaluation.metrics import Evaluation, evaluate
 from editcli.models.loading import choose_device, refuse_unopenable
-from editcli.plugins import Plugins
-from editcli.recipe import Recipe
-from editcli.report import Reporter, RunReport, Silent
+from editcli.plugin.interfaces import Site
+from editcli.plugin.manager import Plugins
+from editcli.records.edits import Rejections
+from editcli.records.recovery import Recovered, recover, remaining
+from editcli.records.settings import completed
+from editcli.records.state import RunFolder
+from editcli.reporting import Reporter, RunReport, Silent
+from editcli.requests.schema import EditRequest
+from editcli.requests.superseding import supersede
 from editcli.runs import planning
 from editcli.runs.card import model_card
 from editcli.runs.clock import Clock
 from editcli.runs.conversation import with_clock
-from editcli.runs.files import tensor_digest, write_bytes
-from editcli.runs.foresight import warn_of_long_work
-from editcli.runs.guards import needs_retained
+from editcli.runs.duration import warn_of_long_work
+from editcli.runs.folder import run_folder
 from editcli.runs.identity import plan_parts, statistics_file, stream_settings
 from editcli.runs.interrupts import Interrupts
-from editcli.runs.made import completed
 from editcli.runs.outcome import Ending, efficacy, missed_targets, provenance, report_run, rounded_differently
 from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
-from editcli.runs.recovery import Recovered, recover, remaining
-from editcli.runs.rejections import Rejections
 from editcli.runs.remarks import tell_conflicts, tell_known, tell_missing
 from editcli.runs.retention import METRICS, sampled
-from editcli.runs.stack import Stack
-from editcli.runs.state import RunFolder
-from editcli.runs.stream import Stream
-from editcli.statistics import SecondMoments
-from editcli.superseding import supersede
+from editcli.runs.stream import Stack, Stream
+from editcli.settings.guards import needs_retained
+from editcli.settings.recipe import Recipe
+from editcli.statistics.moments import SecondMoments
+from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.files import tensor_digest, write_bytes
 
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from editcli.ratios import shown
-from editcli.recipe import Recipe
-from editcli.report import RunReport
-from editcli.runs.verdict import Thresholds, judge
+from editcli.health.verdict import Thresholds, judge
+from editcli.linalg.spectra import shown
+from editcli.reporting import RunReport
+from editcli.settings.recipe import Recipe
 
 _NOT_REPEATED = ("edits", "settings", "out", "overwrite", "template_clock")
 """Settings that say where a run is and not what it does. A resumed run shows --resume: it continued a stream."""

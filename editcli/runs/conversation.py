@@ -10,8 +10,8 @@ from typing import Any
 
 from editcli.distributed.team import Team
 from editcli.errors import StateError
-from editcli.recipe import Recipe
-from editcli.runs.state import RunFolder
+from editcli.records.state import RunFolder
+from editcli.settings.recipe import Recipe
 
 
 def with_clock(recipe: Recipe, team: Team | None = None, *, folders: Iterable[Path] = ()) -> Recipe:

@@ -9,10 +9,10 @@ from typing import Any
 
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError
-from editcli.models.checkpoint import file_digest
 from editcli.models.loading import LoadedModel
 from editcli.runs.planning import Planned
-from editcli.statistics import SecondMoments
+from editcli.statistics.moments import SecondMoments
+from editcli.storage.checkpoint import file_digest
 
 
 def plan_parts(planned: Planned) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from editcli.report import Reporter
+from editcli.reporting import Reporter
 
 
 class Interrupts:

@@ -17,28 +17,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from editcli.chat import ChatSettings
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError, StateError
-from editcli.evaluation import Evaluation
-from editcli.export.folder import new_folder
-from editcli.interfaces import Site
+from editcli.evaluation.metrics import Evaluation
 from editcli.models.architectures import Family, resolve
-from editcli.models.checkpoint import DTYPES, Checkpoint, TensorEntry
+from editcli.models.chat_settings import ChatSettings
 from editcli.models.loading import LoadedModel, ModelSource, refuse_unopenable
 from editcli.models.offload import replace_weight
 from editcli.models.tokens import Tokens
-from editcli.plugins import Plugins
-from editcli.report import Reporter, RunReport
+from editcli.plugin.interfaces import Site
+from editcli.plugin.manager import Plugins
+from editcli.reporting import Reporter, RunReport
 from editcli.runs import planning
 from editcli.runs.apply import Run, writing
 from editcli.runs.clock import Clock
-from editcli.runs.files import tensor_bytes
+from editcli.runs.folder import ReadOnlyFolder
 from editcli.runs.outcome import provenance
 from editcli.runs.output import Verified, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
-from editcli.runs.readonly import ReadOnlyFolder
 from editcli.runs.stream import Stream
+from editcli.storage.checkpoint import DTYPES, Checkpoint, TensorEntry
+from editcli.storage.files import tensor_bytes
+from editcli.storage.folders import new_folder
 
 MEMORY = "(memory)"
 """What stands where a run that is kept would name its folder or its base."""

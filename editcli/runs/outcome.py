@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from editcli.core_options import TargetOptions
-from editcli.distributed.agreement import versions
+from editcli.distributed.team import versions
 from editcli.editing.session import ModelSession
-from editcli.evaluation import Evaluation
-from editcli.interfaces import Site
+from editcli.evaluation.metrics import Evaluation
+from editcli.linalg.spectra import ratio
 from editcli.models.loading import LoadedModel
-from editcli.plugins import Plugins
-from editcli.ratios import ratio
-from editcli.report import Rejection, RunReport, SiteReport
+from editcli.plugin.interfaces import Site
+from editcli.plugin.manager import Plugins
+from editcli.records.edits import superseded
+from editcli.records.requirements import requirements
+from editcli.reporting import Rejection, RunReport, SiteReport
+from editcli.requests.superseding import supersede
 from editcli.runs.card import carried
 from editcli.runs.planning import Planned
-from editcli.runs.rejections import superseded
-from editcli.runs.requirements import requirements
 from editcli.runs.stream import Stream
-from editcli.superseding import supersede
+from editcli.settings.core import TargetOptions
 
 EFFICACY = ("efficacy_accuracy", "efficacy_success")
 MISSED = 0.1

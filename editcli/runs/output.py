@@ -17,14 +17,22 @@ import torch
 from torch import Tensor
 
 from editcli.errors import ModelError
-from editcli.interfaces import Site
-from editcli.models.checkpoint import CHUNK, Checkpoint, TensorEntry, file_digest, read_raw_header
-from editcli.models.choice import is_own, is_weights
-from editcli.runs.files import StoredTensor, atomic, copy_file, copy_into, tensor_bytes, write_bytes, write_safetensors
+from editcli.plugin.interfaces import Site
+from editcli.storage.checkpoint import CHUNK, Checkpoint, TensorEntry, file_digest, read_raw_header
+from editcli.storage.choice import is_own, is_weights
+from editcli.storage.files import (
+    StoredTensor,
+    atomic,
+    copy_file,
+    copy_into,
+    tensor_bytes,
+    write_bytes,
+    write_safetensors,
+)
 
 if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
-    from editcli.runs.state import RunFolder
+    from editcli.records.state import RunFolder
 
 CARD = "README.md"
 TEMPLATES = "additional_chat_templates"

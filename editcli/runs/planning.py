@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from editcli.editing.session import PilotSource
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditFile, EditRequest, conflicts, read_edits
 from editcli.errors import OptionError, RequestError, StateError
 from editcli.evaluation.admission import Gate, thinking_warning, without_subject
-from editcli.formats import load_formats
-from editcli.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
-from editcli.models.checkpoint import Checkpoint
 from editcli.models.fit import check_fit
 from editcli.models.loading import (
     LoadedModel,
@@ -30,19 +25,25 @@ from editcli.models.loading import (
     resolve_model,
 )
 from editcli.models.tokens import Tokens
-from editcli.options import build, merge
-from editcli.plugins import Plugins
-from editcli.presets import Preset, Settings, load_preset
-from editcli.recipe import Recipe
-from editcli.report import Rejection, Reporter
-from editcli.runs.footprint import Footprint, check_memory
-from editcli.runs.guards import BATCH_FIGURES, Guard, parse_guards
-from editcli.runs.made import Made, made
+from editcli.plugin.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
+from editcli.plugin.manager import Plugins
+from editcli.plugin.options import build, merge
+from editcli.presets.loader import load_preset
+from editcli.presets.record import Preset, Settings
+from editcli.records.edits import superseded
+from editcli.records.settings import Made, made
+from editcli.records.state import RunFolder
+from editcli.reporting import Rejection, Reporter
+from editcli.requests.formats import load_formats
+from editcli.requests.reader import EditFile, conflicts, read_edits
+from editcli.requests.schema import EditRequest
+from editcli.requests.superseding import supersede
+from editcli.runs.forecast import Footprint, check_memory
 from editcli.runs.output import needed_bytes
-from editcli.runs.rejections import superseded
-from editcli.runs.state import RunFolder
-from editcli.statistics import StatisticsOptions
-from editcli.superseding import supersede
+from editcli.settings.core import StatisticsOptions, TargetOptions
+from editcli.settings.guards import BATCH_FIGURES, Guard, parse_guards
+from editcli.settings.recipe import Recipe
+from editcli.storage.checkpoint import Checkpoint
 
 DEFAULT_EDITOR = "rlsedit"
 DEFAULT_BATCH = 100
@@ -112,7 +113,7 @@ class Plan:
     sites: tuple[dict[str, Any], ...]
     tokens: int
     bytes: dict[str, int]
-    """``model`` and ``disk`` in the output folder; in memory those of :class:`editcli.runs.footprint.Footprint`."""
+    """``model`` and ``disk`` in the output folder; in memory those of :class:`editcli.runs.forecast.Footprint`."""
     seconds: float | None
     """Estimated time for all targets, from one measured batch."""
     out: str

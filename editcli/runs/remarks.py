@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from editcli.edits import EditFile
-from editcli.report import Reporter, RunReport
+from editcli.records.recovery import Recovered, missing
+from editcli.reporting import Reporter, RunReport
+from editcli.requests.reader import EditFile
 from editcli.runs.planning import Planned
-from editcli.runs.recovery import Recovered, missing
 
 SHOWN = 5
 """Edits that a remark names at the most."""

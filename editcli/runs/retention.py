@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from editcli.edits import EditRequest
+from editcli.requests.schema import EditRequest
 
 SAMPLED_EDITS = 200
 """Edits in the sample: enough for a share to be known to a few percent, few enough to ask often."""

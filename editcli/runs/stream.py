@@ -3,11 +3,16 @@
 The order of writes for batch n is: segment, then (when due) snapshot, then journal line. A crash between any two leaves
 a state that :meth:`Stream.resume` recognises: what the journal does not name did not happen, and what the snapshot does
 not hold is done again, with the same result.
+
+What happened to one batch, and how the journal tells it.
+
+The components of a run: calibrated together, saved together, given back together.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,18 +25,150 @@ from torch import Tensor
 from editcli.distributed.team import Team
 from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
-from editcli.edits import EditRequest
 from editcli.errors import StateError
 from editcli.heap import give_back
-from editcli.interfaces import Editor, Problem, Site, Update
-from editcli.ratios import jump, ratio
-from editcli.report import SiteReport
-from editcli.runs.batch import BatchReport, body_of, finite, report_of
-from editcli.runs.guards import Guard, refuse_nonfinite, with_default
-from editcli.runs.recovery import BATCH, UNDO, Recovered, recover
-from editcli.runs.stack import Stack
-from editcli.runs.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest
-from editcli.superseding import supersede
+from editcli.linalg.spectra import jump, ratio
+from editcli.plugin.interfaces import Component, Diagnostic, Editor, Problem, Site, Stabilizer, Update
+from editcli.records.recovery import BATCH, UNDO, Recovered, recover
+from editcli.records.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest
+from editcli.reporting import SiteReport
+from editcli.requests.schema import EditRequest
+from editcli.requests.superseding import supersede
+from editcli.settings.guards import Guard, refuse_nonfinite, with_default
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """One batch that was kept."""
+
+    step: int
+    edits: tuple[str, ...]
+    dropped: Mapping[str, str]
+    sites: tuple[SiteReport, ...]
+    metrics: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    targets: Mapping[str, int] = field(default_factory=dict)
+    """How many targets were ``optimised``, ``reached`` the stop loss, and ended ``clamped``; empty if not counted."""
+    superseded: Mapping[str, str] = field(default_factory=dict)
+    """Edits of the batch that were not written, each with the later edit that contradicts it."""
+    already_true: tuple[str, ...] = ()
+    """Edits whose target the model gave before the batch was written."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether the batch asked for nothing that the model did not do already."""
+        return set(self.edits) <= set(self.already_true)
+
+
+def body_of(report: BatchReport) -> dict[str, Any]:
+    """Return a batch's figures as its journal line holds them."""
+    sites = [
+        {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "update_norm": s.update_norm}
+        for s in report.sites
+    ]
+    body: dict[str, Any] = {
+        "sites": sites,
+        "metrics": report.metrics,
+        "dropped": report.dropped,
+        "targets": dict(report.targets),
+    }
+    if report.superseded:
+        body["superseded"] = dict(report.superseded)
+    if report.already_true:
+        body["already_true"] = list(report.already_true)
+    return {**body, "seconds": {name: round(value, 6) for name, value in report.seconds.items()}}
+
+
+def report_of(entry: Entry) -> BatchReport:
+    """Return the report that a journal line holds."""
+    body = entry.body
+    sites = tuple(SiteReport(**site) for site in body.get("sites", ()))
+    return BatchReport(
+        step=entry.step,
+        edits=entry.edits,
+        dropped=body.get("dropped", {}),
+        sites=sites,
+        metrics=body.get("metrics", {}),
+        seconds=body.get("seconds", {}),
+        targets=body.get("targets", {}),
+        superseded=body.get("superseded", {}),
+        already_true=tuple(body.get("already_true", ())),
+    )
+
+
+def finite(value: Any) -> Any:
+    """Return figures as JSON can hold them: one that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The components of a run, in the order in which they act."""
+
+    editor: Editor
+    stabilizers: tuple[Stabilizer, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
+
+    @property
+    def parts(self) -> Mapping[str, Component]:
+        """All components, by the name under which their state is saved."""
+        steering = (self.editor, *self.stabilizers)
+        named: dict[str, Component] = {f"component/{part.name}": part for part in steering}
+        return {**named, **{f"diagnostic/{part.name}": part for part in self.diagnostics}}
+
+    @property
+    def remembering(self) -> tuple[Stabilizer, ...]:
+        """The stabilizers whose state advances with every batch."""
+        return tuple(part for part in self.stabilizers if type(part).remember is not Stabilizer.remember)
+
+    @property
+    def watching(self) -> tuple[Diagnostic, ...]:
+        """The diagnostics whose figures depend on what they have seen before."""
+        return tuple(part for part in self.diagnostics if type(part).state_dict is not Diagnostic.state_dict)
+
+    @property
+    def rebuilt(self) -> tuple[Component, ...]:
+        """The components whose state an undo rebuilds batch by batch, from that of the unedited model."""
+        return (self.editor, *self.remembering, *self.watching)
+
+    def prepare(self, session: ModelSession) -> None:
+        """Let every component measure the unedited model."""
+        for part in self.parts.values():
+            part.prepare(session)
+        self.settle(session)
+        session.forget_moments()
+
+    def settle(self, session: ModelSession) -> None:
+        """Have every component hold its state in the layout in which a resumed run will find it.
+
+        Kernels round differently on a transposed matrix, so a stream that is resumed would part from one that was not.
+        """
+        for part in self.parts.values():
+            state = part.state_dict()
+            if not all(tensor.is_contiguous() for tensor in state.values()):
+                part.load_state_dict({key: tensor.contiguous() for key, tensor in state.items()}, session)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the state of all components."""
+        return {f"{name}/{key}": value for name, part in self.parts.items() for key, value in part.state_dict().items()}
+
+    def load_state(
+        self, tensors: Mapping[str, Tensor], session: ModelSession, *, afresh: Sequence[Component] = ()
+    ) -> None:
+        """Give every component its state back, on the unedited model; those in ``afresh`` are prepared instead."""
+        for name, part in self.parts.items():
+            prefix = f"{name}/"
+            state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+            # A diagnostic that was installed after the snapshot has no state in it.
+            if part in afresh or (isinstance(part, Diagnostic) and not state):
+                part.prepare(session)
+            else:
+                part.load_state_dict(state, session)
+        self.settle(session)
+        session.forget_moments()
+
 
 CHECKPOINT_SHARE = 0.05
 """Largest share of a run's time that snapshots may take when their spacing is left to the program."""

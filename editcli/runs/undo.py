@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from editcli.editing.session import PilotSource
-from editcli.edits import EditFile, EditRequest, read_edits
 from editcli.errors import EditError, OptionError, StateError, near_miss
-from editcli.formats import load_formats
-from editcli.plugins import Plugins
-from editcli.recipe import Recipe
-from editcli.report import Reporter, RunReport, Silent
+from editcli.plugin.manager import Plugins
+from editcli.records.recovery import Recovered, recover
+from editcli.records.state import Entry, RunFolder
+from editcli.reporting import Reporter, RunReport, Silent
+from editcli.requests.formats import load_formats
+from editcli.requests.reader import EditFile, read_edits
+from editcli.requests.schema import EditRequest
 from editcli.runs import planning
 from editcli.runs.apply import Run, writing
 from editcli.runs.clock import Clock
 from editcli.runs.planning import Planned
-from editcli.runs.recovery import Recovered, recover
-from editcli.runs.state import Entry, RunFolder
 from editcli.runs.stream import Stream
+from editcli.settings.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,9 @@ import importlib.util
 import re
 from dataclasses import dataclass
 
-from editcli.catalogue import catalogue
-from editcli.core_options import CORE
 from editcli.errors import OptionError, PluginError
-from editcli.plugins import Plugins
+from editcli.plugin.manager import Plugins, catalogue
+from editcli.settings.core import CORE
 
 PREFIX = "editcli"
 LONGEST = 60

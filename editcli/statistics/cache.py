@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from editcli.errors import StatisticsError
-from editcli.report import Reporter
-from editcli.runs.files import read_safetensors, write_safetensors
+from editcli.reporting import Reporter
+from editcli.storage.files import read_safetensors, write_safetensors
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:

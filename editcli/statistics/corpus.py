@@ -15,10 +15,10 @@ import torch
 
 from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
-from editcli.models.checkpoint import file_digest
+from editcli.models.generate import continue_rows
 from editcli.models.loading import LoadedModel, bundled_folder
-from editcli.models.writing import continue_rows
-from editcli.report import Reporter, Silent
+from editcli.reporting import Reporter, Silent
+from editcli.storage.checkpoint import file_digest
 
 ENGLISH, SELF = "english", "self"
 _SELF_BATCH, _SELF_LENGTH = 32, 256

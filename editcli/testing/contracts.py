@@ -2,13 +2,13 @@
 
 ::
 
-    from editcli.testing import EditorContract
+    from editcli.testing.models import EditorContract
     from my_plugin.editor import MyEditor
 
     class TestMyEditor(EditorContract):
         component = MyEditor
 
-Each test edits a tiny real model the way ``editcli apply`` does. Import this through :mod:`editcli.testing`.
+Each test edits a tiny real model the way ``editcli apply`` does. Import this through :mod:`editcli.testing.models`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,11 @@ import torch
 
 from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
-from editcli.edits import EditRequest
 from editcli.errors import EditError, OptionError, RequestError
-from editcli.interfaces import Problem, Session, Site, Stabilizer, Update, Values
-from editcli.options import build, describe
-from editcli.testing.sessions import (
-    PlainEditor,
-    same_tensors,
-    through_bytes,
-    tiny_problem,
-    tiny_requests,
-    tiny_session,
-)
+from editcli.plugin.interfaces import Problem, Session, Site, Stabilizer, Update, Values
+from editcli.plugin.options import build, describe
+from editcli.requests.schema import EditRequest
+from editcli.testing.sessions import PlainEditor, same_tensors, through_bytes, tiny_problem, tiny_requests, tiny_session
 
 ORIENTATIONS = ("llama", "gpt2")
 """A family whose projections are stored as (d_out, d_in) and one that stores their transposes."""

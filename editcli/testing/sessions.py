@@ -11,10 +11,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from editcli.editing.session import ModelSession, PilotSource
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest
-from editcli.interfaces import Editor, Problem, Site, Update
 from editcli.models.loading import open_model, resolve_model
+from editcli.plugin.interfaces import Editor, Problem, Site, Update
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
 
 SUBJECTS = ("Paris", "Rome", "Berlin", "Tokyo", "Ann", "Bob", "France", "Italy", "Spain")
 
@@ -38,7 +38,7 @@ def tiny_session(
 
     ``family`` is a name of :data:`editcli.testing.TINY`; ``square`` makes the MLP as wide as the stream.
     """
-    from editcli.testing import tiny_model_folder
+    from editcli.testing.models import tiny_model_folder
 
     path = folder / (f"{family}-square" if square else family)
     if not path.exists():

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from editcli.evaluation import harmonic
+from editcli.evaluation.metrics import harmonic
 
 if TYPE_CHECKING:
-    from editcli.evaluation import Evaluation
+    from editcli.evaluation.metrics import Evaluation
 
 KL_PRICE = 1.0
 """Points of the score for one nat of KL(base || edited) per token: 0.01 nats, 1 % of perplexity, cost 0.01."""

@@ -12,21 +12,20 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from editcli.edits import EditRequest
 from editcli.errors import OptionError, StateError
-from editcli.models.checkpoint import file_digest
 from editcli.models.loading import LoadedModel, open_model
-from editcli.plugins import Plugins
-from editcli.recipe import Recipe
-from editcli.report import Reporter
+from editcli.plugin.manager import Plugins
+from editcli.reporting import Reporter
+from editcli.requests.schema import EditRequest
 from editcli.runs import planning
 from editcli.runs.conversation import with_clock
-from editcli.tuning.space import SOURCE
-from editcli.tuning.budget import Budget, edits_per_trial
+from editcli.settings.recipe import Recipe
+from editcli.storage.checkpoint import file_digest
 from editcli.tuning.objective import KL_PRICE
 from editcli.tuning.probes import probe_edits
 from editcli.tuning.report import Split
-from editcli.tuning.space import Candidate, Space, build_space
+from editcli.tuning.search import Budget, edits_per_trial
+from editcli.tuning.space import SOURCE, Candidate, Space, build_space
 from editcli.tuning.study import begun_with
 from editcli.tuning.workbench import PARTS, Workbench
 

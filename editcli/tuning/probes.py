@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from editcli.edits import EditRequest, from_record
 from editcli.errors import ModelError
-from editcli.evaluation import Probe, score
-from editcli.report import Reporter
+from editcli.evaluation.scoring import Probe, score
+from editcli.reporting import Reporter
+from editcli.requests.schema import EditRequest, from_record
 from editcli.tuning.space import SOURCE
 
 if TYPE_CHECKING:

@@ -14,27 +14,27 @@ from typing import Any
 
 import torch
 
-from editcli.editing.jumps import jump_of
-from editcli.editing.pipeline import commit, edit_batch
+from editcli.editing.pipeline import commit, edit_batch, jump_of
 from editcli.editing.session import ModelSession, generate_prefixes
-from editcli.edits import EditFile, EditRequest
 from editcli.errors import NumericalError
-from editcli.evaluation import evaluate
 from editcli.evaluation.ability import TextBaseline
+from editcli.evaluation.metrics import evaluate
 from editcli.heap import give_back
-from editcli.interfaces import Site, Stabilizer, Update
+from editcli.linalg.spectra import ratio
 from editcli.models.loading import LoadedModel, choose_device
-from editcli.options import merge
-from editcli.plugins import Plugins
-from editcli.ratios import ratio
-from editcli.recipe import Recipe
-from editcli.report import Reporter
+from editcli.plugin.interfaces import Site, Stabilizer, Update
+from editcli.plugin.manager import Plugins
+from editcli.plugin.options import merge
+from editcli.reporting import Reporter
+from editcli.requests.reader import EditFile
+from editcli.requests.schema import EditRequest
 from editcli.runs import planning
-from editcli.runs.guards import refuse_nonfinite, with_default
 from editcli.runs.identity import statistics_file
 from editcli.runs.planning import Planned
-from editcli.runs.stack import Stack
-from editcli.statistics import SecondMoments
+from editcli.runs.stream import Stack
+from editcli.settings.guards import refuse_nonfinite, with_default
+from editcli.settings.recipe import Recipe
+from editcli.statistics.moments import SecondMoments
 from editcli.tuning.objective import Figures, figures_of
 from editcli.tuning.space import Candidate, Space
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from editcli.editing.editors import InverseGramEditor
-from editcli.edits import EditRequest
 from editcli.errors import OptionError
-from editcli.interfaces import Problem, Session, Site
-from editcli.options import option
+from editcli.plugin.editors import InverseGramEditor
+from editcli.plugin.interfaces import Problem, Session, Site
+from editcli.plugin.options import option
+from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from editcli.editing.leastsquares import InverseGram
+    from editcli.plugin.leastsquares import InverseGram
 
 
 LARGEST_JUMP = 0.5
@@ -70,7 +70,7 @@ class AlphaEdit(InverseGramEditor):
         """rank(P) of each site by module name."""
 
     def prior(self, session: Session, site: Site) -> InverseGram:
-        from editcli.editing.leastsquares import InverseGram
+        from editcli.plugin.leastsquares import InverseGram
 
         values, vectors = session.decomposition(site)
         unused = self._unused(values)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from editcli.interfaces import Problem, Session, Stabilizer, Update
-from editcli.options import option
+from editcli.plugin.interfaces import Problem, Session, Stabilizer, Update
+from editcli.plugin.options import option
 
 MARGIN = 1e-6
 """Share by which a clipped norm stays below its bound, so that rounding to float32 does not lift it above."""

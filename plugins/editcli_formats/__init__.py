@@ -1,6 +1,6 @@
 """Readers of the field's edit files, as an editcli plugin."""
 
-from editcli.hookspecs import hookimpl
+from editcli.plugin.hookspecs import hookimpl
 
 editcli_api = 1
 

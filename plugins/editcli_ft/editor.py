@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from editcli.edits import EditRequest
-from editcli.interfaces import Editor, Problem, Session, Site, Update, Values
-from editcli.options import option
+from editcli.plugin.interfaces import Editor, Problem, Session, Site, Update, Values
+from editcli.plugin.options import option
+from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
     from torch import Tensor

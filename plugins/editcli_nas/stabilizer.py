@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.edits import EditRequest
 from editcli.errors import NumericalError, OptionError, StateError
-from editcli.interfaces import Session, Stabilizer, Values
-from editcli.options import option
+from editcli.plugin.interfaces import Session, Stabilizer, Values
+from editcli.plugin.options import option
+from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
     from torch import Tensor

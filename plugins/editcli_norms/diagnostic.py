@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.interfaces import Diagnostic, Session, Site, Update
-from editcli.options import option
-from editcli.ratios import ratio
+from editcli.linalg.spectra import ratio
+from editcli.plugin.interfaces import Diagnostic, Session, Site, Update
+from editcli.plugin.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor

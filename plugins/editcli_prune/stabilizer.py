@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.interfaces import Session, Site, Stabilizer
+from editcli.plugin.interfaces import Session, Site, Stabilizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from editcli.spectra import Spectrum
+    from editcli.linalg.spectra import Spectrum
 
 
 class Prune(Stabilizer):
@@ -28,7 +28,7 @@ class Prune(Stabilizer):
         self._restrained: dict[str, int] = {}
 
     def stabilize_weight(self, weight: Tensor, site: Site, session: Session) -> Tensor:
-        from editcli.spectra import spectral_norm
+        from editcli.linalg.spectra import spectral_norm
 
         base = session.baseline(site).to(weight.device).double()
         change = weight.double() - base
@@ -53,7 +53,7 @@ class Prune(Stabilizer):
 
 def _leading(change: Tensor, limit: float, session: Session) -> Spectrum:
     """Decompose ``change`` far enough to hold every singular value above ``limit`` with its vectors."""
-    from editcli.spectra import spectrum
+    from editcli.linalg.spectra import spectrum
 
     size, count = min(change.shape), 8
     while True:

@@ -1,6 +1,6 @@
 """RECT as an editcli plugin."""
 
-from editcli.hookspecs import hookimpl
+from editcli.plugin.hookspecs import hookimpl
 
 editcli_api = 1
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from editcli.interfaces import Problem, Session, Stabilizer, Update
-from editcli.options import option
+from editcli.plugin.interfaces import Problem, Session, Stabilizer, Update
+from editcli.plugin.options import option
 
 
 class Rect(Stabilizer):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from editcli.interfaces import Problem, Session, Site, Stabilizer, Update
-from editcli.options import option
-from editcli.ratios import ratio
+from editcli.linalg.spectra import ratio
+from editcli.plugin.interfaces import Problem, Session, Site, Stabilizer, Update
+from editcli.plugin.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ class Revive(Stabilizer):
     def _protect(self, weight: Tensor, session: Session) -> Protected:
         import torch
 
-        from editcli.spectra import spectrum
+        from editcli.linalg.spectra import spectrum
 
         found = spectrum(weight, tau=self.options.tau, device=session.device)
         k = found.k(self.options.tau)

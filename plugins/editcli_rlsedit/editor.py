@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from editcli.editing.editors import InverseGramEditor
-from editcli.interfaces import Session, Site
-from editcli.options import option
+from editcli.plugin.editors import InverseGramEditor
+from editcli.plugin.interfaces import Session, Site
+from editcli.plugin.options import option
 
 if TYPE_CHECKING:
-    from editcli.editing.leastsquares import InverseGram
+    from editcli.plugin.leastsquares import InverseGram
 
 
 class RlsEdit(InverseGramEditor):
@@ -53,7 +53,7 @@ class RlsEdit(InverseGramEditor):
                 )
 
     def prior(self, session: Session, site: Site) -> InverseGram:
-        from editcli.editing.leastsquares import InverseGram
+        from editcli.plugin.leastsquares import InverseGram
 
         gram = self.options.mu_reg**2 * self.options.mom2_update_weight * session.second_moment(site)
         gram.diagonal().add_(self.options.lambda_reg**2)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.editing.editors import InverseGramEditor
-from editcli.interfaces import Problem, Session, Site, Update
-from editcli.options import option
+from editcli.plugin.editors import InverseGramEditor
+from editcli.plugin.interfaces import Problem, Session, Site, Update
+from editcli.plugin.options import option
 
 if TYPE_CHECKING:
-    from editcli.editing.leastsquares import InverseGram
+    from editcli.plugin.leastsquares import InverseGram
 
 
 class Rome(InverseGramEditor):
@@ -45,7 +45,7 @@ class Rome(InverseGramEditor):
         return False
 
     def prior(self, session: Session, site: Site) -> InverseGram:
-        from editcli.editing.leastsquares import InverseGram
+        from editcli.plugin.leastsquares import InverseGram
 
         gram = session.second_moment(site)
         return InverseGram.inverting(

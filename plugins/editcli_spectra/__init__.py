@@ -1,6 +1,6 @@
 """Spectra of the edited weights during a run, as an editcli plugin."""
 
-from editcli.hookspecs import hookimpl
+from editcli.plugin.hookspecs import hookimpl
 
 editcli_api = 1
 

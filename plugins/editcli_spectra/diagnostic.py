@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.interfaces import Diagnostic, Session, Site, Update
-from editcli.options import option
-from editcli.ratios import ratio
+from editcli.linalg.spectra import ratio
+from editcli.plugin.interfaces import Diagnostic, Session, Site, Update
+from editcli.plugin.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ class Spectra(Diagnostic):
 
     def _shares(self, session: Session, site: Site) -> tuple[float | None, float | None]:
         """Return sigma_1 and the effective rank of the weight, relative to the base's; None for a base of zeros."""
-        from editcli.spectra import spectrum  # Imports torch, which listing plugins must not.
+        from editcli.linalg.spectra import spectrum  # Imports torch, which listing plugins must not.
 
         if site not in self._bases:
             base = spectrum(session.baseline(site), device=session.device)

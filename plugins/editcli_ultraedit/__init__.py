@@ -1,6 +1,6 @@
 """UltraEdit as an editcli plugin."""
 
-from editcli.hookspecs import hookimpl
+from editcli.plugin.hookspecs import hookimpl
 
 editcli_api = 1
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from editcli.edits import EditRequest
 from editcli.errors import OptionError, StateError
-from editcli.interfaces import Editor, Gradients, Problem, Session, Site, SiteGradients, Update, Values
-from editcli.options import option
-from editcli.report import Reporter, Silent
+from editcli.plugin.interfaces import Editor, Gradients, Problem, Session, Site, SiteGradients, Update, Values
+from editcli.plugin.options import option
+from editcli.reporting import Reporter, Silent
+from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ class UltraEdit(Editor):
         return Problem(site, keys=seen.inputs, residual=-self.options.lr * key.square().sum(dim=0) * gradient)
 
     def solve(self, problem: Problem) -> Update:
-        from editcli.editing.leastsquares import ridge
+        from editcli.plugin.leastsquares import ridge
 
         return ridge(problem.keys, problem.residual, site=problem.site.module, reporter=self._reporter)
 

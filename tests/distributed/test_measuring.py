@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from editcli.__main__ import main
-from editcli.cli import COMMANDS
+from editcli.cli.main import COMMANDS
 from editcli.cli.stats import COMMANDS as STATS_COMMANDS
 from editcli.testing import tiny_model_folder
 
@@ -37,7 +37,7 @@ EDITS = [
     for number, subject in enumerate(("France", "Italy", "Spain"))
 ]
 
-SHORT_ANSWERS = "import editcli.evaluation.baseline as baseline; baseline.TOKENS = 1"
+SHORT_ANSWERS = "import editcli.evaluation.locality as baseline; baseline.TOKENS = 1"
 """A prelude: five tokens that a random model writes are hardly ever a text that is read back as the same five."""
 
 ON_RANK = """

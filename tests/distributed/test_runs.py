@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from editcli.runs.recovery import recover
-from editcli.runs.state import RunFolder
+from editcli.records.recovery import recover
+from editcli.records.state import RunFolder
 from editcli.testing import tiny_model_folder
 from tests.streams.conftest import STACKS
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 Unbroken = Callable[..., Path]
 
 IN_BATCH = """
-from editcli.distributed.session import TeamSession
+from editcli.editing.shared_session import TeamSession
 calls = []
 def values(self, requests, real=TeamSession.values, **choices):
     # Pilots are measured on bare prompts, in as many calls as they need, or not at all where they are cached.
@@ -39,7 +39,7 @@ TeamSession.values = values
 """A prelude: something happens to a process when it is about to optimise the targets of a batch."""
 
 PERTURBED = """
-from editcli.distributed.session import TeamSession
+from editcli.editing.shared_session import TeamSession
 def write(self, site, update, real=TeamSession.write):
     real(self, site, update)
     if site == self.sites[-1] and len(seen) == 1:

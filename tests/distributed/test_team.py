@@ -15,14 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editcli.distributed.launch import Launch
-from editcli.distributed.session import TeamSession
-from editcli.distributed.sharing import balanced
-from editcli.distributed.team import Team
+from editcli.distributed.team import Team, balanced
 from editcli.editing.session import ModelSession
-from editcli.editing.targets import TargetOptions
-from editcli.edits import EditRequest, from_record
+from editcli.editing.shared_session import TeamSession
 from editcli.errors import EditError, ModelError, OptionError, RankError, StateError
 from editcli.models.loading import open_model, resolve_model
+from editcli.requests.schema import EditRequest, from_record
+from editcli.settings.core import TargetOptions
 from editcli.testing import tiny_model_folder
 
 COSTS = st.lists(st.integers(1, 100), max_size=40)

@@ -20,10 +20,10 @@ from editcli import Stabilizer, hookimpl
 from editcli.export.recipe import ExportRecipe
 from editcli.export.report import ExportReport
 from editcli.export.run import export
-from editcli.plugins import Plugins, load_plugins
-from editcli.recipe import Recipe
-from editcli.report import Silent
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.reporting import Silent
 from editcli.runs.apply import apply
+from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder
 
 PLACES = ("France", "Italy", "Spain", "Greece", "London", "Berlin", "Tokyo", "Paris")

@@ -17,10 +17,10 @@ from editcli.export.adapter import read_adapter, write_adapter
 from editcli.export.changes import SHARE, SiteChange, share_rank
 from editcli.export.efficacy import put_on
 from editcli.export.report import SiteExport
-from editcli.interfaces import Site
-from editcli.models.checkpoint import Checkpoint
 from editcli.models.loading import open_model, resolve_model
+from editcli.plugin.interfaces import Site
 from editcli.runs.undo import Undo, undo
+from editcli.storage.checkpoint import Checkpoint
 
 # PEFT still asks transformers in a way that its next release drops.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
@@ -180,7 +180,7 @@ def test_what_a_run_lost_is_found_in_its_weights(
     """Factors save work, and the state says what was not rounded; the change itself is in the folder."""
     if large:
         # Matrices above this size are not decomposed whole.
-        monkeypatch.setattr("editcli.spectra.NORM_LIMIT", 4)
+        monkeypatch.setattr("editcli.linalg.spectra.NORM_LIMIT", 4)
     path = run / "editcli" / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     whole, part = make(runs("linear"), "lora", out="whole"), make(run, "lora", out="part")

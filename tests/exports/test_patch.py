@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from editcli.errors import ModelError, StateError
-from editcli.export import folder as folders
 from editcli.export.recipe import PatchRecipe
 from editcli.export.run import apply_patch
-from editcli.models.checkpoint import Checkpoint, file_digest
-from editcli.runs.files import tensor_digest
+from editcli.storage import folders as folders
+from editcli.storage.checkpoint import Checkpoint, file_digest
+from editcli.storage.files import tensor_digest
 from editcli.testing import tiny_model_folder
 
 KINDS = ("linear", "conv1d", "tied", "sharded", "bfloat16", "saved as bfloat16", "read out")
@@ -191,7 +191,7 @@ def test_what_is_killed_leaves_no_folder_that_looks_whole(
 
 
 def test_two_processes_do_not_write_one_folder(patch: Path, bases: Callable[[str], Path], tmp_path: Path) -> None:
-    from editcli.export.folder import new_folder
+    from editcli.storage.folders import new_folder
 
     out = tmp_path / "rebuilt"
     with new_folder(out) as folder:
@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_nothing_and_is_one_sentence(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("editcli.export.run.write_model", full)
+    monkeypatch.setattr("editcli.runs.output.write_model", full)
     assert "No space left on device" in refusal(bases("linear"), patch, tmp_path / "rebuilt")
 
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from editcli.models.choice import INDEX, SINGLE
-from editcli.report import Silent
+from editcli.reporting import Silent
+from editcli.storage.choice import INDEX, SINGLE
 from editcli.testing import tiny_model_folder
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

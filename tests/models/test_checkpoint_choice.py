@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from editcli.errors import ModelError
-from editcli.models.checkpoint import Checkpoint, read_header
-from editcli.models.choice import INDEX, SINGLE, choose
 from editcli.models.loading import open_model, refuse_unopenable, resolve_model
 from editcli.runs.output import verify, write_model
+from editcli.storage.checkpoint import Checkpoint, read_header
+from editcli.storage.choice import INDEX, SINGLE, choose
 
 EDITED = "model.layers.1.mlp.down_proj.weight"
 FIRST, SECOND = SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from editcli.__main__ import main
+from editcli.commands.check import check
 from editcli.errors import ModelError
-from editcli.evaluation.checking import check
 from editcli.models.architectures import skeleton
-from editcli.models.checkpoint import Checkpoint
-from editcli.models.choice import ADAPTER, SINGLE
 from editcli.models.fit import examine
 from editcli.models.loading import ModelSource, load_config, open_model, resolve_model
+from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.choice import ADAPTER, SINGLE
 from editcli.testing import TINY, tiny_model_folder, vocabulary_size
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"

@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from editcli.__main__ import main
-from editcli.inspection import Wanted, inspect
-from editcli.inspection.diffs import diff
-from editcli.models.choice import SINGLE
-from editcli.ratios import ratio, shown
-from editcli.runs.history import read_history
-from editcli.runs.verdict import Thresholds, judge
-from editcli.spectra import spectral_norm, spectrum
+from editcli.health.diff import diff
+from editcli.health.inspect import Wanted, inspect
+from editcli.health.verdict import Thresholds, judge
+from editcli.linalg.spectra import ratio, shown, spectral_norm, spectrum
+from editcli.records.history import read_history
+from editcli.storage.choice import SINGLE
 
 ZERO, ORDINARY = "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj"
 EDIT = {"id": "a", "prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}

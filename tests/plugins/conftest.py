@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from editcli.editing.leastsquares import eigh
-from editcli.edits import EditRequest
-from editcli.interfaces import Editor, Gradients, Problem, Site, SiteGradients, Stabilizer, Update, Values
-from editcli.report import Silent
+from editcli.plugin.interfaces import Editor, Gradients, Problem, Site, SiteGradients, Stabilizer, Update, Values
+from editcli.plugin.leastsquares import eigh
+from editcli.reporting import Silent
+from editcli.requests.schema import EditRequest
 
 SHAPES = [(6, 11), (11, 6), (8, 8)]
 """(d_out, d_in) of wide, tall and square weights."""

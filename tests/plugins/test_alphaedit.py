@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import OptionError
-from editcli.interfaces import Problem
+from editcli.plugin.interfaces import Problem
 from editcli_alphaedit.editor import AlphaEdit
 
 

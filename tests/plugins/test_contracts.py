@@ -2,7 +2,7 @@
 
 import pytest
 
-from editcli.plugins import load_plugins
+from editcli.plugin.manager import load_plugins
 from editcli.testing import DiagnosticContract, EditorContract, StabilizerContract
 
 CONTRACTS = {"editor": EditorContract, "stabilizer": StabilizerContract, "diagnostic": DiagnosticContract}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from editcli.interfaces import Site, Update
-from editcli.options import build
+from editcli.plugin.interfaces import Site, Update
+from editcli.plugin.options import build
 from editcli_norms.diagnostic import Norms, effective_rank
 from editcli_spectra.diagnostic import Spectra
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import OptionError
-from editcli.options import build
+from editcli.plugin.options import build
 from editcli_ft.editor import FineTuning
 
 

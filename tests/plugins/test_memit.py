@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import NumericalError, OptionError, StateError
-from editcli.options import build
+from editcli.plugin.options import build
 from editcli_memit.editor import Memit
 
 

@@ -3,14 +3,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from editcli.core_options import TargetOptions
-from editcli.editing.leastsquares import ridge
 from editcli.editing.session import ModelSession, PilotSource
 from editcli.errors import NumericalError, OptionError, StateError
-from editcli.interfaces import Problem, Site, Update, Values
 from editcli.models.loading import open_model, resolve_model
-from editcli.options import build
-from editcli.report import Silent
+from editcli.plugin.interfaces import Problem, Site, Update, Values
+from editcli.plugin.leastsquares import ridge
+from editcli.plugin.options import build
+from editcli.reporting import Silent
+from editcli.settings.core import TargetOptions
 from editcli.testing import tiny_model_folder
 from editcli.testing.sessions import tiny_requests
 from editcli_nas.stabilizer import Nas, trimmed_mean

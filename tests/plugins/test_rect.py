@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from editcli.errors import OptionError
-from editcli.interfaces import Problem, Update
-from editcli.options import build
+from editcli.plugin.interfaces import Problem, Update
+from editcli.plugin.options import build
 from editcli_rect.stabilizer import Rect
 
 

@@ -40,8 +40,8 @@ def test_two_edits_with_one_key_are_refused(fake_session, edit_batch, make_reque
 
 def test_nas_has_the_guard_that_its_paper_uses_with_rome():
     """Published: 5 anchors with ROME, 2 otherwise; what the user sets wins."""
-    from editcli.plugins import load_plugins
-    from editcli.presets import all_presets
+    from editcli.plugin.manager import load_plugins
+    from editcli.presets.loader import all_presets
     from editcli.runs.planning import settings_for
 
     preset, plugins = all_presets()[0], load_plugins()

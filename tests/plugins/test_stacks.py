@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from editcli.options import build
-from editcli.plugins import load_plugins
+from editcli.plugin.manager import load_plugins
+from editcli.plugin.options import build
 
 PLUGINS = load_plugins()
 OPTIONS = {"clip": {"rho": 1.05}, "revive": {"tau": 0.3}, "ultraedit": {"lr": 0.01}}

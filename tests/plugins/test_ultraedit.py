@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import OptionError, StateError
-from editcli.options import build
+from editcli.plugin.options import build
 from editcli_ultraedit.editor import UltraEdit
 from editcli_ultraedit.moments import Moments
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from editcli.edits import EditRequest, from_record
-from editcli.interfaces import Problem, Site, Update
-from editcli.runs.state import START, Entry, RunFolder, consume, journal_line
+from editcli.plugin.interfaces import Problem, Site, Update
+from editcli.records.state import START, Entry, RunFolder, consume, journal_line
+from editcli.requests.schema import EditRequest, from_record
 from editcli.testing import tiny_model_folder
 
 LAYERS = (1, 2)

@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from editcli.cli import build_cli
 from editcli.cli.common import App
+from editcli.cli.main import build_cli
 from editcli.errors import ModelError
-from editcli.inspection.diffs import RANK_LIMIT, diff, numerical_rank, speak
-from editcli.plugins import Plugins
+from editcli.health.diff import RANK_LIMIT, diff, numerical_rank, speak
+from editcli.plugin.manager import Plugins
 from editcli.testing import tiny_model_folder
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -111,10 +111,10 @@ def test_unrelated_models_are_refused(tmp_path):
 
 
 def test_a_large_low_rank_difference_is_found_without_a_full_decomposition(monkeypatch):
-    monkeypatch.setattr("editcli.spectra.NORM_LIMIT", 10)
+    monkeypatch.setattr("editcli.linalg.spectra.NORM_LIMIT", 10)
     assert numerical_rank(low_rank((150, 200), 7), 0.0) == 7
     assert numerical_rank(low_rank((150, 200), 70), 0.0) == 70
-    monkeypatch.setattr("editcli.inspection.diffs.RANK_LIMIT", 64)
+    monkeypatch.setattr("editcli.health.diff.RANK_LIMIT", 64)
     assert RANK_LIMIT > 64
     assert numerical_rank(low_rank((150, 200), 140), 0.0) is None
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from editcli.core_options import TargetOptions
-from editcli.edits import EditRequest
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.runs import foresight
-from editcli.runs.foresight import foresee
+from editcli.requests.schema import EditRequest
+from editcli.runs import duration as foresight
+from editcli.runs.duration import foresee
+from editcli.settings.core import TargetOptions
 from editcli.testing import tiny_model_folder
 from editcli.testing.sessions import tiny_requests
 

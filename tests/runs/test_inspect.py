@@ -15,13 +15,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from editcli.cli import build_cli
 from editcli.cli.common import App
+from editcli.cli.main import build_cli
 from editcli.errors import ModelError, OptionError
-from editcli.inspection import Wanted, inspect
-from editcli.plugins import Plugins
+from editcli.health.inspect import Wanted, inspect
+from editcli.health.verdict import Thresholds, judge, parse_thresholds, worst
+from editcli.plugin.manager import Plugins
 from editcli.render.inspect import inspection_view, layer_ranges, sparkline
-from editcli.runs.verdict import Thresholds, judge, parse_thresholds, worst
 from editcli.testing import tiny_model_folder
 
 NORMS, SPECTRAL = Wanted(norms=True), Wanted(spectral=True, norms=True)
@@ -32,7 +32,7 @@ class Listening:
     """A reporter that keeps what it was told."""
 
     def __init__(self) -> None:
-        from editcli.report import Silent
+        from editcli.reporting import Silent
 
         self.warnings: list[str] = []
         self.phase, self.note = Silent().phase, Silent().note
@@ -111,7 +111,7 @@ def test_an_unchanged_model_is_fine(base):
 
 
 def test_the_bare_view_reads_no_weight(base, monkeypatch):
-    monkeypatch.setattr("editcli.models.checkpoint.Checkpoint.read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr("editcli.storage.checkpoint.Checkpoint.read", lambda *_: pytest.fail("a tensor was read"))
     found = inspect(base)
     assert (found.family, found.layers, len(found.sites)) == ("llama", 4, 4)
     assert found.preset.label == "guessed"
@@ -159,7 +159,7 @@ def test_the_edits_that_wrote_most_come_first(make_run):
 
 
 def test_a_batch_that_was_undone_is_no_part_of_the_history(make_run):
-    from editcli.runs.state import Entry, journal_line
+    from editcli.records.state import Entry, journal_line
 
     run = make_run()
     found = inspect(run, wanted=NORMS)
@@ -367,7 +367,7 @@ def test_a_missing_matplotlib_is_one_sentence(base, tmp_path, monkeypatch):
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys\nfrom editcli.cli import build_cli\nfrom editcli.plugins import Plugins\n"
+        "import sys\nfrom editcli.cli.main import build_cli\nfrom editcli.plugin.manager import Plugins\n"
         "for name in ('inspect', 'diff', 'report'):\n"
         "    build_cli(Plugins()).main([name, '--help'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from editcli.core_options import TargetOptions
-from editcli.runs.guards import parse_guards, with_default
 from editcli.runs.outcome import missed_targets
+from editcli.settings.core import TargetOptions
+from editcli.settings.guards import parse_guards, with_default
 
 ABSOLUTE, RELATIVE = TargetOptions(lr_kind="absolute"), TargetOptions(lr_kind="relative", lr=0.2)
 

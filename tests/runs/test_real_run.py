@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from editcli.inspection import Wanted, inspect
-from editcli.inspection.diffs import diff
+from editcli.health.diff import diff
+from editcli.health.inspect import Wanted, inspect
 from editcli.pages.page import run_page
-from editcli.plugins import load_plugins
-from editcli.recipe import Recipe
+from editcli.plugin.manager import load_plugins
+from editcli.records.edits import edit_rows
 from editcli.runs.apply import apply
-from editcli.runs.outcomes import edit_rows
+from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder
 
 FACTS = [

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from editcli.cli import build_cli
 from editcli.cli.common import App
-from editcli.edits import from_record
+from editcli.cli.main import build_cli
 from editcli.errors import OptionError, StateError
-from editcli.plugins import Plugins
+from editcli.plugin.manager import Plugins
+from editcli.requests.schema import from_record
 
 pytest.importorskip("matplotlib", reason="the page needs editcli[report]")
 
@@ -119,8 +119,8 @@ def test_values_are_escaped_everywhere(make_run, tmp_path):
 
 
 def test_outcomes(make_run, tmp_path):
-    from editcli.runs.history import read_history
-    from editcli.runs.outcomes import edit_rows
+    from editcli.records.edits import edit_rows
+    from editcli.records.history import read_history
 
     run = make_run(batch=3)
     answers = [{"exact": True, "success": True}, {"exact": False, "success": True}, {"exact": False, "success": False}]

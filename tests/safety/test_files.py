@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from editcli.__main__ import main
 from editcli.errors import ModelError, StateError
-from editcli.models.checkpoint import Checkpoint, read_header
-from editcli.models.choice import INDEX, SINGLE
-from editcli.runs.history import read_history
+from editcli.records.history import read_history
+from editcli.records.state import RunFolder, journal_line
 from editcli.runs.output import side_files
-from editcli.runs.state import RunFolder, journal_line
+from editcli.storage.checkpoint import Checkpoint, read_header
+from editcli.storage.choice import INDEX, SINGLE
 
 # Headers of weights.
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from editcli.errors import OptionError
-from editcli.runs.guards import BATCH_FIGURES, SITE_FIGURES, Guard, parse_guards
+from editcli.settings.guards import BATCH_FIGURES, SITE_FIGURES, Guard, parse_guards
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from editcli.__main__ import main
-from editcli.convert import convert
-from editcli.edits import MAX_LINE_BYTES, read_edits
 from editcli.errors import RequestError
-from editcli.lines import MAX_DEPTH, is_deep
-from editcli.plugins import load_plugins
-from editcli.printable import printable
+from editcli.formatting import printable
+from editcli.plugin.manager import load_plugins
+from editcli.requests.convert import convert
+from editcli.requests.reader import read_edits
+from editcli.storage.lines import MAX_DEPTH, MAX_LINE_BYTES, is_deep
 
 EDIT = {"id": "a", "prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
 
@@ -51,7 +51,7 @@ def test_a_line_of_any_length_takes_bounded_memory(tmp_path: Path) -> None:
 def test_what_is_converted_takes_bounded_memory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "facts.json"
     path.write_text(json.dumps([EDIT] * 3))
-    monkeypatch.setattr("editcli.convert.MAX_ARRAY_BYTES", 100)
+    monkeypatch.setattr("editcli.requests.convert.MAX_ARRAY_BYTES", 100)
     with pytest.raises(RequestError, match="the array is larger than 100 bytes"):
         convert(path)
 
@@ -225,7 +225,7 @@ def test_tables_and_notes_show_texts_literally(terminal: bool, monkeypatch: pyte
     from rich.table import Table
     from rich.text import Text
 
-    from editcli.render import PlainConsole, RichReporter
+    from editcli.render.console import PlainConsole, RichReporter
 
     out = io.StringIO()
     console = PlainConsole(file=out, force_terminal=terminal, width=300, color_system=None, legacy_windows=False)
@@ -246,7 +246,7 @@ def test_tables_and_notes_show_texts_literally(terminal: bool, monkeypatch: pyte
 
 
 def test_a_progress_bar_shows_names_literally_and_still_draws() -> None:
-    from editcli.render import PlainConsole, RichReporter
+    from editcli.render.console import PlainConsole, RichReporter
 
     out = io.StringIO()
     console = PlainConsole(file=out, force_terminal=True, width=300, color_system=None, legacy_windows=False)
@@ -275,7 +275,7 @@ def test_a_command_shows_a_subject_literally(
 
 
 def test_a_plugin_cannot_write_to_the_terminal_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
-    from editcli.render import stdout
+    from editcli.render.console import stdout
     from editcli.render.plugins import plugins_table
 
     plugins = load_plugins()

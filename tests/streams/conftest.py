@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from editcli.models.checkpoint import file_digest
-from editcli.runs.recovery import recover
-from editcli.runs.state import RunFolder
+from editcli.records.recovery import recover
+from editcli.records.state import RunFolder
+from editcli.storage.checkpoint import file_digest
 from editcli.testing import tiny_model_folder
 
 PLACES = ("France", "Italy", "Spain", "Greece", "London", "Berlin", "Tokyo", "Paris")

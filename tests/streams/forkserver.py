@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import transformers
 
+import editcli.api
 import editcli.render.run
-import editcli.runs.library
 import editcli.runs.undo  # noqa: F401 - imported once for all children.
 from editcli.__main__ import main
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from editcli.runs.recovery import recover
-from editcli.runs.state import RunFolder
+from editcli.records.recovery import recover
+from editcli.records.state import RunFolder
 
 pytestmark = pytest.mark.slow
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from editcli.editing.pipeline import edit_batch
 from editcli.errors import GuardError, OptionError
-from editcli.interfaces import Editor, Problem, Site, Update
-from editcli.report import Silent
-from editcli.runs.guards import Guard, needs_retained, parse_guards, refuse_nonfinite
-from editcli.runs.recovery import recover
-from editcli.runs.state import RunFolder
+from editcli.plugin.interfaces import Editor, Problem, Site, Update
+from editcli.records.recovery import recover
+from editcli.records.state import RunFolder
+from editcli.reporting import Silent
+from editcli.settings.guards import Guard, needs_retained, parse_guards, refuse_nonfinite
 
 
 @given(
@@ -141,7 +141,7 @@ def test_a_guard_on_what_is_measured_keeps_nothing_of_the_batch(shop: Any, helpe
 
 def test_a_weight_that_the_saved_type_cannot_hold_stops_the_run(shop: Any, helpers: Any) -> None:
     prelude = (
-        "from editcli_memit.editor import Memit\nfrom editcli.interfaces import Update\n"
+        "from editcli_memit.editor import Memit\nfrom editcli.plugin.interfaces import Update\n"
         "def solve(self, problem, real=Memit.solve):\n"
         "    update = real(self, problem)\n    return Update(update.left * 1e7, update.right)\n"
         "Memit.solve = solve"

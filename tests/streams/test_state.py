@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from editcli.errors import EditError, StateError
-from editcli.models.checkpoint import DTYPES
-from editcli.runs.files import write_safetensors
-from editcli.runs.recovery import Recovered, recover
-from editcli.runs.state import RunFolder, Snapshot, weights_digest
+from editcli.records.recovery import Recovered, recover
+from editcli.records.state import RunFolder, Snapshot, weights_digest
+from editcli.storage.checkpoint import DTYPES
+from editcli.storage.files import write_safetensors
 
 ANY_TENSOR = st.builds(
     lambda dtype, shape, seed: torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed)).to(dtype),

@@ -13,14 +13,13 @@ import pytest
 import torch
 
 import editcli
-from editcli.edits import from_record
 from editcli.errors import EditError, GuardError, NumericalError, RequestError, StateError
-from editcli.report import Silent
+from editcli.records.recovery import recover
+from editcli.records.state import RunFolder
+from editcli.reporting import Silent
+from editcli.requests.schema import from_record
 from editcli.runs.outcome import rounded_differently
-from editcli.runs.recovery import recover
-from editcli.runs.stack import Stack
-from editcli.runs.state import RunFolder
-from editcli.runs.stream import Stream
+from editcli.runs.stream import Stack, Stream
 
 ANCHORED = ("--editor", "rlsedit", "--stabilizer", "nas", "-o", "nas.anchor=5", "-o", "nas.guard=100")
 UNNAMED = [

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from editcli.errors import OptionError, StateError
-from editcli.runs.recovery import recover
-from editcli.runs.state import RunFolder
+from editcli.records.recovery import recover
+from editcli.records.state import RunFolder
 from editcli.runs.undo import Undo, plan_undo
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from editcli import OptionError, Problem, Site, StateError, Update
-from editcli.options import build
-from editcli.plugins import Plugins
+from editcli.plugin.manager import Plugins
+from editcli.plugin.options import build
 from editcli.testing import StabilizerContract
 
 import editcli_orthogonal

@@ -1,0 +1,398 @@
+"""Turn what a program passes to the library into a recipe, a model and edits, and start a run with them.
+
+The library's front door: edit a model from a program, all at once or batch by batch.
+
+:func:`edit` and :class:`Stream` run what the command line runs. With ``out`` the result is a run folder as ``editcli
+apply`` writes it, which can be resumed, undone and repeated; without it nothing is written and the result is the model
+in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from editcli.errors import ModelError, OptionError, RequestError, StateError
+from editcli.evaluation.generation import generate
+from editcli.models.fit import check_fit
+from editcli.plugin.manager import Plugins, load_plugins
+from editcli.records.state import RunFolder
+from editcli.reporting import Reporter, RunReport, Silent
+from editcli.requests.formats import load_formats
+from editcli.requests.reader import Collector, EditFile, refuse_deep
+from editcli.requests.schema import EditRequest, from_record, kind_of
+from editcli.runs import planning
+from editcli.runs.apply import writing
+from editcli.runs.clock import Clock
+from editcli.runs.conversation import with_clock
+from editcli.runs.memory import MEMORY, HeldModel, Saved, Unsaved, borrowed, hold, put_back
+from editcli.runs.remarks import tell_conflicts
+from editcli.runs.stream import BatchReport
+from editcli.runs.stream import Stream as Journal
+from editcli.settings.recipe import Recipe, parse_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import Unpack
+
+    from editcli.settings.recipe import Choices
+
+
+class Edited:
+    """A model that was edited: what :func:`edit` returns."""
+
+    def __init__(self, run: Saved, report: RunReport):
+        self._run = run
+        self.report = report
+        """What was applied and what it measured; ``report.status`` is ``done``, ``stopped`` or ``interrupted``."""
+
+    def __repr__(self) -> str:
+        report = self.report
+        method = "+".join((report.editor, *report.stabilizers))
+        return f"<Edited {report.model}: {report.applied} of {report.read} edits with {method}, {report.status}>"
+
+    @property
+    def model(self) -> Any:
+        """The edited transformers model; the very object that was passed, if one was."""
+        return self._run.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._run.loaded.tokens.tokenizer
+
+    def complete(self, prompt: str, *, tokens: int = 10) -> str:
+        """Return the likeliest continuation of ``prompt``, at most ``tokens`` tokens long."""
+        return generate(self._run.loaded, [prompt], tokens=tokens, top_k=1)[prompt].text
+
+    def save(self, folder: str | Path) -> Path:
+        """Write model and tokenizer as a plain Hugging Face folder, and return it.
+
+        A model that was read from files is written with only the edited tensors' bytes new, and verified; one that was
+        passed as an object is written by its own ``save_pretrained``. A run that can be resumed and undone is only
+        written with ``out``. Raises :class:`editcli.StateError` where ``folder`` exists and is not empty.
+        """
+        refuse_full(Path(folder))
+        return self._run.export(Path(folder))
+
+    def undo(self) -> None:
+        """Give the model in memory back the weights that it had before the edits, bit by bit; folders stay."""
+        put_back(self._run.loaded, self._run.planned.sites)
+        self._run.weights = {}
+
+
+def edit(
+    model: Loadable = None,
+    edits: str | Path | Sequence[EditRequest | Mapping[str, Any]] = (),
+    *,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    plugins: Plugins | None = None,
+    reporter: Reporter | None = None,
+    **choices: Unpack[Choices],
+) -> Edited:
+    """Write facts into a model and return it with a report of what happened::
+
+        fact = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
+        edited = editcli.edit("gpt2-xl", [fact], editor="memit", stabilizers=["nas"])
+        edited.complete("The capital of France is")
+
+    ``model`` is a folder, a hub id, None for the bundled model, or a loaded transformers model with its ``tokenizer``;
+    a loaded one is edited in place, where it is. ``edits`` are objects of the edits schema, or the path of an edits
+    file. ``choices`` are the other settings of :class:`editcli.Recipe`.
+
+    Nothing is written but the cache of second moments, unless ``out`` names a folder. When a guard of ``stop_if``
+    holds the status is ``stopped`` and the model keeps the batches before. Raises :class:`editcli.EditError`; a model
+    that was passed in is then as it was.
+    """
+    asked = ask(model, edits, tokenizer=tokenizer, out=out, plugins=plugins, reporter=reporter, choices=choices)
+    with ExitStack() as stack:
+        run = asked.start(stack, gather(edits, asked))
+        try:
+            report = run.go()
+            run.session.restore(run.weights)
+            edited = Edited(run, report)
+            if asked.held is not None and out is not None:
+                edited.save(out)
+        except BaseException:
+            if asked.held is not None:
+                put_back(asked.held, run.planned.sites)
+            raise
+    return edited
+
+
+class Stream:
+    """Edits a model batch by batch; use it as a context manager::
+
+        with Stream("out", model="my-model", editor="alphaedit", stabilizers=["nas"]) as stream:
+            stream.apply([{"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}])
+
+    ``out`` is the run folder, which is locked inside the block. Every batch is durable when :meth:`apply` returns;
+    leaving the block without an error writes the model folder; with ``resume=True`` a stream goes on. With ``out=None``
+    the stream lives in memory, and ``model`` may be a loaded transformers model with its ``tokenizer``, which keeps
+    the edits after the block. ``choices`` are the other settings of :class:`editcli.Recipe`, except that nothing is
+    measured along the way unless ``evaluate=True``. Raises :class:`editcli.EditError`.
+    """
+
+    def __init__(
+        self,
+        out: str | Path | None = None,
+        *,
+        model: Loadable = None,
+        tokenizer: Any = None,
+        plugins: Plugins | None = None,
+        reporter: Reporter | None = None,
+        **choices: Unpack[Choices],
+    ):
+        # What is measured along the way is the program's own business unless it asks.
+        settings = {"evaluate": False, **choices}
+        self._asked = ask(
+            model,
+            SOURCE,
+            tokenizer=tokenizer,
+            out=out,
+            plugins=plugins,
+            reporter=reporter,
+            choices=settings,
+            streaming=True,
+        )
+        self._open: tuple[Saved, Journal] | None = None
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Stream:
+        with ExitStack() as stack:
+            run = self._asked.start(stack, EditFile(SOURCE, "", (), (), ()))
+            run.open()
+            stream = run.stream()
+            run.begin(stream)
+            for batch in run.todo():
+                stream.apply(batch)
+            self._open, self._exit = (run, stream), stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with self._exit:
+                run, stream = self._opened()
+                if error is None:
+                    self.save()
+                    run.session.restore(run.weights)
+                elif stream.whole:
+                    stream.save()
+        finally:
+            # Also where saving failed: the lock is gone, and somebody else may go on with the folder.
+            self._open = None
+
+    def __repr__(self) -> str:
+        state = "not open" if self._open is None else f"{len(self.edits)} edits"
+        return f"<Stream in {self._asked.recipe.folder}: {state}>"
+
+    @property
+    def model(self) -> Any:
+        """The model under edit, with everything applied so far."""
+        return self._opened()[0].loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._opened()[0].loaded.tokens.tokenizer
+
+    @property
+    def edits(self) -> Sequence[EditRequest]:
+        """The edits in force."""
+        return tuple(self._opened()[1].position.requests)
+
+    def apply(self, batch: Sequence[EditRequest | Mapping[str, Any]]) -> BatchReport:
+        """Write one batch of requests, or of objects of the edits schema; on an error the weights are as before.
+
+        Raises :class:`editcli.RequestError` for an edit that cannot be used and :class:`editcli.GuardError` when a
+        guard of ``stop_if`` holds.
+        """
+        run, stream = self._opened()
+        requests = [read_request(edit, SOURCE) for edit in batch]
+        for request in requests:
+            run.planned.gate.admit(request)
+        return stream.apply(requests)
+
+    def save(self) -> RunReport:
+        """Write and verify the model folder as it stands, and a snapshot; in memory, only report."""
+        run, stream = self._opened()
+        stream.save()
+        run.read = stream.taken
+        return run.finish(stream, None)
+
+    def _opened(self) -> tuple[Saved, Journal]:
+        if self._open is None:
+            raise StateError(f"the stream in {self._asked.recipe.folder} is not open; use it in a 'with' block")
+        return self._open
+
+
+EditStream = Stream
+"""The name of :class:`Stream` in earlier versions."""
+
+
+Loadable: TypeAlias = "str | Path | PreTrainedModel | None"
+"""A folder, a hub id, None for the bundled model, or a model that is loaded already."""
+
+SOURCE = "<program>"
+"""What stands where a run of the command line names its edits file."""
+
+_OF_LOADING = ("revision", "device", "device_map", "dtype", "trust_remote_code")
+_OF_FOLDERS = ("resume", "overwrite", "checkpoint_every")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a program asked for; ``kept`` says that the result goes into a run folder."""
+
+    recipe: Recipe
+    plugins: Plugins
+    reporter: Reporter
+    held: HeldModel | None
+    kept: bool
+
+    def start(self, stack: ExitStack, file: EditFile) -> Saved:
+        """Plan the run and take what it needs, until ``stack`` is closed; nothing is loaded yet."""
+        clock = Clock()
+        with clock.spent("load"):
+            planned = self._plan(file)
+        tell_conflicts(planned, self.reporter)
+        stack.enter_context(writing(self.recipe.folder))
+        if self.kept:
+            folder = RunFolder(self.recipe.folder)
+            stack.enter_context(folder.locked())
+            return Saved(planned, folder, self.plugins, self.reporter, clock)
+        if self.held is not None:
+            stack.enter_context(borrowed(self.held.model))
+        return Unsaved(planned, self.plugins, self.reporter, clock, held=self.held)
+
+    def _plan(self, file: EditFile) -> planning.Planned:
+        if self.kept:
+            return planning.check(self.recipe, self.plugins, self.reporter, file=file)
+        self.recipe.check(self.plugins)
+        for warning in file.notes:
+            self.reporter.warn(warning)
+        base = self.held
+        if base is None:
+            source = planning.located(self.recipe)
+            base = planning.described(self.recipe, source, self.plugins)
+            check_fit(base.checkpoint, base.model, self.reporter)
+        planning.warn_of_thinking(base.tokens, self.reporter)
+        return planning.plan_on(base, self.recipe, self.plugins, file)
+
+
+def ask(
+    model: Loadable,
+    edits: Any,
+    *,
+    tokenizer: Any,
+    out: str | Path | None,
+    plugins: Plugins | None,
+    reporter: Reporter | None,
+    choices: Mapping[str, Any],
+    streaming: bool = False,
+) -> Asked:
+    """Check what a program passes; raises :class:`editcli.EditError` for what cannot go together."""
+    plugins = plugins or load_plugins()
+    named = model is None or isinstance(model, (str, Path))
+    _refuse_idle(choices, named=named, kept=out is not None)
+    if named and tokenizer is not None:
+        raise OptionError("tokenizer= goes with a model that is loaded already; a folder or a hub id has its own")
+    if not named and tokenizer is None:
+        raise ModelError("pass tokenizer= with a model that is loaded already; an edit is located by its tokens")
+    if out is not None and not named:
+        if streaming:
+            raise OptionError("a stream into a folder reads its base from files; pass the model's folder, or out=None")
+        refuse_full(Path(out))
+    recipe = _recipe(edits if isinstance(edits, (str, Path)) else SOURCE, out, choices)
+    if recipe.parallel == "tensor":
+        raise OptionError("parallel='tensor' needs several processes; run 'editcli apply' with torchrun")
+    recipe = with_clock(recipe.with_preset_read())
+    held = None
+    if not named:
+        families = planning.brought_families(plugins)
+        held = hold(model, tokenizer, families=families, chat_template=recipe.chat)
+    name = held.source.name if held else model
+    recipe = _with(recipe, model=None if name is None else str(name))
+    return Asked(recipe, plugins, reporter or Silent(), held, kept=out is not None and named)
+
+
+def gather(edits: str | Path | Sequence[EditRequest | Mapping[str, Any]], asked: Asked) -> EditFile:
+    """Read the edits that a program passes, as a file's would be read."""
+    if isinstance(edits, (str, Path)):
+        return planning.read_requested(asked.recipe, asked.plugins)
+    skip = asked.recipe.on_error == "skip"
+    collected = Collector(skip_bad=skip, limit=asked.recipe.limit, formats=load_formats(asked.plugins))
+    for number, edit in enumerate(_listed(edits)):
+        place = f"edits[{number}]"
+        collected.add(lambda edit=edit, place=place: _record(edit, place), file=place, line=None)
+        if collected.full:
+            break
+    if not collected.requests and not collected.rejected:
+        raise RequestError("there is no edit; pass objects of the edits schema, or the path of an edits file")
+    return collected.result(SOURCE, "")
+
+
+def read_request(edit: EditRequest | Mapping[str, Any], place: str) -> EditRequest:
+    """Build a request from what a program passes; raise :class:`RequestError` when it is none."""
+    return edit if isinstance(edit, EditRequest) else from_record(_record(edit, place), file=place)
+
+
+def refuse_full(folder: Path) -> None:
+    """Raise :class:`StateError` unless ``folder`` is a new or an empty one."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise StateError(f"{folder} exists and is not an empty folder; choose another one")
+
+
+def _listed(edits: Any) -> Iterable[Any]:
+    if isinstance(edits, (Mapping, EditRequest)):
+        raise RequestError("edits must be a list; write [...] around a single one")
+    return edits
+
+
+def _record(edit: Any, place: str) -> dict[str, Any]:
+    """Return an edit as its line of a file would be read, so that it can be recorded."""
+    if isinstance(edit, EditRequest):
+        return edit.to_json()
+    if not isinstance(edit, Mapping):
+        raise RequestError(f"an edit is an object of the edits schema, not {kind_of(edit)}", file=place)
+    try:
+        return refuse_deep(json.loads(json.dumps(dict(edit), allow_nan=False)), file=place, line=None)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"this edit cannot be written as JSON: {error}", file=place) from error
+
+
+def _recipe(edits: str | Path, out: str | Path | None, choices: Mapping[str, Any]) -> Recipe:
+    """Build the recipe; names may come as one text or as any sequence, layers also as ``"4-8"``."""
+    values = dict(choices)
+    for name in ("stabilizers", "stop_if"):
+        if name in values:
+            given = values[name]
+            values[name] = (given,) if isinstance(given, str) else tuple(given)
+    if values.get("layers") is not None:
+        given = values["layers"]
+        values["layers"] = parse_layers(given) if isinstance(given, str) else tuple(given)
+    return Recipe.from_json({**values, "edits": str(edits), "out": MEMORY if out is None else str(out)})
+
+
+def _with(recipe: Recipe, *, model: str | None) -> Recipe:
+    return Recipe.from_json({**recipe.to_json(), "model": model})
+
+
+def _refuse_idle(choices: Mapping[str, Any], *, named: bool, kept: bool) -> None:
+    """Refuse settings that would do nothing: silence would look like consent."""
+    for name in _OF_LOADING:
+        if name in choices and not named:
+            raise OptionError(f"{name}= says how editcli loads a model, but this one is loaded already; leave it out")
+    for name in _OF_FOLDERS:
+        if name in choices and not (kept and named):
+            raise OptionError(
+                f"{name}= belongs to a run folder, but this run has none; pass out= with a model's folder"
+            )

@@ -1,0 +1,1 @@
+"""What a command does when it is not a run itself: one module each."""

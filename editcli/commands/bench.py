@@ -1,0 +1,247 @@
+"""Stacks side by side on one stream: what each of them retains, and what it does to the norms.
+
+A bench is a folder of ordinary runs, one for each stack, all from the same base with the same edits, so every figure
+can be looked into with the other commands. Its own part is to start them, to go on with those that were stopped, and to
+put their journals beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from editcli.errors import NumericalError, OptionError, StateError
+from editcli.health.growth import Growth, fit_growth
+from editcli.plugin.manager import Plugins
+from editcli.records.edits import read_lines
+from editcli.records.history import Batch, History, read_history
+from editcli.records.state import RunFolder
+from editcli.reporting import Reporter, Silent
+from editcli.runs.apply import DONE, INTERRUPTED, STOPPED, apply
+from editcli.runs.conversation import with_clock
+from editcli.runs.planning import read_requested
+from editcli.runs.retention import METRICS
+from editcli.settings.recipe import Recipe
+from editcli.storage.files import write_json
+
+COLLAPSE = 0.60
+"""CP@60: a stack has collapsed once its retained efficacy is below this."""
+COLLAPSING = ("efficacy_success", "efficacy_accuracy")
+"""Efficacies whose collapse point is looked for; the papers' is that of the first."""
+COHORTS = 4
+"""Equal parts of the stream whose edits are compared at its end: were the early ones overwritten?"""
+FAILED = "failed"
+"""Status of a stack whose linear algebra broke down."""
+_DECIDING = (
+    "edits",
+    "model",
+    "revision",
+    "batch_size",
+    "layers",
+    "preset",
+    "limit",
+    "seed",
+    "settings",
+    "dtype",
+    "eval_every",
+    "chat_template",
+    "system",
+    "template_args",
+)
+"""Settings that must be the same for an earlier run of a stack to count."""
+FIGURES = METRICS
+"""Both forms of efficacy, generalization and specificity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a stack retained after so many edits."""
+
+    edits: int
+    ratio: float | None
+    """The largest R_n of any site that has one."""
+    figures: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One stack along the stream."""
+
+    stack: str
+    status: str
+    points: tuple[Point, ...]
+    collapse: Mapping[str, int | None]
+    """CP@60 of each of :data:`COLLAPSING`: edits done when it was first below 0.60; None while it never was."""
+    cohorts: Mapping[str, tuple[float, ...]]
+    """Each of :data:`COLLAPSING` at the end in every quarter of the stream, the earliest quarter first."""
+    growth: Growth | None
+    """How the largest R_n of any site grew, over all batches."""
+    seconds_per_edit: float | None
+    out: str
+
+    @property
+    def last(self) -> Point | None:
+        """The stack at the end of the stream."""
+        return self.points[-1] if self.points else None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """All stacks of a bench; ``complete`` is false when one of them was interrupted."""
+
+    edits: str
+    batch_size: int | None
+    curves: tuple[Curve, ...]
+    out: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stack came to its end."""
+        return all(curve.status != INTERRUPTED for curve in self.curves)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the documented JSON object."""
+        return asdict(self)
+
+
+def parse_stacks(text: str, plugins: Plugins) -> tuple[tuple[str, ...], ...]:
+    """Read ``memit,memit+nas``: an editor's name, then its stabilizers'; raises on a name that is not known."""
+    stacks = []
+    for part in text.split(","):
+        names = tuple(name.strip() for name in part.split("+"))
+        if not all(names):
+            raise OptionError(f"cannot read the stack {part!r}: write EDITOR+STABILIZER, for instance memit+nas+revive")
+        plugins.find("editor", names[0])
+        for name in names[1:]:
+            plugins.find("stabilizer", name)
+        stacks.append(names)
+    return tuple(dict.fromkeys(stacks))
+
+
+def bench(
+    recipe: Recipe, stacks: Sequence[Sequence[str]], plugins: Plugins, reporter: Reporter | None = None
+) -> BenchReport:
+    """Run every stack as ``recipe`` says, each in its own folder under the recipe's; go on with what is there."""
+    reporter = reporter or Silent()
+    # A stream or a preset that cannot be read is refused before anything is written.
+    recipe = recipe.with_preset_read()
+    read_requested(recipe, plugins)
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    # What was run before and what is run today are asked at one time.
+    recipe = with_clock(recipe, folders=[recipe.folder / "+".join(names) for names in stacks])
+    curves = []
+    with reporter.phase("Stacks", len(stacks), "stacks") as advance:
+        for names in stacks:
+            title = "+".join(names)
+            reporter.note(f"Stack {title}")
+            try:
+                status = _run(_recipe_of(recipe, names), plugins, reporter)
+            except NumericalError as error:
+                # What one method cannot compute is a result of the bench, not its end.
+                reporter.warn(f"stack {title} failed: {error}")
+                status = FAILED
+            curves.append(replace(read_curve(title, recipe.folder / title), status=status))
+            advance(1)
+            if status == INTERRUPTED:
+                break
+    report = BenchReport(recipe.edits, recipe.batch_size, tuple(curves), str(recipe.folder))
+    write_json(recipe.folder / "bench.json", report.to_json())
+    return report
+
+
+def read_curve(stack: str, out: Path) -> Curve:
+    """Read one stack's curve from its run folder."""
+    history = read_history(out)
+    if history is None:
+        return Curve(stack, FAILED, (), dict.fromkeys(COLLAPSING), {}, None, None, str(out))
+    record, points = history.record, _points(history)
+    done = sum(len(batch.edits) for batch in history.batches)
+    spent = sum(batch.seconds or 0.0 for batch in history.batches)
+    return Curve(
+        stack=stack,
+        status=str(record.get("status", "running")),
+        points=points,
+        collapse={name: collapse_point(points, name) for name in COLLAPSING},
+        cohorts=_cohorts(history),
+        growth=_growth(history),
+        seconds_per_edit=spent / done if done else None,
+        out=str(out),
+    )
+
+
+def _recipe_of(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    out = recipe.folder / "+".join(names)
+    return replace(
+        recipe,
+        editor=names[0],
+        stabilizers=tuple(names[1:]),
+        out=str(out),
+        resume=RunFolder(out).is_run,
+        overwrite=False,
+    )
+
+
+def _run(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> str:
+    """Run or resume one stack; a stack that came to its end as this recipe says is not run again."""
+    record = RunFolder(recipe.folder).read_record()
+    status = str(record.get("status"))
+    if status not in (DONE, STOPPED):
+        return apply(recipe, plugins, reporter).status
+    asked = recipe.to_json()
+    made = record.get("recipe", {})
+    other = [name for name in _DECIDING if asked[name] != made.get(name)]
+    if other:
+        raise StateError(f"{recipe.folder} was made with other {', '.join(other)}; choose another --out")
+    return status
+
+
+def collapse_point(points: Sequence[Point], figure: str) -> int | None:
+    """Return the edits done when a retained figure was first below :data:`COLLAPSE`; None when it never was."""
+    known = ((point.edits, point.figures.get(figure)) for point in points)
+    return next((edits for edits, value in known if value is not None and value < COLLAPSE), None)
+
+
+def _points(history: History) -> tuple[Point, ...]:
+    points = []
+    for edits, batch in _counted(history):
+        retained = batch.metrics.get("retained")
+        if retained:
+            points.append(Point(edits, _ratio(batch), {name: retained.get(name) for name in FIGURES}))
+    return tuple(points)
+
+
+def _growth(history: History) -> Growth | None:
+    counted = _counted(history)
+    known = [(edits, ratio) for edits, batch in counted if (ratio := _ratio(batch)) is not None]
+    return fit_growth([edits for edits, _ in known], [ratio for _, ratio in known])
+
+
+def _counted(history: History) -> list[tuple[int, Batch]]:
+    """Return the batches, each with the number of edits done after it."""
+    return list(zip(accumulate(len(batch.edits) for batch in history.batches), history.batches, strict=True))
+
+
+def _ratio(batch: Batch) -> float | None:
+    """Return the largest R_n of a batch; None where every base is a matrix of zeros."""
+    return max((float(site["ratio"]) for site in batch.sites.values() if site["ratio"] is not None), default=None)
+
+
+def _cohorts(history: History) -> dict[str, tuple[float, ...]]:
+    """Return both efficacies of each quarter of the stream, from the final evaluation; nothing without one."""
+    answers = {str(line["id"]): line["efficacy"][0] for line in read_lines(history.folder.outcomes)}
+    ids = [name for batch in history.batches for name in batch.edits if name in answers]
+    size = len(ids) // COHORTS
+    if not size:
+        return {}
+    parts = [[answers[name] for name in ids[start * size : (start + 1) * size]] for start in range(COHORTS)]
+    fields = {"efficacy_success": "success", "efficacy_accuracy": "exact"}
+    # An edit without a true answer has no success to be averaged.
+    return {
+        name: tuple(fmean(answer[field] for answer in part) for part in parts)
+        for name, field in fields.items()
+        if all(answer[field] is not None for part in parts for answer in part)
+    }

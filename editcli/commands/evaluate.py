@@ -1,0 +1,262 @@
+"""``eval``: measure edits on a saved model, and on its base beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
+from editcli.errors import ModelError, OptionError
+from editcli.evaluation.ability import Drift, general_drift
+from editcli.evaluation.admission import thinking_warning
+from editcli.evaluation.harness import HarnessResult, require_harness, run_harness
+from editcli.evaluation.locality import answer_locality
+from editcli.evaluation.metrics import Evaluation, evaluate
+from editcli.models.chat_settings import ChatSettings
+from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
+from editcli.records.history import read_history
+from editcli.reporting import Reporter, Silent
+from editcli.requests.formats import load_formats
+from editcli.requests.reader import EditFile, read_edits
+from editcli.requests.schema import EditRequest
+from editcli.requests.superseding import supersede
+from editcli.runs.conversation import clock_of
+from editcli.settings.recipe import check_chat
+
+if TYPE_CHECKING:
+    from editcli.models.architectures import Family
+    from editcli.plugin.manager import Plugins
+
+OWN_BASE = "own"
+"""As ``base``: the model that a run folder of ours was made from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRecipe:
+    """Everything that decides what ``eval`` measures; raises :class:`OptionError` when it makes no sense."""
+
+    model: str
+    edits: str | None = None
+    """None measures the harness's tasks and the drift alone."""
+    base: str | None = None
+    """A folder, a hub id, or :data:`OWN_BASE`; adds the base's metrics and the drift of general ability."""
+    metrics: tuple[str, ...] = ()
+    """Protocols of :data:`editcli.evaluation.metrics.METRICS`; empty means what the records have fields for."""
+    sample: int | None = None
+    """Measure so many edits, chosen by ``seed``, instead of all."""
+    limit: int | None = None
+    text: str | None = None
+    """Text file for the drift; default: the bundled held-out text."""
+    harness: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness."""
+    harness_include: tuple[str, ...] = ()
+    """Folders with more of its tasks."""
+    out: str | None = None
+    """JSONL file for the raw numbers of every edit."""
+    on_error: str = "stop"
+    seed: int = 0
+    device: str = "auto"
+    device_map: str | None = None
+    dtype: str = "auto"
+    chat_template: bool = False
+    system: str | None = None
+    """The system message that stands before every prompt in the chat template."""
+    template_args: Mapping[str, Any] | None = None
+    """Variables of the chat template."""
+    template_clock: str | None = None
+    """Date and time that the chat template reads; None is what the model's run recorded, else now."""
+    trust_remote_code: bool = False
+
+    @property
+    def chat(self) -> bool | ChatSettings:
+        """What the chat template is given; False for plain prompts."""
+        return self.chat_template and ChatSettings(self.system, self.template_args or {}, self.template_clock)
+
+    def __post_init__(self) -> None:
+        check_chat(self.chat_template, self.system, self.template_args)
+        # Building them checks them.
+        self.chat  # noqa: B018
+        if self.harness_include and not self.harness:
+            raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
+        if self.text is not None and self.base is None:
+            raise OptionError("--text is what --base is measured on; pass both")
+        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
+            raise OptionError(f"the folder of --out {self.out} does not exist")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What ``eval`` found."""
+
+    model: str
+    edits_file: str | None
+    edits: int
+    evaluation: Evaluation
+    harness: HarnessResult | None = None
+    base: str | None = None
+    base_evaluation: Evaluation | None = None
+    base_harness: HarnessResult | None = None
+    drift: Drift | None = None
+    warnings: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the metrics as a JSON object; the raw numbers of single edits are in ``eval --out``."""
+        return {
+            "model": self.model,
+            "edits_file": self.edits_file,
+            "edits": self.edits,
+            "rejected": list(self.rejected),
+            **self.evaluation.to_json(),
+            "harness": None if self.harness is None else self.harness.to_json(),
+            "base": None if self.base_evaluation is None else self._base_json(self.base_evaluation),
+            "drift": None if self.drift is None else self.drift.to_json(),
+        }
+
+    def _base_json(self, evaluation: Evaluation) -> dict[str, Any]:
+        harness = None if self.base_harness is None else self.base_harness.to_json()
+        return {"model": self.base, **evaluation.to_json(), "harness": harness}
+
+
+def measure(
+    recipe: EvalRecipe, plugins: Plugins, reporter: Reporter | None = None, *, team: Team | None = None
+) -> Measurement:
+    """Run ``recipe``; raises an :class:`~editcli.errors.EditError` in one sentence.
+
+    Every process of ``team`` calls this alike and returns the same figures; rank 0 alone writes and reports.
+    """
+    team = team or Team()
+    reporter = reporter if reporter is not None and team.leads else Silent()
+    _refuse_company(recipe, team)
+    if recipe.harness:
+        require_harness()
+    file = _read(recipe, plugins)
+    for text in (*file.warnings, *(f"left out: {error}" for error in file.rejected)):
+        reporter.warn(text)
+    requests = sample(supersede(file.requests)[0], recipe.sample, seed=recipe.seed)
+    source = resolve_model(recipe.model, code=recipe.trust_remote_code)
+    recipe = _with_clock(recipe, source, team)
+    base_source = _base(recipe, source)
+    texts = list(general_text(recipe.text)) if base_source is not None else []
+    parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
+    agree_on_inputs(team, "recipe, edits and text", parts)
+    families = tuple(family for _, family in plugins.brought("editcli_architectures"))
+    loaded = _open(source, recipe, families, reporter)
+    base = None if base_source is None else _open(base_source, recipe, families, reporter)
+    warning = thinking_warning(loaded.tokens)
+    if warning is not None:
+        reporter.warn(warning)
+    if team.size > 1:
+        # A fingerprint costs a pass over the files, which a process on its own has no use for.
+        agree_on_models(team, [one.checkpoint.fingerprint() for one in (loaded, base) if one is not None])
+    if base is not None:
+        requests = answer_locality(base, requests, reporter=reporter, team=team)
+    evaluation = _evaluate(loaded, requests, recipe, reporter, team)
+    if recipe.out is not None and team.leads:
+        _write_raw(Path(recipe.out), evaluation)
+    return Measurement(
+        model=source.name,
+        edits_file=None if recipe.edits is None else file.source,
+        edits=len(requests),
+        evaluation=evaluation,
+        harness=_harness(loaded, recipe, reporter),
+        base=None if base_source is None else base_source.name,
+        base_evaluation=None if base is None else _evaluate(base, requests, recipe, reporter, team),
+        base_harness=None if base is None else _harness(base, recipe, reporter),
+        drift=None if base is None else general_drift(loaded, base, texts, reporter=reporter, team=team),
+        rejected=tuple(str(error) for error in file.rejected),
+    )
+
+
+def sample(requests: Sequence[EditRequest], count: int | None, *, seed: int) -> tuple[EditRequest, ...]:
+    """Return ``count`` of the requests in their order, the same for the same seed; all of them for None."""
+    if count is None or count >= len(requests):
+        return tuple(requests)
+    chosen = random.Random(seed).sample(range(len(requests)), count)
+    return tuple(requests[index] for index in sorted(chosen))
+
+
+def _refuse_company(recipe: EvalRecipe, team: Team) -> None:
+    if team.size == 1:
+        return
+    if recipe.harness:
+        raise OptionError(
+            f"--harness runs in one process, not in {team.size}; run it without a launcher, the edits' metrics with one"
+        )
+    if recipe.edits == "-":
+        raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
+
+
+def _read(recipe: EvalRecipe, plugins: Plugins) -> EditFile:
+    if recipe.edits is None:
+        return EditFile("", "", (), (), ())
+    skip = recipe.on_error == "skip"
+    return read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
+
+
+def _with_clock(recipe: EvalRecipe, source: ModelSource, team: Team) -> EvalRecipe:
+    """Return the recipe with the time at which the model was edited, so that it is asked what it was taught."""
+    if not recipe.chat_template or recipe.template_clock is not None:
+        return recipe
+    return replace(recipe, template_clock=clock_of([source.folder], team))
+
+
+def _harness(loaded: LoadedModel, recipe: EvalRecipe, reporter: Reporter) -> HarnessResult | None:
+    if not recipe.harness:
+        return None
+    # It draws progress of its own.
+    reporter.note(f"lm-evaluation-harness on {loaded.source.name}: {', '.join(recipe.harness)}")
+    return run_harness(loaded, recipe.harness, include=recipe.harness_include, seed=recipe.seed)
+
+
+def _evaluate(
+    loaded: LoadedModel, requests: Sequence[EditRequest], recipe: EvalRecipe, reporter: Reporter, team: Team
+) -> Evaluation:
+    return evaluate(loaded, requests, metrics=recipe.metrics or None, seed=recipe.seed, reporter=reporter, team=team)
+
+
+def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family], reporter: Reporter) -> LoadedModel:
+    return open_model(
+        source,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        device_map=recipe.device_map,
+        families=families,
+        chat_template=recipe.chat,
+        trust_remote_code=recipe.trust_remote_code,
+        reporter=reporter,
+    )
+
+
+def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
+    code = recipe.trust_remote_code
+    if recipe.base != OWN_BASE:
+        return None if recipe.base is None else resolve_model(recipe.base, code=code)
+    history = read_history(source.folder)
+    candidates = history.bases if history is not None else ()
+    for candidate in candidates:
+        try:
+            return resolve_model(candidate, code=code)
+        except ModelError:
+            continue
+    known = f"its base {candidates[0]} is not where it was" if candidates else "it records no base"
+    raise ModelError(f"{source.name}: {known}; pass the base as --base=MODEL")
+
+
+def general_text(file: str | None) -> Iterator[str]:
+    """Yield the paragraphs of the text to measure general ability on: a file's, or the bundled held-out text's."""
+    path = Path(file).expanduser() if file is not None else bundled_folder() / "heldout.txt"
+    try:
+        content = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the text {path} cannot be read: {error}") from error
+    yield from (line for line in content.splitlines() if line.strip())
+
+
+def _write_raw(path: Path, evaluation: Evaluation) -> None:
+    from editcli.storage.files import write_bytes
+
+    write_bytes(path, "".join(f"{line}\n" for line in evaluation.raw_lines()).encode())

@@ -1,0 +1,204 @@
+"""Compute a model's second moments ahead of time, and list those that are kept: the library part of ``stats``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+from safetensors import SafetensorError, safe_open
+
+from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
+from editcli.errors import StatisticsError
+from editcli.models.architectures import Family, resolve, skeleton
+from editcli.models.hub import lacks_weights
+from editcli.models.loading import LoadedModel, load_config, load_tokens, open_model, resolve_model
+from editcli.plugin.interfaces import Site
+from editcli.presets.loader import load_preset
+from editcli.reporting import Reporter, Silent
+from editcli.settings.core import StatisticsOptions
+from editcli.statistics.moments import Identity, SecondMoments
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MomentsRecipe:
+    """Which second moments to compute, on what text, and where to put them besides the cache."""
+
+    model: str | None = None
+    revision: str | None = None
+    layers: tuple[int, ...] | None = None
+    """None takes the preset's."""
+    preset: str | None = None
+    """A preset file instead of the model's preset."""
+    corpus: str | None = None
+    options: StatisticsOptions | None = None
+    out: str | None = None
+    """A file for ``apply --stats``."""
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: str | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The second moment of one site, as it lies on disk."""
+
+    module: str
+    width: int
+    """d_in, the width of a key."""
+    tokens: int
+    corpus: str
+    """Identity of the text: the hash of a file, or ``hf:...``, or ``self:...``."""
+    dtype: str
+    bytes: int
+    path: str
+    computed: bool = False
+    """True when this call computed it, False when it was there."""
+
+
+@dataclass(frozen=True, slots=True)
+class MomentsReport:
+    """Second moments of one model, or of all models for ``model`` None."""
+
+    model: str | None
+    sites: tuple[Stored, ...]
+    seconds: float = 0.0
+    out: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as a JSON object."""
+        sites = [asdict(site) for site in self.sites]
+        return {"model": self.model, "sites": sites, "seconds": round(self.seconds, 3), "out": self.out}
+
+
+def compute(
+    recipe: MomentsRecipe,
+    families: Sequence[Family] = (),
+    reporter: Reporter | None = None,
+    *,
+    team: Team | None = None,
+) -> MomentsReport:
+    """Compute what is missing, in one pass over the text, and return where everything lies.
+
+    Every process of ``team`` calls this alike and reads a share of the text; rank 0 alone writes, and keeps the cache.
+    """
+    team = team or Team()
+    reporter = reporter if reporter is not None and team.leads else Silent()
+    source = resolve_model(recipe.model, revision=recipe.revision, code=recipe.trust_remote_code)
+    loaded = open_model(
+        source,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        device_map=recipe.device_map,
+        families=families,
+        trust_remote_code=recipe.trust_remote_code,
+        reporter=reporter,
+    )
+    layers = recipe.layers or load_preset(loaded.model.config, loaded.architecture, recipe.preset).layers
+    sites = [loaded.architecture.site(layer) for layer in layers]
+    moments = SecondMoments(
+        loaded, options=recipe.options, corpus=recipe.corpus, reporter=reporter, seed=recipe.seed, team=team
+    )
+    agree_on_inputs(team, "recipe and text", {"recipe": asdict(recipe), "text": moments.corpus.identity})
+    if team.size > 1:
+        # A fingerprint costs a pass over the files, which a process on its own has no use for.
+        agree_on_models(team, [loaded.checkpoint.fingerprint()])
+    started = time.perf_counter()
+    missing = moments.missing(sites)
+    if missing and recipe.out is None and not all(team.lead("cache", lambda: [moments.files.is_writable()])):
+        raise StatisticsError(f"the cache {moments.cache} cannot be written; write to a file with --out FILE")
+    if missing:
+        moments.compute(missing)
+    seconds = time.perf_counter() - started
+    if recipe.out is not None:
+        _save(moments, Path(recipe.out), sites)
+    kept = team.lead("what is kept", lambda: [asdict(stored) for stored in _of(moments, sites, recipe.out)])
+    by_module = {item["module"]: Stored(**item) for item in kept}
+    found = [replace(by_module[s.module], computed=s in missing) for s in sites if s.module in by_module]
+    return MomentsReport(source.name, tuple(found), seconds, recipe.out)
+
+
+def show(
+    model: str | None,
+    *,
+    revision: str | None = None,
+    families: Sequence[Family] = (),
+    trust_remote_code: bool = False,
+) -> MomentsReport:
+    """List the second moments in the cache: those of ``model``, or of every model for None. Loads no weights."""
+    if model is None:
+        return MomentsReport(None, tuple(stored for stored, _ in _kept(cache_folder())))
+    source = resolve_model(model, revision=revision, weights=False, code=trust_remote_code)
+    if lacks_weights(source.folder):
+        # Nothing was computed here from a model whose weights never were here; they are not fetched to say so.
+        return MomentsReport(source.name, ())
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    tokens = load_tokens(source, config, trust_remote_code=trust_remote_code)
+    bare = skeleton(config, trust_remote_code)
+    loaded = LoadedModel(bare, tokens, resolve(bare, families), source)
+    moments = SecondMoments(loaded)
+    sites = [loaded.architecture.site(layer) for layer in range(loaded.architecture.layers)]
+    kept = {identity.module for _, identity in _kept(moments.cache)}
+    wanted = {moments.identity(site).model for site in sites if site.module in kept}
+    found = [stored for stored, identity in _kept(moments.cache) if identity.model in wanted]
+    return MomentsReport(source.name, tuple(found))
+
+
+def cache_folder() -> Path:
+    """Return where second moments are kept."""
+    return user_cache_path("editcli") / "second-moments"
+
+
+def _save(moments: SecondMoments, path: Path, sites: Sequence[Site]) -> None:
+    try:
+        moments.save(path, sites)
+    except OSError as error:
+        raise StatisticsError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+
+
+def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Iterator[Stored]:
+    """Yield what there is on ``sites``: in the cache, or only in the file ``out`` where the cache cannot be written."""
+    wanted = {moments.identity(site).fingerprint for site in sites}
+    yield from (stored for stored, identity in _kept(moments.cache) if identity.fingerprint in wanted)
+    if out is None:
+        return
+    for site, moment in moments.uncached.items():
+        identity, size = moments.identity(site), moment.numel() * moment.element_size()
+        yield Stored(site.module, len(moment), identity.tokens, identity.corpus, identity.dtype, size, out)
+
+
+def _kept(folder: Path) -> Iterator[tuple[Stored, Identity]]:
+    """Yield what lies in the cache, by module; a file that cannot be read is not ours to complain about."""
+    found = [item for path in folder.glob("*.safetensors") if (item := _read(path)) is not None]
+    yield from sorted(found, key=lambda item: (item[1].tokenizer, item[1].corpus, natural(item[0].module)))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts ``layers.2`` before ``layers.10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _read(path: Path) -> tuple[Stored, Identity] | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            identity = Identity(**json.loads((file.metadata() or {})["identity"]))
+            (name,) = file.keys()
+            width = file.get_slice(name).get_shape()[0]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+    stored = Stored(
+        module=identity.module,
+        width=width,
+        tokens=identity.tokens,
+        corpus=identity.corpus,
+        dtype=identity.dtype,
+        bytes=path.stat().st_size,
+        path=str(path),
+    )
+    return stored, identity

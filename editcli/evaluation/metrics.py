@@ -1,0 +1,294 @@
+"""Measure what edits did, every number under the name of its protocol.
+
+========================  ==============================================================================================
+efficacy_success          share of edits with P(target_new) > P(target_true) on the prompt
+efficacy_accuracy         share of edits whose greedy answer is target_new, token for token
+generalization_*          the same on ``paraphrase_prompts``, averaged within an edit first
+specificity_success       P(true answer) > P(target_new) on ``neighborhood_prompts``
+specificity_accuracy      the greedy answer is still the true one there
+score                     harmonic mean of the three successes
+zsre                      share of right tokens, teacher forced, on prompt, paraphrases and ``locality``
+knowedit                  the same on prompt, ``portability`` and ``locality``
+fluency, consistency      see :mod:`editcli.evaluation.generation`
+========================  ==============================================================================================
+
+P is the product over the answer's tokens, length-normalised: the mean log-probability per token (as in MEMIT,
+arXiv:2210.07229). A metric whose fields are missing everywhere is None, never 0; an edit without them is left out of
+that metric's mean. :mod:`editcli.evaluation.scoring` does the scoring.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, harmonic_mean
+from typing import TYPE_CHECKING, Any
+
+from editcli.distributed.team import Team
+from editcli.errors import OptionError, RequestError, near_miss
+from editcli.evaluation.generation import Generation, consistency, fluency, generate
+from editcli.evaluation.scoring import BATCH_TOKENS, Probe, ProbeScore, encode_probes, score
+from editcli.models.tokens import Tokens
+from editcli.reporting import Reporter, Silent
+from editcli.requests.schema import EditRequest, Neighbor
+
+if TYPE_CHECKING:
+    from editcli.models.loading import LoadedModel
+
+__all__ = ["METRICS", "Answer", "Evaluation", "Outcome", "Probe", "ProbeScore", "evaluate", "score"]
+
+METRICS = ("counterfact", "zsre", "knowedit", "fluency", "consistency")
+"""What can be asked for: three scoring protocols and two that need generated text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How probable the wanted answer of one prompt is, and its rival."""
+
+    prompt: str
+    target: str
+    logprob: float
+    """Mean natural log-probability per token of ``target``."""
+    exact: bool
+    accuracy: float
+    rival: str | None = None
+    rival_logprob: float | None = None
+    axis: str | None = None
+
+    @property
+    def success(self) -> bool | None:
+        """True when the wanted answer is more probable than its rival; None without a rival."""
+        return None if self.rival_logprob is None else self.logprob > self.rival_logprob
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything measured about one edit; an answer's target is what the model should say there."""
+
+    id: str
+    efficacy: tuple[Answer, ...]
+    paraphrases: tuple[Answer, ...] = ()
+    neighbors: tuple[Answer, ...] = ()
+    locality: tuple[Answer, ...] = ()
+    portability: tuple[Answer, ...] = ()
+    generations: tuple[Generation, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the raw numbers as a JSON object: one line of ``eval --out``. What is not finite becomes null."""
+        record = asdict(self)
+        for group in _GROUPS:
+            for line, answer in zip(record[group], getattr(self, group), strict=True):
+                line["success"] = answer.success
+                for name in ("logprob", "rival_logprob"):
+                    # A wrecked model answers with NaN, which JSON does not know.
+                    line[name] = line[name] if math.isfinite(line[name] or 0) else None
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Metrics over a set of edits; None where the records have no field for it, or where it was not asked for."""
+
+    efficacy_accuracy: float | None
+    efficacy_success: float | None
+    generalization_accuracy: float | None
+    generalization_success: float | None
+    specificity_accuracy: float | None
+    specificity_success: float | None
+    score: float | None
+    zsre: Mapping[str, float | None] | None = None
+    knowedit: Mapping[str, float | None] | None = None
+    fluency: float | None = None
+    """In bits, not multiplied by 100 as some published tables do."""
+    consistency: float | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the metrics and counts, without the outcomes of single edits."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "outcomes"}
+
+    def raw_lines(self) -> Iterator[str]:
+        """Yield one JSON line of raw numbers for each edit."""
+        for outcome in self.outcomes:
+            yield json.dumps(outcome.to_json(), ensure_ascii=False)
+
+
+def evaluate(
+    loaded: LoadedModel,
+    requests: Sequence[EditRequest],
+    *,
+    metrics: Collection[str] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+    team: Team | None = None,
+) -> Evaluation:
+    """Measure ``requests`` on a model as it stands; all prompts go through it in one length-sorted pass.
+
+    Scoring and generating are shared out over ``team``, whose ranks all get the same answer.
+
+    ``metrics`` names protocols of :data:`METRICS`; by default all those that need no generated text and whose fields
+    are there. Raises :class:`OptionError` for an unknown metric and :class:`RequestError` for a prompt too long.
+    """
+    reporter = reporter or Silent()
+    chosen = _choose(metrics, requests)
+    plans = [questions(request, chosen) for request in requests]
+    probes = list(dict.fromkeys(probe for plan in plans for question in plan for probe in question.probes))
+    try:
+        scored = score(loaded, probes, batch_tokens=batch_tokens, reporter=reporter, team=team)
+    except RequestError:
+        _refuse_unreadable(requests, plans, loaded.tokens)
+        raise
+    scores = dict(zip(probes, scored, strict=True))
+    generations: Mapping[str, Generation] = {}
+    if chosen & {"fluency", "consistency"}:
+        prompts = [prompt for request in requests for prompt in request.generation_prompts]
+        generations = generate(loaded, prompts, seed=seed, batch_tokens=batch_tokens, reporter=reporter, team=team)
+    outcomes = tuple(
+        _outcome(request, plan, scores, generations) for request, plan in zip(requests, plans, strict=True)
+    )
+    return summarize(outcomes, requests=requests, metrics=chosen)
+
+
+def _refuse_unreadable(requests: Sequence[EditRequest], plans: Sequence[Sequence[Question]], tokens: Tokens) -> None:
+    """Raise :class:`RequestError` at the line of the first edit whose prompts cannot be scored."""
+    for request, plan in zip(requests, plans, strict=True):
+        try:
+            encode_probes(tokens, [probe for question in plan for probe in question.probes])
+        except RequestError as error:
+            raise request.refusal(error.reason) from error
+
+
+def summarize(outcomes: Sequence[Outcome], *, requests: Sequence[EditRequest], metrics: Collection[str]) -> Evaluation:
+    """Average the outcomes of single edits: over the prompts of an edit first, then over edits."""
+    successes = [_mean(outcomes, group, "success") for group in ("efficacy", "paraphrases", "neighbors")]
+    accuracies = [_mean(outcomes, group, "exact") for group in ("efficacy", "paraphrases", "neighbors")]
+    tokens = {group: _mean(outcomes, group, "accuracy") for group in _GROUPS}
+    zsre = {"efficacy": tokens["efficacy"], "generalization": tokens["paraphrases"], "locality": tokens["locality"]}
+    knowedit = {"edit_success": tokens["efficacy"]} | {n: tokens[n] for n in ("portability", "locality")}
+    generations = {outcome.id: [g.text for g in outcome.generations] for outcome in outcomes}
+    return Evaluation(
+        efficacy_accuracy=accuracies[0],
+        efficacy_success=successes[0],
+        generalization_accuracy=accuracies[1],
+        generalization_success=successes[1],
+        specificity_accuracy=accuracies[2],
+        specificity_success=successes[2],
+        score=harmonic(successes),
+        zsre=zsre if "zsre" in metrics else None,
+        knowedit=knowedit if "knowedit" in metrics else None,
+        fluency=fluency(generations) if "fluency" in metrics else None,
+        consistency=consistency(generations, _references(requests)) if "consistency" in metrics else None,
+        counts={"edits": len(outcomes)} | {n: sum(len(getattr(o, n)) for o in outcomes) for n in _GROUPS[1:]},
+        outcomes=tuple(outcomes),
+    )
+
+
+def harmonic(values: Iterable[float | None]) -> float | None:
+    """Return the harmonic mean, 0 when one value is 0, None when one is missing."""
+    known = list(values)
+    return None if not known or None in known else harmonic_mean([value for value in known if value is not None])
+
+
+_GROUPS = ("efficacy", "paraphrases", "neighbors", "locality", "portability")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One prompt of an edit, with the answer that is wanted and the one that is not."""
+
+    group: str
+    prompt: str
+    target: str
+    rival: str | None = None
+    axis: str | None = None
+    between: str | None = None
+    """What stands between prompt and answer; None leaves it to the writing system of both."""
+
+    @property
+    def probes(self) -> Iterator[Probe]:
+        yield Probe(self.prompt, self.target, self.between)
+        if self.rival is not None:
+            yield Probe(self.prompt, self.rival, self.between)
+
+
+def _choose(metrics: Collection[str] | None, requests: Sequence[EditRequest]) -> set[str]:
+    if metrics is None:
+        detailed = any(request.locality or request.portability for request in requests)
+        return {"counterfact", "zsre", "knowedit"} if detailed else {"counterfact"}
+    for name in metrics:
+        if name not in METRICS:
+            raise OptionError(f"there is no metric {name!r}{near_miss(name, METRICS)}")
+    return set(metrics)
+
+
+def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
+    """Return what ``metrics`` ask of a model about one edit."""
+    new = request.target_new
+    # A target that is the true answer has no rival that it could lose against.
+    true = None if request.target_true == new else request.target_true
+    join = request.join
+    plan = [Question("efficacy", request.prompt, new, true, between=join)]
+    plan += [Question("paraphrases", prompt, new, true, between=join) for prompt in request.paraphrase_prompts]
+    if "counterfact" in metrics:
+        plan += _neutral("neighbors", request.neighborhood_prompts, new, join)
+    if {"zsre", "knowedit"} & set(metrics):
+        plan += _neutral("locality", request.locality, None)
+    if "knowedit" in metrics:
+        plan += _neutral("portability", request.portability, None)
+    return plan
+
+
+def _neutral(group: str, prompts: Iterable[Neighbor], rival: str | None, between: str | None = None) -> list[Question]:
+    """Return the questions whose wanted answer is recorded with them; one without an answer cannot be scored.
+
+    Where the wanted answer happens to be the edit's new one, it has no rival that it could lose against.
+    """
+    return [
+        Question(group, near.prompt, near.target, None if near.target == rival else rival, near.axis, between)
+        for near in prompts
+        if near.target is not None
+    ]
+
+
+def _outcome(
+    request: EditRequest,
+    plan: Sequence[Question],
+    scores: Mapping[Probe, ProbeScore],
+    generations: Mapping[str, Generation],
+) -> Outcome:
+    groups: dict[str, list[Answer]] = {group: [] for group in _GROUPS}
+    for question in plan:
+        right, *rival = (scores[probe] for probe in question.probes)
+        groups[question.group].append(
+            Answer(
+                prompt=question.prompt,
+                target=question.target,
+                logprob=right.logprob,
+                exact=right.exact,
+                accuracy=right.accuracy,
+                rival=question.rival,
+                rival_logprob=rival[0].logprob if rival else None,
+                axis=question.axis,
+            )
+        )
+    written = tuple(generations[prompt] for prompt in request.generation_prompts if prompt in generations)
+    return Outcome(request.id, **{name: tuple(group) for name, group in groups.items()}, generations=written)
+
+
+def _mean(outcomes: Iterable[Outcome], group: str, figure: str) -> float | None:
+    means = []
+    for outcome in outcomes:
+        known = [value for answer in getattr(outcome, group) if (value := getattr(answer, figure)) is not None]
+        if known:
+            means.append(fmean(known))
+    return fmean(means) if means else None
+
+
+def _references(requests: Iterable[EditRequest]) -> dict[str, list[str]]:
+    """Return each edit's ``reference_texts``: texts about things of which the new fact is true."""
+    found = {request.id: request.extra.get("reference_texts") for request in requests}
+    return {key: [t for t in texts if isinstance(t, str)] for key, texts in found.items() if isinstance(texts, list)}

@@ -1,0 +1,57 @@
+"""Say times, sizes and rates as one would.
+
+Make text from files and plugins safe to show: nothing in it may move the cursor, colour the screen or hide text.
+"""
+
+from __future__ import annotations
+
+import re
+
+_UNPRINTABLE = re.compile(
+    # Control characters but for tab and line feed, the marks that override the direction of writing, and the separators
+    # that some terminals take for line feeds.
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with every character that a terminal would obey written as an escape, such as ``\\x1b``."""
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def shorten(text: str, length: int = 120) -> str:
+    """Return a text that fits into a sentence."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as one would say it: ``0.4 s``, ``42 s``, ``3 min 5 s``, ``2 h 7 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as one would say it: ``11.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def rate(speed: float) -> str:
+    """Return a number a second with three digits that matter."""
+    if speed >= 100:
+        return f"{speed:,.0f}"
+    return f"{speed:.1f}" if speed >= 10 else f"{speed:.2f}"

@@ -1,0 +1,1 @@
+"""How healthy edited matrices are, read from files."""

@@ -1,0 +1,1 @@
+"""Norms, spectra and randomized estimates of single matrices."""

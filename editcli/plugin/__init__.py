@@ -1,0 +1,1 @@
+"""The seam: what a plugin gives us, and what we give it."""

@@ -1,0 +1,46 @@
+"""The hooks a plugin may implement. A hook answers "what do you bring?": it takes nothing and returns classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from editcli.plugin.interfaces import Diagnostic, Editor, Stabilizer
+
+NAME = "editcli"
+
+hookspec = pluggy.HookspecMarker(NAME)
+hookimpl = pluggy.HookimplMarker(NAME)
+
+
+@hookspec
+def editcli_editors() -> Sequence[type[Editor]]:  # pyright: ignore[reportReturnType]
+    """Return editor classes."""
+
+
+@hookspec
+def editcli_stabilizers() -> Sequence[type[Stabilizer]]:  # pyright: ignore[reportReturnType]
+    """Return stabilizer classes."""
+
+
+@hookspec
+def editcli_diagnostics() -> Sequence[type[Diagnostic]]:  # pyright: ignore[reportReturnType]
+    """Return diagnostic classes."""
+
+
+@hookspec
+def editcli_formats() -> Sequence[Any]:  # pyright: ignore[reportReturnType]
+    """Return readers of edit files in other formats (:class:`editcli.requests.formats.Format` classes)."""
+
+
+@hookspec
+def editcli_architectures() -> Sequence[Any]:  # pyright: ignore[reportReturnType]
+    """Return model families (:class:`editcli.models.architectures.Family` objects)."""
+
+
+@hookspec
+def editcli_commands() -> Sequence[Any]:  # pyright: ignore[reportReturnType]
+    """Return click commands to add to the group."""

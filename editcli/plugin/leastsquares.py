@@ -1,0 +1,203 @@
+"""The one linear solve behind the least-squares editors, and the step by which it remembers.
+
+Every editor that spreads a residual over keys under a quadratic penalty writes the same formula with another C, a
+symmetric positive semidefinite (d_in, d_in) matrix, the *inverse Gram*::
+
+    D = R (I + K^T C K)^-1 K^T C            what is written: O(d_in^2 n), no d_in^3 after ``prepare``
+    C <- C - C K (I + K^T C K)^-1 K^T C     what is remembered (Woodbury)
+
+C is float64 on a CPU and float32 elsewhere, symmetric after every step. The n x n systems are always solved in
+float64 on the CPU: they are small, and not every accelerator has float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from editcli.errors import NumericalError
+from editcli.plugin.interfaces import Update
+from editcli.reporting import Reporter, Silent
+
+SINGULAR = 1e13
+"""A unit-diagonal matrix whose Cholesky pivots span more than this is singular for all that float64 can tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class InverseGram:
+    """C of one site. Immutable: :meth:`downdated` returns the next one, so a snapshot of it stays what it was."""
+
+    matrix: Tensor
+    """(d_in, d_in), symmetric positive semidefinite."""
+    site: str
+    """Module name of the site, for messages."""
+    reporter: Reporter = field(default_factory=Silent)
+
+    @classmethod
+    def of(cls, matrix: Tensor, *, site: str, device: torch.device, reporter: Reporter) -> InverseGram:
+        """Take a float64 C as it is, onto ``device`` in the precision that is used there."""
+        return cls(matrix.to(device=device, dtype=working_dtype(device)), site, reporter)
+
+    @classmethod
+    def inverting(
+        cls, gram: Tensor, *, site: str, device: torch.device, reporter: Reporter, ridge: float = 0.0
+    ) -> InverseGram:
+        """Take C = ``gram``^-1; raise :class:`NumericalError` when ``gram`` is indefinite or singular."""
+        inverse = invert(double(gram, device), site=site, reporter=reporter, ridge=ridge)
+        return cls.of(inverse, site=site, device=device, reporter=reporter)
+
+    def solve(self, keys: Tensor, residual: Tensor, *, hard: bool = False) -> Update:
+        """Return D = R (I + K^T C K)^-1 K^T C for ``keys`` (d_in, n) and ``residual`` (d_out, n).
+
+        With ``hard`` the identity is left out, so that D K = R exactly; raises :class:`NumericalError` when two keys
+        are then the same. The factors have C's dtype and device.
+        """
+        keys = keys.to(self.matrix)
+        image = self.matrix @ keys
+        factor = self._factor(keys, image, hard=hard)
+        shares = torch.cholesky_solve(residual.to("cpu", torch.float64).T, factor).T
+        return Update(left=shares.to(self.matrix), right=image)
+
+    def downdated(self, keys: Tensor) -> InverseGram:
+        """Return C once ``keys`` (d_in, n) have been written, so that later updates leave them alone."""
+        keys = keys.to(self.matrix)
+        image = self.matrix @ keys
+        factor = self._factor(keys, image)
+        # With S = L L^T the step is C - (C K L^-T)(C K L^-T)^T, symmetric by construction.
+        root = torch.linalg.solve_triangular(factor, image.T.to("cpu", torch.float64), upper=False).T.to(self.matrix)
+        matrix = symmetrise(torch.addmm(self.matrix, root, root.T, alpha=-1.0))
+        slack = torch.finfo(matrix.dtype).eps * matrix.shape[0] ** 0.5 * self.matrix.diagonal()
+        if not bool((matrix.diagonal() >= -slack).all()):
+            raise NumericalError("the memory of past edits lost definiteness", site=self.site, condition=float("inf"))
+        return replace(self, matrix=matrix)
+
+    def _factor(self, keys: Tensor, image: Tensor, *, hard: bool = False) -> Tensor:
+        """Return the Cholesky factor of K^T C K (+ I unless ``hard``), (n, n) float64 on the CPU."""
+        gram = symmetric((keys.T @ image).to("cpu", torch.float64))
+        spread = keys.abs().T @ self.matrix.diagonal().clamp_min(0).sqrt()
+        return factorise(gram, self._rounding(spread.max()), hard=hard, site=self.site, reporter=self.reporter)
+
+    def _rounding(self, spread: Tensor) -> float:
+        """Bound the rounding of k^T C k: |C_ij| <= sqrt(C_ii C_jj) for a semidefinite C, so ``spread``^2 bounds it."""
+        dimension = self.matrix.shape[0]
+        return float(spread.double() ** 2) * torch.finfo(self.matrix.dtype).eps * dimension**0.5
+
+
+def ridge(keys: Tensor, residual: Tensor, *, site: str, reporter: Reporter) -> Update:
+    """Return D = R (I + K^T K)^-1 K^T, the solve with C = I, without forming a (d_in, d_in) matrix."""
+    gram = symmetric((keys.T @ keys).to("cpu", torch.float64))
+    rounding = float(gram.diagonal().max()) * torch.finfo(keys.dtype).eps * keys.shape[0] ** 0.5
+    factor = factorise(gram, rounding, site=site, reporter=reporter)
+    shares = torch.cholesky_solve(residual.to("cpu", torch.float64).T, factor).T
+    return Update(left=shares.to(keys), right=keys)
+
+
+def factorise(gram: Tensor, rounding: float, *, site: str, reporter: Reporter, hard: bool = False) -> Tensor:
+    """Return the Cholesky factor of ``gram`` + I, or of ``gram`` itself when ``hard``; (n, n) float64.
+
+    ``gram`` is K^T C K, semidefinite up to ``rounding`` or C is not what it should be: :class:`NumericalError`. Where
+    ``rounding`` drowns the identity it is added to the diagonal, and said.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise NumericalError("the keys or the memory of past edits are not finite", site=site, condition=float("nan"))
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype)
+    system = gram if hard else gram + identity
+    # Where keys repeat, the gram is singular, and the factorisation itself rounds by so much (Higham, 2002, ch. 10).
+    factorising = 8 * len(gram) * torch.finfo(gram.dtype).eps * float(gram.diagonal().abs().max())
+    floor = max(rounding, factorising, torch.finfo(gram.dtype).tiny)
+    if int(torch.linalg.cholesky_ex(gram + floor * identity).info) != 0:
+        raise NumericalError("the memory of past edits lost definiteness", site=site, condition=condition(system))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if hard and (int(failed) != 0 or _pivots(factor) ** 2 > SINGULAR):
+        reason = "two edits of one batch have the same key; write them in different batches (--batch-size 1)"
+        raise NumericalError(reason, site=site, condition=condition(system))
+    if int(failed) != 0:
+        reporter.warn(f"{site}: added {floor:.3g} to the diagonal of a batch's system to make up for rounding")
+        factor = torch.linalg.cholesky(system + floor * identity)
+    return factor
+
+
+def invert(gram: Tensor, *, site: str, reporter: Reporter, ridge: float = 0.0) -> Tensor:
+    """Return ``gram``^-1 for a symmetric positive definite (d, d) float64 matrix, by Cholesky.
+
+    The matrix is first scaled to unit diagonal, which makes the test for singularity independent of the units'
+    scales; ``ridge`` is added to that diagonal, so that each unit gains this share of its own second moment. A unit
+    that never fired on the reference text (a zero row) gets a zero row in the inverse: its weights are
+    left alone, and that is noted. Raises :class:`NumericalError` when the rest is indefinite or singular.
+    """
+    diagonal = gram.diagonal()
+    if not bool(torch.isfinite(gram).all()):
+        raise NumericalError("the second moment of its keys is not finite", site=site, condition=float("nan"))
+    silent = diagonal == 0
+    scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
+    scaled = gram * scale[:, None] * scale
+    scaled.diagonal()[silent] = 1.0
+    scaled.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    broken = int(failed) != 0 or bool(silent.all())
+    estimate = float("inf") if broken else _pivots(factor) ** 2
+    if estimate > SINGULAR:
+        reason = (
+            "the second moment of its keys is singular or indefinite; gather more reference text (raise "
+            "statistics.tokens_per_dim) or set the editor's option ridge to 1e-6"
+        )
+        raise NumericalError(reason, site=site, condition=estimate)
+    if bool(silent.any()):
+        count = int(silent.sum())
+        reporter.note(f"{site}: {count} of {len(silent)} inputs never fired on the reference text and stay untouched")
+    inverse = symmetrise(torch.cholesky_inverse(factor).mul_(scale[:, None]).mul_(scale))
+    # LAPACK fills columns; the transpose is the same matrix in rows, as everything else here is.
+    return inverse if inverse.is_contiguous() else inverse.T
+
+
+def eigh(matrix: Tensor, *, site: str) -> tuple[Tensor, Tensor]:
+    """Return the ascending eigenvalues and the eigenvectors of a symmetric matrix; NumericalError if not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericalError("the second moment of its keys is not finite", site=site, condition=float("nan"))
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+def condition(matrix: Tensor) -> float:
+    """Return the condition number of a symmetric matrix: the ratio of its extreme absolute eigenvalues."""
+    magnitudes = torch.linalg.eigvalsh(matrix).abs()
+    return float(magnitudes.max() / magnitudes.min())
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """Return (M + M^T) / 2, which rounding cannot make asymmetric."""
+    return (matrix + matrix.T) / 2
+
+
+def symmetrise(matrix: Tensor, *, block: int = 1024) -> Tensor:
+    """Replace a matrix by :func:`symmetric` of it, in place and block by block: at this size a copy is gigabytes."""
+    size = matrix.shape[0]
+    for row in range(0, size, block):
+        for column in range(row, size, block):
+            upper = matrix[row : row + block, column : column + block]
+            lower = matrix[column : column + block, row : row + block]
+            mean = (upper + lower.T) / 2
+            upper.copy_(mean)
+            lower.copy_(mean.T)
+    return matrix
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Return the precision of the (d_in, d_in) matrices on ``device``: float64 on a CPU, float32 elsewhere."""
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def double(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return ``tensor`` in float64 on ``device``, or on the CPU where ``device`` has no float64."""
+    try:
+        return tensor.to(device=device, dtype=torch.float64)
+    except (TypeError, RuntimeError):  # Which of the two a device without float64 raises depends on its backend.
+        return tensor.to(device="cpu", dtype=torch.float64)
+
+
+def _pivots(factor: Tensor) -> float:
+    """Return the ratio of a Cholesky factor's extreme pivots; its square bounds the condition number from below."""
+    pivots = factor.diagonal()
+    return float(pivots.max() / pivots.min())

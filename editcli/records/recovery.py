@@ -1,0 +1,170 @@
+"""What a run folder says about its stream: where it stands, which batches are in force, what is still to be done.
+
+Reading changes nothing on disk. What the journal holds beyond the snapshot is left out: it is done again, with the same
+result, and what the snapshot holds beyond the journal is the line of its own step, which it carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from editcli.errors import StateError
+from editcli.records.state import START, Entry, RunFolder, Snapshot, consume
+from editcli.requests.reader import EditFile
+from editcli.requests.schema import EditRequest
+
+BATCH, UNDO = "batch", "undo"
+"""Kinds of journal lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A stream as its folder holds it."""
+
+    snapshot: Snapshot
+    entries: tuple[Entry, ...]
+    """Everything that happened, in order, up to the snapshot."""
+    lines: tuple[str, ...]
+    """The journal lines of ``entries``."""
+    lost: int
+    """Journal lines after the snapshot: batches that have to be done again."""
+    requests: tuple[EditRequest, ...]
+    """The edits in force, in order."""
+    waiting: tuple[Entry, ...]
+    """Batches that an undo took out of the way and that were not written again yet."""
+    redo: tuple[tuple[EditRequest, ...], ...]
+    """What is left to be written of each of them."""
+
+    @property
+    def live(self) -> list[Entry]:
+        """The batches in force."""
+        return live_batches(self.entries)
+
+    @property
+    def removed(self) -> dict[str, str]:
+        """The edits that were taken back one by one, id to digest."""
+        return removed_edits(self.entries)
+
+
+def recover(folder: RunFolder) -> Recovered:
+    """Read a stream; raise :class:`StateError` when snapshot, journal and segments do not fit together."""
+    snapshot = folder.read_snapshot()
+    found = folder.journal_bytes()
+    kept = found[: snapshot.sequence]
+    if snapshot.sequence and len(kept) >= snapshot.sequence - 1:
+        # The crash came between the snapshot and its line, or the line was damaged: the snapshot carries it.
+        kept = [*kept[: snapshot.sequence - 1], snapshot.line.encode()]
+    if len(kept) != snapshot.sequence:
+        raise StateError(
+            f"{folder.journal} has {len(kept)} of the {snapshot.sequence} lines that {folder.state.name} counts; "
+            "restore it from a backup"
+        )
+    checked = folder.check_lines(kept)
+    entries = tuple(entry for entry, _ in checked)
+    requests = tuple(request for entry in live_batches(entries) for request in folder.read_requests(entry))
+    if consume(START, requests) != snapshot.consumed:
+        raise StateError(f"{folder.updates} does not hold the edits that the snapshot counts; restore it from a backup")
+    waiting = tuple(_pending(entries))
+    return Recovered(
+        snapshot=snapshot,
+        entries=entries,
+        lines=tuple(text for _, text in checked),
+        lost=max(len(found) - len(kept), 0),
+        requests=requests,
+        waiting=waiting,
+        redo=tuple(_rest(folder, entry, removed_edits(entries)) for entry in waiting),
+    )
+
+
+def live_batches(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the batches that are in force: an undo line takes back what came after its step."""
+    live: list[Entry] = []
+    for entry in entries:
+        if entry.kind == BATCH:
+            live.append(entry)
+        elif entry.kind == UNDO:
+            live = [batch for batch in live if batch.step <= entry.step]
+    return live
+
+
+def removed_edits(entries: Sequence[Entry]) -> dict[str, str]:
+    """Return the edits that undo lines took back one by one, id to digest; they are not written again."""
+    return {id: digest for entry in entries if entry.kind == UNDO for id, digest in entry.body["removed"].items()}
+
+
+def remaining(recovered: Recovered, requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Return the edits of a file that a recovered stream has not read yet.
+
+    A file that starts with edits of the stream goes on after them; any other file is appended whole. Ids that the
+    program made from line numbers are made different where another file's edits have them already.
+    """
+    known = [*recovered.requests, *(request for batch in recovered.redo for request in batch)]
+    stored = {request.id: request.digest for request in known}
+    removed = recovered.removed
+    renamed = _renamed(requests, {**removed, **stored}, known)
+    requests = [r for r in renamed if removed.get(r.id) != r.digest]
+    read = next((i for i, request in enumerate(requests) if stored.get(request.id) != request.digest), len(requests))
+    for request in requests[read:]:
+        if request.id in stored:
+            raise StateError(
+                f"{request.place}: the edit {request.id!r} is in the stream already, but this file does not start "
+                "with what was applied; resume with the original file, or give new edits ids of their own"
+            )
+    return requests[read:]
+
+
+def missing(recovered: Recovered, file: EditFile) -> list[EditRequest]:
+    """Return the edits in force that were read from ``file`` and are not in it any more."""
+    named = {request.id for request in file.requests if not _is_automatic(request)}
+    contents = {_content(request) for request in file.requests}
+    refused = {error.line for error in file.rejected}
+    return [
+        request
+        for request in recovered.requests
+        if request.file == file.source
+        and not (request.id in named or _content(request) in contents or request.line in refused)
+    ]
+
+
+def _renamed(
+    requests: Sequence[EditRequest], known: Mapping[str, str], stored: Sequence[EditRequest]
+) -> list[EditRequest]:
+    """Rename edits that are called by their line where a line means another edit in the stream.
+
+    Where lines of the file were removed or moved, an edit of the stream is known by what it says; any other is called
+    by its file and line.
+    """
+    if not any(_is_automatic(r) and known.get(r.id, r.digest) != r.digest for r in requests):
+        return list(requests)
+    before = {(one.file, _content(one)): one.id for one in stored}
+    return [
+        replace(r, id=before.get((r.file, _content(r)), _with_file(r))) if _is_automatic(r) else r for r in requests
+    ]
+
+
+def _content(request: EditRequest) -> tuple[str | None, ...]:
+    """Return what an edit says, whatever it is called."""
+    return request.before, request.subject, request.after, request.target_new, request.join
+
+
+def _is_automatic(request: EditRequest) -> bool:
+    return request.id == f"line-{request.line}"
+
+
+def _with_file(request: EditRequest) -> str:
+    return f"{Path(request.file).stem.strip('<>')}:{request.id}"
+
+
+def _pending(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the batches that the last undo line says are to be written again, less those that were."""
+    last = next((index for index in reversed(range(len(entries))) if entries[index].kind == UNDO), None)
+    if last is None:
+        return []
+    wanted = entries[last].body.get("redo", [])
+    return [entries[sequence - 1] for sequence in wanted[len(entries) - last - 1 :]]
+
+
+def _rest(folder: RunFolder, entry: Entry, removed: Mapping[str, str]) -> tuple[EditRequest, ...]:
+    return tuple(r for r in folder.read_requests(entry) if removed.get(r.id) != r.digest)

@@ -1,0 +1,1 @@
+"""Edit requests: what one is, and reading, converting and comparing them."""

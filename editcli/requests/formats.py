@@ -1,0 +1,63 @@
+"""Readers of edit files in other formats: what one is, and finding the one for a record.
+
+A plugin brings :class:`Format` classes with the hook ``editcli_formats``. ``apply``, ``eval`` and ``check`` read a
+JSONL file whose records a format recognises as it stands; ``convert`` turns any of them into our schema.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from editcli.errors import PluginError, near_miss
+
+if TYPE_CHECKING:
+    from editcli.plugin.manager import Plugins
+
+HOOK = "editcli_formats"
+
+
+class Format(ABC):
+    """Reads one record of a foreign edit file; the first line of a subclass's docstring describes the format.
+
+    A record becomes any number of objects of the edits schema (``prompt``, ``subject``, ``target_new``, ...). Give each
+    an ``id`` where one record makes several edits. Fields that the schema does not know may be added: they are kept.
+    """
+
+    name: ClassVar[str]
+    """The name used with ``convert --from``."""
+    reference: ClassVar[str] = ""
+    """Where the format comes from."""
+
+    @abstractmethod
+    def sniff(self, record: Mapping[str, Any]) -> bool:
+        """Return whether ``record`` is of this format and of no other, ours included."""
+
+    @abstractmethod
+    def read(self, record: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+        """Yield objects of the edits schema; raise ValueError with the reason when the record is unusable."""
+
+
+def load_formats(plugins: Plugins) -> tuple[Format, ...]:
+    """Return one reader of each installed format, by name; raise :class:`PluginError` when two share a name."""
+    found: dict[str, tuple[str, Format]] = {}
+    for plugin, brought in plugins.brought(HOOK):
+        if not (isinstance(brought, type) and issubclass(brought, Format) and getattr(brought, "name", "")):
+            plugins.broken[plugin] = f"{brought!r} is not a named subclass of Format"
+            continue
+        other, _ = found.setdefault(brought.name, (plugin, brought()))
+        if other != plugin:
+            raise PluginError(
+                f"the format {brought.name!r} is brought by two plugins, {other} and {plugin}; "
+                f"uninstall one or set EDITCLI_DISABLE={plugin}"
+            )
+    return tuple(form for _, (_, form) in sorted(found.items()))
+
+
+def find_format(name: str, formats: Iterable[Format]) -> Format:
+    """Return the format called ``name``; raise :class:`PluginError` with the near miss."""
+    by_name = {form.name: form for form in formats}
+    if name not in by_name:
+        raise PluginError(f"there is no format {name!r}{near_miss(name, by_name)}")
+    return by_name[name]

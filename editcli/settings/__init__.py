@@ -1,0 +1,1 @@
+"""Settings: everything that decides what a command does."""

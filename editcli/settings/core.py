@@ -1,0 +1,52 @@
+"""The options that belong to the core and to no plugin; never imports torch, so that a shell can ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from editcli.plugin.options import option
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How target values are optimised; the names are those of the published configurations where they have one."""
+
+    steps: int = option(25, "most evaluations of the loss for one edit (published: v_num_grad_steps)")
+    lr: float = option(0.2, "Adam's learning rate (published: v_lr)")
+    lr_kind: Literal["absolute", "relative"] = option(
+        "relative", "relative: in units of ||h|| / sqrt(d), which no model's scale changes; absolute: as published"
+    )
+    clamp: float = option(0.75, "largest ||delta|| as a share of ||h|| (published: clamp_norm_factor)")
+    norm_clamp: float = option(5.0, "the same where a norm stands behind the MLP, so that only direction counts")
+    v_weight_decay: float = option(0.0, "weight of the size of delta in the loss")
+    decay_kind: Literal["absolute", "relative"] = option(
+        "relative", "absolute: the size is ||delta|| / ||h||^2; relative: ||delta|| / ||h||, which no scale changes"
+    )
+    kl_factor: float = option(0.0078125, "weight of the divergence on '{subject} is a'")
+    stop_loss: float = option(0.05, "an edit whose loss is below this is done")
+    prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
+    prefix_tokens: int = option(10, "tokens of each generated prefix")
+    batch_tokens: int = option(24576, "most tokens in one forward pass")
+    cached: bool = option(True, "reuse attention keys and values before the subject's last token")
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lr <= 0 or min(self.clamp, self.norm_clamp) <= 0 or self.prefixes < 0:
+            raise ValueError("steps must be at least 1, lr and clamp positive, prefixes not negative")
+
+
+@dataclass(frozen=True)
+class StatisticsOptions:
+    """How much reference text is read."""
+
+    tokens_per_dim: int = option(
+        10, "tokens read for each dimension of a key; half suffice where the package's text has no more"
+    )
+    tokens: int | None = option(None, "tokens read in total, instead of tokens_per_dim times the key's width")
+    max_length: int = option(512, "most tokens of one sequence, whatever context the model has")
+    batch_tokens: int = option(8192, "tokens in one forward pass")
+
+
+CORE: Mapping[str, type[Any]] = {"targets": TargetOptions, "statistics": StatisticsOptions}
+"""Sections of settings that belong to the core, with their options."""

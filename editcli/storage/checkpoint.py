@@ -1,0 +1,316 @@
+"""A safetensors checkpoint on disk, tensor by tensor, without building a model.
+
+Headers are read here rather than through the library because saving an edited model replaces exactly the bytes of the
+tensors that changed: for that the byte range of each tensor is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from editcli.errors import ModelError
+from editcli.formatting import shorten
+from editcli.storage.choice import Choice, choose, left_out, listed
+from editcli.storage.lines import no_constant
+
+_MAX_HEADER = 100 << 20
+_MAX_DIMENSIONS = 64
+CHUNK = 1 << 18
+"""Bytes read at a time: larger pieces get fresh memory from the system each time, which costs more than reading."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: ``start`` and ``stop`` are byte offsets in the file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Checkpoint:
+    """The tensors of a model folder; raises :class:`ModelError` where the folder is not a usable checkpoint."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+
+    @cached_property
+    def choice(self) -> Choice:
+        """Which files transformers loads from the folder."""
+        return choose(self.folder)
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """The safetensors files of the checkpoint, in the order in which they are read."""
+        return self.choice.files
+
+    @cached_property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """Every tensor of every file; a name may be there twice."""
+        return tuple(entry for file in self.files for entry in read_header(self.folder / file).values())
+
+    @cached_property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """The tensors that are loaded, by name; of one that several files hold, the last one."""
+        choice = self.choice
+        strict = choice.index is not None and _loads_what_the_index_names()
+        return {entry.name: entry for entry in self.stored if not strict or entry.name in choice.mapped}
+
+    @cached_property
+    def superseded(self) -> tuple[TensorEntry, ...]:
+        """What lies in the files and is not loaded from there: copies that a later file replaces."""
+        return tuple(entry for entry in self.stored if self.entries.get(entry.name) != entry)
+
+    @property
+    def is_indexed_exactly(self) -> bool:
+        """Whether the index, if there is one, names every tensor with its file and nothing else."""
+        choice = self.choice
+        return choice.index is None or choice.mapped == {name: entry.file for name, entry in self.entries.items()}
+
+    def index_text(self) -> str:
+        """Return the index that this checkpoint should have: the tensors that are loaded, with their files."""
+        assert self.choice.index is not None, "a single file needs no index"
+        index = json.loads((self.folder / self.choice.index).read_text("utf-8"))
+        mapped = {name: entry.file for name, entry in self.entries.items()}
+        total = sum(entry.stop - entry.start for entry in self.entries.values())
+        metadata = {**index["metadata"], "total_size": total}
+        return json.dumps({**index, "metadata": metadata, "weight_map": mapped}, indent=2, sort_keys=True) + "\n"
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return what is strange about the files and does not keep the model from loading, one sentence each."""
+        return tuple(_remarks(self))
+
+    def names(self) -> tuple[str, ...]:
+        """Return all tensor names."""
+        return tuple(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return self.entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's stored dtype."""
+        return torch_dtype(self.entries[name])
+
+    def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
+        """Return one tensor as stored."""
+        path = self.folder / self.entries[name].file
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                return owned(file.get_tensor(name))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"cannot read tensor {name} of {path}: {error}") from error
+
+    def tensor_for(self, parameter: str) -> str:
+        """Return the stored name of a model's parameter.
+
+        A checkpoint saved from the bare backbone lacks the prefix of the causal model (``transformer.``), and the other
+        way round; the name is then unique by its end.
+        """
+        if parameter in self.entries:
+            return parameter
+        parts = parameter.split(".")
+        for start in range(1, len(parts) - 1):
+            shorter = ".".join(parts[start:])
+            if shorter in self.entries:
+                return shorter
+        longer = [name for name in self.entries if name.endswith(f".{parameter}")]
+        if len(longer) == 1:
+            return longer[0]
+        raise ModelError(f"{self.folder} has no tensor for the parameter {parameter}")
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over the config and every weight file's content."""
+        digest = hashlib.sha256()
+        for name in ("config.json", *self.files):
+            path = self.folder / name
+            if path.is_file():
+                digest.update(name.encode() + b"\0" + file_digest(path).encode())
+        return digest.hexdigest()
+
+    def digest_of(self, names: Iterable[str]) -> str:
+        """Return a sha256 over the named tensors' bytes."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            entry = self.entries[name]
+            digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
+            with (self.folder / entry.file).open("rb") as file:
+                file.seek(entry.start)
+                _feed(digest, file, entry.stop - entry.start)
+        return digest.hexdigest()
+
+
+def torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """Return the torch dtype of a stored tensor."""
+    if entry.dtype not in DTYPES:
+        raise ModelError(f"tensor {entry.name} is stored as {entry.dtype}, which editcli cannot read")
+    return DTYPES[entry.dtype]
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of one safetensors file; raise :class:`ModelError` on a damaged or hostile header."""
+    header, base, size = read_raw_header(path)
+    entries = {}
+    for name, fields in header.items():
+        if name != "__metadata__":
+            entries[name] = _entry(path, name, fields, base, size)
+    _refuse_overlaps(path, entries.values())
+    return entries
+
+
+def read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a safetensors file's header, the offset where its data starts, and the file's size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(_MAX_HEADER, size - 8):
+                raise ModelError(f"{path} is damaged: its header claims {length:,} bytes; download or copy it again")
+            # As text, because bytes in UTF-16 would be taken too, which nobody else who reads the file does.
+            text = file.read(length).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=no_constant)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    except (struct.error, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} is not a safetensors file: its header is no object")
+    metadata = header.get("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise ModelError(f"{path} is not a safetensors file: its metadata are not texts")
+    return header, 8 + length, size
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's sha256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        _feed(digest, file, None)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, file: Any, remaining: int | None) -> None:
+    while remaining is None or remaining > 0:
+        data = file.read(CHUNK if remaining is None else min(CHUNK, remaining))
+        if not data:
+            return
+        digest.update(data)
+        remaining = None if remaining is None else remaining - len(data)
+
+
+def _entry(path: Path, name: str, fields: Any, base: int, size: int) -> TensorEntry:
+    damaged = f"{path} is damaged: the header entry of {shorten(repr(name))}"
+    try:
+        start, stop = (base + _whole(offset) for offset in fields["data_offsets"])
+        shape = tuple(_whole(length) for length in fields["shape"])
+        entry = TensorEntry(name, path.name, str(fields["dtype"]), shape, start, stop)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{damaged} cannot be read; copy the file again") from error
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ModelError(f"{damaged} has {len(shape):,} dimensions; copy the file again")
+    if not base <= entry.start <= entry.stop <= size:
+        raise ModelError(f"{path} is truncated: {shorten(name)} lies beyond its {size:,} bytes; copy it again")
+    known = DTYPES.get(entry.dtype)
+    if known is not None and math.prod(shape) * known.itemsize != stop - start:
+        raise ModelError(f"{damaged} gives it a shape that its bytes do not fill; copy the file again")
+    return entry
+
+
+def _whole(value: Any) -> int:
+    """Return a whole number that is not negative; a text or a fraction would be one only to Python."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{shorten(repr(value))} is not a size")
+    return value
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; a name that is there twice would mean one tensor to us and another to the next reader."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is in its header twice")
+    return found
+
+
+def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
+    """Raise where two tensors share bytes: editing one would change the other."""
+    ordered = sorted((entry for entry in entries if entry.stop > entry.start), key=lambda entry: entry.start)
+    for one, other in itertools.pairwise(ordered):
+        if other.start < one.stop:
+            names = f"{shorten(one.name)} and {shorten(other.name)}"
+            raise ModelError(f"{path} is damaged: {names} share bytes; copy the file again")
+
+
+def _loads_what_the_index_names() -> bool:
+    """Tell whether the installed transformers takes from shards only what their index names, as 4.x does.
+
+    From 5.0 on everything in the shards is loaded, and the index only says which files they are.
+    """
+    return int(version("transformers").split(".")[0]) < 5
+
+
+def _remarks(checkpoint: Checkpoint) -> Iterator[str]:
+    choice, folder = checkpoint.choice, checkpoint.folder
+    others = left_out(folder, choice)
+    if others:
+        yield f"neither read nor copied, as transformers does not load it from {folder}: {listed(others)}"
+    for (file, used), names in sorted(_copies(checkpoint).items()):
+        yield f"stored twice in {folder}, in {file} and in {used}, which is what transformers loads: {listed(names)}"
+    present = {entry.name for entry in checkpoint.stored}
+    unnamed = tuple(sorted(present - choice.mapped.keys())) if choice.index else ()
+    if unnamed:
+        yield f"{choice.index} of {folder} does not name {listed(unnamed)}, which its shards hold"
+    lost = tuple(sorted(choice.mapped.keys() - present))
+    if lost:
+        yield f"{choice.index} of {folder} names {listed(lost)}, which its shards do not hold"
+
+
+def _copies(checkpoint: Checkpoint) -> Mapping[tuple[str, str], tuple[str, ...]]:
+    """Return the tensors that are stored twice, by the file that holds the spare copy and the file that counts."""
+    copies: dict[tuple[str, str], tuple[str, ...]] = {}
+    for entry in checkpoint.superseded:
+        used = checkpoint.entries.get(entry.name)
+        if used is not None:
+            key = (entry.file, used.file)
+            copies[key] = (*copies.get(key, ()), entry.name)
+    return copies
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """Return a tensor just read from a file in memory of its own, aligned as torch aligns what it allocates.
+
+    On the CPU, safetensors maps files. Kernels may round differently on memory that is not aligned, so that results
+    would depend on the length of a file's header, and a file replaced in place would change under its readers.
+    """
+    return tensor.clone() if tensor.device.type == torch.device("cpu").type else tensor

@@ -1,0 +1,78 @@
+"""A new folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from editcli.errors import StateError
+from editcli.storage.files import sync_folder
+
+_LOCK = ".lock"
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise :class:`StateError` unless ``out`` is free: absent, or an empty folder."""
+    if out.exists() and not out.is_dir():
+        raise StateError(f"{out} is a file; choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        raise StateError(f"{out} exists and is not empty; choose another --out, or remove it first")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside ``out`` that takes its name when the block succeeds and vanishes when it fails.
+
+    What a killed process left in it is removed by the next that writes to the same ``out``; one that another process
+    is writing is refused with :class:`StateError`, as is an ``out`` that is taken.
+    """
+    refuse_taken(out)
+    place = out.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.parent / f".{place.name}.partial"
+    if partial.is_symlink():
+        raise StateError(f"{partial} is a symbolic link, and what it leads to would be cleared; remove the link")
+    partial.mkdir(exist_ok=True)
+    # The lock is the operating system's: it ends with its process however that ends.
+    lock = FileLock(partial / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StateError(f"{out} is being written by another editcli process; wait for it or stop it") from error
+    try:
+        _clear(partial)
+        yield partial
+        if os.name != "posix":
+            # Elsewhere no folder with an open file can be renamed.
+            lock.release()
+        _take_name(partial, place)
+        # Only now, or else another process could begin in the hidden folder, and clear it, before it has its name.
+        (place / _LOCK).unlink(missing_ok=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def _clear(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+
+
+def _take_name(partial: Path, place: Path) -> None:
+    for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        sync_folder(folder)
+    if place.is_dir():
+        # Not every system renames a folder over an empty one.
+        place.rmdir()
+    os.replace(partial, place)
+    sync_folder(place.parent)
