@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from editcli.models.architectures import Family as Family
     from editcli.models.loading import open_model as open_model
     from editcli.models.loading import resolve_model as resolve_model
+    from editcli.plugin.hookspecs import API_VERSION as API_VERSION
     from editcli.plugin.hookspecs import hookimpl as hookimpl
     from editcli.plugin.interfaces import Component as Component
     from editcli.plugin.interfaces import Diagnostic as Diagnostic
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from editcli.requests.reader import read_edits as read_edits
     from editcli.requests.schema import EditRequest as EditRequest
     from editcli.settings.recipe import Recipe as Recipe
-
-API_VERSION = 1
-"""Version of the plugin interface; it grows when a plugin written for the one before would break."""
 
 _HOMES = {
     "editcli.models.architectures": ("Family",),
@@ -66,7 +64,10 @@ _HOMES = {
     ),
     "editcli.evaluation.metrics": ("evaluate",),
     "editcli.requests.formats": ("Format",),
-    "editcli.plugin.hookspecs": ("hookimpl",),
+    "editcli.plugin.hookspecs": (
+        "API_VERSION",
+        "hookimpl",
+    ),
     "editcli.plugin.interfaces": (
         "Component",
         "Diagnostic",

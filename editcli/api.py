@@ -1,10 +1,8 @@
-"""Turn what a program passes to the library into a recipe, a model and edits, and start a run with them.
-
-The library's front door: edit a model from a program, all at once or batch by batch.
+"""The Python interface: edit a model from a program, all at once or batch by batch.
 
 :func:`edit` and :class:`Stream` run what the command line runs. With ``out`` the result is a run folder as ``editcli
 apply`` writes it, which can be resumed, undone and repeated; without it nothing is written and the result is the model
-in memory.
+in memory. :func:`ask` turns what a program passes into a recipe, a model and edits.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.evaluation.generation import generate
 from editcli.models.fit import check_fit
-from editcli.plugin.manager import Plugins, load_plugins
+from editcli.plugin.manager import Plugins, load_formats, load_plugins
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport, Silent
-from editcli.requests.formats import load_formats
 from editcli.requests.reader import Collector, EditFile, refuse_deep
 from editcli.requests.schema import EditRequest, from_record, kind_of
 from editcli.runs import planning

@@ -1,7 +1,4 @@
-"""Say times, sizes and rates as one would.
-
-Make text from files and plugins safe to show: nothing in it may move the cursor, colour the screen or hide text.
-"""
+"""Format times, sizes and rates for people, and text from files and plugins so that it is safe to show."""
 
 from __future__ import annotations
 

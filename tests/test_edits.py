@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from editcli.errors import RequestError
-from editcli.plugin.manager import load_plugins
-from editcli.requests.formats import load_formats
+from editcli.plugin.manager import load_formats, load_plugins
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import Neighbor, from_record
 from editcli.requests.superseding import supersede

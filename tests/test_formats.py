@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import editcli_formats
 from editcli.errors import PluginError, RequestError
 from editcli.plugin.hookspecs import hookimpl
-from editcli.plugin.manager import Plugins
-from editcli.requests.formats import Format, find_format, load_formats
+from editcli.plugin.manager import Plugins, load_formats
+from editcli.requests.formats import Format, find_format
 from editcli.requests.reader import Collector, read_edits
 from editcli.requests.schema import from_record
 from editcli.testing import FormatContract

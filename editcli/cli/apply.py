@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from editcli.cli.apply_options import method_options, model_options, output_options, repeat_option, run_options
 from editcli.cli.common import App, Command, json_option, print_json
 from editcli.cli.settings import component_settings, config_option, refuse_idle_options
+from editcli.records.requirements import check_resumable, refuse_missing
 from editcli.settings.recipe import Recipe
 
 EXIT_CODES = {"stopped": 3, "interrupted": 130}
@@ -61,6 +62,8 @@ def apply(
         raise click.MissingParameter(ctx=context, param=context.command.params[0])
     recipe = Recipe(settings=component_settings(context, assignments), **values)
     recipe.check(app.plugins)
+    if recipe.resume:
+        check_resumable(recipe.folder, app.plugins)
     refuse_idle_options(recipe, assignments, app.plugins)
     return _plan(recipe, app, as_json) if dry_run else _apply(recipe, app, as_json)
 
@@ -85,7 +88,6 @@ def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
 
 def _repeat(context: click.Context, file: Path, values: Mapping[str, Any], *, dry_run: bool, as_json: bool) -> int:
     from editcli.commands.repeat import read_recorded
-    from editcli.records.requirements import refuse_missing
 
     if context.obj.launch.size > 1:
         raise click.UsageError("--recipe repeats a run in one process; start it without torchrun", context)

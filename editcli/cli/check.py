@@ -16,7 +16,7 @@ from editcli.cli.apply_options import (
 )
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option
-from editcli.requests.formats import load_formats
+from editcli.plugin.manager import load_formats
 
 UNUSABLE = 2
 """Exit code when an edit was refused, as for any unusable input file."""

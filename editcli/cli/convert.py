@@ -9,7 +9,8 @@ import click
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import config_option
 from editcli.errors import EditError
-from editcli.requests.formats import find_format, load_formats
+from editcli.plugin.manager import load_formats
+from editcli.requests.formats import find_format
 from editcli.settings.recipe import ON_ERROR
 
 

@@ -17,9 +17,9 @@ from editcli.evaluation.locality import answer_locality
 from editcli.evaluation.metrics import Evaluation, evaluate
 from editcli.models.chat_settings import ChatSettings
 from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
+from editcli.plugin.manager import load_formats
 from editcli.records.history import read_history
 from editcli.reporting import Reporter, Silent
-from editcli.requests.formats import load_formats
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede

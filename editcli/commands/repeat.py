@@ -1,7 +1,4 @@
-"""Repeat a run from its record, and compare what came out bit by bit.
-
-Read from a run's ``run.json`` what it takes to repeat the run, with everything spelled out that a preset decided.
-"""
+"""Repeat a run from its record, with everything that a preset decided, and compare the weights bit by bit."""
 
 from __future__ import annotations
 

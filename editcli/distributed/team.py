@@ -2,11 +2,8 @@
 
 Every method of :class:`Team` that sends something is called by all ranks in the same order. Each call begins with an
 exchange of short texts that say where a rank is and whether it failed, so a rank that fails ends the others' waiting,
-and ranks that came apart find out instead of waiting for each other.
-
-Deal work out so that no process has much more of it than another.
-
-What processes compare before they begin, so that none of them works on something else than the others.
+and ranks that came apart find out instead of waiting for each other. Before a run begins the ranks compare their
+inputs, and its work is dealt out so that no rank has much more of it than another.
 """
 
 from __future__ import annotations

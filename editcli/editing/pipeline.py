@@ -1,7 +1,4 @@
-"""The one loop that every batch of edits goes through, whatever editor and stabilizers take part.
-
-How much an update changes R_n = ||W_n|| / ||W_0|| of its site.
-"""
+"""The one loop that every batch of edits goes through, whatever editor and stabilizers take part."""
 
 from __future__ import annotations
 

@@ -16,11 +16,9 @@ minimises over u, delta = u ||h|| / sqrt(d), and a step moves delta by about lr 
 "relative"`` the last term is v_weight_decay * ||delta|| / ||h||. Then no part of the procedure depends on the scale of
 the stream: where that is multiplied by a factor and the model's answers stay the same, delta is multiplied by it.
 
-The loss of target optimisation from logits, in the memory of the logits themselves.
-
-Both its parts are cross-entropies: of one token at a target's position, of the whole distribution before the edit at
-"{subject} is a", whose divergence is the cross-entropy less its value at delta = 0. Logits are the largest tensor of a
-step, so their softmax overwrites them, and their gradient overwrites that.
+Both parts of the loss are cross-entropies: of one token at a target's position, and of the whole distribution before
+the edit at "{subject} is a", whose divergence is the cross-entropy less its value at delta = 0. Logits are the largest
+tensor of a step, so their softmax overwrites them, and their gradient overwrites that.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from editcli.errors import ModelError, OptionError
-from editcli.health.verdict import FINE, UNKNOWN, Thresholds, Verdict, judge, parse_thresholds, worst
+from editcli.health.verdict import FINE, UNKNOWN, Thresholds, Verdict, judge, parse_thresholds, since, worst
 from editcli.linalg import spectra
 from editcli.linalg.spectra import Method, Similarity, ratio
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
@@ -317,7 +317,7 @@ def _dated(site: SiteInspection, history: History | None, thresholds: Thresholds
     """Add the batch since which a site is no longer fine."""
     if history is None or site.verdict.word in (None, FINE):
         return site
-    batch = history.since(site.site.module, thresholds)
+    batch = since(history.batches, site.site.module, thresholds)
     return site if batch is None else replace(site, since=(batch.step, batch.edits[0]))
 
 

@@ -8,11 +8,15 @@ drift^2 = ratio^2 - 1, which gives the thresholds on drift.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from editcli.errors import OptionError
 from editcli.plugin.options import build, option
+
+if TYPE_CHECKING:
+    from editcli.records.history import Batch
 
 FINE, DRIFTING, COLLAPSING = "fine", "drifting", "collapsing"
 ORDER = (FINE, DRIFTING, COLLAPSING)
@@ -79,6 +83,17 @@ def judge(
         return UNKNOWN
     word = worst(found for found, _ in findings)
     return Verdict(word, tuple(reason for found, reason in findings if found == word and found != FINE))
+
+
+def since(batches: Sequence[Batch], module: str, thresholds: Thresholds) -> Batch | None:
+    """Return the batch from which on a site is no longer fine by its R_n and drift; None when it is, or unknown."""
+    first = None
+    for batch in reversed(batches):
+        figures = batch.sites.get(module, {})
+        if judge(thresholds, ratio=figures.get("ratio"), drift=figures.get("drift")).word in (None, FINE):
+            break
+        first = batch
+    return first
 
 
 def worst(words: Iterable[str | None]) -> str | None:

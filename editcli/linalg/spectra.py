@@ -2,9 +2,8 @@
 
 Everything here takes torch tensors of shape (d_out, d_in) and works in float64. Small matrices are decomposed exactly,
 large ones estimated with the error stated (:mod:`editcli.linalg.krylov`). LS and SS are defined as inferred from how
-the literature uses the names, not taken from a published formula.
-
-Ratios of norms, with one meaning at norm 0 everywhere.
+the literature uses the names, not taken from a published formula. Ratios of norms have one meaning at norm 0
+everywhere.
 """
 
 from __future__ import annotations

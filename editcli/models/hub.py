@@ -1,9 +1,8 @@
 """Fetch a model from the hub into the hub's own cache: its small files, and one set of weights when they are needed.
 
 A repository may hold its weights several times (in another precision, for another program, in shards and whole). Only
-the set that transformers would load is fetched: ``model.safetensors``, else the shards that its index names.
-
-What the hub and its client answer when a model cannot be fetched, in plain words.
+the set that transformers would load is fetched: ``model.safetensors``, else the shards that its index names. Refusals
+of the hub and of its client are put into plain words.
 """
 
 from __future__ import annotations

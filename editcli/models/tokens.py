@@ -1,12 +1,11 @@
-"""Where a fact sits in a tokenised text: the subject's last token and the target's tokens, by offset mapping.
+"""Locate a fact in a tokenised text: the subject's last token and the target's tokens, by offset mapping.
 
 The whole text is tokenised once. Nothing is tokenised in parts, because BPE merges across the border and special tokens
 would be counted twice; nothing depends on the tokenizer's padding side, because rows are padded here.
 
-Where a target goes on from its prompt: whether the writing system puts a space between them.
-
-Decided by the properties of the two characters that meet, not by language: the line breaking classes of Unicode
-Standard Annex #14 say which scripts are written without spaces, and which marks stick to the word before or after.
+Whether a space separates a prompt from its target is decided by the properties of the two characters that meet, not by
+language: the line breaking classes of Unicode Standard Annex #14 say which scripts are written without spaces, and
+which marks attach to the word before or after.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 NAME = "editcli"
 
+API_VERSION = 1
+"""Version of the plugin interface; it grows when a plugin written for the one before would break."""
+
 hookspec = pluggy.HookspecMarker(NAME)
 hookimpl = pluggy.HookimplMarker(NAME)
 

@@ -1,6 +1,4 @@
-"""List what plugins bring, as plain data.
-
-Load plugins, refuse clashes, find components by name.
+"""Load plugins, refuse clashes, find components by name, and list what plugins bring as plain data.
 
 This is a loader of our own because pluggy's ``load_setuptools_entrypoints`` silently skips a second plugin of one name
 and dies with the first one that fails to import. Here a clash is an error that names both distributions, and a broken
@@ -19,11 +17,12 @@ from typing import Any
 
 import pluggy
 
-from editcli import API_VERSION
 from editcli.errors import PluginError, near_miss
 from editcli.plugin import hookspecs
+from editcli.plugin.hookspecs import API_VERSION
 from editcli.plugin.interfaces import Component, Diagnostic, Editor, Stabilizer
 from editcli.plugin.options import describe
+from editcli.requests.formats import Format
 
 KINDS: Mapping[str, tuple[str, type[Component]]] = {
     "editor": ("editcli_editors", Editor),
@@ -31,6 +30,9 @@ KINDS: Mapping[str, tuple[str, type[Component]]] = {
     "diagnostic": ("editcli_diagnostics", Diagnostic),
 }
 """Kinds of component: the hook that brings them and the class they derive from."""
+
+FORMATS = "editcli_formats"
+"""The hook that brings readers of edit files."""
 
 DECLARATION = "editcli_api"
 """The attribute in which a plugin says which version of the plugin interface it was written for."""
@@ -280,3 +282,19 @@ def _first_line(item: Any) -> str:
     # A click command carries its help text; everything else is described by its own docstring.
     text = getattr(item, "help", None) or inspect.getdoc(item) or ""
     return text.strip().partition("\n")[0]
+
+
+def load_formats(plugins: Plugins) -> tuple[Format, ...]:
+    """Return one reader of each installed format, by name; raise :class:`PluginError` when two share a name."""
+    found: dict[str, tuple[str, Format]] = {}
+    for plugin, brought in plugins.brought(FORMATS):
+        if not (isinstance(brought, type) and issubclass(brought, Format) and getattr(brought, "name", "")):
+            plugins.broken[plugin] = f"{brought!r} is not a named subclass of Format"
+            continue
+        other, _ = found.setdefault(brought.name, (plugin, brought()))
+        if other != plugin:
+            raise PluginError(
+                f"the format {brought.name!r} is brought by two plugins, {other} and {plugin}; "
+                f"uninstall one or set EDITCLI_DISABLE={plugin}"
+            )
+    return tuple(form for _, (_, form) in sorted(found.items()))

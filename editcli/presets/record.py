@@ -1,7 +1,4 @@
-"""Preset files of users: read, checked, written; never imports torch.
-
-What a preset is, and how one is read from its TOML record; never imports torch.
-"""
+"""What a preset is, and how it is read from TOML, from a user's file or from a run's record; never imports torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What became of every edit of a run, for the table of its page; read from the run folder alone.
-
-The edits of a run that were read and are not in force, over all the files that the run read.
-"""
+"""What became of each edit of a run: those that were refused or given up, and the outcome of every other."""
 
 from __future__ import annotations
 
@@ -18,7 +15,6 @@ from editcli.storage.files import write_bytes
 
 if TYPE_CHECKING:
     from editcli.records.state import RunFolder
-    from editcli.runs.planning import Planned
 
 
 class Rejections:
@@ -28,10 +24,18 @@ class Rejections:
     before a later one superseded them, the stream itself tells.
     """
 
-    def __init__(self, folder: RunFolder, planned: Planned, file: str | None, written: Collection[str] = ()):
+    def __init__(
+        self,
+        folder: RunFolder,
+        rejected: Sequence[Rejection],
+        *,
+        file: str | None,
+        written: Collection[str] = (),
+        resumed: bool = False,
+    ):
         self._folder, self._file = folder, file
-        self._here = tuple(one for one in planned.rejected if one.superseded_by is None or one.id not in written)
-        self._earlier = self._of_other_files() if planned.recipe.resume else []
+        self._here = tuple(one for one in rejected if one.superseded_by is None or one.id not in written)
+        self._earlier = self._of_other_files() if resumed else []
 
     @property
     def all(self) -> tuple[Rejection, ...]:

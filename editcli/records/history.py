@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from editcli.errors import EditError, StateError
-from editcli.health.verdict import FINE, Thresholds, judge
 from editcli.records.recovery import live_batches
 from editcli.records.state import Entry, RunFolder
 from editcli.storage.checkpoint import read_raw_header
@@ -84,16 +83,6 @@ class History:
     def series(self, module: str, figure: str) -> list[float | None]:
         """Return a site's ``ratio``, ``drift`` or ``update_norm`` after each batch; None where it was not written."""
         return [batch.sites.get(module, {}).get(figure) for batch in self.batches]
-
-    def since(self, module: str, thresholds: Thresholds) -> Batch | None:
-        """Return the batch from which on a site is no longer fine by its R_n and drift; None when it is, or unknown."""
-        first = None
-        for batch in reversed(self.batches):
-            figures = batch.sites.get(module, {})
-            if judge(thresholds, ratio=figures.get("ratio"), drift=figures.get("drift")).word in (None, FINE):
-                break
-            first = batch
-        return first
 
     def recorded_ratio(self, module: str) -> float | None:
         """Return a site's R_n as the finished run recorded it."""

@@ -1,6 +1,6 @@
 """Draw with rich: progress and notes on stderr, results on stdout; the tables are in the other modules here.
 
-Progress in plain lines, for a log, a pipe or a batch job: where no terminal can show a bar.
+Where no terminal can show a bar, in a log, a pipe or a batch job, progress is written in plain lines.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Tables of ``editcli apply``: the plan before, the outcome after.
-
-What ``editcli apply --recipe`` says below the table of the run.
-
-The table of ``editcli undo --dry-run``.
-"""
+"""Tables of ``editcli apply`` (the plan before, the outcome after, a repetition) and of ``editcli undo --dry-run``."""
 
 from __future__ import annotations
 

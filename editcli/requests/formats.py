@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from editcli.errors import PluginError, near_miss
-
-if TYPE_CHECKING:
-    from editcli.plugin.manager import Plugins
-
-HOOK = "editcli_formats"
 
 
 class Format(ABC):
@@ -37,22 +32,6 @@ class Format(ABC):
     @abstractmethod
     def read(self, record: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
         """Yield objects of the edits schema; raise ValueError with the reason when the record is unusable."""
-
-
-def load_formats(plugins: Plugins) -> tuple[Format, ...]:
-    """Return one reader of each installed format, by name; raise :class:`PluginError` when two share a name."""
-    found: dict[str, tuple[str, Format]] = {}
-    for plugin, brought in plugins.brought(HOOK):
-        if not (isinstance(brought, type) and issubclass(brought, Format) and getattr(brought, "name", "")):
-            plugins.broken[plugin] = f"{brought!r} is not a named subclass of Format"
-            continue
-        other, _ = found.setdefault(brought.name, (plugin, brought()))
-        if other != plugin:
-            raise PluginError(
-                f"the format {brought.name!r} is brought by two plugins, {other} and {plugin}; "
-                f"uninstall one or set EDITCLI_DISABLE={plugin}"
-            )
-    return tuple(form for _, (_, form) in sorted(found.items()))
 
 
 def find_format(name: str, formats: Iterable[Format]) -> Format:

@@ -20,7 +20,6 @@ from editcli.plugin.interfaces import Site
 from editcli.plugin.manager import Plugins
 from editcli.records.edits import Rejections
 from editcli.records.recovery import Recovered, recover, remaining
-from editcli.records.settings import completed
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport, Silent
 from editcli.requests.schema import EditRequest
@@ -37,6 +36,7 @@ from editcli.runs.outcome import Ending, efficacy, missed_targets, provenance, r
 from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
 from editcli.runs.remarks import tell_conflicts, tell_known, tell_missing
+from editcli.runs.resuming import completed
 from editcli.runs.retention import METRICS, sampled
 from editcli.runs.stream import Stack, Stream
 from editcli.settings.guards import needs_retained
@@ -109,7 +109,9 @@ class Run:
         found = (snapshot.step, snapshot.consumed, snapshot.line) if snapshot else None
         self.team.agree(f"what is in {folder.out}", found, remedy="put --out on a disk that all machines share")
         written = {request.id for request in self.recovered.requests} if self.recovered else ()
-        self.rejections = Rejections(folder, planned, self.edits_file, written)
+        self.rejections = Rejections(
+            folder, planned.rejected, file=self.edits_file, written=written, resumed=planned.recipe.resume
+        )
 
     def go(self) -> RunReport:
         """Load, edit, save, report."""

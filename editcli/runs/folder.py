@@ -1,7 +1,4 @@
-"""Who writes into the folder of a run with several processes.
-
-A run's folder for those who write nothing: the ranks other than 0, and runs that stay in memory.
-"""
+"""The folder of a run as one process sees it: rank 0 writes, the other ranks and runs in memory only read."""
 
 from __future__ import annotations
 

@@ -26,20 +26,20 @@ from editcli.models.loading import (
 )
 from editcli.models.tokens import Tokens
 from editcli.plugin.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
-from editcli.plugin.manager import Plugins
+from editcli.plugin.manager import Plugins, load_formats
 from editcli.plugin.options import build, merge
 from editcli.presets.loader import load_preset
 from editcli.presets.record import Preset, Settings
 from editcli.records.edits import superseded
-from editcli.records.settings import Made, made
+from editcli.records.requirements import check_resumable
 from editcli.records.state import RunFolder
 from editcli.reporting import Rejection, Reporter
-from editcli.requests.formats import load_formats
 from editcli.requests.reader import EditFile, conflicts, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.runs.forecast import Footprint, check_memory
 from editcli.runs.output import needed_bytes
+from editcli.runs.resuming import Made, made
 from editcli.settings.core import StatisticsOptions, TargetOptions
 from editcli.settings.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.settings.recipe import Recipe
@@ -134,6 +134,8 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     ``file`` stands for the edits where they come from elsewhere than a file; it may be empty.
     """
     recipe.check(plugins)
+    if recipe.resume:
+        check_resumable(recipe.folder, plugins)
     file = file or read_requested(recipe, plugins)
     for warning in file.notes:
         reporter.warn(warning)

@@ -2,11 +2,8 @@
 
 The order of writes for batch n is: segment, then (when due) snapshot, then journal line. A crash between any two leaves
 a state that :meth:`Stream.resume` recognises: what the journal does not name did not happen, and what the snapshot does
-not hold is done again, with the same result.
-
-What happened to one batch, and how the journal tells it.
-
-The components of a run: calibrated together, saved together, given back together.
+not hold is done again, with the same result. :class:`Stack` holds the components of a run: calibrated together, saved
+together, given back together.
 """
 
 from __future__ import annotations

@@ -13,11 +13,10 @@ from typing import Any
 
 from editcli.editing.session import PilotSource
 from editcli.errors import EditError, OptionError, StateError, near_miss
-from editcli.plugin.manager import Plugins
+from editcli.plugin.manager import Plugins, load_formats
 from editcli.records.recovery import Recovered, recover
 from editcli.records.state import Entry, RunFolder
 from editcli.reporting import Reporter, RunReport, Silent
-from editcli.requests.formats import load_formats
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.runs import planning

@@ -1,8 +1,6 @@
 """Write a package for a plugin: a working method, its tests and everything that publishing it needs.
 
 The files are templates of :class:`string.Template`, so that a plugin author needs nothing besides this package.
-
-The kinds of plugin that can be scaffolded: hook, contract, and what the files of each say.
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from editcli import API_VERSION
 from editcli.errors import OptionError, near_miss
+from editcli.plugin.hookspecs import API_VERSION
 from editcli.plugin.manager import Plugins
 from editcli.scaffold.names import Names, choose_names, refuse_clash
 

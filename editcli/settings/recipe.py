@@ -13,7 +13,6 @@ from editcli.errors import EditError, OptionError, near_miss
 from editcli.models.chat_settings import ChatSettings
 from editcli.plugin.options import build
 from editcli.presets.record import Preset, given_preset, recorded_preset
-from editcli.records.requirements import check_resumable
 from editcli.settings.core import CORE
 from editcli.settings.guards import parse_guards
 
@@ -173,8 +172,6 @@ class Recipe:
     def check(self, plugins: Plugins) -> None:
         """Raise when a name, an option or a guard is not known; needs neither a model nor torch."""
         parse_guards(self.stop_if)
-        if self.resume:
-            check_resumable(self.folder, plugins)
         if self.editor is not None:
             plugins.find("editor", self.editor)
         for name in self.stabilizers:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from editcli.errors import RequestError
-from editcli.plugin.manager import load_plugins
-from editcli.requests.formats import Format, load_formats
+from editcli.plugin.manager import load_formats, load_plugins
+from editcli.requests.formats import Format
 from editcli.requests.reader import translate
 from editcli.requests.schema import from_record
 

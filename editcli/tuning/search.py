@@ -1,7 +1,4 @@
-"""``tune``: try layers and settings on a slice of edits until the time is up, and compare the best with the guess.
-
-The time that a search may take: how much is left, and how many edits a trial can afford.
-"""
+"""``tune``: try layers and settings on a slice of edits until the time is up, and compare the best with the guess."""
 
 from __future__ import annotations
 

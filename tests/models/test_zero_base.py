@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from editcli.__main__ import main
 from editcli.health.diff import diff
 from editcli.health.inspect import Wanted, inspect
-from editcli.health.verdict import Thresholds, judge
+from editcli.health.verdict import Thresholds, judge, since
 from editcli.linalg.spectra import ratio, shown, spectral_norm, spectrum
 from editcli.records.history import read_history
 from editcli.storage.choice import SINGLE
@@ -61,7 +61,7 @@ def test_the_run_writes_both_and_gives_ratios_of_one(run: Path, base: Path) -> N
     history = read_history(run)
     assert history is not None
     assert history.series(ZERO, "ratio") == [None]
-    assert history.since(ZERO, Thresholds()) is None
+    assert since(history.batches, ZERO, Thresholds()) is None
     diagnostics = history.batches[0].diagnostics
     assert "spectral_growth/layer 2" in diagnostics
     assert not any("share" in name or "growth" in name for name in diagnostics if name.endswith("layer 1"))
