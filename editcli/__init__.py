@@ -47,10 +47,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "editcli.models.architectures": ("Family",),
-    "editcli.requests.reader": (
-        "EditRequest",
-        "read_edits",
-    ),
+    "editcli.requests.schema": ("EditRequest",),
+    "editcli.requests.reader": ("read_edits",),
     "editcli.errors": (
         "EditError",
         "GuardError",

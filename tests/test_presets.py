@@ -312,5 +312,5 @@ def test_a_guess_lies_in_the_first_third(layers: int, width: int) -> None:
 
 
 def test_presets_do_not_import_torch() -> None:
-    code = "import sys; from editcli import presets; presets.all_presets(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from editcli.presets import loader; loader.all_presets(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

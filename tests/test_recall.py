@@ -98,7 +98,7 @@ def test_a_cache_is_extended_by_each_step(folder: Path) -> None:
 
 def test_libraries_are_silent_until_the_user_asks_and_warn_once_then() -> None:
     code = (
-        "import warnings; from editcli.cli.main import libraries\n"
+        "import warnings; from editcli.cli import libraries\n"
         "libraries.quieten(); warnings.warn('old name', FutureWarning)\n"
         "libraries.show(); [warnings.warn('new name', FutureWarning) for _ in range(3)]"
     )

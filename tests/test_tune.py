@@ -39,7 +39,8 @@ from editcli.tuning import study as states
 from editcli.tuning.objective import Figures
 from editcli.tuning.preparation import TuneRecipe
 from editcli.tuning.probes import counterfactuals, relations
-from editcli.tuning.search import FEWEST, MOST, PRESET, Budget, edits_per_trial, tune
+from editcli.tuning.preparation import FEWEST, MOST, Budget, edits_per_trial
+from editcli.tuning.search import PRESET, tune
 from editcli.tuning.space import COUNT, LAST, SOURCE, Bound, Candidate, Space, build_space
 from editcli.tuning.study import Study, begun_with
 from editcli.tuning.workbench import Workbench

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from editcli.editing.session import ModelSession
-from editcli.linalg.spectra import jump, ratio
+from editcli.linalg.ratios import jump, ratio
 from editcli.plugin.interfaces import Editor, Problem, Site, Stabilizer, Update, Values
 from editcli.requests.schema import EditRequest
 from editcli.settings.guards import refuse_nonfinite

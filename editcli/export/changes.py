@@ -20,7 +20,7 @@ from editcli.export.report import SiteExport
 from editcli.export.source import Edited
 from editcli.health.diff import ROUNDING_MARGIN, rounding_level
 from editcli.linalg import krylov, spectra
-from editcli.linalg.spectra import ratio
+from editcli.linalg.ratios import ratio
 from editcli.plugin.interfaces import Site
 from editcli.runs.output import to_stored
 from editcli.storage.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from torch import Tensor
 from editcli.errors import ModelError
 from editcli.evaluation.generation import generate
 from editcli.linalg import krylov, spectra
-from editcli.linalg.spectra import ratio
+from editcli.linalg.ratios import ratio
 from editcli.models.architectures import Family, skeleton
 from editcli.models.fit import check_fit
 from editcli.models.loading import ModelSource, load_config, open_model, resolve_model

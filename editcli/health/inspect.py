@@ -14,7 +14,8 @@ from torch import Tensor
 from editcli.errors import ModelError, OptionError
 from editcli.health.verdict import FINE, UNKNOWN, Thresholds, Verdict, judge, parse_thresholds, since, worst
 from editcli.linalg import spectra
-from editcli.linalg.spectra import Method, Similarity, ratio
+from editcli.linalg.ratios import ratio
+from editcli.linalg.spectra import Method, Similarity
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.fit import check_fit
 from editcli.models.loading import ModelSource, load_config, resolve_model

@@ -2,8 +2,7 @@
 
 Everything here takes torch tensors of shape (d_out, d_in) and works in float64. Small matrices are decomposed exactly,
 large ones estimated with the error stated (:mod:`editcli.linalg.krylov`). LS and SS are defined as inferred from how
-the literature uses the names, not taken from a published formula. Ratios of norms have one meaning at norm 0
-everywhere.
+the literature uses the names, not taken from a published formula.
 """
 
 from __future__ import annotations
@@ -17,27 +16,6 @@ import torch
 from torch import Tensor
 
 from editcli.linalg import krylov
-
-
-def ratio(part: float, whole: float) -> float | None:
-    """Return ``part / whole``; None for a whole of 0.
-
-    Inserted blocks have matrices of zeros. Against such a base there is no growth and no drift, whatever was written:
-    tables show that no figure is known, guards do not look at it, and the norms themselves say how large the weight is.
-    """
-    return part / whole if whole else None
-
-
-def jump(before: float | None, after: float | None) -> float | None:
-    """Return by how much a ratio changed, |``after`` - ``before``|; None where either is not known."""
-    return None if before is None or after is None else abs(after - before)
-
-
-def shown(figure: float | None, form: str) -> str:
-    """Return a figure in a format such as ``.3f``, or ``n/a`` where there is none; what rounds to 0 has no sign."""
-    text = "n/a" if figure is None else format(figure, form)
-    return text if text.strip("-0.") else text.lstrip("-")
-
 
 Method = Literal["auto", "exact", "randomized"]
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from editcli.commands.bench import BenchReport, Curve, Point
 from editcli.errors import OptionError
-from editcli.linalg.spectra import shown
+from editcli.linalg.ratios import shown
 from editcli.pages.charts import Chart, Series
 from editcli.reporting import Reporter
 from editcli.storage.files import write_bytes

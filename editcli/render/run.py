@@ -12,7 +12,7 @@ from rich.text import Text
 
 from editcli.formatting import duration, size
 from editcli.health.verdict import Thresholds, judge
-from editcli.linalg.spectra import shown
+from editcli.linalg.ratios import shown
 from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.runs.undo import UndoPlan
 

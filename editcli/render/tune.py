@@ -14,7 +14,7 @@ from rich.text import Text
 
 from editcli.errors import OptionError
 from editcli.formatting import duration
-from editcli.linalg.spectra import shown
+from editcli.linalg.ratios import shown
 from editcli.pages.charts import Chart, Series
 from editcli.reporting import Reporter
 from editcli.storage.files import write_bytes

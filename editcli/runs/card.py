@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from editcli.health.verdict import Thresholds, judge
-from editcli.linalg.spectra import shown
+from editcli.linalg.ratios import shown
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
 

@@ -12,7 +12,7 @@ import torch
 from editcli.distributed.team import versions
 from editcli.editing.session import ModelSession
 from editcli.evaluation.metrics import Evaluation
-from editcli.linalg.spectra import ratio
+from editcli.linalg.ratios import ratio
 from editcli.models.loading import LoadedModel
 from editcli.plugin.interfaces import Site
 from editcli.plugin.manager import Plugins

@@ -24,7 +24,7 @@ from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
 from editcli.errors import StateError
 from editcli.heap import give_back
-from editcli.linalg.spectra import jump, ratio
+from editcli.linalg.ratios import jump, ratio
 from editcli.plugin.interfaces import Component, Diagnostic, Editor, Problem, Site, Stabilizer, Update
 from editcli.records.recovery import BATCH, UNDO, Recovered, recover
 from editcli.records.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest

@@ -168,7 +168,7 @@ def _render(names: Names, kind: Kind, values: Mapping[str, str]) -> dict[str, st
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
-    text = (files("editcli.scaffold.package") / "templates" / f"{template}.tmpl").read_text(encoding="utf-8")
+    text = (files("editcli.scaffold") / "templates" / f"{template}.tmpl").read_text(encoding="utf-8")
     return Template(text).substitute(values)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from editcli.storage.checkpoint import file_digest
 from editcli.tuning.objective import KL_PRICE
 from editcli.tuning.probes import probe_edits
 from editcli.tuning.report import Split
-from editcli.tuning.search import Budget, edits_per_trial
 from editcli.tuning.space import SOURCE, Candidate, Space, build_space
 from editcli.tuning.study import begun_with
 from editcli.tuning.workbench import PARTS, Workbench
@@ -33,6 +33,51 @@ MINUTES = 10.0
 """The budget where neither minutes nor trials are given."""
 WARM_UP = 4
 """Edits that the preset writes first, to see what one costs."""
+TRIALS = 10
+"""Trials that the time should be enough for."""
+SHARE = 0.6
+"""What a trial costs on average, as a share of a whole one: many are ended early."""
+FEWEST, MOST = 8, 64
+"""Edits of a trial: with fewer, one edit more or less decides; with more, few trials can be made."""
+DEFAULT_EDITS = 32
+"""Edits of a trial where only the number of trials is limited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Counts from when it is made; ``minutes`` None is no limit."""
+
+    minutes: float | None
+    started: float = field(default_factory=time.monotonic)
+    """When the time began to run, on the system's monotonic clock."""
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; infinite without a limit."""
+        return float("inf") if self.minutes is None else 60 * self.minutes - self.spent
+
+    def affords(self, seconds: float) -> bool:
+        """Tell whether something that takes so long would still end in time."""
+        return self.left > seconds
+
+
+def edits_per_trial(left: float, *, each: float, available: int) -> int:
+    """Return how many of ``available`` edits a trial should write, where one edit costs ``each`` seconds.
+
+    As many are held out, and the preset and the best trial are measured on them at the end. A third of a small file is
+    held out all the same.
+    """
+    whole = TRIALS * SHARE + 2
+    affordable = MOST if left == float("inf") else int(left / (whole * max(each, 1e-6)))
+    chosen = DEFAULT_EDITS if left == float("inf") else min(max(affordable, FEWEST), MOST)
+    return max(1, min(chosen, available - available // 3))
+
+
 STUDY, LOCK = "study.jsonl", ".lock"
 _COUNT, _CHAT = "edits of a trial", "chat template"
 
@@ -129,9 +174,9 @@ def open_edits(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter) -> tupl
     requests, rejected, _ = planning.usable(file, gate, skip_bad=run.on_error == "skip")
     for one in rejected:
         reporter.warn(f"left out: {one.id}: {one.reason}")
-    for field, what in (("paraphrase_prompts", "generalization"), ("neighborhood_prompts", "specificity")):
-        if not any(getattr(request, field) for request in requests):
-            reporter.warn(f"the edits have no {field}: {what} is not measured and does not count")
+    for asked, what in (("paraphrase_prompts", "generalization"), ("neighborhood_prompts", "specificity")):
+        if not any(getattr(request, asked) for request in requests):
+            reporter.warn(f"the edits have no {asked}: {what} is not measured and does not count")
     return loaded, requests
 
 

@@ -20,7 +20,7 @@ from editcli.errors import NumericalError
 from editcli.evaluation.ability import TextBaseline
 from editcli.evaluation.metrics import evaluate
 from editcli.heap import give_back
-from editcli.linalg.spectra import ratio
+from editcli.linalg.ratios import ratio
 from editcli.models.loading import LoadedModel, choose_device
 from editcli.plugin.interfaces import Site, Stabilizer, Update
 from editcli.plugin.manager import Plugins

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from editcli.linalg.spectra import ratio
+from editcli.linalg.ratios import ratio
 from editcli.plugin.interfaces import Problem, Session, Site, Stabilizer, Update
 from editcli.plugin.options import option
 

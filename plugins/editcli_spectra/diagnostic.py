@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.linalg.spectra import ratio
+from editcli.linalg.ratios import ratio
 from editcli.plugin.interfaces import Diagnostic, Session, Site, Update
 from editcli.plugin.options import option
 

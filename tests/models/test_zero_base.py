@@ -15,7 +15,8 @@ from editcli.__main__ import main
 from editcli.health.diff import diff
 from editcli.health.inspect import Wanted, inspect
 from editcli.health.verdict import Thresholds, judge, since
-from editcli.linalg.spectra import ratio, shown, spectral_norm, spectrum
+from editcli.linalg.ratios import ratio, shown
+from editcli.linalg.spectra import spectral_norm, spectrum
 from editcli.records.history import read_history
 from editcli.storage.choice import SINGLE
 
