@@ -161,7 +161,7 @@ def test_a_plugin_for_another_interface_is_left_out_and_says_what_to_do(site: Pa
 
 
 def test_a_plugin_for_an_older_interface_is_the_one_to_upgrade(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("editcli.API_VERSION", 2)
+    monkeypatch.setattr("editcli.plugin.manager.API_VERSION", 2)
     for code in ("editcli_api = 1\n", ""):
         install(site, f"quiet-plugin{len(code)}", {f"quiet{len(code)}": ""}, code + GOOD.format(name="quiet"))
     broken = load_plugins(installed(site), {}).broken

@@ -35,6 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, corpus_text: str) -> Path:
     (folder / "corpus.txt").write_text(corpus_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        # Statistics that another version or another number of threads left in the user's cache round differently.
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         stack = ("--stabilizer", "clip", "--layers", "1-2", "--batch-size", "2", "--seed", "7")
         stack = (*stack, "-o", "rlsedit.ridge=0.5")
         where = ("--model", "model", "--corpus", "corpus.txt", "--out", "first")

@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-import editcli.testing.models
+import editcli.testing
 from editcli import API_VERSION
 from editcli.__main__ import main
 from editcli.errors import OptionError, PluginError
@@ -272,7 +272,7 @@ def test_the_guides_plugin_in_two_files_works(monkeypatch: pytest.MonkeyPatch, t
 def test_the_guide_names_every_hook_kind_and_contract() -> None:
     page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     names = [name for name in vars(hookspecs) if name.startswith("editcli_")]
-    names += [*KINDS, *(name for name in vars(editcli.testing.models) if name.endswith("Contract"))]
+    names += [*KINDS, *(name for name in vars(editcli.testing) if name.endswith("Contract"))]
     assert len(names) >= 14
     assert [name for name in names if f"`{name}`" not in page] == []
     assert f"`editcli_api = {API_VERSION}`" in page

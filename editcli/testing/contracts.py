@@ -2,13 +2,13 @@
 
 ::
 
-    from editcli.testing.models import EditorContract
+    from editcli.testing import EditorContract
     from my_plugin.editor import MyEditor
 
     class TestMyEditor(EditorContract):
         component = MyEditor
 
-Each test edits a tiny real model the way ``editcli apply`` does. Import this through :mod:`editcli.testing.models`.
+Each test edits a tiny real model the way ``editcli apply`` does. Import this through :mod:`editcli.testing`.
 """
 
 from __future__ import annotations

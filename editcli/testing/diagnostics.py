@@ -1,4 +1,4 @@
-"""What every diagnostic has to hold; import :class:`DiagnosticContract` through :mod:`editcli.testing.models`."""
+"""What every diagnostic has to hold; import :class:`DiagnosticContract` through :mod:`editcli.testing`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every reader of edit files has to hold; import :class:`FormatContract` through :mod:`editcli.testing.models`."""
+"""What every reader of edit files has to hold; import :class:`FormatContract` through :mod:`editcli.testing`."""
 
 from __future__ import annotations
 

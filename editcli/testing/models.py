@@ -3,7 +3,7 @@
 Every model is a genuine ``transformers`` model of a real family, a few thousand parameters small, with random weights
 that are lively enough for an edit to matter: activations of order one, biases and norms away from their defaults::
 
-    from editcli.testing.models import tiny_model_folder
+    from editcli.testing import tiny_model_folder
 
     def test_my_editor(tmp_path):
         folder = tiny_model_folder(tmp_path / "model", "gpt2", seed=1)

@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_nothing_and_is_one_sentence(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("editcli.runs.output.write_model", full)
+    monkeypatch.setattr("editcli.export.run.write_model", full)
     assert "No space left on device" in refusal(bases("linear"), patch, tmp_path / "rebuilt")
 
 
