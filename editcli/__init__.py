@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from editcli.plugin.hookspecs import API_VERSION as API_VERSION
+
 if TYPE_CHECKING:
     from editcli.api import Edited as Edited
     from editcli.api import EditStream as EditStream
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from editcli.models.architectures import Family as Family
     from editcli.models.loading import open_model as open_model
     from editcli.models.loading import resolve_model as resolve_model
-    from editcli.plugin.hookspecs import API_VERSION as API_VERSION
     from editcli.plugin.hookspecs import hookimpl as hookimpl
     from editcli.plugin.interfaces import Component as Component
     from editcli.plugin.interfaces import Diagnostic as Diagnostic
@@ -62,10 +63,7 @@ _HOMES = {
     ),
     "editcli.evaluation.metrics": ("evaluate",),
     "editcli.requests.formats": ("Format",),
-    "editcli.plugin.hookspecs": (
-        "API_VERSION",
-        "hookimpl",
-    ),
+    "editcli.plugin.hookspecs": ("hookimpl",),
     "editcli.plugin.interfaces": (
         "Component",
         "Diagnostic",

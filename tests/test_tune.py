@@ -37,9 +37,8 @@ from editcli.storage.choice import SINGLE
 from editcli.testing import CHAT_TEMPLATE, tiny_model_folder, tiny_requests, tiny_tokenizer
 from editcli.tuning import study as states
 from editcli.tuning.objective import Figures
-from editcli.tuning.preparation import TuneRecipe
+from editcli.tuning.preparation import FEWEST, MOST, Budget, TuneRecipe, edits_per_trial
 from editcli.tuning.probes import counterfactuals, relations
-from editcli.tuning.preparation import FEWEST, MOST, Budget, edits_per_trial
 from editcli.tuning.search import PRESET, tune
 from editcli.tuning.space import COUNT, LAST, SOURCE, Bound, Candidate, Space, build_space
 from editcli.tuning.study import Study, begun_with
