@@ -57,7 +57,7 @@ def plain_target(
     scale = h.norm() ** (2 if options.decay_kind == "absolute" else 1)
     steered = torch.zeros_like(h, requires_grad=True)
     adam = torch.optim.Adam([steered], lr=options.lr)
-    last = float("inf")
+    last, streak = float("inf"), 0
     for step in range(options.steps):
         delta = unit * steered
         logits, hidden = run.logits([*prompts, essence], delta)
@@ -70,7 +70,9 @@ def plain_target(
         decay = options.v_weight_decay * delta.norm() / scale
         loss = surprise + options.kl_factor * divergence + decay
         last = float(loss.detach())
-        if last < options.stop_loss or step == options.steps - 1:
+        missed = [text for row, text in enumerate(prompts) if not _is_greedy(logs[row].detach(), text)]
+        streak = 0 if missed or options.stop == "loss" else streak + 1
+        if last < options.stop_loss or streak > options.stop_patience or step == options.steps - 1:
             break
         adam.zero_grad()
         loss.backward()
@@ -86,6 +88,11 @@ def _surprise(logs: Tensor, text: Encoded) -> Tensor:
     """Return the mean negative log-probability of a text's target tokens."""
     told = [logs[place, token] for place, token in zip(text.predicting, text.target_ids, strict=True)]
     return -torch.stack(told).mean()
+
+
+def _is_greedy(logs: Tensor, text: Encoded) -> bool:
+    """Tell whether every target token of a text is the likeliest one at its place."""
+    return logs[list(text.predicting)].argmax(dim=-1).tolist() == list(text.target_ids)
 
 
 class _Steered:

@@ -259,7 +259,7 @@ def test_rejected_edits_are_listed_up_to_a_point_and_never_read_as_markup() -> N
 
 def test_a_run_says_how_its_targets_ended() -> None:
     shown = drawn(run_table(report(targets={"optimised": 1990, "reached": 1800, "clamped": 12})))
-    assert "targets: 1,800 of 1,990 reached the stop loss, 12 ended at the clamp" in shown
+    assert "targets: 1,800 of 1,990 were reached, 12 ended at the clamp" in shown
     assert "targets: " not in drawn(run_table(report(targets=None)))
 
 

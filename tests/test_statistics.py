@@ -468,3 +468,19 @@ def test_an_account_without_a_home_folder_gets_no_folder_of_that_name(
 
 def test_what_is_cached_does_not_stay_in_memory(three_sites: SecondMoments) -> None:
     assert not three_sites._computed
+
+
+def test_a_text_longer_than_the_models_context_is_read_in_pieces(tmp_path: Path) -> None:
+    """Learned positions end where the context does; pieces are as short as the context, not as the option."""
+    loaded = opened(tiny_model_folder(tmp_path / "model", "gpt2"))
+    context = loaded.tokens.max_length
+    assert context is not None
+    assert context < StatisticsOptions().max_length
+    (tmp_path / "long.txt").write_text("The city of London is on the river. " * context)
+    asked = [
+        moments(loaded, tmp_path / "long.txt", tmp_path / str(n), tokens=600, max_length=n) for n in (512, context)
+    ]
+    (site,) = sites(loaded, 1)
+    one, other = (each(site) for each in asked)
+    assert torch.equal(one, other)
+    assert asked[0].identity(site) == asked[1].identity(site)

@@ -19,6 +19,7 @@ from benchmarks.reference import PlainTarget, plain_target
 from editcli.editing.steering import Chunk, Steering
 from editcli.editing.targets import optimise
 from editcli.errors import ModelError, NumericalError, RequestError
+from editcli.models.forward import first, with_first
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.reporting import Silent
 from editcli.requests.schema import EditRequest, from_record
@@ -414,3 +415,89 @@ def test_the_padding_side_changes_nothing(tmp_path: Path) -> None:
         loaded.tokens.tokenizer.padding_side = side
         sides.append(batch(loaded, requests())[0])
     torch.testing.assert_close(*sides, rtol=0, atol=0)
+
+
+class TestGreedyStop:
+    """``targets.stop=greedy``: an edit is done once its target is what the model says, not once it is sure of it."""
+
+    OPTIONS = replace(OPTIONS, steps=15, lr=0.4, stop_loss=0.0, stop="greedy", stop_patience=0, clamp=20.0)
+    # What ends in its subject is predicted by the steered state itself; the others stay out of a tiny model's reach.
+    FACTS = (
+        ("It is {}", "Berlin", "tower"),
+        ("The capital city of {}", "France", "river"),
+        ("In Spain, {}", "Bob", "Paris"),
+        ("{} works as a", "Ann Smith", "river tower"),
+    )
+    REACHABLE = 3
+
+    def facts(self) -> list[EditRequest]:
+        rows = ({"id": s, "prompt": p, "subject": s, "target_new": t} for p, s, t in self.FACTS)
+        return [from_record(row) for row in rows]
+
+    @pytest.mark.parametrize("patience", [0, 3])
+    def test_a_batch_equals_the_plain_procedure_and_one_at_a_time(self, loaded: LoadedModel, patience: int) -> None:
+        options = replace(self.OPTIONS, stop_patience=patience)
+        target, *_ = batch(loaded, self.facts(), options)
+        whole, initial, *_ = batch(loaded, self.facts(), replace(options, stop="loss"))
+        for column, fact in enumerate(self.facts()):
+            assert distance(target[:, column], plain_target(loaded, fact, PREFIXES, LAYER, options)) < 1e-2
+            alone, *_ = batch(loaded, [fact], options)
+            assert float((target[:, [column]] - alone).norm() / (alone - initial[:, [column]]).norm()) < 1e-2
+        moved = (target - whole).norm(dim=0) > 1e-2 * (whole - initial).norm(dim=0)
+        assert moved.tolist() == [True] * self.REACHABLE + [False]
+
+    def test_what_is_reached_is_the_greedy_answer_in_all_contexts(self, loaded: LoadedModel) -> None:
+        values = optimise(loaded, self.facts(), PREFIXES, LAYER, self.OPTIONS, Silent())
+        assert values.reached is not None
+        assert values.reached.tolist() == [True] * self.REACHABLE + [False]
+        assert bool((values.loss > OPTIONS.stop_loss).all())
+        offsets = (values.target - values.initial).T
+        said = [answers(loaded, fact, delta) for fact, delta in zip(self.facts(), offsets, strict=True)]
+        assert said == values.reached.tolist()
+
+    def test_patience_takes_that_many_more_steps(self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        (fact,), real, calls = self.facts()[:1], Steering.logits, []
+
+        def counted(self: Steering, *args: Any) -> Tensor:
+            calls.append(1)
+            return real(self, *args)
+
+        def evaluations(**choices: Any) -> int:
+            calls.clear()
+            batch(loaded, [fact], replace(self.OPTIONS, **choices))
+            return len(calls)
+
+        monkeypatch.setattr(Steering, "logits", counted)
+        one = evaluations(steps=1)
+        assert one == evaluations(steps=1, stop="loss"), "the answer is read off the logits of the loss"
+        none, some, more = (evaluations(stop_patience=patience) // one for patience in (0, 1, 4))
+        assert (some, more) == (none + 1, none + 4)
+        assert more < self.OPTIONS.steps
+
+    def test_an_edit_that_runs_out_of_steps_while_patient_counts_as_reached(self, loaded: LoadedModel) -> None:
+        options = replace(self.OPTIONS, stop_patience=1000)
+        for steps, reached in ((self.OPTIONS.steps, self.REACHABLE), (1, 0)):
+            values = optimise(loaded, self.facts(), PREFIXES, LAYER, replace(options, steps=steps), Silent())
+            assert values.reached is not None
+            assert int(values.reached.sum()) == reached
+
+    def test_a_negative_patience_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="stop_patience"):
+            TargetOptions(stop_patience=-1)
+
+
+def answers(loaded: LoadedModel, fact: EditRequest, delta: Tensor) -> bool:
+    """Tell whether the whole model with ``delta`` added says the target greedily, bare and behind every prefix."""
+    for prefix in ("", *PREFIXES):
+        (text,) = loaded.tokens.encode([loaded.tokens.locate(fact.in_context(prefix), fact.target_new)])
+
+        def steer(module: Any, args: Any, output: Any, at: int = text.lookup) -> Any:
+            hidden = first(output).clone()
+            hidden[0, at] += delta
+            return with_first(output, hidden)
+
+        with torch.no_grad(), removing(loaded.architecture.block(LAYER).register_forward_hook(steer)):
+            logits = loaded.model(input_ids=torch.tensor([text.ids]), use_cache=False).logits[0]
+        if logits[list(text.predicting)].argmax(dim=1).tolist() != list(text.target_ids):
+            return False
+    return True

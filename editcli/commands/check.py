@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from editcli.editing.sinks import begins
 from editcli.errors import RequestError
 from editcli.evaluation.admission import Gate, thinking_warning
 from editcli.models.fit import check_fit
@@ -160,6 +161,11 @@ def _doubts(request: EditRequest, encoded: Encoded, tokens: Tokens) -> Iterator[
     # A part of a character has no text of its own and decodes to the replacement mark.
     if "\ufffd" not in lookup and not request.subject.endswith(lookup):
         yield f"the subject's last token {lookup!r} reaches beyond the subject into the text after it"
+    if begins(encoded):
+        yield (
+            "the subject is the first token of the text, where many models have the same key for every subject; put a "
+            "word before the subject, as in 'The company Microsoft'"
+        )
     if request.target_true is None and any(near.target is None for near in request.neighborhood_prompts):
         yield "neighborhood_prompts without an answer are not measured; add target_true, or a target to each"
     if any(near.target is None for near in request.locality):

@@ -93,8 +93,10 @@ def edit_batch(
 
 
 def _known(session: ModelSession, values: Values) -> list[int]:
-    """Return the columns whose optimisation ended before its first step: the loss was low as the model stands."""
-    still = (values.target == values.initial).all(dim=0).cpu() & (values.loss < session.options.stop_loss).cpu()
+    """Return the columns whose optimisation ended before its first step: the model answered so as it stands."""
+    still = (values.target == values.initial).all(dim=0).cpu()
+    reached = values.loss < session.options.stop_loss if values.reached is None else values.reached
+    still &= reached.cpu()
     return still.nonzero().flatten().tolist()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from editcli.editing import gradients, targets
 from editcli.editing.activations import Activations, Tap
+from editcli.editing.sinks import begins, first_is_sink
 from editcli.errors import StatisticsError
 from editcli.models.generate import continue_rows
 from editcli.models.loading import LoadedModel
@@ -83,6 +84,8 @@ class ModelSession:
         self._decompose = Decompositions(self._files, self.reporter)
         self._activations = Activations(loaded, batch_tokens=self.options.batch_tokens, reporter=self.reporter)
         self._rows: tuple[Sequence[EditRequest], dict[tuple[str, ...], list[Encoded]]] = ((), {})
+        self._sinks: list[bool] | None = None
+        """Whose bare text among those requests has its subject in an attention sink; None until it is asked for."""
         self._moments: dict[Site, Tensor] = {}
         self._baselines: dict[Site, Tensor] = {}
         self._masters: dict[Site, Tensor] = {site: self._loaded_weight(site) for site in self.sites}
@@ -171,8 +174,9 @@ class ModelSession:
         self.forget_reads()
         label = "Optimising targets" if prefixed else "Measuring the anchor"
         prefixes = self.prefixes if prefixed else ()
+        sink = bool(prefixes) and any(self.in_sink(requests))
         return targets.optimise(
-            self.loaded, requests, prefixes, self.layers[-1], self.options, self.reporter, label=label
+            self.loaded, requests, prefixes, self.layers[-1], self.options, self.reporter, label=label, sink=sink
         )
 
     def gradients(
@@ -194,10 +198,13 @@ class ModelSession:
         return found if self._solve_device is None else found.to(self._solve_device)
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
-        """Return K, (d_in, n): mean of the bare prompt's key and the mean key of the prefixed prompts."""
+        """Return K, (d_in, n): mean of the bare prompt's key and the mean key of the prefixed prompts.
+
+        The first prefixed prompt stands in for a bare one whose key is that of an attention sink.
+        """
         mlp, projection = self.loaded.architecture.mlp(site.layer), self._projection(site)
         tap = Tap(projection, output=False, within=None if mlp is projection else mlp)
-        (keys,) = self._activations.read(self._lookup_rows(requests, ("",)), site.layer, [tap])
+        (keys,) = self._activations.read(self._first_rows(requests), site.layer, [tap])
         if self.prefixes:
             (prefixed,) = self._activations.read(self._lookup_rows(requests, self.prefixes), site.layer, [tap])
             prefixed = prefixed.reshape(len(requests), len(self.prefixes), -1).mean(dim=1)
@@ -212,7 +219,7 @@ class ModelSession:
             Tap(architecture.mlp(site.layer), output=True),
             Tap(architecture.block(self.layers[-1]), output=True),
         ]
-        own, last = self._activations.read(self._lookup_rows(requests, ("",)), site.layer, taps)
+        own, last = self._activations.read(self._first_rows(requests), site.layer, taps)
         goal = values.initial - self._joined(values.written) + self._joined(values.contribution)
         share = (goal - last.T.to(goal.device)) / remaining
         return self._at_output(site, own.T.to(goal.device), share).to(self._masters[site].device)
@@ -220,7 +227,14 @@ class ModelSession:
     def forget_reads(self) -> None:
         """Free what reading a batch's keys and residuals left behind for its next site."""
         self._activations.forget()
-        self._rows = ((), {})
+        self._rows, self._sinks = ((), {}), None
+
+    def in_sink(self, requests: Sequence[EditRequest]) -> list[bool]:
+        """Tell of each request whether its bare text has the subject in an attention sink, as the model stands."""
+        tokens = self.loaded.tokens
+        first = [begins(text) for text in tokens.encode([tokens.locate(request) for request in requests])]
+        sink = any(first) and first_is_sink(self.loaded, self.layers, batch_tokens=self.options.batch_tokens)
+        return [sink and one for one in first]
 
     def write(self, site: Site, update: Update) -> None:
         """Add an update to a site's weight."""
@@ -279,11 +293,25 @@ class ModelSession:
             return self.baseline(site).clone()
         return (weight.T if site.transposed else weight).float().clone(memory_format=torch.contiguous_format)
 
+    def _first_rows(self, requests: Sequence[EditRequest]) -> list[Encoded]:
+        """Return each request's bare text, cut after its lookup token; behind the first prefix where that is a sink."""
+        bare = self._lookup_rows(requests, ("",))
+        if not self.prefixes:
+            return bare
+        # Decided once for all sites of a batch: those written first may change what the later ones read.
+        if self._sinks is None:
+            self._sinks = self.in_sink(requests)
+        if not any(self._sinks):
+            return bare
+        behind = self._lookup_rows(requests, self.prefixes[:1])
+        return [other if sink else own for own, other, sink in zip(bare, behind, self._sinks, strict=True)]
+
     def _lookup_rows(self, requests: Sequence[EditRequest], contexts: tuple[str, ...]) -> list[Encoded]:
         """Return each request in each context, cut after its lookup token; a batch is tokenised once for all sites."""
         of, found = self._rows
         if list(of) != list(requests):
-            self._rows = of, found = tuple(requests), {}
+            self._rows, self._sinks = (tuple(requests), {}), None
+            of, found = self._rows
         if contexts not in found:
             tokens = self.loaded.tokens
             for request in requests:

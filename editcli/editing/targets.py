@@ -10,6 +10,9 @@ is minimised by Adam; after each step ||delta|| is projected to at most clamp * 
 2210.07229). Edits are independent of each other: each has its own loss and stops on its own, so a batch gives what one
 edit at a time would give, up to rounding.
 
+With ``stop = "greedy"`` an edit also stops once its target has been the greedy answer in all its contexts, at this
+evaluation and the ``stop_patience`` ones before it: most-probable early stopping (ENCORE, arXiv 2502.01636).
+
 Adam moves every coordinate by about its rate, and ||h|| differs between models by more than ten times, so a published
 rate holds for the model it was chosen on. ``lr_kind = "relative"`` takes steps in units of ||h|| / sqrt(d): Adam
 minimises over u, delta = u ||h|| / sqrt(d), and a step moves delta by about lr * ||h||. With ``decay_kind =
@@ -30,6 +33,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from editcli.editing.sinks import begins
 from editcli.editing.steering import Chunk, Row, Steering
 from editcli.errors import ModelError, NumericalError
 from editcli.models.forward import positions
@@ -47,6 +51,14 @@ def cross_entropies(logits: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
     The first rows are compared with ``tokens`` (t,), the others with the distributions ``wanted`` (n - t, vocabulary).
     """
     return cast(Tensor, _CrossEntropies.apply(logits, tokens, wanted))
+
+
+def greedy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Tell of each of the first rows of ``logits`` whether its token (t,) is the likeliest, (t,) bool.
+
+    The logits must not be used up yet.
+    """
+    return logits[: len(tokens)].argmax(dim=1) == tokens
 
 
 class _CrossEntropies(torch.autograd.Function):
@@ -103,9 +115,14 @@ def optimise(
     reporter: Reporter,
     *,
     label: str = "Optimising targets",
+    sink: bool = False,
 ) -> Values:
-    """Return target values of ``requests`` at ``layer``, (d, n) each, float32."""
-    rows = _rows(loaded, requests, prefixes, options)
+    """Return target values of ``requests`` at ``layer``, (d, n) each, float32.
+
+    ``sink`` says that the first token of a text is an attention sink: subjects there are steered behind the prefixes
+    alone, see :mod:`editcli.editing.sinks`.
+    """
+    rows = _rows(loaded, requests, prefixes, options, sink=sink)
     parts: list[tuple[list[int], tuple[Tensor, ...]]] = []
     with reporter.phase(label, len(requests), "edits") as advance, quick_linears(loaded.model):
         pending, progress = _micro_batches(rows, options.batch_tokens)[::-1], _Progress(advance)
@@ -120,9 +137,8 @@ def optimise(
     order = torch.tensor([edit for edits, _ in parts for edit in edits])
     back = torch.argsort(order)
     columns = zip(*(values for _, values in parts), strict=True)
-    target, initial, written, loss, clamped = (torch.cat(column, dim=0)[back] for column in columns)
+    target, initial, written, loss, reached, clamped = (torch.cat(column, dim=0)[back] for column in columns)
     _check_finite(torch.cat([target, loss[:, None]], dim=1), requests, loaded, layer)
-    reached = loss < options.stop_loss
     return Values(target.T, initial.T, written.T, dropped={}, loss=loss, reached=reached, clamped=clamped)
 
 
@@ -150,23 +166,28 @@ def _check_finite(figures: Tensor, requests: Sequence[EditRequest], loaded: Load
 
 
 def _rows(
-    loaded: LoadedModel, requests: Sequence[EditRequest], prefixes: Sequence[str], options: TargetOptions
+    loaded: LoadedModel, requests: Sequence[EditRequest], prefixes: Sequence[str], options: TargetOptions, *, sink: bool
 ) -> list[list[Row]]:
-    """Return the texts of each edit: its prompt bare and behind every prefix, then "{subject} is a"."""
+    """Return the texts of each edit: its prompt bare and behind every prefix, then "{subject} is a".
+
+    The first row is where h is read. With ``sink``, it is behind the first prefix where the subject begins its text.
+    """
     tokens = loaded.tokens
     contexts = ("", *prefixes)
     texts = [tokens.locate(r.in_context(c), r.target_new) for r in requests for c in contexts]
-    essences = [tokens.locate(replace(r, before="", after=" is a")) for r in requests]
     encoded = [text.without_last() for text in tokens.encode(texts)]
-    closing = [text.up_to_lookup() for text in tokens.encode(essences)]
+    starts = [1 if sink and prefixes and begins(bare) else 0 for bare in encoded[:: len(contexts)]]
+    opened = [replace(r, before=contexts[start], after=" is a") for r, start in zip(requests, starts, strict=True)]
+    closing = [text.up_to_lookup() for text in tokens.encode([tokens.locate(essence) for essence in opened])]
     rows = []
-    for edit, request in enumerate(requests):
-        own = encoded[edit * len(contexts) : (edit + 1) * len(contexts)]
+    for edit, (request, start) in enumerate(zip(requests, starts, strict=True)):
+        own = encoded[edit * len(contexts) + start : (edit + 1) * len(contexts)]
         prompts = [
-            Row(text, edit, 1.0 / (len(contexts) * len(text.target)), False, (context, (context, request.before)))
-            for context, text in zip(contexts, own, strict=True)
+            Row(text, edit, 1.0 / (len(own) * len(text.target)), False, (context, (context, request.before)))
+            for context, text in zip(contexts[start:], own, strict=True)
         ]
-        rows.append([*prompts, Row(closing[edit], edit, options.kl_factor, True, (None, None))])
+        stems = (contexts[start], (contexts[start], "")) if start else (None, None)
+        rows.append([*prompts, Row(closing[edit], edit, options.kl_factor, True, stems)])
         longest = max(len(row.text.ids) for row in rows[-1])
         if tokens.max_length is not None and longest > tokens.max_length:
             raise request.refusal(
@@ -212,8 +233,8 @@ class _Optimiser:
         self.norm = loaded.architecture.mlp_norm(layer)
         self.rows = [replace(row, edit=edit) for edit, own in enumerate(rows) for row in own]
         self.steering = Steering(loaded, self.rows, layer, cached=options.cached, budget=options.batch_tokens)
-        bare = [edit * len(rows[0]) for edit in range(len(rows))]
-        self.initial, self.written = self.steering.at_lookup()[bare], self.steering.outputs[bare]
+        first = [sum(map(len, rows[:edit])) for edit in range(len(rows))]
+        self.initial, self.written = self.steering.at_lookup()[first], self.steering.outputs[first]
         # Where a norm stands between delta and the stream, delta is measured against what it is added to.
         self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
         self.bound = self.length * (options.clamp if self.norm is None else options.norm_clamp)
@@ -225,19 +246,23 @@ class _Optimiser:
         """Of each row that is an essence: its distribution at delta = 0, and that distribution's entropy."""
 
     def run(self, advance: Callable[[int], None]) -> tuple[Tensor, ...]:
-        """Return (target, initial, written, loss, clamped), the first three (n, d), the others (n,)."""
+        """Return (target, initial, written, loss, reached, clamped), the first three (n, d), the others (n,)."""
         delta = torch.zeros_like(self.initial)
         loss = torch.full((len(delta),), float("inf"), device=delta.device)
         moments = (torch.zeros_like(delta), torch.zeros_like(delta))
+        # At how many evaluations in a row each edit's target was the greedy answer; 0 where that stops no edit.
+        streak = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
         active = torch.arange(len(delta), device=delta.device)
         parts = self._gather(active)
         (few,) = self.steering.chunks(parts[0].chunk.rows[:1].tolist())
         self.steering.check(few, self._part(few).head)
         for step in range(1, self.options.steps + 1):
             last = step == self.options.steps
-            found, gradient = self._evaluate(parts, delta, slopes=not last)
+            found, gradient, missed = self._evaluate(parts, delta, slopes=not last)
             loss[active] = found[active]
-            going = found[active] >= self.options.stop_loss
+            if self.options.stop == "greedy":
+                streak[active] = torch.where(missed[active] == 0, streak[active] + 1, 0)
+            going = (found[active] >= self.options.stop_loss) & (streak[active] <= self.options.stop_patience)
             if last or not going.any():
                 break
             # A finished edit keeps the delta at which its loss was measured.
@@ -248,7 +273,9 @@ class _Optimiser:
             self._adam(delta, gradient[active], moments, active, step)
         advance(len(active))
         clamped = delta.norm(dim=1) >= AT_CLAMP * self.bound
-        return self.initial + delta, self.initial, self.written, loss, clamped
+        # An edit that runs out of steps while it is patient is answered as much as one that stops.
+        reached = (loss < self.options.stop_loss) | (streak > 0)
+        return self.initial + delta, self.initial, self.written, loss, reached, clamped
 
     def _adam(self, delta: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], active: Tensor, step: int) -> None:
         """Take one Adam step on the active rows of ``delta`` and project them into the ball of clamp * ||h||.
@@ -289,26 +316,38 @@ class _Optimiser:
         )
 
     @torch.enable_grad()
-    def _evaluate(self, parts: Sequence[_Part], delta: Tensor, *, slopes: bool) -> tuple[Tensor, Tensor]:
-        """Return each edit's loss, (n,), and with ``slopes`` its gradient, (n, d); edits without rows get no sense."""
+    def _evaluate(self, parts: Sequence[_Part], delta: Tensor, *, slopes: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each edit's loss, (n,), with ``slopes`` its gradient, (n, d), and how many target tokens it missed.
+
+        A token is missed where another one is likelier, (n,), counted where that matters. Edits without rows get no
+        sense.
+        """
         own = delta.clone().requires_grad_(True)
         shift = self._shift(own)
         slope, loss = torch.zeros_like(delta), torch.zeros_like(self.length)
+        missed = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
         for part in parts:
             # Each chunk is differentiated on its own, so that no more than one chunk's activations are held.
             offset = shift.detach()[part.edit].requires_grad_(slopes)
-            each = self._surprise(part, offset) * part.weight
+            surprise, missing = self._surprise(part, offset)
+            each = surprise * part.weight
             loss.index_add_(0, part.owner, each.detach())
+            missed.index_add_(0, part.owner[: len(missing)], missing)
             if slopes:
                 slope.index_add_(0, part.edit, torch.autograd.grad(each.sum(), offset)[0])
         decay = self.decay * own.norm(dim=1)
         (gradient,) = torch.autograd.grad((shift * slope).sum() + decay.sum(), own)
-        return loss + decay.detach(), gradient
+        return loss + decay.detach(), gradient, missed
 
-    def _surprise(self, part: _Part, offset: Tensor) -> Tensor:
-        """Return cross-entropies of target tokens and divergences of essences, (t + essences,)."""
+    def _surprise(self, part: _Part, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cross-entropies of target tokens and divergences of essences, (t + essences,), and what was missed.
+
+        Of each target token, (t,), 1 where another one is likelier; nothing where that stops no edit.
+        """
         logits = self.steering.logits(part.chunk, offset, part.head).to(offset.device)
         told, essences = len(part.token), self._essences(part)
+        asked = part.token[: told if self.options.stop == "greedy" else 0]
+        missing = (~greedy(logits.detach(), asked)).long()
         if any(row not in self.before for row in essences):
             self._remember(essences, logits.detach()[told:])
         wanted = (
@@ -316,7 +355,7 @@ class _Optimiser:
         )
         found = cross_entropies(logits, part.token, wanted)
         known = [self.before[row][1] for row in essences]
-        return torch.cat([found[:told], found[told:] - torch.stack(known)]) if known else found
+        return (torch.cat([found[:told], found[told:] - torch.stack(known)]) if known else found), missing
 
     def _essences(self, part: _Part) -> list[int]:
         return [row for row in part.chunk.rows.tolist() if self.rows[row].is_essence]

@@ -62,7 +62,8 @@ class Values:
     loss: Tensor
     """(n,) the loss at which each edit's optimisation stopped."""
     reached: Tensor | None = None
-    """(n,) bool: whose loss fell below ``targets.stop_loss``; None where nobody counted."""
+    """(n,) bool: whose loss fell below ``targets.stop_loss``; with ``targets.stop=greedy`` also whose target is the
+    greedy answer in all its contexts. None where nobody counted."""
     clamped: Tensor | None = None
     """(n,) bool: whose offset ended at ``targets.clamp``; None where nobody counted."""
 

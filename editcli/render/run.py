@@ -120,7 +120,7 @@ def _sites_table(sites: Sequence[SiteReport]) -> Table:
 def _targets(counts: Mapping[str, int] | None) -> Iterator[Text]:
     """Say how the optimisation of targets ended: the earliest sign of a bad setting."""
     if counts:
-        reached = f"targets: {counts['reached']:,} of {counts['optimised']:,} reached the stop loss"
+        reached = f"targets: {counts['reached']:,} of {counts['optimised']:,} were reached"
         yield Text(f"{reached}, {counts['clamped']:,} ended at the clamp")
 
 

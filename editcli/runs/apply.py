@@ -35,7 +35,7 @@ from editcli.runs.interrupts import Interrupts
 from editcli.runs.outcome import Ending, efficacy, missed_targets, provenance, report_run, rounded_differently
 from editcli.runs.output import CARD, Verified, remove_old, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
-from editcli.runs.remarks import tell_conflicts, tell_known, tell_missing
+from editcli.runs.remarks import tell_conflicts, tell_known, tell_missing, tell_sinks
 from editcli.runs.resuming import completed
 from editcli.runs.retention import METRICS, sampled
 from editcli.runs.stream import Stack, Stream
@@ -118,8 +118,9 @@ class Run:
         self._announce()
         self.open()
         todo = self.todo()
+        ahead = [request for batch in todo for request in batch]
+        tell_sinks(self.loaded, self.planned, ahead, self.reporter)
         if self.team.leads and self.team.divided:
-            ahead = [request for batch in todo for request in batch]
             warn_of_long_work(self.loaded, self.planned, ahead, self.reporter, parts=self.team.parts)
         before = self._evaluate(supersede([*self.done, *(request for batch in todo for request in batch)])[0])
         with self.clock.spent("prepare"):

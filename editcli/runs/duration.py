@@ -63,7 +63,7 @@ def foresee(
     whole = work(options, requests, options.prefixes + 1) / parts
     if whole / SLOW < LONG:
         return None
-    brief, sample = replace(options, steps=SAMPLE_STEPS, stop_loss=0.0), requests[:SAMPLE]
+    brief, sample = replace(options, steps=SAMPLE_STEPS, stop_loss=0.0, stop="loss"), requests[:SAMPLE]
     started = time.perf_counter()
     targets.optimise(loaded, sample, (), layer, brief, Silent())
     speed = work(brief, sample, 1) / (time.perf_counter() - started)

@@ -173,8 +173,9 @@ def missed_targets(counts: Mapping[str, int] | None, targets: TargetOptions) -> 
         cause = f"set targets.lr_kind=relative, or raise targets.lr={targets.lr:g} or targets.steps={targets.steps}"
     else:
         cause = f"raise targets.steps={targets.steps} or targets.lr={targets.lr:g}"
+    goal = f"targets.stop_loss={targets.stop_loss:g}" + (" or targets.stop=greedy" if targets.stop == "greedy" else "")
     return (
-        f"{missed:,} of {counts['optimised']:,} targets did not reach targets.stop_loss={targets.stop_loss:g}, so "
+        f"{missed:,} of {counts['optimised']:,} targets did not reach {goal}, so "
         f"these edits may not be answered: {cause}"
     )
 

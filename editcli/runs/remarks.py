@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from editcli.editing.sinks import begins, first_is_sink
+from editcli.models.loading import LoadedModel
 from editcli.records.recovery import Recovered, missing
 from editcli.reporting import Reporter, RunReport
 from editcli.requests.reader import EditFile
+from editcli.requests.schema import EditRequest
 from editcli.runs.planning import Planned
 
 SHOWN = 5
@@ -37,6 +40,22 @@ def tell_missing(recovered: Recovered, file: EditFile, out: Path, reporter: Repo
         reporter.warn(
             f"{file.source} no longer has {_listed([request.id for request in gone])}, which the run in {out} keeps; "
             "'editcli undo' with --edit takes an edit back"
+        )
+
+
+def tell_sinks(loaded: LoadedModel, planned: Planned, requests: Sequence[EditRequest], reporter: Reporter) -> None:
+    """Warn about edits whose subject is the first token of its text where that token is an attention sink."""
+    if not planned.editor.needs_values:
+        return
+    tokens = loaded.tokens
+    texts = tokens.encode([tokens.locate(request) for request in requests if request.has_subject])
+    named = [request.id for request in requests if request.has_subject]
+    first = [name for name, text in zip(named, texts, strict=True) if begins(text)]
+    if first and first_is_sink(loaded, planned.layers, batch_tokens=planned.targets.batch_tokens):
+        reporter.warn(
+            f"{_listed(first)}: the subject is the first token of its text, and the model's keys there are the same "
+            "for every subject, so the fact is written for text in which something stands before it; put a word "
+            "before the subject, as in 'The company Microsoft'"
         )
 
 

@@ -26,6 +26,10 @@ class TargetOptions:
     )
     kl_factor: float = option(0.0078125, "weight of the divergence on '{subject} is a'")
     stop_loss: float = option(0.05, "an edit whose loss is below this is done")
+    stop: Literal["loss", "greedy"] = option(
+        "loss", "greedy: an edit is also done once its target is the greedy answer in all its contexts (ENCORE's MPES)"
+    )
+    stop_patience: int = option(2, "with stop=greedy, more steps in a row at which the target has to stay that answer")
     prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
     prefix_tokens: int = option(10, "tokens of each generated prefix")
     batch_tokens: int = option(24576, "most tokens in one forward pass")
@@ -34,6 +38,8 @@ class TargetOptions:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or min(self.clamp, self.norm_clamp) <= 0 or self.prefixes < 0:
             raise ValueError("steps must be at least 1, lr and clamp positive, prefixes not negative")
+        if self.stop_patience < 0:
+            raise ValueError("stop_patience must not be negative")
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class StatisticsOptions:
         10, "tokens read for each dimension of a key; half suffice where the package's text has no more"
     )
     tokens: int | None = option(None, "tokens read in total, instead of tokens_per_dim times the key's width")
-    max_length: int = option(512, "most tokens of one sequence, whatever context the model has")
+    max_length: int = option(512, "most tokens of one sequence, and no more than the model's context")
     batch_tokens: int = option(8192, "tokens in one forward pass")
 
 

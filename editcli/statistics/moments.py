@@ -80,10 +80,11 @@ class SecondMoments:
         team: Team | None = None,
     ):
         self.loaded, self.options, self.team = loaded, options or StatisticsOptions(), team or Team()
-        length = self.options.max_length
+        # Learned positions end where the context does.
+        self.max_length = min(self.options.max_length, loaded.tokens.max_length or self.options.max_length)
         self.file, self.reporter = file, reporter or Silent()
         self.corpus: Corpus = open_corpus(
-            corpus, loaded, max_length=length, seed=seed, team=self.team, reporter=self.reporter
+            corpus, loaded, max_length=self.max_length, seed=seed, team=self.team, reporter=self.reporter
         )
         self.cache = cache if cache is not None else user_cache_path("editcli") / "second-moments"
         self.files = Cache(self.cache, self.reporter)
@@ -151,7 +152,7 @@ class SecondMoments:
             module=site.module,
             corpus=self.corpus.identity_of(self.tokens_for(site)),
             tokens=self.tokens_for(site),
-            max_length=self.options.max_length,
+            max_length=self.max_length,
         )
 
     def record(self, sites: Sequence[Site]) -> dict[str, Any]:

@@ -36,6 +36,12 @@ def test_more_than_a_tenth_names_what_to_change(known: dict[str, int], targets: 
     assert setting in said
 
 
+def test_the_goal_is_named_as_it_was_set() -> None:
+    said = missed_targets(counts(10, 8), TargetOptions(stop="greedy"))
+    assert said is not None
+    assert said.startswith("2 of 10 targets did not reach targets.stop_loss=0.05 or targets.stop=greedy, so")
+
+
 def test_an_editors_limit_on_jumps_holds_unless_another_is_given() -> None:
     assert with_default((), 0.5) == parse_guards(["jump>0.5"])
     assert with_default(parse_guards(["ratio>2"]), 0.5) == parse_guards(["ratio>2", "jump>0.5"])
