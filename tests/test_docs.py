@@ -5,8 +5,8 @@ edits. A block with a title, such as ``json title="facts.jsonl"``, is written to
 above a block change what is expected of it: ``<!-- exit 3 -->`` names its exit code, and ``<!-- not run: REASON -->``
 leaves it at checking that its commands and options exist.
 
-A ``text`` block after a shell block shows what its commands print: every line of it is one that they print, in that
-order, where numbers may differ and a line ``...`` stands for any lines.
+A ``text`` block after a shell block shows what its commands print: they print its words, where numbers may differ,
+lines may break elsewhere and a line ``...`` stands for any lines.
 """
 
 from __future__ import annotations
@@ -193,33 +193,39 @@ def perform(todo: list[Step], page: Path) -> None:
         assert code == step.exit_code, f"{name_of(page)}: {step.text!r} gave {code}: {said[-2000:]}"
         output += said
         if step.shown:
-            missing = missing_line(step.shown, output)
-            assert missing is None, f"{name_of(page)} shows after {step.text!r} what is not printed: {missing}\n{output}"
+            missing = missing_part(step.shown, output)
+            assert missing is None, (
+                f"{name_of(page)} shows after {step.text!r} what is not printed:\n{missing}\n\n{output}"
+            )
 
 
-def missing_line(shown: str, printed: str) -> str | None:
-    """Return the first line of ``shown`` that ``printed`` does not have in its place; None when it has them all."""
-    lines = iter(masked(printed))
-    for line in masked(shown):
-        if line != "..." and line not in lines:
-            return line
+def missing_part(shown: str, printed: str) -> str | None:
+    """Return the first part of ``shown`` that ``printed`` does not have in its place; None when it has them all.
+
+    The lines ``...`` part a text; where lines break and how wide columns are does not matter.
+    """
+    rest = masked(printed)
+    for part in map(masked, re.split(r"^\s*\.\.\.\s*$", shown, flags=re.MULTILINE)):
+        _, here, rest = rest.partition(part)
+        if part and not here:
+            return part
     return None
 
 
-def masked(text: str) -> list[str]:
-    """Return the lines that hold something, with numbers, hashes, curves and the width of columns left out."""
+def masked(text: str) -> str:
+    """Return the words of a text with numbers, hashes, curves and rules left out."""
     text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,}\b", "#", text)
     text = re.sub(r"[-+]?\d[\d,.]*(e[-+]?\d+)?", "#", text)
     text = re.sub(r"[\u2581-\u2588]+", "~", text)
-    lines = (re.sub(r"[ \u2500]+", " ", line).strip() for line in text.splitlines())
-    return [line for line in lines if line]
+    return " ".join(text.replace("\u2500", " ").split())
 
 
-def test_a_shown_line_that_is_not_printed_is_named() -> None:
+def test_a_shown_part_that_is_not_printed_is_named() -> None:
     printed = "3 of 3 edits applied\n R_n  drift\n 1.02  0.1\ndone\n"
-    assert missing_line("2 of 2 edits applied\n...\n 1.5 0.25\n", printed) is None
-    assert missing_line("3 of 3 edits applied\n drift  R_n\n", printed) == "drift R_n"
-    assert missing_line("done\n3 of 3 edits applied\n", printed) == "# of # edits applied"
+    assert missing_part("2 of 2 edits applied\n...\n 1.5 0.25\n", printed) is None
+    assert missing_part("3 of 3 edits\napplied R_n drift\n", printed) is None
+    assert missing_part("3 of 3 edits applied\n drift  R_n\n", printed) == "# of # edits applied drift R_n"
+    assert missing_part("done\n...\n3 of 3 edits applied\n", printed) == "# of # edits applied"
 
 
 def check_records(folder: Path) -> None:
