@@ -4,6 +4,9 @@ Each page's ``bash`` and ``console`` blocks are run in order, in a folder of the
 edits. A block with a title, such as ``json title="facts.jsonl"``, is written to that file when its turn comes. Comments
 above a block change what is expected of it: ``<!-- exit 3 -->`` names its exit code, and ``<!-- not run: REASON -->``
 leaves it at checking that its commands and options exist.
+
+A ``text`` block after a shell block shows what its commands print: they print its words, where numbers may differ,
+lines may break elsewhere and a line ``...`` stands for any lines.
 """
 
 from __future__ import annotations
@@ -68,6 +71,8 @@ class Step:
     text: str
     title: str | None = None
     exit_code: int = 0
+    shown: str = ""
+    """What the page shows of the output of the block that ends with this step."""
 
 
 def blocks(page: Path) -> list[Block]:
@@ -148,6 +153,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, shared: Path, mo
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     # Fewer prefixes and pilots, since most of the time would go there; commands and files are those that are shown.
     monkeypatch.setenv("EDITCLI_OPTIONS", "nas.pilots=20 targets.prefixes=1")
+    monkeypatch.setenv("COLUMNS", "80")
     todo = list(steps(page))
     opening = 1 + next(number for number, step in enumerate(todo) if step.title is None)
     begun = shared / hashlib.sha256(repr(todo[:opening]).encode()).hexdigest()
@@ -166,22 +172,60 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, shared: Path, mo
 
 def steps(page: Path) -> Iterator[Step]:
     """Yield what a reader of the page does: write files and run commands, in order."""
-    for block in blocks(page):
+    listed = blocks(page)
+    for block, following in itertools.zip_longest(listed, listed[1:]):
         if block.title and not block.mark.startswith(REASON):
             yield Step(block.text, title=block.title)
         elif block.is_run:
             *earlier, last = [line for line in commands(block) if not line.startswith("pip install '.[test]'")] or [":"]
+            shown = following.text if following is not None and following.language == "text" else ""
             yield from (Step(line) for line in earlier)
-            yield Step(last, exit_code=block.exit_code)
+            yield Step(last, exit_code=block.exit_code, shown="" if shown.startswith("Usage: ") else shown)
 
 
 def perform(todo: list[Step], page: Path) -> None:
+    output = ""
     for step in todo:
         if step.title is not None:
             Path(step.title).write_text(step.text, encoding="utf-8")
             continue
         code, said = execute(step.text.removeprefix("pip install . && "))
         assert code == step.exit_code, f"{name_of(page)}: {step.text!r} gave {code}: {said[-2000:]}"
+        output += said
+        if step.shown:
+            missing = missing_part(step.shown, output)
+            assert missing is None, (
+                f"{name_of(page)} shows after {step.text!r} what is not printed:\n{missing}\n\n{output}"
+            )
+
+
+def missing_part(shown: str, printed: str) -> str | None:
+    """Return the first part of ``shown`` that ``printed`` does not have in its place; None when it has them all.
+
+    The lines ``...`` part a text; where lines break and how wide columns are does not matter.
+    """
+    rest = masked(printed)
+    for part in map(masked, re.split(r"^\s*\.\.\.\s*$", shown, flags=re.MULTILINE)):
+        _, here, rest = rest.partition(part)
+        if part and not here:
+            return part
+    return None
+
+
+def masked(text: str) -> str:
+    """Return the words of a text with numbers, hashes, curves and rules left out."""
+    text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{12,}\b", "#", text)
+    text = re.sub(r"[-+]?\d[\d,.]*(e[-+]?\d+)?", "#", text)
+    text = re.sub(r"[\u2581-\u2588]+", "~", text)
+    return " ".join(text.replace("\u2500", " ").split())
+
+
+def test_a_shown_part_that_is_not_printed_is_named() -> None:
+    printed = "3 of 3 edits applied\n R_n  drift\n 1.02  0.1\ndone\n"
+    assert missing_part("2 of 2 edits applied\n...\n 1.5 0.25\n", printed) is None
+    assert missing_part("3 of 3 edits\napplied R_n drift\n", printed) is None
+    assert missing_part("3 of 3 edits applied\n drift  R_n\n", printed) == "# of # edits applied drift R_n"
+    assert missing_part("done\n...\n3 of 3 edits applied\n", printed) == "# of # edits applied"
 
 
 def check_records(folder: Path) -> None:
