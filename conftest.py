@@ -9,10 +9,22 @@ This file lies beside pyproject.toml because the workers of pytest-xdist read op
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+
+# Tools, benchmarks and tests.support are used but not installed; last on the path, so that the installed editcli wins.
+sys.path.append(str(Path(__file__).parent))
+# Two threads that fight for one core made the tests of a numerical program many times slower than one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Libraries read these when they are imported, which is before any fixture runs.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Helpers with assertions show what they compared, as tests do.
+pytest.register_assert_rewrite("tests.support")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,7 @@
 """Reading and writing all sites of a batch: going on from the last written site against starting at token zero.
 
 ``python -m benchmarks.sites`` prints one table and writes benchmarks/results/sites.json. Both ways read the same bytes
-(tests/test_session.py); rounds are interleaved and each ratio is taken within one round.
+(tests/editing/test_session.py); rounds are interleaved and each ratio is taken within one round.
 """
 
 from __future__ import annotations

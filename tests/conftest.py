@@ -14,13 +14,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# Tools and benchmarks are tested but not installed; last on the path, so that editcli itself is the installed one.
-sys.path.append(str(Path(__file__).parent.parent))
-# Two threads that fight for one core made the tests of a numerical program many times slower than one thread.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Libraries read these when they are imported, which is before any fixture runs.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+from tests.support.run_folders import base, make_run
+from tests.support.workshop import finished, model, server, shop, shop_in
+
+__all__ = ["base", "finished", "make_run", "model", "server", "shop", "shop_in"]
 
 
 class AsWarning(logging.Handler):

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.streams.conftest import Child, Ended, Workshop, model, server, shop, shop_in
-
-__all__ = ["model", "server", "shop", "shop_in"]
+from tests.support.workshop import Child, Ended, Workshop
 
 EDITS = (*("--eval", "--batch-size", "3"), *("-o", "targets.steps=3"))
 """The eight edits of the workshop in batches of 3, 3 and 2: the last is uneven, and smaller than three ranks."""

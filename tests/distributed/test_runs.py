@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from editcli.records.recovery import recover
 from editcli.records.state import RunFolder
 from editcli.testing import tiny_model_folder
-from tests.streams.conftest import STACKS
+from tests.support.workshop import STACKS
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from editcli.errors import ModelError
 from editcli.models.sharded import loading_options
 from editcli.testing import tiny_config
 from tests.distributed.test_runs import same_run
-from tests.streams.conftest import STACKS
+from tests.support.workshop import STACKS
 
 pytestmark = pytest.mark.slow
 

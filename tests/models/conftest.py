@@ -12,21 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from editcli.reporting import Silent
 from editcli.storage.choice import INDEX, SINGLE
-from editcli.testing import tiny_model_folder
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-
-
-class Warned(Silent):
-    """A reporter that remembers warnings."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def warn(self, text: str) -> None:
-        self.texts.append(text)
 
 
 class Folder:
@@ -60,21 +48,8 @@ class Folder:
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory, corpus_text: str) -> Path:
-    """A tiny model that no test changes, with a corpus beside it."""
-    path = tmp_path_factory.mktemp("models")
-    (path / "corpus.txt").write_text(corpus_text)
-    return tiny_model_folder(path / "model")
-
-
 @pytest.fixture
 def folder(model: Path, tmp_path: Path) -> Folder:
     """A folder with the tiny model's config and tokenizer, and no weights."""
     path = shutil.copytree(model, tmp_path / "folder", ignore=shutil.ignore_patterns("*.safetensors"))
     return Folder(Path(path), load_file(model / SINGLE))
-
-
-@pytest.fixture
-def warned() -> Warned:
-    return Warned()

@@ -18,6 +18,7 @@ from editcli.models.loading import open_model, refuse_unopenable, resolve_model
 from editcli.runs.output import verify, write_model
 from editcli.storage.checkpoint import Checkpoint, read_header
 from editcli.storage.choice import INDEX, SINGLE, choose
+from tests.support.reporters import Listener
 
 EDITED = "model.layers.1.mlp.down_proj.weight"
 FIRST, SECOND = SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -135,16 +136,16 @@ def test_what_transformers_loads_is_read_edited_and_saved(build: Any, folder: An
         (index_of_nothing, ("names model.layers.9.gone, which its shards do not hold",)),
     ],
 )
-def test_what_is_left_out_is_said_in_one_sentence(build: Any, said: tuple[str, ...], folder: Any, warned: Any) -> None:
+def test_what_is_left_out_is_said_in_one_sentence(build: Any, said: tuple[str, ...], folder: Any) -> None:
     build(folder)
-    open_model(resolve_model(folder.path), device="cpu", reporter=warned)
-    (text,) = warned.texts
+    open_model(resolve_model(folder.path), device="cpu", reporter=(listener := Listener()))
+    (text,) = listener.warnings
     assert all(part in text for part in said)
 
 
-def test_an_ordinary_folder_says_nothing(model: Path, warned: Any) -> None:
-    open_model(resolve_model(model), device="cpu", reporter=warned)
-    assert warned.texts == []
+def test_an_ordinary_folder_says_nothing(model: Path) -> None:
+    open_model(resolve_model(model), device="cpu", reporter=(listener := Listener()))
+    assert listener.warnings == []
 
 
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors", FIRST])

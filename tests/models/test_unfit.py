@@ -20,10 +20,11 @@ from editcli.models.loading import ModelSource, load_config, open_model, resolve
 from editcli.storage.checkpoint import Checkpoint
 from editcli.storage.choice import ADAPTER, SINGLE
 from editcli.testing import TINY, tiny_model_folder, vocabulary_size
+from tests.support.facts import EDIT
+from tests.support.reporters import Listener
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 QUERY, DOWN = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
-EDIT = {"id": "a", "prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
 
 
 def without(*names: str) -> Callable[[Any], None]:
@@ -102,7 +103,7 @@ def test_every_command_gives_the_same_verdict(
     without(HEAD)(folder)
     monkeypatch.chdir(tmp_path)
     Path("edits.jsonl").write_text(json.dumps(EDIT))
-    corpus, path = str(model.parent / "corpus.txt"), str(folder.path)
+    corpus, path = str(model / "corpus.txt"), str(folder.path)
     for arguments in (
         ("check", "edits.jsonl", "--model", path),
         ("apply", "edits.jsonl", "--model", path, "--corpus", corpus, "--out", "out", "--device", "cpu"),
@@ -118,12 +119,12 @@ def test_every_command_gives_the_same_verdict(
     assert f"random numbers: {HEAD}; download" in " ".join(capsys.readouterr().err.split())
 
 
-def test_tensors_that_the_model_does_not_use_are_said(folder: Any, warned: Any) -> None:
+def test_tensors_that_the_model_does_not_use_are_said(folder: Any) -> None:
     """As of layers that the config cuts off: transformers leaves them out, and so does the model that is edited."""
     configured(num_hidden_layers=3)(folder)
-    base = open_model(resolve_model(folder.path), device="cpu", reporter=warned)
+    base = open_model(resolve_model(folder.path), device="cpu", reporter=(listener := Listener()))
     assert base.architecture.layers == 3
-    (text,) = warned.texts
+    (text,) = listener.warnings
     assert "does not use model.layers.3." in text
 
 
@@ -206,7 +207,7 @@ class TestEmbeddingRows:
         (refused,) = found.rejected
         said = f"edits.jsonl:2: {refused.reason}"
         assert "has no row in the model's embedding" in said
-        corpus = str(model.parent / "corpus.txt")
+        corpus = str(model / "corpus.txt")
         given = ("--model", str(short), "--corpus", corpus, "--out", "out", "--device", "cpu")
         assert main(["-q", "apply", "edits.jsonl", *given]) == 2
         assert said in " ".join(capsys.readouterr().err.split())

@@ -6,17 +6,19 @@ from editcli.plugin.interfaces import Problem, Update
 from editcli.plugin.options import build
 from editcli_clip.stabilizer import Clip
 from editcli_memit.editor import Memit
+from tests.support.facts import requests_of
+from tests.support.sessions import FakeSession, assert_close, write_batch
 
 
 @pytest.mark.parametrize("what", ["weight", "update"])
-def test_the_bound_holds_throughout_a_stream(session, edit_batch, make_requests, what):
+def test_the_bound_holds_throughout_a_stream(session, what):
     editor, clip = Memit(Memit.Options(mom2_update_weight=0.01)), Clip(Clip.Options(rho=1.2, what=what))
     editor.prepare(session)
     for number in range(30):
-        edit_batch(session, editor, make_requests(f"b{number}", 4), [clip])
+        write_batch(session, editor, requests_of(f"b{number}", 4), [clip])
         for site in session.sites:
-            weight = session.weights[site] = session.weights[site].float().double()
-            assert weight.norm() <= 1.2 * session.baseline(site).norm()
+            # A stiff system has factors much larger than their product, which is what rounding them to float32 costs.
+            assert session.weight(site).double().norm() <= 1.2 * (1 + 1e-4) * session.baseline(site).double().norm()
     assert sum(clip.record()["clipped"].values()) > 0
 
 
@@ -32,8 +34,8 @@ def test_an_update_within_the_bound_is_left_alone(session, what):
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 1e6])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_clipped_update_reaches_its_bound_in_its_own_direction(fake_session, scale, seed):
-    session = fake_session((6, 9), seed=seed)
+def test_a_clipped_update_reaches_its_bound_in_its_own_direction(scale, seed):
+    session = FakeSession((6, 9), seed=seed)
     site = session.sites[0]
     update = Update(scale * session.random("a", size=(6, 2)), session.random("b", size=(9, 2)))
     clip = Clip(Clip.Options(rho=1.1, what="update"))
@@ -46,14 +48,14 @@ def test_a_clipped_update_reaches_its_bound_in_its_own_direction(fake_session, s
         assert torch.allclose(out.dense() / out.norm(), update.dense() / update.norm(), atol=1e-9)
 
 
-def test_a_clipped_weight_keeps_its_direction(session, close):
+def test_a_clipped_weight_keeps_its_direction(session):
     site, clip = session.sites[0], Clip(Clip.Options(rho=1.0))
     update = Update(
         10 * session.random("a", size=(session.shape[0], 2)), session.random("b", size=(session.shape[1], 2))
     )
     out = clip.stabilize_update(update, Problem(site, update.right, update.left), session)
     wanted = session.weight(site) + update.dense()
-    close(session.weight(site) + out.dense(), wanted * (session.baseline(site).norm() / wanted.norm()), 1e-5)
+    assert_close(session.weight(site) + out.dense(), wanted * (session.baseline(site).norm() / wanted.norm()), 1e-5)
 
 
 def test_a_bound_below_the_unedited_norm_is_refused():

@@ -4,35 +4,37 @@ import torch
 from editcli.errors import OptionError
 from editcli.plugin.options import build
 from editcli_ft.editor import FineTuning
+from tests.support.facts import requests_of
+from tests.support.sessions import assert_close, write_batch
 
 
 def mean_loss(session, batch):
     return float(session.gradients(batch, positions="all").loss.mean())
 
 
-def test_a_batch_descends_in_every_site_and_writes_nothing_before_its_turn(session, edit_batch, make_requests):
-    batch, editor = make_requests("b", 3), FineTuning(FineTuning.Options(norm_bound=1.0, lr=0.02))
+def test_a_batch_descends_in_every_site_and_writes_nothing_before_its_turn(session):
+    batch, editor = requests_of("b", 3), FineTuning(FineTuning.Options(norm_bound=1.0, lr=0.02))
     before, weights = mean_loss(session, batch), dict(session.weights)
     editor.values(session, batch)
     assert all(session.weights[site] is weights[site] for site in session.sites)
-    done = edit_batch(session, editor, batch)
+    written = write_batch(session, editor, batch)
     assert mean_loss(session, batch) < 0.5 * before
-    assert all(update.norm() > 0 for _, update in done)
+    assert all(written.updates[site].norm() > 0 for site in session.sites)
 
 
 @pytest.mark.parametrize("bound", [0.01, 0.05])
-def test_no_site_changes_by_more_than_its_bound(session, edit_batch, make_requests, bound):
+def test_no_site_changes_by_more_than_its_bound(session, bound):
     editor = FineTuning(FineTuning.Options(norm_bound=bound, lr=0.5))
     for number in range(3):
         weights = dict(session.weights)
-        for problem, update in edit_batch(session, editor, make_requests(f"b{number}", 3)):
-            assert update.norm() <= bound * float(weights[problem.site].norm()) * (1 + 1e-9)
+        for site, update in write_batch(session, editor, requests_of(f"b{number}", 3)).updates.items():
+            assert 0 < update.norm() <= bound * float(weights[site].norm()) * (1 + 1e-6)
 
 
-def test_the_change_equals_adam_with_projection(session, edit_batch, make_requests, close):
+def test_the_change_equals_adam_with_projection(session):
     """The reference is torch's own Adam on the same loss, projected after every step."""
-    batch, options = make_requests("b", 3), FineTuning.Options(steps=7, norm_bound=0.05)
-    start = dict(session.weights)
+    batch, options = requests_of("b", 3), FineTuning.Options(steps=7, norm_bound=0.05)
+    start = {site: session.weight(site).double() for site in session.sites}
     parameters = {site: start[site].clone() for site in session.sites}
     optimisers = {
         site: torch.optim.Adam(
@@ -47,29 +49,29 @@ def test_the_change_equals_adam_with_projection(session, edit_batch, make_reques
             optimisers[site].step()
             change, bound = parameter - start[site], 0.05 * start[site].norm()
             parameter.copy_(start[site] + change * min(1.0, float(bound / change.norm())))
-    edit_batch(session, FineTuning(options), batch)
+    write_batch(session, FineTuning(options), batch)
     for site in session.sites:
-        close(session.weights[site] - start[site], parameters[site] - start[site], 1e-5)
+        assert_close(session.change(site), parameters[site] - start[site], 1e-5)
 
 
-def test_a_batch_that_holds_already_changes_nothing(session, edit_batch, make_requests):
+def test_a_batch_that_holds_already_changes_nothing(session):
     editor = FineTuning(FineTuning.Options(stop_loss=1e9))
-    batch = make_requests("b", 2)
-    assert all(update.norm() == 0 for _, update in edit_batch(session, editor, batch))
-    assert list(editor.already_true(batch)) == [0, 1]
+    batch = requests_of("b", 2)
+    written = write_batch(session, editor, batch)
+    assert all(written.updates[site].norm() == 0 for site in session.sites)
+    assert written.already_true == ("b-0", "b-1")
 
 
-def test_an_edit_is_already_true_by_its_loss_before_the_first_step(session, edit_batch, make_requests):
-    batch = make_requests("b", 3)
+def test_an_edit_is_already_true_by_its_loss_before_the_first_step(session):
+    batch = requests_of("b", 3)
     losses = session.gradients(batch, positions="all").loss
     editor = FineTuning(FineTuning.Options(steps=2, stop_loss=float(losses.min()) * 1.001))
-    edit_batch(session, editor, batch)
-    assert list(editor.already_true(batch)) == [int(losses.argmin())]
+    assert write_batch(session, editor, batch).already_true == (batch[int(losses.argmin())].id,)
 
 
-def test_it_has_no_values_and_no_state(session, make_requests):
+def test_it_has_no_values_and_no_state(session):
     editor = FineTuning()
-    assert editor.values(session, make_requests("b", 2)) is None
+    assert editor.values(session, requests_of("b", 2)) is None
     assert editor.state_dict() == {}
 
 

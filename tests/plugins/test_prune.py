@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from editcli_prune.stabilizer import Prune
+from tests.support.sessions import assert_close
 
 
 def with_values(session, site, values):
@@ -13,14 +14,14 @@ def with_values(session, site, values):
     return session.baseline(site) + left * values @ right.T, left, right
 
 
-def test_only_values_above_the_weights_own_are_compressed(session, close):
+def test_only_values_above_the_weights_own_are_compressed(session):
     site, prune = session.sites[0], Prune()
     limit = float(torch.linalg.matrix_norm(session.baseline(site), 2))
     weight, left, right = with_values(session, site, [7 * limit, 2 * limit, 0.9 * limit, 0.1 * limit])
     out = prune.stabilize_weight(weight, site, session)
     logs = torch.tensor([7.0, 2.0]).double().log() + limit
     expected = torch.cat([logs, torch.tensor([0.9, 0.1], dtype=torch.float64) * limit])
-    close(out - session.baseline(site), left * expected @ right.T)
+    assert_close(out - session.baseline(site), left * expected @ right.T)
     assert prune.record() == {"restrained": {site.module: 2}}
 
 
@@ -31,7 +32,7 @@ def test_a_moderate_change_is_left_alone(session):
     assert prune.record() == {"restrained": {site.module: 0}}
 
 
-def test_it_acts_on_the_total_change_and_not_on_a_batch(session, close):
+def test_it_acts_on_the_total_change_and_not_on_a_batch(session):
     """Ten batches that are each below the limit add up to a change above it; that total is what is compressed."""
     site, prune = session.sites[0], Prune()
     limit = float(torch.linalg.matrix_norm(session.baseline(site), 2))
@@ -42,7 +43,7 @@ def test_it_acts_on_the_total_change_and_not_on_a_batch(session, close):
         assert float(torch.linalg.matrix_norm(step, 2)) < limit
         total = total + step
     out = prune.stabilize_weight(total, site, session)
-    close(out - session.baseline(site), (torch.tensor(5.0).double().log() + limit) * left @ right.T)
+    assert_close(out - session.baseline(site), (torch.tensor(5.0).double().log() + limit) * left @ right.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,6 +5,7 @@ from editcli.errors import OptionError
 from editcli.plugin.interfaces import Problem, Update
 from editcli.plugin.options import build
 from editcli_rect.stabilizer import Rect
+from tests.support.sessions import FakeSession, assert_close
 
 
 @pytest.fixture
@@ -28,13 +29,13 @@ def test_keeping_everything_changes_nothing(session, problem):
     assert Rect(Rect.Options(keep=1.0)).stabilize_update(update, problem, session) is update
 
 
-def test_a_change_of_a_zero_weight_counts_as_largest_and_an_unchanged_one_as_smallest(fake_session, close):
-    session = fake_session((2, 5))
+def test_a_change_of_a_zero_weight_counts_as_largest_and_an_unchanged_one_as_smallest():
+    session = FakeSession((2, 5))
     site = session.sites[0]
     session.weights[site] = torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]] * 2).double()
     change = torch.tensor([[1e-9, 3.0, 2.0, 1.0, 0.0]] * 2).double()
     kept = Rect().stabilize_update(Update.from_dense(change), Problem(site, change.T, change), session).dense()
-    close(kept, torch.tensor([[1e-9, 3.0, 0.0, 0.0, 0.0]] * 2).double())
+    assert_close(kept, torch.tensor([[1e-9, 3.0, 0.0, 0.0, 0.0]] * 2).double())
 
 
 def test_keep_is_a_share():

@@ -5,49 +5,38 @@ from editcli.errors import OptionError, StateError
 from editcli.plugin.options import build
 from editcli_ultraedit.editor import UltraEdit
 from editcli_ultraedit.moments import Moments
+from tests.support.facts import requests_of
+from tests.support.sessions import assert_close, write_batch
 
 RATE = 0.01
 
 
-def test_a_stream_of_batches_equals_the_published_update(session, edit_batch, make_requests, close):
+def test_a_stream_of_batches_equals_the_published_update(session):
     """The reference keeps every feature it ever saw and normalises by numpy-style mean and deviation."""
     editor, size = UltraEdit(UltraEdit.Options(lr=RATE)), session.shape[1]
     editor.prepare(session)
     features = {site: [] for site in session.sites}
     for number in range(5):
-        batch = make_requests(f"b{number}", 4)
+        batch = requests_of(f"b{number}", 4)
         measured = session.gradients(batch)
-        for problem, update in edit_batch(session, editor, batch):
-            seen = measured.sites[problem.site]
-            features[problem.site].append(torch.cat([seen.inputs, seen.gradients]))
-            past = torch.cat(features[problem.site], dim=1)
-            normal = (features[problem.site][-1] - past.mean(1, keepdim=True)) / past.std(1, keepdim=True)
+        written = write_batch(session, editor, batch)
+        for site in session.sites:
+            seen = measured.sites[site]
+            features[site].append(torch.cat([seen.inputs, seen.gradients]))
+            past = torch.cat(features[site], dim=1)
+            normal = (features[site][-1] - past.mean(1, keepdim=True)) / past.std(1, keepdim=True)
             K, V = seen.inputs, -RATE * normal[:size].square().sum(0) * normal[size:]
             system = K @ K.T + torch.eye(size, dtype=torch.float64)
-            close(update.dense(), (torch.linalg.inv(system) @ K @ V.T).T)
+            assert_close(written.updates[site].dense(), (torch.linalg.inv(system) @ K @ V.T).T)
 
 
-def test_state_is_restored_bit_by_bit_and_the_stream_goes_on_the_same(
-    fake_session, edit_batch, make_requests, through_bytes
-):
-    unbroken, broken = fake_session((6, 11)), fake_session((6, 11))
-    editor, first, second = UltraEdit(), UltraEdit(), UltraEdit()
-    edit_batch(unbroken, editor, make_requests("a", 3))
-    edit_batch(broken, first, make_requests("a", 3))
-    state = first.state_dict()
-    second.load_state_dict(through_bytes(state), broken)
-    assert set(state) == {f"{s.module}.{n}" for s in broken.sites for n in ("count", "mean", "squares")}
-    assert all(torch.equal(state[name], tensor) for name, tensor in second.state_dict().items())
-    edit_batch(unbroken, editor, make_requests("b", 3))
-    edit_batch(broken, second, make_requests("b", 3))
-    assert all(torch.equal(unbroken.weights[site], broken.weights[site]) for site in unbroken.sites)
-
-
-def test_solving_a_batch_that_is_not_kept_leaves_no_trace(session, make_requests):
-    editor, batch = UltraEdit(), make_requests("b", 3)
-    editor.values(session, batch)
-    editor.solve(editor.problem(session, session.sites[0], batch, None))
-    assert editor.state_dict() == {}
+def test_its_state_counts_what_it_saw(session):
+    """The names are read from run folders that exist already."""
+    editor = UltraEdit()
+    write_batch(session, editor, requests_of("a", 3))
+    state = editor.state_dict()
+    assert set(state) == {f"{s.module}.{n}" for s in session.sites for n in ("count", "mean", "squares")}
+    assert all(state[f"{site.module}.count"] == 6 for site in session.sites)
 
 
 def test_a_state_saved_before_the_first_batch_is_empty_and_accepted(session):
@@ -62,9 +51,9 @@ def test_pilots_count_into_the_statistics(session):
     assert all(moments.count == 20 for moments in editor.moments.values())
 
 
-def test_a_single_position_says_what_to_do(session, make_requests, monkeypatch):
+def test_a_single_position_says_what_to_do(session, monkeypatch):
     monkeypatch.setattr(Moments, "counting", lambda self, columns: Moments(1, columns[:, 0], 0 * columns[:, 0]))
-    editor, batch = UltraEdit(), make_requests("b", 1)
+    editor, batch = UltraEdit(), requests_of("b", 1)
     editor.values(session, batch)
     with pytest.raises(OptionError, match="--batch-size"):
         editor.problem(session, session.sites[0], batch, None)

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from editcli.__main__ import main
-from editcli.testing import tiny_model_folder
+from tests.support.facts import EDIT, write_lines
 
-EDIT = {"id": "a", "prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
 QUICK = ("-o", "targets.steps=1", "-o", "targets.prefixes=0", "--layers", "1-2", "--device", "cpu", "--no-eval")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, corpus_text: str) -> Path:
-    """A tiny model that no test changes, with a corpus beside it."""
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "corpus.txt").write_text(corpus_text)
-    return tiny_model_folder(folder / "model")
 
 
 @pytest.fixture
@@ -30,7 +20,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    (folder / "facts.jsonl").write_text(json.dumps(EDIT) + "\n")
+    write_lines(folder / "facts.jsonl", [EDIT])
     return folder
 
 
@@ -39,7 +29,7 @@ def apply(model: Path, work: Path) -> Callable[..., int]:
     """Run ``editcli apply`` in the working folder, on ``base`` or the model; return its exit code."""
 
     def run(*arguments: str, edits: str = "facts.jsonl", base: Path | None = None) -> int:
-        given = ("--model", str(base or model), "--corpus", str(model.parent / "corpus.txt"))
+        given = ("--model", str(base or model), "--corpus", str(model / "corpus.txt"))
         return main(["-q", "apply", edits, *given, *QUICK, *arguments])
 
     return run

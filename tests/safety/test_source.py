@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from editcli.errors import OptionError
 from editcli.settings.guards import BATCH_FIGURES, SITE_FIGURES, Guard, parse_guards
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.places import ROOT
 
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "joblib", "ctypes", "pty", "code", "codeop", "yaml"}

@@ -20,9 +20,7 @@ from editcli.plugin.manager import load_plugins
 from editcli.requests.convert import convert
 from editcli.requests.reader import read_edits
 from editcli.storage.lines import MAX_DEPTH, MAX_LINE_BYTES, is_deep
-
-EDIT = {"id": "a", "prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
-
+from tests.support.facts import EDIT
 
 # Edit files.
 
