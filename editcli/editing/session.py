@@ -224,8 +224,7 @@ class ModelSession:
 
     def write(self, site: Site, update: Update) -> None:
         """Add an update to a site's weight."""
-        master = self._masters[site]
-        self.set_weight(site, torch.addmm(master, update.left.to(master), update.right.to(master).T))
+        self.set_weight(site, update.added_to(self._masters[site]))
 
     def set_weight(self, site: Site, weight: Tensor) -> None:
         """Replace a site's weight, (d_out, d_in), in the master and in the model."""
@@ -250,7 +249,7 @@ class ModelSession:
             for site in self.sites:
                 weight = before[site]
                 for stabilizer in stabilizers:
-                    weight = stabilizer.stabilize_weight(weight, site, self)
+                    weight = stabilizer.stabilize_weight(self, site, weight)
                 if weight is not before[site]:
                     self.set_weight(site, weight)
             yield self.masters()
