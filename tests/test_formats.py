@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import editcli_formats
 from editcli.errors import PluginError, RequestError
-from editcli.plugin.hookspecs import hookimpl
+from editcli.plugin.hookspecs import API_VERSION, hookimpl
 from editcli.plugin.manager import Plugins
 from editcli.requests.formats import Format, find_format
 from editcli.requests.reader import Collector, read_edits
@@ -294,7 +294,9 @@ class Colons(Format):
 
 
 def plugin(*brought: object) -> SimpleNamespace:
-    return SimpleNamespace(editcli_formats=hookimpl(specname="editcli_formats")(lambda: brought))
+    return SimpleNamespace(
+        editcli_api=API_VERSION, editcli_formats=hookimpl(specname="editcli_formats")(lambda: brought)
+    )
 
 
 def test_a_third_partys_format_is_read(file: Any):

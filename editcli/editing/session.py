@@ -111,7 +111,7 @@ class ModelSession:
         return self.loaded.checkpoint.tensor_for(f"{site.module}.weight")
 
     def second_moment(self, site: Site) -> Tensor:
-        """Return Cov = E[k k^T], (d_in, d_in) float64, of the unedited model."""
+        """Return C = E[k k^T], (d_in, d_in) float64, of the unedited model; do not change it in place."""
         if self.written:
             raise StatisticsError(f"{site.module}: statistics belong to the unedited model, but it was edited already")
         if self._second_moment is None:
@@ -122,7 +122,7 @@ class ModelSession:
         return self._moments[site]
 
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Return the ascending eigenvalues and the eigenvectors of Cov in float64, from the cache when it has them."""
+        """Return the ascending eigenvalues and the eigenvectors of C in float64, from the cache when it has them."""
         return self._decompose(self.second_moment(site), site, self._home(site))
 
     def forget_moments(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editcli import Stabilizer, hookimpl
+from editcli import API_VERSION, Stabilizer, hookimpl
 from editcli.export.recipe import ExportRecipe
 from editcli.export.report import ExportReport
 from editcli.export.run import export
@@ -65,9 +65,12 @@ class Half(Stabilizer):
     name = "half"
     reference = "a test"
 
-    def stabilize_weight(self, weight: Any, site: Any, session: Any) -> Any:
+    def stabilize_weight(self, session: Any, site: Any, weight: Any) -> Any:
         base = session.baseline(site)
         return base + (weight - base) / 2
+
+
+editcli_api = API_VERSION
 
 
 @hookimpl

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from editcli.plugin.interfaces import Editor, Gradients, Problem, Site, SiteGradients, Stabilizer, Update, Values
+from editcli.plugin.interfaces import Editor, Gradients, Problem, Site, SiteGradients, Stabilizer, State, Update, Values
 from editcli.plugin.leastsquares import eigh
 from editcli.reporting import Silent
 from editcli.requests.schema import EditRequest
+from editcli.testing import through_bytes as state_through_bytes
 
 SHAPES = [(6, 11), (11, 6), (8, 8)]
 """(d_out, d_in) of wide, tall and square weights."""
@@ -58,7 +60,7 @@ class FakeSession:
         return self._base[site]
 
     def second_moment(self, site: Site) -> Tensor:
-        """A well-conditioned Cov with ``small`` eigenvalues below 0.01 and the rest between 1 and 2."""
+        """A well-conditioned C with ``small`` eigenvalues below 0.01 and the rest between 1 and 2."""
         size = self.shape[1]
         basis = torch.linalg.qr(self.random("basis", site.layer, size=(size, size))).Q
         values = 1 + self.random("values", site.layer, size=(size,)).sigmoid()
@@ -139,20 +141,26 @@ def requests(label: str, count: int) -> list[EditRequest]:
 def write_batch(
     session: FakeSession, editor: Editor, batch: Sequence[EditRequest], stabilizers: Sequence[Stabilizer] = ()
 ) -> list[tuple[Problem, Update]]:
-    """Take one batch through the stages that core takes it through; return each site's problem and update."""
-    values = editor.values(session, batch)  # pyright: ignore[reportArgumentType]
+    """Take one batch through the stages that core takes it through; return each site's problem and update.
+
+    The problem of an editor without target values knows its site only.
+    """
+    values = editor.values(session, batch) if editor.needs_values else None  # pyright: ignore[reportArgumentType]
+    if values is None:
+        editor.begin(session, batch)  # pyright: ignore[reportArgumentType]
     for stabilizer in stabilizers if values is not None else ():
-        values = stabilizer.stabilize_values(values, session)  # pyright: ignore[reportArgumentType]
+        values = stabilizer.stabilize_values(session, values)  # pyright: ignore[reportArgumentType]
     done = []
     for site in session.sites[-1:] if editor.single_site else session.sites:
-        problem = editor.problem(session, site, batch, values)  # pyright: ignore[reportArgumentType]
-        update = editor.solve(problem)
+        problem = None if values is None else editor.problem(session, batch, site, values)  # pyright: ignore[reportArgumentType]
+        update = editor.solve(session, problem) if problem else editor.update(session, site)  # pyright: ignore[reportArgumentType]
         for stabilizer in stabilizers:
-            update = stabilizer.stabilize_update(update, problem, session)  # pyright: ignore[reportArgumentType]
+            update = stabilizer.stabilize_update(session, site, update, problem)  # pyright: ignore[reportArgumentType]
         session.write(site, update)
-        done.append((problem, update))
+        done.append((problem or SimpleNamespace(site=site), update))
     session.batches_written += 1
-    editor.remember(session, batch, [problem for problem, _ in done])  # pyright: ignore[reportArgumentType]
+    problems = [problem for problem, _ in done] if values is not None else []
+    editor.remember(session, batch, problems)  # pyright: ignore[reportArgumentType]
     return done
 
 
@@ -190,8 +198,6 @@ def close() -> Callable[..., None]:
 
 
 @pytest.fixture
-def through_bytes() -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
-    """Take tensors through the file format that snapshots use."""
-    from safetensors.torch import load, save
-
-    return lambda state: load(save({name: tensor.contiguous() for name, tensor in state.items()}))
+def through_bytes() -> Callable[[State], State]:
+    """Take a state through the file formats of a snapshot."""
+    return state_through_bytes

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import NumericalError, OptionError, StateError
+from editcli.plugin.interfaces import State
 from editcli.plugin.options import build
 from editcli_memit.editor import Memit
 
@@ -41,8 +42,8 @@ def test_solving_changes_nothing(session, edit_batch, make_requests):
     editor.prepare(session)
     edit_batch(session, editor, make_requests("a", 3))
     batch = make_requests("b", 3)
-    problem = editor.problem(session, session.sites[0], batch, editor.values(session, batch))
-    first, second = editor.solve(problem), editor.solve(problem)
+    problem = editor.problem(session, batch, session.sites[0], editor.values(session, batch))
+    first, second = editor.solve(session, problem), editor.solve(session, problem)
     assert torch.equal(first.left, second.left)
     assert torch.equal(first.right, second.right)
 
@@ -56,7 +57,7 @@ def test_a_resumed_stream_equals_an_unbroken_one(fake_session, edit_batch, make_
         edit_batch(unbroken, editor, make_requests(f"b{batch}", 3))
         edit_batch(broken, first, make_requests(f"b{batch}", 3))
     second = Memit(Memit.Options(remember=True))
-    second.load_state_dict(through_bytes(first.state_dict()), broken)
+    second.load_state(broken, through_bytes(first.state()))
     edit_batch(unbroken, editor, make_requests("last", 3))
     edit_batch(broken, second, make_requests("last", 3))
     assert all(torch.equal(unbroken.weights[site], broken.weights[site]) for site in unbroken.sites)
@@ -65,13 +66,13 @@ def test_a_resumed_stream_equals_an_unbroken_one(fake_session, edit_batch, make_
 def test_without_remember_there_is_no_state(session):
     editor = Memit()
     editor.prepare(session)
-    assert editor.state_dict() == {}
+    assert not any(editor.state())
 
 
 def test_state_of_another_model_is_refused(session):
     editor = Memit(Memit.Options(remember=True))
     with pytest.raises(StateError, match=r"blocks\.0\.mlp\.out"):
-        editor.load_state_dict({}, session)
+        editor.load_state(session, State())
 
 
 def test_a_singular_moment_is_refused_with_site_and_condition(session, monkeypatch):

@@ -3,6 +3,7 @@ import torch
 
 from editcli.errors import OptionError
 from editcli.plugin.options import build
+from editcli.testing import same_state
 from editcli_memit.editor import Memit
 from editcli_rlsedit.editor import RlsEdit
 
@@ -48,10 +49,10 @@ def test_state_is_restored_bit_by_bit(session, edit_batch, make_requests, throug
     editor, other = RlsEdit(), RlsEdit()
     editor.prepare(session)
     edit_batch(session, editor, make_requests("b", 3))
-    state = editor.state_dict()
-    other.load_state_dict(through_bytes(state), session)
-    assert set(state) == {f"{site.module}.inverse_gram" for site in session.sites}
-    assert all(torch.equal(state[name], tensor) for name, tensor in other.state_dict().items())
+    state = editor.state()
+    other.load_state(session, through_bytes(state))
+    assert set(state.tensors) == {f"{site.module}.inverse_gram" for site in session.sites}
+    assert same_state(state, other.state())
 
 
 def test_no_anchor_at_all_is_refused():

@@ -38,7 +38,7 @@ def test_the_last_stabilizer_of_a_stack_has_its_way(fake_session, edit_batch, ma
         part.prepare(session)
     for number in range(3):
         for problem, update in edit_batch(session, method, make_requests(f"b{number}", 3), stack):
-            again = stack[-1].stabilize_update(update, problem, session).dense()
+            again = stack[-1].stabilize_update(session, problem.site, update, problem).dense()
             if order[-1] == "revive":
                 assert (again - update.dense()).norm() <= 1e-9 * update.norm()
             if order[-1] == "clip":

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from editcli.errors import OptionError, StateError
+from editcli.plugin.interfaces import State
 from editcli.plugin.options import build
+from editcli.testing import same_state
 from editcli_ultraedit.editor import UltraEdit
 from editcli_ultraedit.moments import Moments
 
@@ -34,10 +36,10 @@ def test_state_is_restored_bit_by_bit_and_the_stream_goes_on_the_same(
     editor, first, second = UltraEdit(), UltraEdit(), UltraEdit()
     edit_batch(unbroken, editor, make_requests("a", 3))
     edit_batch(broken, first, make_requests("a", 3))
-    state = first.state_dict()
-    second.load_state_dict(through_bytes(state), broken)
-    assert set(state) == {f"{s.module}.{n}" for s in broken.sites for n in ("count", "mean", "squares")}
-    assert all(torch.equal(state[name], tensor) for name, tensor in second.state_dict().items())
+    state = first.state()
+    second.load_state(broken, through_bytes(state))
+    assert set(state.tensors) == {f"{s.module}.{n}" for s in broken.sites for n in ("count", "mean", "squares")}
+    assert same_state(state, second.state())
     edit_batch(unbroken, editor, make_requests("b", 3))
     edit_batch(broken, second, make_requests("b", 3))
     assert all(torch.equal(unbroken.weights[site], broken.weights[site]) for site in unbroken.sites)
@@ -45,15 +47,15 @@ def test_state_is_restored_bit_by_bit_and_the_stream_goes_on_the_same(
 
 def test_solving_a_batch_that_is_not_kept_leaves_no_trace(session, make_requests):
     editor, batch = UltraEdit(), make_requests("b", 3)
-    editor.values(session, batch)
-    editor.solve(editor.problem(session, session.sites[0], batch, None))
-    assert editor.state_dict() == {}
+    editor.begin(session, batch)
+    assert editor.update(session, session.sites[0]).norm() > 0
+    assert not any(editor.state())
 
 
 def test_a_state_saved_before_the_first_batch_is_empty_and_accepted(session):
     editor = UltraEdit()
-    editor.load_state_dict(UltraEdit().state_dict(), session)
-    assert editor.state_dict() == {}
+    editor.load_state(session, UltraEdit().state())
+    assert not any(editor.state())
 
 
 def test_pilots_count_into_the_statistics(session):
@@ -65,15 +67,15 @@ def test_pilots_count_into_the_statistics(session):
 def test_a_single_position_says_what_to_do(session, make_requests, monkeypatch):
     monkeypatch.setattr(Moments, "counting", lambda self, columns: Moments(1, columns[:, 0], 0 * columns[:, 0]))
     editor, batch = UltraEdit(), make_requests("b", 1)
-    editor.values(session, batch)
+    editor.begin(session, batch)
     with pytest.raises(OptionError, match="--batch-size"):
-        editor.problem(session, session.sites[0], batch, None)
+        editor.update(session, session.sites[0])
 
 
 def test_incomplete_state_is_refused(session):
     state = {f"{session.sites[0].module}.mean": torch.zeros(3)}
     with pytest.raises(StateError, match="incomplete"):
-        UltraEdit().load_state_dict(state, session)
+        UltraEdit().load_state(session, State(state))
 
 
 def test_a_coordinate_that_never_varies_becomes_zero():
