@@ -92,7 +92,7 @@ class Listening(Silent):
 def plugins() -> Plugins:
     """The installed plugins and one of this module."""
     found = load_plugins()
-    found.register(SimpleNamespace(editcli_stabilizers=editcli_stabilizers), "half")
+    found.register(SimpleNamespace(editcli_api=editcli_api, editcli_stabilizers=editcli_stabilizers), "half")
     return found
 
 

@@ -21,6 +21,7 @@ from editcli.plugin.interfaces import Editor, LowRank, Problem, Site, Update, Va
 from editcli.records.recovery import recover
 from editcli.records.state import RunFolder
 from editcli.reporting import Silent
+from editcli.settings.core import TargetOptions
 from editcli.settings.guards import Guard, needs_retained, parse_guards, refuse_nonfinite
 
 
@@ -78,7 +79,7 @@ def test_a_batch_that_is_not_finite_anywhere_leaves_the_weights(broken: str) -> 
         name, reference = "fake", "none"
 
         def values(self, session: Any, requests: Any) -> Any:
-            return Values(zeros := torch.zeros(2, 1), zeros, zeros, {}, torch.ones(1))
+            return Values(torch.ones(2, 1), zeros := torch.zeros(2, 1), zeros, {}, torch.ones(1))
 
         def problem(self, session: Any, requests: Any, site: Site, values: Any) -> Problem:
             return Problem(site, parts["keys"], parts["residual"])
@@ -93,6 +94,7 @@ def test_a_batch_that_is_not_finite_anywhere_leaves_the_weights(broken: str) -> 
         restore=lambda before: None,
         write=lambda *arguments: written.append(arguments),
         reporter=Silent(),
+        options=TargetOptions(),
     )
     with pytest.raises(GuardError, match="at mlp"):
         edit_batch(session, Fake(), (), (), lambda site, update: None)
