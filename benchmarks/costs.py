@@ -106,7 +106,7 @@ def read_flops(plan: Plan, batch: Batch) -> float:
 
 
 def solve_flops(plan: Plan, batch: Batch) -> float:
-    """Count solves and down-dates with C at all sites."""
+    """Count solves and down-dates with Q at all sites."""
     products = 3 if plan.remembers else 1
     return len(plan.layers) * products * 2.0 * plan.shape.inner**2 * batch.edits
 
@@ -147,7 +147,7 @@ def segment_bytes(plan: Plan) -> int:
 
 
 def snapshot_bytes(plan: Plan, width: int) -> int:
-    """Count the bytes of one snapshot: the masters, and C where the editor remembers."""
+    """Count the bytes of one snapshot: the masters, and Q where the editor remembers."""
     masters = SINGLE * plan.shape.inner * plan.shape.hidden
     return len(plan.layers) * (masters + (width * plan.shape.inner**2 if plan.remembers else 0))
 

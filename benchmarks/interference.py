@@ -107,7 +107,7 @@ def measure(stack: str, site: str, batches: Sequence[Batch], kept: Protected) ->
 
 
 def published(batch: Batch, moment: Matrix, weight: float) -> Matrix:
-    """Return MEMIT's update as it is published, R K^T (lambda Cov + K K^T)^-1."""
+    """Return MEMIT's update as it is published, R K^T (w C + K K^T)^-1."""
     gram = weight * moment + batch.keys @ batch.keys.T
     return np.linalg.solve(gram, batch.keys @ batch.residual.T).T
 

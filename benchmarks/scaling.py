@@ -33,7 +33,7 @@ from benchmarks.scaling_page import PAGE, page
 from editcli.editing.session import ModelSession
 from editcli.heap import keep_freed
 from editcli.models.loading import ModelSource, bundled_folder, load_tokens
-from editcli.plugin.interfaces import Problem, Update
+from editcli.plugin.interfaces import LowRank, Problem
 from editcli.plugin.leastsquares import InverseGram
 from editcli.reporting import Silent
 from editcli.requests.schema import EditRequest
@@ -72,7 +72,7 @@ def measure(shape: Shape) -> dict[str, Any]:
 
     def write() -> None:
         for problem, update in zip(problems, updates, strict=True):
-            session.write(problem.site, Update(update.left.float() * 1e-6, update.right.float()))
+            session.write(problem.site, LowRank(update.left.float() * 1e-6, update.right.float()))
 
     counts = {
         "targets": target_flops(plan, batch),

@@ -116,7 +116,7 @@ def predict(plan: Plan, device: Device, count: int, share: float) -> Prediction 
 
 
 def predict_split(plan: Plan, device: Device, share: float) -> Prediction | None:
-    """Predict on one machine whose devices hold the model together; None where C and masters do not fit beside a part.
+    """Predict on one machine whose devices hold the model together; None where Q and masters do not fit beside a part.
 
     Every block then sums up twice on the way forward and twice on the way back, each device at its own link's rate.
     """
@@ -204,7 +204,7 @@ def checks(found: Mapping[str, Any]) -> Iterator[str]:
             found["stream"]["state_bytes"],
             snapshot_bytes(Plan(bundled.shape, (0, 1), False), 0),
         )
-        rows.append(("bytes of a snapshot without C, the same", str(computed), str(measured), _off(computed, measured)))
+        rows.append(("bytes of a snapshot without Q, the same", str(computed), str(measured), _off(computed, measured)))
     if found["distributed"]:
         result = found["distributed"]
         ideal, ratio = float(result["processes"]), result["ratio"]
@@ -220,7 +220,7 @@ def shares(gpu: Mapping[str, Any] | None) -> Iterator[str]:
     known = "assumed" if gpu is None else f"measured by `python -m benchmarks.gpu` on {gpu['device']}"
     rows = [
         ("passes of the model, of the bfloat16 peak", f"{share:.2f}", known),
-        ("products with C, of the float32 peak", f"{ASSUMED_SOLVE_SHARE:.2f}", "assumed"),
+        ("products with Q, of the float32 peak", f"{ASSUMED_SOLVE_SHARE:.2f}", "assumed"),
         ("memory traffic, of the bandwidth", f"{ASSUMED_MEMORY_SHARE:.2f}", "assumed"),
         ("links within a machine, of their rate", f"{LINK_SHARE:.2f}", "assumed"),
         ("a message", f"{MESSAGE * 1e3:.0f} ms", "assumed; gloo on one machine takes as long"),
@@ -250,7 +250,7 @@ def memory() -> Iterator[str]:
         moments = DOUBLE * plan.shape.inner**2
         sizes = (weights, grams, moments, held_bytes(plan, batch))
         rows.append((plan.shape.name, *(f"{size / 1e9:,.0f} GB" for size in sizes), *fits))
-    heading = ("model", "weights", "C, 5 sites", "one second moment", "a replica, all in all")
+    heading = ("model", "weights", "Q, 5 sites", "one second moment", "a replica, all in all")
     yield from table((*heading, *(f"{device.name}s for it" for device in DEVICES)), rows)
 
 
@@ -300,7 +300,7 @@ def disk() -> Iterator[str]:
             f"{size / 1e9:,.1f} GB" for size in (snapshot_bytes(Plan(plan.shape, plan.layers, False), 0), snapshot)
         ]
         rows.append((plan.shape.name, f"{segment_bytes(plan) / 1e6:.2f} MB", *cells, *snapshots))
-    heading = ("model", "an edit", *(f"{edits:,} edits" for edits in STREAMS), "snapshot", "snapshot with C")
+    heading = ("model", "an edit", *(f"{edits:,} edits" for edits in STREAMS), "snapshot", "snapshot with Q")
     yield from table(heading, rows)
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.common import bundled, median, random_model, sample_edits, write_result
 from editcli.editing.session import ModelSession
 from editcli.heap import keep_freed
-from editcli.plugin.interfaces import Update, Values
+from editcli.plugin.interfaces import LowRank, Values
 from editcli.requests.schema import EditRequest
 
 
@@ -34,7 +34,7 @@ def seconds(session: ModelSession, edits: Sequence[EditRequest], values: Values,
         if anew:
             session.forget_reads()
         residual = session.residual(edits, site, values)
-        session.write(site, Update(residual / keys.norm() ** 2, keys))
+        session.write(site, LowRank(residual / keys.norm() ** 2, keys))
     spent = time.process_time() - started
     session.restore(before)
     return spent

@@ -1,7 +1,7 @@
 """One batch's solve and down-date: the inverse-Gram form against torch.linalg.solve on the published form.
 
 ``python -m benchmarks.solve`` prints one table and writes benchmarks/results/solve.json. The published form builds
-lambda Cov + K K^T and solves it anew for every batch, which costs d_in^3; ours is timed after ``prepare``. Rounds are
+w C + K K^T and solves it anew for every batch, which costs d_in^3; ours is timed after ``prepare``. Rounds are
 interleaved and each ratio is taken within one round. ``--large`` adds d_in 14336, for an accelerator.
 """
 

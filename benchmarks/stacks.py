@@ -96,7 +96,7 @@ class StackBench:
 
 def finite(site: Site, update: Update) -> None:
     """Refuse an update that is not finite."""
-    refuse_nonfinite(f"the update of {site.module}", (update.left, update.right), where="in this benchmark")
+    refuse_nonfinite(f"the update of {site.module}", update.parts.values(), where="in this benchmark")
 
 
 def markdown(results: Mapping[str, Any]) -> str:

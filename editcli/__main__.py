@@ -18,7 +18,7 @@ from editcli.distributed.launch import Launch
 from editcli.errors import EditError, RankError
 from editcli.formatting import printable
 from editcli.heap import keep_freed
-from editcli.plugin.manager import load_plugins
+from editcli.plugin.manager import Plugins, load_plugins
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it (128 + SIGINT)."""
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         group = build_cli(app.plugins)
         # A shell that asks what fits has no place for warnings: they would be drawn into the line being typed.
         if launch.leads and VARIABLE not in os.environ:
-            _warn_broken(app)
+            _warn_broken(app.plugins)
         code = group.main(args=_or_help(arguments), prog_name="editcli", obj=app, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -109,10 +109,16 @@ def _origin(context: click.Context, parameter: click.Parameter | None) -> str:
     return ""
 
 
-def _warn_broken(app: App) -> None:
-    for name, reason in app.plugins.broken.items():
+def _warn_broken(plugins: Plugins) -> None:
+    """Warn of every broken plugin, now or when its hook is called."""
+
+    def warn(name: str, reason: str) -> None:
         first_line = printable(" ".join(reason.split()))
         click.echo(f"warning: plugin {name!r} could not be loaded and is left out: {first_line}", err=True)
+
+    for name, reason in plugins.broken.items():
+        warn(name, reason)
+    plugins.on_broken = warn
 
 
 def _accept_any_text() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.evaluation.generation import generate
 from editcli.models.fit import check_fit
-from editcli.plugin.manager import Plugins, load_formats, load_plugins
+from editcli.plugin.manager import Plugins, load_plugins
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport, Silent
 from editcli.requests.reader import Collector, EditFile, refuse_deep
@@ -314,7 +314,7 @@ def ask(
     recipe = with_clock(recipe.with_preset_read())
     held = None
     if not named:
-        families = planning.brought_families(plugins)
+        families = plugins.families()
         held = hold(model, tokenizer, families=families, chat_template=recipe.chat)
     name = held.source.name if held else model
     recipe = _with(recipe, model=None if name is None else str(name))
@@ -326,7 +326,7 @@ def gather(edits: str | Path | Sequence[EditRequest | Mapping[str, Any]], asked:
     if isinstance(edits, (str, Path)):
         return planning.read_requested(asked.recipe, asked.plugins)
     skip = asked.recipe.on_error == "skip"
-    collected = Collector(skip_bad=skip, limit=asked.recipe.limit, formats=load_formats(asked.plugins))
+    collected = Collector(skip_bad=skip, limit=asked.recipe.limit, formats=asked.plugins.formats())
     for number, edit in enumerate(_listed(edits)):
         place = f"edits[{number}]"
         collected.add(lambda edit=edit, place=place: _record(edit, place), file=place, line=None)

@@ -11,11 +11,13 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
 
 import editcli
+import editcli.plugin
 from editcli import errors
 from editcli.cli.apply import apply
 from editcli.errors import EditError
@@ -29,8 +31,11 @@ from editcli.settings.core import CORE
 from tools.docs_blocks import DOCS, ROOT, finish, replaced
 
 SCHEMAS = ROOT / "editcli" / "schemas"
-FOREIGN = {"hookimpl": "Mark a function of a plugin as one of the hooks below: pluggy's decorator for this program."}
-"""What to say of names that are other libraries' objects."""
+FOREIGN = {
+    "API_VERSION": "Version of the plugin interface, which a plugin declares as `editcli_api`.",
+    "hookimpl": "Mark a function of a plugin as one of the hooks below: pluggy's decorator for this program.",
+}
+"""Descriptions of names that carry none of ours: other libraries' objects and constants."""
 
 
 def pages() -> dict[Path, str]:
@@ -52,9 +57,9 @@ def pages() -> dict[Path, str]:
 
 
 def _names() -> str:
-    """Describe every public name, in alphabetical order."""
-    listed = sorted((name for names in editcli._HOMES.values() for name in names), key=str.lower)
-    return "\n\n".join(_name(name, getattr(editcli, name)) for name in listed)
+    """Describe every public name, of the package and for plugins, in alphabetical order."""
+    listed = dict.fromkeys(editcli.plugin.__all__, editcli.plugin) | dict.fromkeys(editcli.__all__, editcli)
+    return "\n\n".join(_name(listed[name], name) for name in sorted(listed, key=str.lower))
 
 
 def _presets() -> str:
@@ -81,10 +86,11 @@ def _hooks() -> str:
     return "\n".join(["| hook | |", "|---|---|", *rows])
 
 
-def _name(name: str, value: Any) -> str:
+def _name(package: ModuleType, name: str) -> str:
+    value = getattr(package, name)
     if not _is_ours(value):
         return f"### {name}\n\n{FOREIGN[name]}"
-    lines = [f"### {name}", "", f"```python\n{_signature(name, value)}\n```"]
+    lines = [f"### {name}", "", f"```python\n{_signature(f'{package.__name__}.{name}', value)}\n```"]
     lines += ["", _markdown(value.__doc__)] if value.__doc__ else []
     if inspect.isclass(value) and not issubclass(value, Exception):
         lines += _members(value)
@@ -94,7 +100,7 @@ def _name(name: str, value: Any) -> str:
 def _signature(name: str, value: Any) -> str:
     """Return how a public name is called, one parameter a line when that is long."""
     if not callable(value) or (inspect.isclass(value) and issubclass(value, Exception)):
-        return f"editcli.{name}"
+        return name
     signature = inspect.signature(value)
     parts, starred = [], False
     for parameter in signature.parameters.values():
@@ -104,9 +110,9 @@ def _signature(name: str, value: Any) -> str:
         starred = starred or parameter.kind is parameter.VAR_POSITIONAL
         parts.append(_parameter(parameter))
     returned = f" -> {_annotation(signature.return_annotation)}" if not inspect.isclass(value) else ""
-    whole = f"editcli.{name}({', '.join(parts)}){returned}"
+    whole = f"{name}({', '.join(parts)}){returned}"
     lines = "".join(f"    {part},\n" for part in parts)
-    return whole if len(whole) < 90 else f"editcli.{name}(\n{lines}){returned}"
+    return whole if len(whole) < 90 else f"{name}(\n{lines}){returned}"
 
 
 def _parameter(parameter: inspect.Parameter) -> str:

@@ -16,7 +16,6 @@ from editcli.cli.apply_options import (
 )
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import component_settings, config_option
-from editcli.plugin.manager import load_formats
 
 UNUSABLE = 2
 """Exit code when an edit was refused, as for any unusable input file."""
@@ -44,7 +43,7 @@ def check(context: click.Context, /, edits: str, assignments: tuple[str, ...], a
     app: App = context.obj
     report = run(
         edits,
-        formats=load_formats(app.plugins),
+        formats=app.plugins.formats(),
         settings=component_settings(context, assignments),
         plugins=app.plugins,
         reporter=app.reporter,

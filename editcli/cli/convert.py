@@ -9,7 +9,6 @@ import click
 from editcli.cli.common import App, Command, json_option, option, print_json
 from editcli.cli.settings import config_option
 from editcli.errors import EditError
-from editcli.plugin.manager import load_formats
 from editcli.requests.formats import find_format
 from editcli.settings.recipe import ON_ERROR
 
@@ -43,7 +42,7 @@ def convert(
         raise EditError(f"{out} exists; pass --overwrite to replace it")
     if as_json and out is None:
         raise click.UsageError("--json prints a report on standard output; pass --out for the edits")
-    formats = load_formats(app.plugins)
+    formats = app.plugins.formats()
     chosen = None if form is None else find_format(form, formats)
     done = run(file, formats, form=chosen, skip_bad=on_error == "skip")
     for text in (*done.edits.warnings, *(f"left out: {error}" for error in done.edits.rejected)):

@@ -56,11 +56,10 @@ def diff(
     # Torch takes seconds to import, so it waits until the command line has been read.
     from editcli.health import diff as diffs
     from editcli.models.loading import choose_device
-    from editcli.runs.planning import brought_families
 
     found = diffs.diff(base, edited, ranks=ranks, device=choose_device(device), reporter=app.reporter)
     if prompts:
-        families = brought_families(app.plugins)
+        families = app.plugins.families()
         found = diffs.speak(found, prompts, tokens=tokens, device=device, families=families, reporter=app.reporter)
     if as_json:
         print_json(found.to_json())

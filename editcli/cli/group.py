@@ -82,10 +82,8 @@ def with_verbosity(command: click.Command) -> click.Command:
 
 def add_plugin_commands(group: LazyGroup, plugins: Plugins) -> None:
     """Add the commands that plugins bring; one that takes a built-in's name is refused with a warning."""
-    for plugin, command in plugins.brought("editcli_commands"):
-        if not isinstance(command, click.Command) or not command.name:
-            plugins.broken[plugin] = f"{command!r} is not a named click command"
-        elif command.name in group.list_commands(click.Context(group)):
-            plugins.broken[plugin] = f"its command {command.name!r} is already taken"
+    for plugin, command in plugins.commands():
+        if command.name in group.list_commands(click.Context(group)):
+            plugins.leave_out(plugin, f"its command {command.name!r} is already taken")
         else:
             group.add_command(furnished(command))

@@ -68,7 +68,6 @@ def inspect(app: App, /, model: str | None, as_json: bool, plot: Path | None, **
     from editcli.health.inspect import wanted_from
     from editcli.models.loading import choose_device
     from editcli.pages.plots import check_plot, plot_inspection
-    from editcli.runs.planning import brought_families
 
     check_plot(plot)
     found = run(
@@ -77,7 +76,7 @@ def inspect(app: App, /, model: str | None, as_json: bool, plot: Path | None, **
         base=values["base"],
         preset=values["preset"],
         device=choose_device(values["device"]),
-        families=brought_families(app.plugins),
+        families=app.plugins.families(),
         reporter=app.reporter,
     )
     if plot is not None:

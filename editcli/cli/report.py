@@ -66,7 +66,6 @@ def report(
     from editcli.models.loading import choose_device
     from editcli.pages.page import check_page, run_page, write_page
     from editcli.records.state import RunFolder
-    from editcli.runs.planning import brought_families
 
     check_page(output)
     RunFolder(Path(run)).require()
@@ -75,7 +74,7 @@ def report(
         wanted=Wanted(norms=True, spectral=spectra, tau=tau, thresholds=parse_thresholds(thresholds)),
         base=base,
         device=choose_device(device),
-        families=brought_families(app.plugins),
+        families=app.plugins.families(),
         reporter=app.reporter,
     )
     write_page(output, run_page(found))

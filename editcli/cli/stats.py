@@ -47,7 +47,6 @@ def compute(
     from editcli.commands.stats import compute as run
     from editcli.distributed.group import joined
     from editcli.plugin.options import build
-    from editcli.runs.planning import brought_families
     from editcli.settings.core import StatisticsOptions
 
     given = {"tokens": tokens, "max_length": max_length}
@@ -58,7 +57,7 @@ def compute(
     app: App = context.obj
     with joined(app.launch, device=values["device"], device_map=values["device_map"]) as team:
         recipe = MomentsRecipe(options=build(StatisticsOptions, settings, owner="statistics"), **values)
-        report = run(recipe, brought_families(app.plugins), app.reporter, team=team)
+        report = run(recipe, app.plugins.families(), app.reporter, team=team)
     if app.launch.leads:
         _show(app, report, as_json)
 
@@ -72,9 +71,8 @@ def compute(
 def show(app: App, /, model: str | None, revision: str | None, as_json: bool) -> None:
     """List the second moments in the cache: those of MODEL, or of every model."""
     from editcli.commands.stats import show as run
-    from editcli.runs.planning import brought_families
 
-    _show(app, run(model, revision=revision, families=brought_families(app.plugins)), as_json)
+    _show(app, run(model, revision=revision, families=app.plugins.families()), as_json)
 
 
 def _show(app: App, report: Any, as_json: bool) -> None:

@@ -17,7 +17,6 @@ from editcli.evaluation.locality import answer_locality
 from editcli.evaluation.metrics import Evaluation, evaluate
 from editcli.models.chat_settings import ChatSettings
 from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
-from editcli.plugin.manager import load_formats
 from editcli.records.history import read_history
 from editcli.reporting import Reporter, Silent
 from editcli.requests.reader import EditFile, read_edits
@@ -143,7 +142,7 @@ def measure(
     texts = list(general_text(recipe.text)) if base_source is not None else []
     parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
     agree_on_inputs(team, "recipe, edits and text", parts)
-    families = tuple(family for _, family in plugins.brought("editcli_architectures"))
+    families = plugins.families()
     loaded = _open(source, recipe, families, reporter)
     base = None if base_source is None else _open(base_source, recipe, families, reporter)
     warning = thinking_warning(loaded.tokens)
@@ -194,7 +193,7 @@ def _read(recipe: EvalRecipe, plugins: Plugins) -> EditFile:
     if recipe.edits is None:
         return EditFile("", "", (), (), ())
     skip = recipe.on_error == "skip"
-    return read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
+    return read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=plugins.formats())
 
 
 def _with_clock(recipe: EvalRecipe, source: ModelSource, team: Team) -> EvalRecipe:

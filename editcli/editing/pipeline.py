@@ -11,7 +11,7 @@ from torch import Tensor
 
 from editcli.editing.session import ModelSession
 from editcli.linalg.ratios import jump, ratio
-from editcli.plugin.interfaces import Editor, Problem, Site, Stabilizer, Update, Values
+from editcli.plugin.interfaces import Editor, LowRank, Problem, Site, Stabilizer, Update, Values, update_of
 from editcli.requests.schema import EditRequest
 from editcli.settings.guards import refuse_nonfinite
 
@@ -19,8 +19,7 @@ from editcli.settings.guards import refuse_nonfinite
 def jump_of(session: ModelSession, site: Site, update: Update) -> float | None:
     """Return |R_n+1 - R_n| of ``site``, to which ``update`` is not added yet; None where W_0 is zero."""
     weight, base = session.weight(site), float(session.baseline(site).norm())
-    after = weight.addmm(update.left.to(weight), update.right.to(weight).T)
-    return jump(ratio(float(weight.norm()), base), ratio(float(after.norm()), base))
+    return jump(ratio(float(weight.norm()), base), ratio(float(update.added_to(weight).norm()), base))
 
 
 SiteCheck = Callable[[Site, Update], None]
@@ -28,9 +27,10 @@ SiteCheck = Callable[[Site, Update], None]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one batch wrote: the problem and the update of each site, in the order they were written."""
+    """What one batch wrote, site by site in the order of writing."""
 
     problems: Mapping[Site, Problem]
+    """Empty for an editor without target values."""
     updates: Mapping[Site, Update]
     dropped: Mapping[str, str]
     """Ids of edits that a stabilizer gave up, with the reason."""
@@ -56,12 +56,12 @@ def edit_batch(
     before = session.masters()
     try:
         started = time.perf_counter()
-        values = editor.values(session, requests)
+        values = _targets(session, editor, requests)
         counts = count_targets(values)
         known = editor.already_true(requests) if values is None else _known(session, values)
         if values is not None:
             for stabilizer in stabilizers:
-                values = stabilizer.stabilize_values(values, session)
+                values = stabilizer.stabilize_values(session, values)
         optimised = time.perf_counter()
         # What is left to write then is the rounding between two ways to compute the same hidden state.
         nothing = len(known) == len(requests) and values is not None and torch.equal(values.target, values.initial)
@@ -69,19 +69,18 @@ def edit_batch(
         updates: dict[Site, Update] = {}
         with session.reporter.phase("Writing", len(session.sites), "layers") as advance:
             for site in session.sites:
-                problem = _recordable(editor.problem(session, site, requests, values))
-                refuse_nonfinite("what is to be written", [problem.keys, problem.residual], where=f"at {site.module}")
-                update = _zero(problem) if nothing else editor.solve(problem)
-                # At once, because a stabilizer that picks entries would hide those that are not numbers.
-                refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+                problem = None
+                if values is not None:
+                    problem = problems[site] = _problem(session, editor, requests, site, values)
+                update = _zero(problem) if nothing and problem else _update(session, editor, site, problem)
                 for stabilizer in () if nothing else stabilizers:
-                    update = stabilizer.stabilize_update(update, problem, session)
-                # Rounded and laid out once, so that the recorded factors reproduce the weight bit by bit.
-                update = Update(left=_as_recorded(update.left), right=_as_recorded(update.right))
-                refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+                    update = stabilizer.stabilize_update(session, site, update, problem)
+                # Rounded and laid out once, so that the recorded parts reproduce the weight bit by bit.
+                update = update_of({name: _as_recorded(part) for name, part in update.parts.items()})
+                refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
                 check(site, update)
                 session.write(site, update)
-                problems[site], updates[site] = problem, update
+                updates[site] = update
                 advance(1)
     except BaseException:
         session.restore(before)
@@ -90,6 +89,31 @@ def edit_batch(
     seconds = {"targets": optimised - started, "solve": time.perf_counter() - optimised}
     already_true = tuple(requests[column].id for column in known)
     return Written(problems, updates, dropped, seconds, counts, already_true)
+
+
+def _targets(session: ModelSession, editor: Editor, requests: Sequence[EditRequest]) -> Values | None:
+    """Return the batch's target values; None for an editor without any, which measures the batch instead."""
+    if editor.needs_values:
+        return editor.values(session, requests)
+    editor.begin(session, requests)
+    return None
+
+
+def _problem(
+    session: ModelSession, editor: Editor, requests: Sequence[EditRequest], site: Site, values: Values
+) -> Problem:
+    """Return the problem of a site as a segment holds it."""
+    problem = editor.problem(session, requests, site, values)
+    problem = Problem(problem.site, _as_recorded(problem.keys), _as_recorded(problem.residual))
+    refuse_nonfinite("the problem to solve", [problem.keys, problem.residual], where=f"at {site.module}")
+    return problem
+
+
+def _update(session: ModelSession, editor: Editor, site: Site, problem: Problem | None) -> Update:
+    update = editor.update(session, site) if problem is None else editor.solve(session, problem)
+    # At once, because a stabilizer that picks entries would hide those that are not numbers.
+    refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
+    return update
 
 
 def _known(session: ModelSession, values: Values) -> list[int]:
@@ -102,7 +126,7 @@ def _known(session: ModelSession, values: Values) -> list[int]:
 
 def _zero(problem: Problem) -> Update:
     """Return the update that changes nothing."""
-    return Update(left=torch.zeros_like(problem.residual), right=problem.keys)
+    return LowRank(left=torch.zeros_like(problem.residual), right=problem.keys)
 
 
 def count_targets(values: Values | None) -> dict[str, int]:
@@ -111,11 +135,6 @@ def count_targets(values: Values | None) -> dict[str, int]:
         return {}
     reached, clamped = int(values.reached.sum()), int(values.clamped.sum())
     return {"optimised": len(values.reached), "reached": reached, "clamped": clamped}
-
-
-def _recordable(problem: Problem) -> Problem:
-    """Return a problem as a segment holds it."""
-    return Problem(problem.site, _as_recorded(problem.keys), _as_recorded(problem.residual))
 
 
 def _as_recorded(tensor: Tensor) -> Tensor:

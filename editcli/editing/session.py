@@ -114,7 +114,7 @@ class ModelSession:
         return self.loaded.checkpoint.tensor_for(f"{site.module}.weight")
 
     def second_moment(self, site: Site) -> Tensor:
-        """Return Cov = E[k k^T], (d_in, d_in) float64, of the unedited model."""
+        """Return C = E[k k^T], (d_in, d_in) float64, of the unedited model; do not change it in place."""
         if self.written:
             raise StatisticsError(f"{site.module}: statistics belong to the unedited model, but it was edited already")
         if self._second_moment is None:
@@ -125,7 +125,7 @@ class ModelSession:
         return self._moments[site]
 
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Return the ascending eigenvalues and the eigenvectors of Cov in float64, from the cache when it has them."""
+        """Return the ascending eigenvalues and the eigenvectors of C in float64, from the cache when it has them."""
         return self._decompose(self.second_moment(site), site, self._home(site))
 
     def forget_moments(self) -> None:
@@ -238,8 +238,7 @@ class ModelSession:
 
     def write(self, site: Site, update: Update) -> None:
         """Add an update to a site's weight."""
-        master = self._masters[site]
-        self.set_weight(site, torch.addmm(master, update.left.to(master), update.right.to(master).T))
+        self.set_weight(site, update.added_to(self._masters[site]))
 
     def set_weight(self, site: Site, weight: Tensor) -> None:
         """Replace a site's weight, (d_out, d_in), in the master and in the model."""
@@ -264,7 +263,7 @@ class ModelSession:
             for site in self.sites:
                 weight = before[site]
                 for stabilizer in stabilizers:
-                    weight = stabilizer.stabilize_weight(weight, site, self)
+                    weight = stabilizer.stabilize_weight(self, site, weight)
                 if weight is not before[site]:
                     self.set_weight(site, weight)
             yield self.masters()

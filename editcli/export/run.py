@@ -23,7 +23,7 @@ from editcli.plugin.manager import Plugins
 from editcli.reporting import Reporter, Silent
 from editcli.runs.apply import STOPPED, writing
 from editcli.runs.output import needed_bytes, verify, write_model
-from editcli.runs.planning import brought_families, check_disk
+from editcli.runs.planning import check_disk
 from editcli.storage.checkpoint import Checkpoint
 from editcli.storage.folders import new_folder, refuse_taken
 
@@ -40,7 +40,7 @@ def export(recipe: ExportRecipe, plugins: Plugins, reporter: Reporter | None = N
     if recipe.push is not None:
         to = check_destination(recipe.push, private=recipe.private, revision=recipe.revision)
     with writing(recipe.folder), new_folder(recipe.folder) as folder:
-        report = _Export(recipe, run, folder, brought_families(plugins), reporter).write()
+        report = _Export(recipe, run, folder, plugins.families(), reporter).write()
         run.refuse_changed()
     if to is None:
         return report

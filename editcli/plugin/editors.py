@@ -1,4 +1,4 @@
-"""The base of the editors that share one solve: a subclass says only what C is at the start.
+"""The base of the editors that share one solve: a subclass states Q at the start, and nothing else.
 
 See :mod:`editcli.plugin.leastsquares` for the formulas. This module never imports torch at import time.
 """
@@ -6,11 +6,11 @@ See :mod:`editcli.plugin.leastsquares` for the formulas. This module never impor
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from editcli.errors import StateError
-from editcli.plugin.interfaces import Editor, Problem, Session, Site, Update
+from editcli.plugin.interfaces import Editor, Problem, Session, Site, State, Update
 from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
@@ -20,33 +20,46 @@ if TYPE_CHECKING:
 
 
 class InverseGramEditor(Editor):
-    """An editor whose update is D = R (I + K^T C K)^-1 K^T C, with one C per site.
+    """An editor whose update is D = R (I + K^T Q K)^-1 K^T Q, with one symmetric Q (d_in, d_in) per site.
 
-    Implement :meth:`prior`, C at the start. Set :attr:`remembers` to have later updates keep what earlier ones wrote.
+    Implement :meth:`initial_inverse`, Q at the start. While :attr:`remembers` is true, every batch's keys down-date Q,
+    so that later updates leave earlier ones in place; set it to False for an editor that starts afresh each batch.
     """
+
+    remembers: bool = True
 
     def __init__(self, options: object = None):
         super().__init__(options)
         self.memory: dict[str, InverseGram] = {}
-        """C of each site by module name."""
+        """Q of each site by module name."""
 
     @abstractmethod
-    def prior(self, session: Session, site: Site) -> InverseGram:
-        """Return C of ``site`` on the unedited model."""
+    def initial_inverse(self, session: Session, site: Site) -> Tensor:
+        """Return Q of ``site`` on the unedited model, (d_in, d_in) float64; it is not changed in place."""
 
-    @property
-    def remembers(self) -> bool:
-        """Whether C is down-dated by the keys of every batch; only then is it part of the run's state."""
-        return True
+    def invert(self, session: Session, site: Site, gram: Tensor, *, ridge: float = 0.0) -> Tensor:
+        """Return ``gram``^-1 for a symmetric positive definite (d_in, d_in) matrix, in float64.
+
+        ``ridge`` adds this share of its own second moment to each input. Raises :class:`NumericalError` when ``gram``
+        is singular or indefinite.
+        """
+        from editcli.plugin.leastsquares import double, invert
+
+        return invert(double(gram, session.device), site=site.module, reporter=session.reporter, ridge=ridge)
 
     def prepare(self, session: Session) -> None:
+        from editcli.plugin.leastsquares import InverseGram
+
         sites = session.sites[-1:] if self.single_site else session.sites
         with session.reporter.phase(f"preparing {self.name}", len(sites), "sites") as advance:
             for site in sites:
-                self.memory[site.module] = self.prior(session, site)
+                matrix = self.initial_inverse(session, site)
+                self.memory[site.module] = InverseGram.of(
+                    matrix, site=site.module, device=session.device, reporter=session.reporter
+                )
                 advance(1)
 
-    def solve(self, problem: Problem) -> Update:
+    def solve(self, session: Session, problem: Problem) -> Update:
         return self.memory[problem.site.module].solve(problem.keys, problem.residual)
 
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
@@ -55,24 +68,24 @@ class InverseGramEditor(Editor):
                 self.advance(problem.site, problem.keys)
 
     def advance(self, site: Site, keys: Tensor) -> None:
-        """Down-date the C of ``site`` by ``keys`` (d_in, n)."""
+        """Down-date the Q of ``site`` by ``keys`` (d_in, n)."""
         self.memory[site.module] = self.memory[site.module].downdated(keys)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return C of each site as ``<module>.inverse_gram``, nothing for an editor that does not remember."""
+    def state(self) -> State:
+        """Return Q of each site as ``<module>.inverse_gram``, nothing for an editor that does not remember."""
         if not self.remembers:
-            return {}
-        return {f"{module}.inverse_gram": gram.matrix for module, gram in self.memory.items()}
+            return State()
+        return State({f"{module}.inverse_gram": gram.matrix for module, gram in self.memory.items()})
 
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
-        """Take C back bit by bit; an editor that does not remember is prepared again from the statistics."""
+    def load_state(self, session: Session, state: State) -> None:
+        """Take Q back bit by bit; an editor that does not remember is prepared again from the statistics."""
         from editcli.plugin.leastsquares import InverseGram
 
         if not self.remembers:
             self.prepare(session)
             return
         for site in session.sites:
-            matrix = state.get(f"{site.module}.inverse_gram")
+            matrix = state.tensors.get(f"{site.module}.inverse_gram")
             if matrix is None:
                 raise StateError(f"the saved state of {self.name} has nothing for {site.module}; start a new run")
             self.memory[site.module] = InverseGram(matrix.to(session.device), site.module, session.reporter)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 NAME = "editcli"
 
-API_VERSION = 1
+API_VERSION = 2
 """Version of the plugin interface; it grows when a plugin written for the one before would break."""
 
 hookspec = pluggy.HookspecMarker(NAME)
@@ -36,12 +36,12 @@ def editcli_diagnostics() -> Sequence[type[Diagnostic]]:  # pyright: ignore[repo
 
 @hookspec
 def editcli_formats() -> Sequence[Any]:  # pyright: ignore[reportReturnType]
-    """Return readers of edit files in other formats (:class:`editcli.requests.formats.Format` classes)."""
+    """Return readers of edit files in other formats (:class:`editcli.plugin.Format` classes)."""
 
 
 @hookspec
 def editcli_architectures() -> Sequence[Any]:  # pyright: ignore[reportReturnType]
-    """Return model families (:class:`editcli.models.architectures.Family` objects)."""
+    """Return model families (:class:`editcli.plugin.Family` objects)."""
 
 
 @hookspec

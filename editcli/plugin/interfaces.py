@@ -1,7 +1,8 @@
 """The seam: what a plugin gives us (abstract classes) and what we give it (a protocol and frozen data).
 
 Shapes use the papers' letters: a site's weight W is (d_out, d_in), the layer computes W k; K is (d_in, n) with one
-column per edit, R is (d_out, n). A batch goes through these stages:
+column per edit, R is (d_out, n), and C = E[k k^T] is (d_in, d_in), the second moment of keys on reference text. The
+shared solve of :mod:`editcli.plugin.leastsquares` adds Q, (d_in, d_in), an inverse. A batch goes through these stages:
 
 =====================  ======================  =======================
 stage                  owner                   in -> out
@@ -16,16 +17,18 @@ write                  core                    adds the update
 remember               editor, stabilizers     batch -> their own state
 =====================  ======================  =======================
 
-A stabilizer maps a type to itself and its default is the identity; only the editor turns one type into another.
+An editor without target values measures the batch in ``begin`` and returns each site's Update from ``update``; there
+are then neither Values nor Problems. A stabilizer maps a type to itself and its default is the identity; only the
+editor turns one type into another. Arguments come in one order: session, requests, site, then the rest.
 This module never imports torch at run time, so that listing plugins stays fast.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from editcli.requests.schema import EditRequest
 
@@ -58,7 +61,7 @@ class Values:
     initial: Tensor
     written: Tensor
     dropped: Mapping[int, str]
-    """Columns that a stabilizer gave up, with the reason: such an edit keeps its place and changes nothing."""
+    """Columns that a stabilizer gave up, with the reason: such an edit keeps its column and z = h there."""
     loss: Tensor
     """(n,) the loss at which each edit's optimisation stopped."""
     reached: Tensor | None = None
@@ -77,8 +80,12 @@ class Values:
         return replace(self, target=self.initial - self.written + contribution)
 
     def drop(self, columns: Mapping[int, str]) -> Values:
-        """Return the values with ``columns`` given up, each for its reason."""
-        return replace(self, dropped={**self.dropped, **columns}) if columns else self
+        """Return the values with ``columns`` given up, each for its reason: z = h there, so nothing is written."""
+        if not columns:
+            return self
+        target, where = self.target.clone(), list(columns)
+        target[:, where] = self.initial[:, where]
+        return replace(self, target=target, dropped={**self.dropped, **columns})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,29 +97,103 @@ class Problem:
     residual: Tensor
 
 
+class Update(ABC):
+    """What a site's weight gains, D (d_out, d_in): :class:`LowRank` or :class:`Dense`."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[str, Tensor]:
+        """The tensors that it is made of, by the names of its fields; a run records them."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Return D as a (d_out, d_in) matrix."""
+
+    @abstractmethod
+    def added_to(self, weight: Tensor) -> Tensor:
+        """Return ``weight`` + D, (d_out, d_in), in the precision and on the device of ``weight``."""
+
+    @abstractmethod
+    def norm(self) -> float:
+        """Return ||D||_F."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Update:
+        """Return ``factor`` D."""
+
+    @abstractmethod
+    def mapped(self, outer: LinearMap | None = None, inner: LinearMap | None = None) -> Update:
+        """Return outer(D inner^T): ``outer`` maps columns of length d_out and ``inner`` those of length d_in.
+
+        Both are linear, so they act on the factors of an update that has factors. None is the identity.
+        """
+
+
+LinearMap = Callable[["Tensor"], "Tensor"]
+"""A linear map of the columns of a matrix."""
+
+
 @dataclass(frozen=True, slots=True)
-class Update:
-    """What a site's weight gains: D = left @ right.T with ``left`` (d_out, r) and ``right`` (d_in, r)."""
+class LowRank(Update):
+    """D = left @ right.T with ``left`` (d_out, r) and ``right`` (d_in, r)."""
 
     left: Tensor
     right: Tensor
 
-    @classmethod
-    def from_dense(cls, matrix: Tensor) -> Update:
-        """Wrap a dense (d_out, d_in) update without losing anything: an identity on the smaller side."""
-        rows, columns = matrix.shape
-        if rows <= columns:
-            return cls(left=matrix.new_ones(rows).diag(), right=matrix.T)
-        return cls(left=matrix, right=matrix.new_ones(columns).diag())
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        return {"left": self.left, "right": self.right}
 
     def dense(self) -> Tensor:
-        """Return D as a (d_out, d_in) matrix."""
         return self.left @ self.right.T
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        return weight.addmm(self.left.to(weight), self.right.to(weight).T)
 
     def norm(self) -> float:
         """Return ||D||_F from the factors, without forming D."""
         gram = (self.left.double().T @ self.left.double()) * (self.right.double().T @ self.right.double())
         return float(gram.sum().clamp_min(0).sqrt())
+
+    def scaled(self, factor: float) -> LowRank:
+        return LowRank(self.left * factor, self.right)
+
+    def mapped(self, outer: LinearMap | None = None, inner: LinearMap | None = None) -> LowRank:
+        return LowRank(outer(self.left) if outer else self.left, inner(self.right) if inner else self.right)
+
+
+@dataclass(frozen=True, slots=True)
+class Dense(Update):
+    """D as one (d_out, d_in) matrix, for an update that has no factors of low rank."""
+
+    matrix: Tensor
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        return {"dense": self.matrix}
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        return weight + self.matrix.to(weight)
+
+    def norm(self) -> float:
+        return float(self.matrix.double().norm())
+
+    def scaled(self, factor: float) -> Dense:
+        return Dense(self.matrix * factor)
+
+    def mapped(self, outer: LinearMap | None = None, inner: LinearMap | None = None) -> Dense:
+        matrix = outer(self.matrix) if outer else self.matrix
+        return Dense(inner(matrix.T).T if inner else matrix)
+
+
+def update_of(parts: Mapping[str, Tensor]) -> Update:
+    """Return the update of the given :attr:`Update.parts`; raises KeyError where one is missing."""
+    return Dense(parts["dense"]) if "dense" in parts else LowRank(parts["left"], parts["right"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +249,17 @@ class Session(Protocol):
         ...
 
     def second_moment(self, site: Site) -> Tensor:
-        """Return Cov = E[k k^T], (d_in, d_in) float64, of the unedited model; raises after the first write."""
+        """Return C = E[k k^T], (d_in, d_in) float64, of the unedited model; raises after the first write.
+
+        All callers share this matrix: do not change it in place.
+        """
         ...
 
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Return Cov's eigenvalues (d_in,), ascending, and eigenvectors (d_in, d_in) in float64; cached on disk."""
+        """Return the eigenvalues of C, (d_in,) ascending, and its eigenvectors, (d_in, d_in), in float64.
+
+        They are cached on disk, and shared as :meth:`second_moment` is.
+        """
         ...
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
@@ -222,17 +309,27 @@ class NoOptions:
     """The options of a component that has none."""
 
 
-class Component(ABC):
-    """What editors and stabilizers have in common.
+class State(NamedTuple):
+    """What a component keeps between batches: tensors, and JSON values beside them."""
 
-    A component is built with its options, prepared once on the unedited model, and may keep state: whatever
-    ``state_dict`` returns is saved with the run and handed back to ``load_state_dict`` when a stream is resumed.
+    tensors: Mapping[str, Tensor] = {}
+    json: Mapping[str, Any] = {}
+    """Finite JSON values: text, whole numbers, flags, None, floats (kept to the last bit), lists and objects."""
+
+
+class Component(ABC):
+    """What editors, stabilizers and diagnostics have in common.
+
+    A component is built with its options, prepared once on the unedited model, and may keep state: whatever ``state``
+    returns is saved with the run and handed back to ``load_state`` when a stream is resumed.
     """
 
     name: ClassVar[str]
     """The name used on the command line."""
     reference: ClassVar[str]
     """The paper, for instance ``arXiv:2210.07229``."""
+    remembers: bool = False
+    """Whether its state advances with every batch; an undo then rebuilds it batch by batch."""
 
     Options: ClassVar[type[Any]] = NoOptions
     """A frozen dataclass, usually nested in the component's class; its fields are declared by ``option``."""
@@ -244,36 +341,40 @@ class Component(ABC):
     def prepare(self, session: Session) -> None:  # noqa: B027
         """Measure whatever the method needs on the unedited model; called once, before the first write."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors that a resumed run needs to go on as if unbroken."""
-        return {}
+    def state(self) -> State:
+        """Return what a resumed run needs to continue as if unbroken."""
+        return State()
 
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
-        """Take back what ``state_dict`` returned; called instead of ``prepare``, also on the unedited model.
+    def load_state(self, session: Session, state: State) -> None:
+        """Take back what :meth:`state` returned; called instead of ``prepare``, also on the unedited model.
 
         The default, for a component without state, prepares it again.
         """
         self.prepare(session)
 
     def record(self) -> dict[str, Any]:
-        """Return the figures of this component that belong in ``run.json``."""
+        """Return the figures of this component that belong in ``run.json``, as finite JSON values.
+
+        Called once the run has ended. A value that is not finite JSON is left out with a warning.
+        """
         return {}
 
 
 class Editor(Component):
-    """Turns what should be written into weight updates.
+    """Turns facts into weight updates.
 
-    Implement :meth:`solve`; everything else has the default of the locate-and-edit methods.
+    Implement :meth:`solve`; everything else has the default of the locate-and-edit methods. An editor without target
+    values sets :attr:`needs_values` to False and implements :meth:`begin` and :meth:`update` instead.
     """
 
     needs_values: ClassVar[bool] = True
-    """False for an editor that optimises no target values; stabilizers of values then have nothing to act on."""
+    """False for an editor without target values; stabilizers of values then have nothing to act on."""
     needs_subject: ClassVar[bool] = True
     """False for an editor that takes edits without a subject: it must ask a session for neither keys nor values."""
     single_site: ClassVar[bool] = False
     """True for an editor that writes the last site only (ROME)."""
     tempered_by: ClassVar[str] = ""
-    """What makes this editor's updates smaller, as a clause ("raise mine.weight"); said when a guard refuses one."""
+    """How to make this editor's updates smaller, as a clause ("raise mine.weight"); shown when a guard refuses one."""
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Settings of other components that the papers use with this editor, ``{component: {option: value}}``."""
 
@@ -281,60 +382,68 @@ class Editor(Component):
         """Return the most that one batch may change R_n of ``site`` if the user gives no limit; None for any."""
         return None
 
-    def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
-        """Optimise the batch's target values on the current model; called once per batch, before the first write.
+    def values(self, session: Session, requests: Sequence[EditRequest]) -> Values:
+        """Optimise the batch's target values on the current model; called once per batch, before the first write."""
+        return session.values(requests)
 
-        An editor without values may measure here, for all sites at once, what its :meth:`problem` will need.
-        """
-        return session.values(requests) if self.needs_values else None
-
-    def problem(self, session: Session, site: Site, requests: Sequence[EditRequest], values: Values | None) -> Problem:
-        """Return what ``site`` is asked to write, on the model as written so far."""
-        if values is None:
-            raise TypeError(f"{type(self).__name__} computes no values, so it must override problem()")
+    def problem(self, session: Session, requests: Sequence[EditRequest], site: Site, values: Values) -> Problem:
+        """Return the problem of ``site``, on the model as written so far."""
         return Problem(site, session.keys(requests, site), session.residual(requests, site, values))
 
-    def already_true(self, requests: Sequence[EditRequest]) -> Sequence[int]:
-        """Return which edits of the batch had a low loss before the first step, by their places from 0.
+    def solve(self, session: Session, problem: Problem) -> Update:
+        """Return the update that writes ``problem``; changes nothing, neither the model nor this editor."""
+        raise NotImplementedError(f"{type(self).__name__} must implement solve()")
 
-        Asked after :meth:`values`, of an editor without target values; of any other, the values tell. The default, for
-        an editor that measures no loss, names none.
+    def begin(self, session: Session, requests: Sequence[EditRequest]) -> None:
+        """Measure a batch on the current model, before its first write; for an editor without target values."""
+        raise NotImplementedError(f"{type(self).__name__} needs no values, so it must implement begin()")
+
+    def update(self, session: Session, site: Site) -> Update:
+        """Return the update of ``site`` from what :meth:`begin` measured; changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__} needs no values, so it must implement update()")
+
+    def already_true(self, requests: Sequence[EditRequest]) -> Sequence[int]:
+        """Return the columns, from 0, of the edits whose loss was low before the first step.
+
+        Called after :meth:`begin`; of an editor with target values, the values show it. The default, for an editor
+        that measures no loss, is none.
         """
         return ()
 
-    @abstractmethod
-    def solve(self, problem: Problem) -> Update:
-        """Return the update that writes ``problem``; changes nothing, neither the model nor this editor."""
-
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
-        """Advance this editor's own state after a batch was written; the only place where it may."""
+        """Advance this editor's own state after a batch was written; the only place where it may.
+
+        Set :attr:`remembers`. There are no ``problems`` without target values; an undo calls :meth:`begin` first then.
+        """
 
 
 class Stabilizer(Component):
     """Keeps a stream of edits from wrecking the model. Override what you need; the defaults are the identity."""
 
-    @classmethod
-    def acts_on_values_alone(cls) -> bool:
-        """Tell whether target values are all that this stabilizer acts on, so that it needs an editor with values."""
-        updates = cls.stabilize_update is not Stabilizer.stabilize_update
-        return not updates and cls.stabilize_weight is Stabilizer.stabilize_weight
+    acts_on: ClassVar[Collection[str]] = {"values", "updates", "weights"}
+    """Which of ``values``, ``problems``, ``updates`` and ``weights`` it acts on.
 
-    def stabilize_values(self, values: Values, session: Session) -> Values:
-        """Return the values that shall be written instead."""
+    ``problems`` are updates that it judges by their keys or residual. An editor without target values has neither
+    values nor problems, and a run with one warns of a stabilizer that acts on nothing else.
+    """
+
+    def stabilize_values(self, session: Session, values: Values) -> Values:
+        """Return the values to write instead."""
         return values
 
-    def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
-        """Return the update that shall be written instead."""
+    def stabilize_update(self, session: Session, site: Site, update: Update, problem: Problem | None) -> Update:
+        """Return the update to write instead; ``problem`` is None for an editor without target values."""
         return update
 
     def remember(self, session: Session, problems: Sequence[Problem], updates: Mapping[Site, Update]) -> None:
         """Advance this stabilizer's own state after a batch was written; the only place where it may.
 
-        ``updates`` is what was written, after every stabilizer. An undo rebuilds the state: it prepares the stabilizer
-        and calls this with the recorded problems and updates, so use nothing that was measured elsewhere.
+        Set :attr:`remembers`. ``updates`` is what was written, after every stabilizer; there are no ``problems`` for
+        an editor without target values. An undo rebuilds the state: it prepares the stabilizer and calls this with
+        the recorded problems and updates, so use nothing that was measured elsewhere.
         """
 
-    def stabilize_weight(self, weight: Tensor, site: Site, session: Session) -> Tensor:
+    def stabilize_weight(self, session: Session, site: Site, weight: Tensor) -> Tensor:
         """Return the (d_out, d_in) weight to save instead of ``weight``; applied once, at read-out.
 
         ``weight`` is the accumulated W of ``site`` as the stabilizers before this one left it.
@@ -348,6 +457,7 @@ class Diagnostic(Component):
     def observe(self, session: Session, updates: Mapping[Site, Update]) -> dict[str, float]:
         """Return ``{name: number}`` for the batch that was just written.
 
-        What it counts up here belongs in ``state_dict``; an undo then calls this again for every batch that is kept.
+        A count of earlier batches belongs in ``state``: set :attr:`remembers`, and an undo calls this again for every
+        batch that stays.
         """
         return {}

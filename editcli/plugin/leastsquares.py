@@ -1,12 +1,13 @@
 """The one linear solve behind the least-squares editors, and the step by which it remembers.
 
-Every editor that spreads a residual over keys under a quadratic penalty writes the same formula with another C, a
-symmetric positive semidefinite (d_in, d_in) matrix, the *inverse Gram*::
+Every editor that spreads a residual over keys under a quadratic penalty writes the same formula with another Q, a
+symmetric positive semidefinite (d_in, d_in) matrix, the *inverse Gram*: the inverse of what the layer is committed to
+already, such as w C with C = E[k k^T] in MEMIT ::
 
-    D = R (I + K^T C K)^-1 K^T C            what is written: O(d_in^2 n), no d_in^3 after ``prepare``
-    C <- C - C K (I + K^T C K)^-1 K^T C     what is remembered (Woodbury)
+    D = R (I + K^T Q K)^-1 K^T Q            the update: O(d_in^2 n), no d_in^3 after ``prepare``
+    Q <- Q - Q K (I + K^T Q K)^-1 K^T Q     the memory of it (Woodbury)
 
-C is float64 on a CPU and float32 elsewhere, symmetric after every step. The n x n systems are always solved in
+Q is float64 on a CPU and float32 elsewhere, symmetric after every step. The n x n systems are always solved in
 float64 on the CPU: they are small, and not every accelerator has float64.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from editcli.errors import NumericalError
-from editcli.plugin.interfaces import Update
+from editcli.plugin.interfaces import LowRank
 from editcli.reporting import Reporter, Silent
 
 SINGULAR = 1e13
@@ -27,7 +28,7 @@ SINGULAR = 1e13
 
 @dataclass(frozen=True, slots=True)
 class InverseGram:
-    """C of one site. Immutable: :meth:`downdated` returns the next one, so a snapshot of it stays what it was."""
+    """Q of one site. Immutable: :meth:`downdated` returns the next one, so a snapshot of it stays what it was."""
 
     matrix: Tensor
     """(d_in, d_in), symmetric positive semidefinite."""
@@ -37,35 +38,35 @@ class InverseGram:
 
     @classmethod
     def of(cls, matrix: Tensor, *, site: str, device: torch.device, reporter: Reporter) -> InverseGram:
-        """Take a float64 C as it is, onto ``device`` in the precision that is used there."""
+        """Take a float64 Q as it is, onto ``device`` in the precision that is used there."""
         return cls(matrix.to(device=device, dtype=working_dtype(device)), site, reporter)
 
     @classmethod
     def inverting(
         cls, gram: Tensor, *, site: str, device: torch.device, reporter: Reporter, ridge: float = 0.0
     ) -> InverseGram:
-        """Take C = ``gram``^-1; raise :class:`NumericalError` when ``gram`` is indefinite or singular."""
+        """Take Q = ``gram``^-1; raise :class:`NumericalError` when ``gram`` is indefinite or singular."""
         inverse = invert(double(gram, device), site=site, reporter=reporter, ridge=ridge)
         return cls.of(inverse, site=site, device=device, reporter=reporter)
 
-    def solve(self, keys: Tensor, residual: Tensor, *, hard: bool = False) -> Update:
-        """Return D = R (I + K^T C K)^-1 K^T C for ``keys`` (d_in, n) and ``residual`` (d_out, n).
+    def solve(self, keys: Tensor, residual: Tensor, *, exact: bool = False) -> LowRank:
+        """Return D = R (I + K^T Q K)^-1 K^T Q for ``keys`` (d_in, n) and ``residual`` (d_out, n).
 
-        With ``hard`` the identity is left out, so that D K = R exactly; raises :class:`NumericalError` when two keys
-        are then the same. The factors have C's dtype and device.
+        With ``exact`` the identity is left out, so that D K = R exactly; raises :class:`NumericalError` when two keys
+        are then the same. The factors have Q's dtype and device.
         """
         keys = keys.to(self.matrix)
         image = self.matrix @ keys
-        factor = self._factor(keys, image, hard=hard)
-        shares = torch.cholesky_solve(residual.to("cpu", torch.float64).T, factor).T
-        return Update(left=shares.to(self.matrix), right=image)
+        factor = self._factor(keys, image, exact=exact)
+        coefficients = torch.cholesky_solve(residual.to("cpu", torch.float64).T, factor).T
+        return LowRank(left=coefficients.to(self.matrix), right=image)
 
     def downdated(self, keys: Tensor) -> InverseGram:
-        """Return C once ``keys`` (d_in, n) have been written, so that later updates leave them alone."""
+        """Return Q once ``keys`` (d_in, n) have been written, so that later updates leave them alone."""
         keys = keys.to(self.matrix)
         image = self.matrix @ keys
         factor = self._factor(keys, image)
-        # With S = L L^T the step is C - (C K L^-T)(C K L^-T)^T, symmetric by construction.
+        # With S = L L^T the step is Q - (Q K L^-T)(Q K L^-T)^T, symmetric by construction.
         root = torch.linalg.solve_triangular(factor, image.T.to("cpu", torch.float64), upper=False).T.to(self.matrix)
         matrix = symmetrise(torch.addmm(self.matrix, root, root.T, alpha=-1.0))
         slack = torch.finfo(matrix.dtype).eps * matrix.shape[0] ** 0.5 * self.matrix.diagonal()
@@ -73,44 +74,44 @@ class InverseGram:
             raise NumericalError("the memory of past edits lost definiteness", site=self.site, condition=float("inf"))
         return replace(self, matrix=matrix)
 
-    def _factor(self, keys: Tensor, image: Tensor, *, hard: bool = False) -> Tensor:
-        """Return the Cholesky factor of K^T C K (+ I unless ``hard``), (n, n) float64 on the CPU."""
+    def _factor(self, keys: Tensor, image: Tensor, *, exact: bool = False) -> Tensor:
+        """Return the Cholesky factor of K^T Q K (+ I unless ``exact``), (n, n) float64 on the CPU."""
         gram = symmetric((keys.T @ image).to("cpu", torch.float64))
         spread = keys.abs().T @ self.matrix.diagonal().clamp_min(0).sqrt()
-        return factorise(gram, self._rounding(spread.max()), hard=hard, site=self.site, reporter=self.reporter)
+        return factorise(gram, self._rounding(spread.max()), exact=exact, site=self.site, reporter=self.reporter)
 
     def _rounding(self, spread: Tensor) -> float:
-        """Bound the rounding of k^T C k: |C_ij| <= sqrt(C_ii C_jj) for a semidefinite C, so ``spread``^2 bounds it."""
+        """Bound the rounding of k^T Q k: |Q_ij| <= sqrt(Q_ii Q_jj) for a semidefinite Q, so ``spread``^2 bounds it."""
         dimension = self.matrix.shape[0]
         return float(spread.double() ** 2) * torch.finfo(self.matrix.dtype).eps * dimension**0.5
 
 
-def ridge(keys: Tensor, residual: Tensor, *, site: str, reporter: Reporter) -> Update:
-    """Return D = R (I + K^T K)^-1 K^T, the solve with C = I, without forming a (d_in, d_in) matrix."""
+def ridge(keys: Tensor, residual: Tensor, *, site: str, reporter: Reporter) -> LowRank:
+    """Return D = R (I + K^T K)^-1 K^T, the solve with Q = I, without forming a (d_in, d_in) matrix."""
     gram = symmetric((keys.T @ keys).to("cpu", torch.float64))
     rounding = float(gram.diagonal().max()) * torch.finfo(keys.dtype).eps * keys.shape[0] ** 0.5
     factor = factorise(gram, rounding, site=site, reporter=reporter)
-    shares = torch.cholesky_solve(residual.to("cpu", torch.float64).T, factor).T
-    return Update(left=shares.to(keys), right=keys)
+    coefficients = torch.cholesky_solve(residual.to("cpu", torch.float64).T, factor).T
+    return LowRank(left=coefficients.to(keys), right=keys)
 
 
-def factorise(gram: Tensor, rounding: float, *, site: str, reporter: Reporter, hard: bool = False) -> Tensor:
-    """Return the Cholesky factor of ``gram`` + I, or of ``gram`` itself when ``hard``; (n, n) float64.
+def factorise(gram: Tensor, rounding: float, *, site: str, reporter: Reporter, exact: bool = False) -> Tensor:
+    """Return the Cholesky factor of ``gram`` + I, or of ``gram`` itself when ``exact``; (n, n) float64.
 
-    ``gram`` is K^T C K, semidefinite up to ``rounding`` or C is not what it should be: :class:`NumericalError`. Where
+    ``gram`` is K^T Q K, semidefinite up to ``rounding`` or Q is not what it should be: :class:`NumericalError`. Where
     ``rounding`` drowns the identity it is added to the diagonal, and said.
     """
     if not bool(torch.isfinite(gram).all()):
         raise NumericalError("the keys or the memory of past edits are not finite", site=site, condition=float("nan"))
     identity = torch.eye(gram.shape[0], dtype=gram.dtype)
-    system = gram if hard else gram + identity
+    system = gram if exact else gram + identity
     # Where keys repeat, the gram is singular, and the factorisation itself rounds by so much (Higham, 2002, ch. 10).
     factorising = 8 * len(gram) * torch.finfo(gram.dtype).eps * float(gram.diagonal().abs().max())
     floor = max(rounding, factorising, torch.finfo(gram.dtype).tiny)
     if int(torch.linalg.cholesky_ex(gram + floor * identity).info) != 0:
         raise NumericalError("the memory of past edits lost definiteness", site=site, condition=condition(system))
     factor, failed = torch.linalg.cholesky_ex(system)
-    if hard and (int(failed) != 0 or _pivots(factor) ** 2 > SINGULAR):
+    if exact and (int(failed) != 0 or _pivots(factor) ** 2 > SINGULAR):
         reason = "two edits of one batch have the same key; write them in different batches (--batch-size 1)"
         raise NumericalError(reason, site=site, condition=condition(system))
     if int(failed) != 0:

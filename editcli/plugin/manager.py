@@ -3,7 +3,7 @@
 This is a loader of our own because pluggy's ``load_setuptools_entrypoints`` silently skips a second plugin of one name
 and dies with the first one that fails to import. Here a clash is an error that names both distributions, and a broken
 plugin costs one warning line; asking for it by name, or ``EDITCLI_STRICT_PLUGINS=1``, makes it an error. So does one
-that was written for another version of the plugin interface, which it says as ``editcli_api = 1``.
+that was written for another version of the plugin interface, which it declares as ``editcli_api = 2``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import pluggy
 
 from editcli.errors import PluginError, near_miss
 from editcli.plugin import hookspecs
+from editcli.plugin.families import Family
 from editcli.plugin.hookspecs import API_VERSION
 from editcli.plugin.interfaces import Component, Diagnostic, Editor, Stabilizer
 from editcli.plugin.options import describe
@@ -31,8 +32,12 @@ KINDS: Mapping[str, tuple[str, type[Component]]] = {
 }
 """Kinds of component: the hook that brings them and the class they derive from."""
 
-FORMATS = "editcli_formats"
-"""The hook that brings readers of edit files."""
+OTHER_HOOKS: Mapping[str, str] = {
+    "format": "editcli_formats",
+    "architecture": "editcli_architectures",
+    "command": "editcli_commands",
+}
+"""Kinds of things that plugins bring besides components, and the hooks that bring them."""
 
 DECLARATION = "editcli_api"
 """The attribute in which a plugin says which version of the plugin interface it was written for."""
@@ -75,6 +80,11 @@ class Plugins:
         self.manager.add_hookspecs(hookspecs)
         self.broken: dict[str, str] = {}
         """Plugins that could not be loaded: name -> reason."""
+        self.strict = False
+        """Whether a plugin that breaks from here on is an error."""
+        self.on_broken: Callable[[str, str], None] | None = None
+        """Called with name and reason of a plugin that breaks from here on; the program warns of it."""
+        self._brought: dict[str, tuple[tuple[str, Any], ...]] = {}
         self._sources: dict[str, Source] = {}
         self._components: dict[str, dict[str, Registered]] | None = None
 
@@ -92,17 +102,27 @@ class Plugins:
             self.manager.unregister(name=name)
             raise PluginError(f"plugin {name!r} implements no hook; mark its hook functions with @editcli.hookimpl")
         self._sources[name] = source
-        self._components = None
+        self._brought, self._components = {}, None
 
     def load(self, name: str, entry: importlib.metadata.EntryPoint, source: Source) -> None:
         """Load one entry point; a failure is remembered, not raised."""
         try:
             self.register(entry.load(), name, distribution=source.distribution, version=source.version)
         except PluginError as error:
-            self.broken[name] = str(error)
+            self.leave_out(name, str(error))
         # A third party's import may raise anything, SystemExit included; it must not take the whole program down.
         except (Exception, SystemExit) as error:
-            self.broken[name] = f"{type(error).__name__}: {error}"
+            self.leave_out(name, f"{type(error).__name__}: {error}")
+
+    def leave_out(self, plugin: str, reason: str) -> None:
+        """Count ``plugin`` as broken; the rest of what it brings stays. Raises :class:`PluginError` where strict."""
+        if plugin in self.broken:
+            return
+        self.broken[plugin] = reason
+        if self.strict:
+            raise PluginError(f"plugin {plugin!r} could not be loaded: {reason}")
+        if self.on_broken is not None:
+            self.on_broken(plugin, reason)
 
     def source(self, plugin: str) -> Source:
         """Return where ``plugin`` came from."""
@@ -128,34 +148,75 @@ class Plugins:
         lost = f" (not loaded: {', '.join(sorted(self.broken))})" if self.broken else ""
         raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, found)}{lost}")
 
-    def brought(self, hook: str) -> Iterator[tuple[str, Any]]:
-        """Yield ``(plugin, object)`` for everything that ``hook`` brings; a plugin that raises is broken, alone."""
-        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
-            name = implementation.plugin_name
-            try:
-                brought = list(implementation.function())
-            except Exception as error:  # A third party's code may raise anything.
-                self.broken[name] = f"{type(error).__name__}: {error}"
-                continue
-            for item in brought:
-                yield name, item
+    def formats(self) -> tuple[Format, ...]:
+        """Return one reader of each installed format, by name; raise :class:`PluginError` when two share a name."""
+        by_name: dict[str, tuple[str, Format]] = {}
+        for plugin, brought in self._valid("editcli_formats", _is_named(Format), "a named subclass of Format"):
+            other, _ = by_name.setdefault(brought.name, (plugin, brought()))
+            if other != plugin:
+                raise PluginError(
+                    f"the format {brought.name!r} is brought by two plugins, {other} and {plugin}; "
+                    f"uninstall one or set EDITCLI_DISABLE={plugin}"
+                )
+        return tuple(form for _, (_, form) in sorted(by_name.items()))
+
+    def families(self) -> tuple[Family, ...]:
+        """Return the model families that plugins bring."""
+        hook, valid = "editcli_architectures", lambda item: isinstance(item, Family)
+        return tuple(family for _, family in self._valid(hook, valid, "a Family"))
+
+    def commands(self) -> tuple[tuple[str, Any], ...]:
+        """Return the click commands that plugins bring, each with its plugin."""
+        # The library knows nothing of click: a command is recognised by how it is run.
+        hook, valid = "editcli_commands", lambda item: bool(getattr(item, "name", "")) and hasattr(item, "make_context")
+        return tuple(self._valid(hook, valid, "a named click command"))
+
+    def others(self) -> Iterator[tuple[str, str, Any]]:
+        """Yield kind, plugin and object of everything that plugins bring besides components."""
+        for kind, hook in OTHER_HOOKS.items():
+            for plugin, item in self._call(hook):
+                yield kind, plugin, item
+
+    def _valid(self, hook: str, valid: Callable[[Any], bool], what: str) -> Iterator[tuple[str, Any]]:
+        """Yield ``(plugin, object)`` for what ``hook`` brings; a plugin that brings anything else is broken."""
+        for plugin, item in self._call(hook):
+            if valid(item):
+                yield plugin, item
+            else:
+                self.leave_out(plugin, f"{item!r} is not {what}")
+
+    def _call(self, hook: str) -> tuple[tuple[str, Any], ...]:
+        """Return ``(plugin, object)`` for everything that ``hook`` brings; a plugin that raises is broken, alone."""
+        if hook not in self._brought:
+            brought: list[tuple[str, Any]] = []
+            for implementation in getattr(self.manager.hook, hook).get_hookimpls():
+                name = implementation.plugin_name
+                try:
+                    brought += [(name, item) for item in implementation.function()]
+                # A third party's code may raise anything, SystemExit included.
+                except (Exception, SystemExit) as error:
+                    self.leave_out(name, f"{type(error).__name__}: {error}")
+            self._brought[hook] = tuple(brought)
+        return self._brought[hook]
 
     def _collect(self, kind: str) -> dict[str, Registered]:
         hook, base = KINDS[kind]
-        found: dict[str, Registered] = {}
-        for plugin, component in self.brought(hook):
-            if not (isinstance(component, type) and issubclass(component, base) and getattr(component, "name", "")):
-                self.broken[plugin] = f"{component!r} is not a named subclass of {base.__name__}"
-                continue
+        by_name: dict[str, Registered] = {}
+        for plugin, component in self._valid(hook, _is_named(base), f"a named subclass of {base.__name__}"):
             source = self._sources[plugin]
             entry = Registered(component.name, kind, component, plugin, source.distribution, source.version, source.api)
-            other = found.setdefault(entry.name, entry)
+            other = by_name.setdefault(entry.name, entry)
             if other is not entry:
                 raise PluginError(
                     f"the {kind} {entry.name!r} is brought by two plugins: {other.plugin} ({other.distribution}) and "
                     f"{entry.plugin} ({entry.distribution}); uninstall one or set EDITCLI_DISABLE={entry.plugin}"
                 )
-        return dict(sorted(found.items()))
+        return dict(sorted(by_name.items()))
+
+
+def _is_named(base: type) -> Callable[[Any], bool]:
+    """Return a test for subclasses of ``base`` that have a name."""
+    return lambda item: isinstance(item, type) and issubclass(item, base) and bool(getattr(item, "name", ""))
 
 
 def _check_api(source: Source) -> None:
@@ -190,7 +251,8 @@ def load_plugins(
             plugins.load(name, entry, source)
     for kind in KINDS:
         plugins.all(kind)
-    if plugins.broken and environ.get("EDITCLI_STRICT_PLUGINS") == "1":
+    plugins.strict = environ.get("EDITCLI_STRICT_PLUGINS") == "1"
+    if plugins.strict and plugins.broken:
         name, reason = next(iter(plugins.broken.items()))
         raise PluginError(f"plugin {name!r} could not be loaded: {reason}")
     return plugins
@@ -213,14 +275,6 @@ def _discover(
                     f"({known_entry.value}) and {source.distribution} ({entry.value}); uninstall one of them"
                 )
     return found
-
-
-OTHER_HOOKS: Mapping[str, str] = {
-    "format": "editcli_formats",
-    "architecture": "editcli_architectures",
-    "command": "editcli_commands",
-}
-"""Kinds of things that plugins bring besides components, and the hooks that bring them."""
 
 
 def catalogue(plugins: Plugins, name: str | None = None) -> list[dict[str, Any]]:
@@ -262,39 +316,22 @@ def _component(registered: Registered) -> dict[str, Any]:
 
 
 def _others(plugins: Plugins) -> Iterator[dict[str, Any]]:
-    for kind, hook in OTHER_HOOKS.items():
-        for plugin, item in plugins.brought(hook):
-            source = plugins.source(plugin)
-            yield {
-                "name": str(getattr(item, "name", item)),
-                "kind": kind,
-                "plugin": plugin,
-                "distribution": source.distribution,
-                "version": source.version,
-                "api": source.api,
-                "summary": _first_line(item),
-                "paper": str(getattr(item, "reference", "")),
-                "options": [],
-            }
+    for kind, plugin, item in plugins.others():
+        source = plugins.source(plugin)
+        yield {
+            "name": str(getattr(item, "name", item)),
+            "kind": kind,
+            "plugin": plugin,
+            "distribution": source.distribution,
+            "version": source.version,
+            "api": source.api,
+            "summary": _first_line(item),
+            "paper": str(getattr(item, "reference", "")),
+            "options": [],
+        }
 
 
 def _first_line(item: Any) -> str:
     # A click command carries its help text; everything else is described by its own docstring.
     text = getattr(item, "help", None) or inspect.getdoc(item) or ""
     return text.strip().partition("\n")[0]
-
-
-def load_formats(plugins: Plugins) -> tuple[Format, ...]:
-    """Return one reader of each installed format, by name; raise :class:`PluginError` when two share a name."""
-    found: dict[str, tuple[str, Format]] = {}
-    for plugin, brought in plugins.brought(FORMATS):
-        if not (isinstance(brought, type) and issubclass(brought, Format) and getattr(brought, "name", "")):
-            plugins.broken[plugin] = f"{brought!r} is not a named subclass of Format"
-            continue
-        other, _ = found.setdefault(brought.name, (plugin, brought()))
-        if other != plugin:
-            raise PluginError(
-                f"the format {brought.name!r} is brought by two plugins, {other} and {plugin}; "
-                f"uninstall one or set EDITCLI_DISABLE={plugin}"
-            )
-    return tuple(form for _, (_, form) in sorted(found.items()))

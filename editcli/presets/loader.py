@@ -10,8 +10,8 @@ configurations, ``tuned`` ones from a sweep of ours, ``guessed`` ones from propo
   can turn its contribution but not lengthen it, so the last site cannot make up for what writing the earlier ones
   changed on the way to it; alone, it reaches its target exactly.
 - Layers for UltraEdit are late ones, 29 and 30 of 32.
-- ``mom2_update_weight``, lambda. An edit with key k is written to the share s / (1 + s), s = k^T Cov^-1 k / lambda. On
-  the reference text itself k^T Cov^-1 k is d_in on average, whatever the scale of the keys, so at lambda = d_in half of
+- ``mom2_update_weight``, w. An edit with key k is written to the share s / (1 + s), s = k^T C^-1 k / w. On
+  the reference text itself k^T C^-1 k is d_in on average, whatever the scale of the keys, so at w = d_in half of
   the residual of an unremarkable key is written, and more of a rare one's. The published values are 0.8 to 3.1 times
   d_in; the guess is d_in.
 - AlphaEdit's published threshold is an absolute eigenvalue, which depends on the scale of the keys. On real keys it

@@ -114,7 +114,7 @@ class History:
             yield TopEdit(str(record["id"]), batch.step, square**0.5, prompt, str(record.get("target_new", "")))
 
     def _squares(self, batch: Batch, edits: int) -> Tensor | None:
-        """Return each edit's ||D||_F^2 over all sites; None where the factors have no column per edit."""
+        """Return each edit's ||D||_F^2 over all sites; None for an update without one column per edit."""
         total: Tensor | None = None
         path = self._segment(batch)
         if path is None:
@@ -122,6 +122,8 @@ class History:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no mapping.
+                    if name.endswith(".dense"):
+                        return None
                     if not name.endswith(".left"):
                         continue
                     left = file.get_tensor(name).double()

@@ -61,6 +61,8 @@ class Snapshot:
     """What must match on resume: base fingerprint, stack, options, layers, seed, prefixes."""
     line: str
     """The journal line of the last step; empty before the first."""
+    json: Mapping[str, Any] = field(default_factory=dict)
+    """What components keep beside their tensors, by ``component/<name>``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,8 @@ class RunFolder:
             "settings": json.dumps(snapshot.settings, sort_keys=True),
             "line": snapshot.line,
         }
+        if snapshot.json:
+            metadata["components"] = json.dumps(snapshot.json, sort_keys=True, allow_nan=False)
         write_safetensors(self.state, snapshot.tensors, {**metadata, "sha256": _digest(snapshot.tensors, metadata)})
 
     def read_snapshot(self) -> Snapshot:
@@ -177,6 +181,7 @@ class RunFolder:
             tensors=tensors,
             settings=json.loads(metadata["settings"]),
             line=metadata["line"],
+            json=json.loads(metadata.get("components", "{}")),
         )
 
     def read_settings(self) -> dict[str, Any]:
@@ -217,11 +222,12 @@ class RunFolder:
         problems: Mapping[Site, Problem],
         updates: Mapping[Site, Update],
     ) -> tuple[str, str]:
-        """Write the factors of one batch; return the segment's name and sha256."""
+        """Write the update of one batch, with its problem if it has one; return the segment's name and sha256."""
         tensors: dict[str, Tensor] = {}
         for site, update in updates.items():
-            parts = {"keys": problems[site].keys, "residual": problems[site].residual}
-            for name, tensor in {**parts, "left": update.left, "right": update.right}.items():
+            # An editor without target values solves no problem.
+            problem = {"keys": problems[site].keys, "residual": problems[site].residual} if site in problems else {}
+            for name, tensor in {**problem, **update.parts}.items():
                 # Copies, because an editor may use the keys themselves as a factor, and the format shares nothing.
                 tensors[f"{site.module}.{name}"] = tensor.clone()
         name = f"{sequence:06d}.safetensors"

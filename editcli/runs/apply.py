@@ -251,7 +251,7 @@ class Run:
             remedy = "'editcli tune' searches for better settings"
             self.reporter.warn(f"{what} ({planned.preset.name}): layers {layers} are a guess; {remedy}")
         for part in planned.stabilizers:
-            if part.acts_on_values_alone() and not planned.editor.needs_values:
+            if not planned.editor.needs_values and not {"updates", "weights"} & set(part.acts_on):
                 self.reporter.warn(
                     f"{part.name} acts on target values, and {planned.editor.name} has none: it changes nothing here"
                 )

@@ -16,6 +16,7 @@ from editcli.linalg.ratios import ratio
 from editcli.models.loading import LoadedModel
 from editcli.plugin.interfaces import Site
 from editcli.plugin.manager import Plugins
+from editcli.plugin.plain import recorded
 from editcli.records.edits import superseded
 from editcli.records.requirements import requirements
 from editcli.reporting import Rejection, RunReport, SiteReport
@@ -83,7 +84,7 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         targets=_targets(stream),
         already_true=tuple(edit for report in stream.reports for edit in report.already_true),
         extra={
-            "components": {part.name: part.record() for part in planned.components},
+            "components": {part.name: recorded(part, stream.session.reporter) for part in planned.components},
             "preset": {
                 "name": planned.preset.name,
                 "label": planned.preset.label,

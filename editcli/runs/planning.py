@@ -26,7 +26,7 @@ from editcli.models.loading import (
 )
 from editcli.models.tokens import Tokens
 from editcli.plugin.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
-from editcli.plugin.manager import Plugins, load_formats
+from editcli.plugin.manager import Plugins
 from editcli.plugin.options import build, merge
 from editcli.presets.loader import load_preset
 from editcli.presets.record import Preset, Settings
@@ -168,7 +168,7 @@ def warn_of_thinking(tokens: Tokens, reporter: Reporter) -> None:
 def read_requested(recipe: Recipe, plugins: Plugins) -> EditFile:
     """Read the edits file of a recipe."""
     skip = recipe.on_error == "skip"
-    return read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=load_formats(plugins))
+    return read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=plugins.formats())
 
 
 def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedModel:
@@ -177,7 +177,7 @@ def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedMo
     config = load_config(source, trust_remote_code=trusted)
     tokens = load_tokens(source, config, chat_template=recipe.chat, trust_remote_code=trusted)
     model = skeleton(config, trusted)
-    return LoadedModel(model, tokens.of_model(model), resolve(model, brought_families(plugins)), source)
+    return LoadedModel(model, tokens.of_model(model), resolve(model, plugins.families()), source)
 
 
 def plan_on(
@@ -208,7 +208,7 @@ def plan_on(
         conflicts=_conflicts(file, requests, rejected),
         source=base.source,
         config=base.model.config,
-        families=brought_families(plugins),
+        families=plugins.families(),
         preset=preset,
         sites=sites,
         shapes=tuple(architecture.shape(site.layer) for site in sites),
@@ -267,11 +267,6 @@ def diagnostics(recipe: Recipe, plugins: Plugins) -> tuple[Diagnostic, ...]:
         if recipe.diagnose_every is not None and "every" in asked:
             settings[name] = {"every": recipe.diagnose_every, **settings.get(name, {})}
     return tuple(component(plugins, "diagnostic", name, settings) for name in plugins.all("diagnostic"))
-
-
-def brought_families(plugins: Plugins) -> tuple[Family, ...]:
-    """Return the model families that plugins bring."""
-    return tuple(family for brought in plugins.manager.hook.editcli_architectures() for family in brought)
 
 
 def choose_sites(

@@ -22,10 +22,21 @@ from torch import Tensor
 from editcli.distributed.team import Team
 from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
-from editcli.errors import StateError
+from editcli.errors import PluginError, StateError
 from editcli.heap import give_back
 from editcli.linalg.ratios import jump, ratio
-from editcli.plugin.interfaces import Component, Diagnostic, Editor, Problem, Site, Stabilizer, Update
+from editcli.plugin.interfaces import (
+    Component,
+    Diagnostic,
+    Editor,
+    Problem,
+    Site,
+    Stabilizer,
+    State,
+    Update,
+    update_of,
+)
+from editcli.plugin.plain import plain
 from editcli.records.recovery import BATCH, UNDO, Recovered, recover
 from editcli.records.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest
 from editcli.reporting import SiteReport
@@ -118,12 +129,12 @@ class Stack:
     @property
     def remembering(self) -> tuple[Stabilizer, ...]:
         """The stabilizers whose state advances with every batch."""
-        return tuple(part for part in self.stabilizers if type(part).remember is not Stabilizer.remember)
+        return tuple(part for part in self.stabilizers if part.remembers)
 
     @property
     def watching(self) -> tuple[Diagnostic, ...]:
-        """The diagnostics whose figures depend on what they have seen before."""
-        return tuple(part for part in self.diagnostics if type(part).state_dict is not Diagnostic.state_dict)
+        """The diagnostics whose figures depend on earlier batches."""
+        return tuple(part for part in self.diagnostics if part.remembers)
 
     @property
     def rebuilt(self) -> tuple[Component, ...]:
@@ -143,26 +154,31 @@ class Stack:
         Kernels round differently on a transposed matrix, so a stream that is resumed would part from one that was not.
         """
         for part in self.parts.values():
-            state = part.state_dict()
-            if not all(tensor.is_contiguous() for tensor in state.values()):
-                part.load_state_dict({key: tensor.contiguous() for key, tensor in state.items()}, session)
+            tensors, json = part.state()
+            if not all(tensor.is_contiguous() for tensor in tensors.values()):
+                part.load_state(session, State({key: tensor.contiguous() for key, tensor in tensors.items()}, json))
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the state of all components."""
-        return {f"{name}/{key}": value for name, part in self.parts.items() for key, value in part.state_dict().items()}
+    def state(self) -> State:
+        """Return the state of all components: tensors by ``<component>/<key>``, JSON values by component."""
+        states = {name: part.state() for name, part in self.parts.items()}
+        tensors = {f"{name}/{key}": tensor for name, state in states.items() for key, tensor in state.tensors.items()}
+        faults: list[str] = []
+        json = plain({name: dict(state.json) for name, state in states.items() if state.json}, faults)
+        if faults:
+            raise PluginError(f"the state of a component cannot be saved, because JSON cannot hold it: {faults[0]}")
+        return State(tensors, json)
 
-    def load_state(
-        self, tensors: Mapping[str, Tensor], session: ModelSession, *, afresh: Sequence[Component] = ()
-    ) -> None:
+    def load_state(self, session: ModelSession, saved: State, *, afresh: Sequence[Component] = ()) -> None:
         """Give every component its state back, on the unedited model; those in ``afresh`` are prepared instead."""
         for name, part in self.parts.items():
             prefix = f"{name}/"
-            state = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+            tensors = {key[len(prefix) :]: value for key, value in saved.tensors.items() if key.startswith(prefix)}
+            state = State(tensors, saved.json.get(name, {}))
             # A diagnostic that was installed after the snapshot has no state in it.
-            if part in afresh or (isinstance(part, Diagnostic) and not state):
+            if part in afresh or (isinstance(part, Diagnostic) and not any(state)):
                 part.prepare(session)
             else:
-                part.load_state_dict(state, session)
+                part.load_state(session, state)
         self.settle(session)
         session.forget_moments()
 
@@ -326,7 +342,7 @@ class Stream:
         self._check_settings(snapshot.settings)
         self._settle(recovered)
         # Components may measure the unedited model again, so the weights come last.
-        self.stack.load_state(snapshot.tensors, self.session)
+        self.stack.load_state(self.session, State(snapshot.tensors, snapshot.json))
         for site in self.session.sites:
             master = snapshot.tensors[f"master/{site.module}"].to(self.session.weight(site).device)
             # A weight that was never written stays as it was loaded, not as it would be saved.
@@ -348,7 +364,8 @@ class Stream:
         self._check_settings(recovered.snapshot.settings)
         self._settle(recovered)
         with self._seeded(0):
-            self.stack.load_state(recovered.snapshot.tensors, self.session, afresh=self.stack.rebuilt)
+            saved = State(recovered.snapshot.tensors, recovered.snapshot.json)
+            self.stack.load_state(self.session, saved, afresh=self.stack.rebuilt)
         live, exact = recovered.live[:step], True
         requests: list[EditRequest] = []
         with self.session.reporter.phase("Replaying", len(live), "batches") as advance:
@@ -371,22 +388,21 @@ class Stream:
     def _replay(self, step: int, requests: Sequence[EditRequest], tensors: Mapping[str, Tensor]) -> None:
         """Write a recorded batch again, with the same operations on the same numbers as the first time."""
         editor, session = self.stack.editor, self.session
-        remembers = type(editor).remember is not Editor.remember
         problems: list[Problem] = []
         updates: dict[Site, Update] = {}
         with self._seeded(step):
-            if remembers and not editor.needs_values:
-                # Such an editor measures here what it remembers later.
-                editor.values(session, requests)
+            if editor.remembers and not editor.needs_values:
+                # Such an editor remembers its measurement of the batch.
+                editor.begin(session, requests)
             for site in session.sites:
-                keys, residual, left, right = (
-                    tensors[f"{site.module}.{name}"].to(session.weight(site).device)
-                    for name in ("keys", "residual", "left", "right")
-                )
-                updates[site] = Update(left, right)
+                prefix, device = f"{site.module}.", session.weight(site).device
+                parts = {k.removeprefix(prefix): t.to(device) for k, t in tensors.items() if k.startswith(prefix)}
+                updates[site] = update_of(parts)
                 session.write(site, updates[site])
-                problems.append(Problem(site, keys, residual))
-            if remembers:
+                # Earlier versions recorded the change of an editor without target values as a problem too.
+                if editor.needs_values:
+                    problems.append(Problem(site, parts["keys"], parts["residual"]))
+            if editor.remembers:
                 editor.remember(session, requests, problems)
             for stabilizer in self.stack.remembering:
                 stabilizer.remember(session, problems, updates)
@@ -460,7 +476,7 @@ class Stream:
     def _site_report(self, site: Site, update: Update, *, where: str) -> SiteReport:
         """Return what a site's figures will be once ``update`` is written; raises when a weight is not finite."""
         weight = self.session.weight(site)
-        weight = torch.addmm(weight, update.left.to(weight), update.right.to(weight).T)
+        weight = update.added_to(weight)
         # As it would be saved: half precision overflows long before a master does.
         refuse_nonfinite("the weight", [weight.to(self.session.save_dtype(site))], where=where)
         change = weight - self.session.baseline(site)
@@ -502,9 +518,12 @@ class Stream:
     def _snapshot(self, position: Position) -> None:
         started = time.monotonic()
         tensors = {f"master/{site.module}": weight for site, weight in self.session.masters().items()}
-        tensors |= self.stack.state()
+        state = self.stack.state()
+        tensors |= state.tensors
         self.folder.write_snapshot(
-            Snapshot(position.step, position.sequence, position.consumed, tensors, self.settings, position.line)
+            Snapshot(
+                position.step, position.sequence, position.consumed, tensors, self.settings, position.line, state.json
+            )
         )
         self._saved_step, self._saved_at = position.step, time.monotonic()
         self._save_cost = self._saved_at - started

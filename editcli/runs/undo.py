@@ -13,7 +13,7 @@ from typing import Any
 
 from editcli.editing.session import PilotSource
 from editcli.errors import EditError, OptionError, StateError, near_miss
-from editcli.plugin.manager import Plugins, load_formats
+from editcli.plugin.manager import Plugins
 from editcli.records.recovery import Recovered, recover
 from editcli.records.state import Entry, RunFolder
 from editcli.reporting import Reporter, RunReport, Silent
@@ -133,7 +133,7 @@ class _Rewind(Run):
         """Return what the run calibrated on when it began, where it can still be read."""
         pilots = self.record.get("provenance", {}).get("pilots", {})
         try:
-            file = read_edits(pilots["file"], skip_bad=True, limit=pilots["limit"], formats=load_formats(self.plugins))
+            file = read_edits(pilots["file"], skip_bad=True, limit=pilots["limit"], formats=self.plugins.formats())
             if file.sha256 == pilots["sha256"]:
                 usable = planning.usable(file, self.planned.gate, skip_bad=True)[0]
                 return planning.pilot_source(usable)

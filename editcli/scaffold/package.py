@@ -74,7 +74,7 @@ KINDS: Mapping[str, Kind] = {
             "contract_body": "\n    records = (RECORD,)",
             "summary": "A reader of edit files for editcli: questions about an entity, with new and old answers.",
             "usage": "editcli convert questions.jsonl --from $name",
-            "found": "[type(form) for form in load_formats(plugins)] == [$cls]",
+            "found": "[type(form) for form in plugins.formats()] == [$cls]",
         }
     ),
 }

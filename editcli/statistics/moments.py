@@ -101,7 +101,7 @@ class SecondMoments:
         self._wanted = tuple(sites)
 
     def __call__(self, site: Site) -> Tensor:
-        """Return Cov of ``site``, (d_in, d_in) float64."""
+        """Return C = E[k k^T] of ``site``, (d_in, d_in) float64."""
         self.asked = True
         kept = self.team.lead_tensors("second moments", lambda: self._kept(site))
         if not kept:

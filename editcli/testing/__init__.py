@@ -2,9 +2,13 @@
 
 :class:`EditorContract`, :class:`StabilizerContract`, :class:`DiagnosticContract` and :class:`FormatContract` are test
 classes to inherit from: what everything that a plugin brings has to hold. :func:`tiny_session` opens a tiny model as a
-component sees it, with second moments and pilot edits. :data:`TINY` lists the families.
+component sees it, with second moments and pilot edits. :data:`TINY` lists the families. :class:`Plugins`, :func:`build`
+and :func:`from_record` load plugins, options and edits as the program does.
 """
 
+from editcli.plugin.manager import Plugins as Plugins
+from editcli.plugin.options import build as build
+from editcli.requests.schema import from_record as from_record
 from editcli.testing.contracts import EditorContract as EditorContract
 from editcli.testing.contracts import StabilizerContract as StabilizerContract
 from editcli.testing.diagnostics import DiagnosticContract as DiagnosticContract
@@ -25,6 +29,7 @@ from editcli.testing.models import tiny_model_folder as tiny_model_folder
 from editcli.testing.models import tiny_tokenizer as tiny_tokenizer
 from editcli.testing.models import vocabulary_size as vocabulary_size
 from editcli.testing.sessions import PlainEditor as PlainEditor
+from editcli.testing.sessions import same_state as same_state
 from editcli.testing.sessions import same_tensors as same_tensors
 from editcli.testing.sessions import through_bytes as through_bytes
 from editcli.testing.sessions import tiny_problem as tiny_problem

@@ -23,10 +23,21 @@ import torch
 from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
 from editcli.errors import EditError, OptionError, RequestError
-from editcli.plugin.interfaces import Problem, Session, Site, Stabilizer, Update, Values
+from editcli.plugin.interfaces import Dense, LowRank, Problem, Session, Site, Stabilizer, Update, Values
 from editcli.plugin.options import build, describe
+from editcli.plugin.plain import plain
 from editcli.requests.schema import EditRequest
-from editcli.testing.sessions import PlainEditor, same_tensors, through_bytes, tiny_problem, tiny_requests, tiny_session
+from editcli.testing.listing import heavy_imports
+from editcli.testing.sessions import (
+    PlainEditor,
+    ScaledGradients,
+    same_state,
+    same_tensors,
+    through_bytes,
+    tiny_problem,
+    tiny_requests,
+    tiny_session,
+)
 
 ORIENTATIONS = ("llama", "gpt2")
 """A family whose projections are stored as (d_out, d_in) and one that stores their transposes."""
@@ -78,6 +89,21 @@ class Contract:
         assert again == chosen
         assert _raises(OptionError, lambda: build(options, {"no_such_option": "1"}, owner=self.component.name))
 
+    def test_listing_it_does_not_import_torch(self) -> None:
+        """Every command lists the plugins, so importing the module of one at the start must be quick."""
+        assert heavy_imports(self.component.__module__) == []
+
+    def test_what_it_records_is_finite_json(self, tmp_path: Path) -> None:
+        """``run.json`` and the snapshot hold plain numbers and text: no NaN, no tensors, no scalars of numpy."""
+        session, component = self.ready(tmp_path)
+        faults: list[str] = []
+        for number in range(2):
+            plain(component.record(), faults)
+            plain(component.state().json, faults)
+            self.apply(session, component, tiny_requests(number))
+        assert isinstance(component.record(), Mapping)
+        assert faults == []
+
     def test_preparing_writes_nothing(self, tmp_path: Path) -> None:
         session, _ = self.ready(tmp_path)
         assert all(torch.equal(session.weight(site), session.baseline(site)) for site in session.sites)
@@ -99,14 +125,14 @@ class Contract:
         for session, component in ((unbroken, whole), (broken, first)):
             for number in range(2):
                 self.apply(session, component, tiny_requests(number))
-        saved, before_first_write = through_bytes(first.state_dict()), self.session(tmp_path)
-        second.load_state_dict(saved, before_first_write)
-        assert same_tensors(second.state_dict(), saved)
+        saved, before_first_write = through_bytes(first.state()), self.session(tmp_path)
+        second.load_state(before_first_write, saved)
+        assert same_state(second.state(), saved)
         self.apply(unbroken, whole, tiny_requests(2))
         self.apply(broken, second, tiny_requests(2))
         for site in unbroken.sites:
             assert torch.equal(unbroken.weight(site), broken.weight(site)), site.module
-        assert same_tensors(second.state_dict(), whole.state_dict())
+        assert same_state(second.state(), whole.state())
 
     def test_weights_are_edited_whichever_way_round_they_are_stored(self, tmp_path: Path) -> None:
         for family in ORIENTATIONS:
@@ -114,7 +140,7 @@ class Contract:
             written = self.apply(session, component, tiny_requests(0))
             for site in session.sites:
                 update, weight = written.updates[site], session.weight(site)
-                assert (update.left.shape[0], update.right.shape[0]) == tuple(weight.shape), family
+                assert update.added_to(weight).shape == weight.shape, family
                 assert torch.isfinite(weight).all(), family
 
 
@@ -131,7 +157,14 @@ class SteeringContract(Contract):
         for number in range(2):
             written = self.apply(session, component, tiny_requests(number))
             self.replay(rebuilt, other, tiny_requests(number), written)
-        assert same_tensors(through_bytes(other.state_dict()), through_bytes(component.state_dict()))
+        assert same_state(through_bytes(other.state()), through_bytes(component.state()))
+
+    def test_a_state_that_advances_is_declared(self, tmp_path: Path) -> None:
+        """An undo rebuilds only the components that set ``remembers``."""
+        session, component = self.ready(tmp_path)
+        before = through_bytes(component.state())
+        self.apply(session, component, tiny_requests(0))
+        assert component.remembers or same_state(through_bytes(component.state()), before)
 
 
 class EditorContract(SteeringContract):
@@ -148,15 +181,21 @@ class EditorContract(SteeringContract):
 
     def replay(self, session: ModelSession, component: Any, batch: Sequence[EditRequest], written: Written) -> None:
         if not component.needs_values:
-            component.values(session, batch)
+            component.begin(session, batch)
         for site, update in written.updates.items():
             session.write(site, update)
         component.remember(session, batch, list(written.problems.values()))
 
-    def problem(self, session: ModelSession, editor: Any) -> Problem:
-        """Return what the editor is asked to write at the first site."""
-        batch = tiny_requests(0)
-        return editor.problem(session, session.sites[0], batch, editor.values(session, batch))
+    def update(self, session: ModelSession, editor: Any, *, factor: float = 1.0) -> tuple[Problem | None, Update]:
+        """Return the first site's problem and its update; ``factor`` scales the residual, or the gradients."""
+        batch, site = tiny_requests(0), session.sites[0]
+        if not editor.needs_values:
+            scaled = ScaledGradients(session, factor)
+            editor.begin(scaled, batch)
+            return None, editor.update(scaled, site)
+        problem = editor.problem(session, batch, site, editor.values(session, batch))
+        problem = Problem(site, problem.keys, factor * problem.residual)
+        return problem, editor.solve(session, problem)
 
     def test_every_site_gets_a_finite_update(self, tmp_path: Path) -> None:
         session, editor = self.ready(tmp_path)
@@ -177,38 +216,44 @@ class EditorContract(SteeringContract):
 
     def test_only_remember_advances_the_state(self, tmp_path: Path) -> None:
         session, editor = self.ready(tmp_path)
-        before = through_bytes(editor.state_dict())
+        before = through_bytes(editor.state())
         edit_batch(session, editor, (), tiny_requests(0), lambda *_: None)
-        assert same_tensors(editor.state_dict(), before)
+        assert same_state(editor.state(), before)
 
     def test_solving_changes_nothing_and_can_be_repeated(self, tmp_path: Path) -> None:
         session, editor = self.ready(tmp_path)
-        problem = self.problem(session, editor)
-        keys, residual = problem.keys.clone(), problem.residual.clone()
-        first, second = editor.solve(problem).dense(), editor.solve(problem).dense()
-        assert torch.equal(first, second)
-        assert torch.equal(problem.keys, keys)
-        assert torch.equal(problem.residual, residual)
+        problem, first = self.update(session, editor)
+        if problem is None:
+            second = editor.update(session, session.sites[0])
+        else:
+            keys, residual = problem.keys.clone(), problem.residual.clone()
+            second = editor.solve(session, problem)
+            assert torch.equal(problem.keys, keys)
+            assert torch.equal(problem.residual, residual)
+        assert torch.equal(first.dense(), second.dense())
         assert all(torch.equal(session.weight(site), session.baseline(site)) for site in session.sites)
 
     def test_nothing_to_write_writes_nothing(self, tmp_path: Path) -> None:
         session, editor = self.ready(tmp_path)
-        problem = self.problem(session, editor)
-        assert editor.solve(Problem(problem.site, problem.keys, 0 * problem.residual)).norm() == 0
+        _, update = self.update(session, editor, factor=0.0)
+        assert update.norm() == 0
 
-    def test_the_update_points_where_it_was_asked_to(self, tmp_path: Path) -> None:
-        """D K leans towards R: writing a batch brings its outputs nearer, at least to first order."""
+    def test_the_update_points_towards_the_targets(self, tmp_path: Path) -> None:
+        """To first order an update brings its batch nearer: D K leans towards R, or D against the loss's gradient."""
         session, editor = self.ready(tmp_path)
-        problem = self.problem(session, editor)
-        written = editor.solve(problem).dense().double() @ problem.keys.double()
-        assert float((written * problem.residual.double()).sum()) > 0
+        problem, update = self.update(session, editor)
+        if problem is None:
+            seen = session.gradients(tiny_requests(0), positions="all").sites[session.sites[0]]
+            slope = seen.gradients.double() @ seen.inputs.double().T
+            assert float((update.dense().double() * slope).sum()) < 0
+        else:
+            written = update.dense().double() @ problem.keys.double()
+            assert float((written * problem.residual.double()).sum()) > 0
 
     def test_what_is_not_finite_is_not_passed_off_as_a_number(self, tmp_path: Path) -> None:
         session, editor = self.ready(tmp_path)
-        problem = self.problem(session, editor)
-        broken = Problem(problem.site, problem.keys, problem.residual * float("nan"))
         try:
-            update = editor.solve(broken)
+            _, update = self.update(session, editor, factor=float("nan"))
         except EditError:
             return
         assert not torch.isfinite(update.dense()).all()
@@ -227,12 +272,21 @@ class StabilizerContract(SteeringContract):
             session.write(site, update)
         component.remember(session, list(written.problems.values()), written.updates)
 
+    def test_it_acts_on_what_it_declares(self) -> None:
+        """A run warns of a stabilizer without effect by ``acts_on``, so it names every stage that is overridden."""
+        stages = {"values": "stabilize_values", "updates": "stabilize_update", "weights": "stabilize_weight"}
+        changed = {k for k, name in stages.items() if getattr(self.component, name) is not getattr(Stabilizer, name)}
+        declared = set(self.component.acts_on)
+        assert declared <= {*stages, "problems"}
+        # Updates may be judged by their problem instead of by themselves.
+        assert changed <= declared | ({"updates"} if "problems" in declared else set())
+
     def test_it_maps_each_type_to_itself_and_changes_nothing_in_place(self, tmp_path: Path) -> None:
         session, stabilizer = self.ready(tmp_path)
         values = session.values(tiny_requests(0))
         parts = (values.target, values.initial, values.written)
         copies = [part.clone() for part in parts]
-        stable = stabilizer.stabilize_values(values, session)
+        stable = stabilizer.stabilize_values(session, values)
         assert isinstance(stable, Values)
         assert stable.target.shape == values.target.shape
         assert all(torch.equal(before, part) for before, part in zip(copies, parts, strict=True))
@@ -243,27 +297,31 @@ class StabilizerContract(SteeringContract):
     def test_only_remember_advances_the_state(self, tmp_path: Path) -> None:
         """A batch that a guard refuses leaves no trace, and the next attempt at it is the same."""
         session, stabilizer = self.ready(tmp_path)
-        before = through_bytes(stabilizer.state_dict())
+        before = through_bytes(stabilizer.state())
         first, second = (self._refused_batch(session, stabilizer) for _ in range(2))
-        assert same_tensors(stabilizer.state_dict(), before)
+        assert same_state(stabilizer.state(), before)
         assert same_tensors(first, second)
 
     def test_nothing_to_write_stays_nothing(self, tmp_path: Path) -> None:
         session, stabilizer = self.ready(tmp_path)
         for site in session.sites:
             problem = tiny_problem(session, site)
-            update = Update(0 * problem.residual, problem.keys)
-            assert stabilizer.stabilize_update(update, problem, session).norm() == 0
+            update = LowRank(0 * problem.residual, problem.keys)
+            for zero in (update, Dense(update.dense())):
+                assert stabilizer.stabilize_update(session, site, zero, problem).norm() == 0
 
     def test_an_edit_that_failed_does_not_spoil_the_others(self, tmp_path: Path) -> None:
         session, stabilizer = self.ready(tmp_path)
         values = session.values(tiny_requests(0))
-        whole = stabilizer.stabilize_values(values, session)
+        whole = stabilizer.stabilize_values(session, values)
         target = values.target.clone()
         target[:, 1] = float("nan")
-        stable = stabilizer.stabilize_values(dataclasses.replace(values, target=target), session)
+        stable = stabilizer.stabilize_values(session, dataclasses.replace(values, target=target))
         assert torch.equal(stable.target[:, [0, 2]], whole.target[:, [0, 2]])
         assert 1 in stable.dropped or not torch.isfinite(stable.target[:, 1]).any()
+        # An edit that is given up is reported as such, so nothing of it may be written.
+        for column in stable.dropped:
+            assert torch.equal(stable.target[:, column], values.initial[:, column])
 
     def _refused_batch(self, session: ModelSession, stabilizer: Stabilizer) -> dict[str, torch.Tensor]:
         before = session.masters()
@@ -274,20 +332,21 @@ class StabilizerContract(SteeringContract):
 
     def _check_update(self, session: Session, stabilizer: Stabilizer, site: Site) -> None:
         rows, columns = session.weight(site).shape
-        update = Update(torch.ones(rows, 2).tril(), torch.arange(2.0 * columns).reshape(columns, 2))
-        problem = Problem(site, update.right, update.left)
-        left, right = update.left.clone(), update.right.clone()
-        stable = stabilizer.stabilize_update(update, problem, session)
-        assert isinstance(stable, Update)
-        assert tuple(stable.dense().shape) == (rows, columns)
-        assert torch.isfinite(stable.dense()).all()
-        assert torch.equal(update.left, left)
-        assert torch.equal(update.right, right)
+        factors = LowRank(torch.ones(rows, 2).tril(), torch.arange(2.0 * columns).reshape(columns, 2))
+        problem = Problem(site, factors.right, factors.left)
+        # An update may be dense, and an editor without target values has no problem.
+        for update, known in ((factors, problem), (Dense(factors.dense()), problem), (factors, None)):
+            before = {name: part.clone() for name, part in update.parts.items()}
+            stable = stabilizer.stabilize_update(session, site, update, known)
+            assert isinstance(stable, Update)
+            assert tuple(stable.dense().shape) == (rows, columns)
+            assert torch.isfinite(stable.dense()).all()
+            assert same_tensors(update.parts, before)
 
     def _check_weight(self, session: Session, stabilizer: Stabilizer, site: Site) -> None:
         weight = session.weight(site)
         given = 2 * weight
-        out = stabilizer.stabilize_weight(given, site, session)
+        out = stabilizer.stabilize_weight(session, site, given)
         assert out.shape == weight.shape
         assert torch.isfinite(out).all()
         assert torch.equal(given, 2 * weight)

@@ -10,10 +10,9 @@ import torch
 
 from editcli.editing.pipeline import Written, edit_batch
 from editcli.editing.session import ModelSession
-from editcli.plugin.interfaces import Site, Update
 from editcli.requests.schema import EditRequest
 from editcli.testing.contracts import Contract
-from editcli.testing.sessions import PlainEditor, through_bytes, tiny_requests
+from editcli.testing.sessions import PlainEditor, same_tensors, through_bytes, tiny_requests
 
 
 class DiagnosticContract(Contract):
@@ -45,11 +44,11 @@ class DiagnosticContract(Contract):
         session, diagnostic = self.ready(tmp_path)
         written = edit_batch(session, PlainEditor(), (), tiny_requests(0), lambda *_: None)
         weights = {site: weight.clone() for site, weight in session.masters().items()}
-        copies = {site: Update(u.left.clone(), u.right.clone()) for site, u in written.updates.items()}
+        copies = {site: {k: t.clone() for k, t in u.parts.items()} for site, u in written.updates.items()}
         diagnostic.observe(session, written.updates)
         for site in session.sites:
             assert torch.equal(session.weight(site), weights[site])
-            assert _equal(written.updates, copies, site)
+            assert same_tensors(written.updates[site].parts, copies[site])
 
     def test_a_resumed_stream_is_watched_as_an_unbroken_one(self, tmp_path: Path) -> None:
         """Two batches, a snapshot through bytes, two more: the same figures as of four batches in a row."""
@@ -57,14 +56,10 @@ class DiagnosticContract(Contract):
         for number in range(2):
             self.figures(unbroken, whole, number)
             self.figures(broken, first, number)
-        state = through_bytes(first.state_dict())
-        if state:
-            second.load_state_dict(state, self.session(tmp_path))
+        state = through_bytes(first.state())
+        if any(state):
+            second.load_state(self.session(tmp_path), state)
         else:
             second.prepare(self.session(tmp_path))
         for number in (2, 3):
             assert self.figures(unbroken, whole, number) == self.figures(broken, second, number)
-
-
-def _equal(one: Any, other: Any, site: Site) -> bool:
-    return torch.equal(one[site].left, other[site].left) and torch.equal(one[site].right, other[site].right)

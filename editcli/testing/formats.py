@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from editcli.errors import RequestError
-from editcli.plugin.manager import load_formats, load_plugins
+from editcli.plugin.manager import load_plugins
 from editcli.requests.formats import Format
 from editcli.requests.reader import translate
 from editcli.requests.schema import from_record
+from editcli.testing.listing import heavy_imports
 
 FILE, PLACE = "contract.jsonl", "contract.jsonl:1"
 OURS: Mapping[str, Any] = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
@@ -30,11 +31,15 @@ class FormatContract:
         assert self.component.__doc__
         assert isinstance(self.component.reference, str)
 
+    def test_listing_it_does_not_import_torch(self) -> None:
+        """Every command lists the plugins, so importing the module of one at the start must be quick."""
+        assert heavy_imports(self.component.__module__) == []
+
     def test_it_knows_its_own_records_and_no_others(self) -> None:
         form = self.component()
         assert self.records
         assert not form.sniff(OURS)
-        others = [other for other in load_formats(load_plugins()) if other.name != form.name]
+        others = [other for other in load_plugins().formats() if other.name != form.name]
         for record in self.records:
             assert form.sniff(record)
             assert not [other.name for other in others if other.sniff(record)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load, save
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from editcli.editing.session import ModelSession, PilotSource
 from editcli.models.loading import open_model, resolve_model
-from editcli.plugin.interfaces import Editor, Problem, Site, Update
+from editcli.plugin.interfaces import Editor, Gradients, LowRank, Problem, Session, Site, State, Update
 from editcli.requests.schema import EditRequest
 from editcli.settings.core import TargetOptions
 
@@ -20,15 +22,15 @@ SUBJECTS = ("Paris", "Rome", "Berlin", "Tokyo", "Ann", "Bob", "France", "Italy",
 
 
 class PlainEditor(Editor):
-    """The simplest editor there is, to test stabilizers and diagnostics on: least squares with C = I."""
+    """The simplest editor there is, to test stabilizers and diagnostics on: least squares with Q = I."""
 
     name: ClassVar[str] = "plain"
     reference: ClassVar[str] = "ridge regression"
 
-    def solve(self, problem: Problem) -> Update:
+    def solve(self, session: Session, problem: Problem) -> Update:
         keys = problem.keys.double()
         system = keys.T @ keys + torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device)
-        return Update(problem.residual.double() @ torch.linalg.inv(system), keys)
+        return LowRank(problem.residual.double() @ torch.linalg.inv(system), keys)
 
 
 def tiny_session(
@@ -54,8 +56,24 @@ def tiny_session(
     return session
 
 
+class ScaledGradients:
+    """A session whose gradients are ``factor`` times those of another, and which is that one otherwise."""
+
+    def __init__(self, session: ModelSession, factor: float):
+        self._session, self._factor = session, factor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def gradients(self, requests: Sequence[EditRequest], **options: Any) -> Gradients:
+        """Return the session's gradients times the factor; see :meth:`editcli.plugin.Session.gradients`."""
+        measured = self._session.gradients(requests, **options)
+        sites = {site: replace(seen, gradients=self._factor * seen.gradients) for site, seen in measured.sites.items()}
+        return Gradients(measured.loss, sites)
+
+
 def tiny_second_moment(size: int, *, seed: int = 0) -> Tensor:
-    """Return a made-up Cov, (size, size) float64, positive definite with eigenvalues from 0.001 to 1."""
+    """Return a made-up second moment C, (size, size) float64, positive definite with eigenvalues from 0.001 to 1."""
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
     return (basis * torch.logspace(-3, 0, size, dtype=torch.float64)) @ basis.T
@@ -75,9 +93,15 @@ def tiny_problem(session: ModelSession, site: Site, *, edits: int = 3, seed: int
     return Problem(site, *draw)
 
 
-def through_bytes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take tensors through the file format in which snapshots are kept."""
-    return load(save({name: tensor.cpu().contiguous() for name, tensor in state.items()}))
+def through_bytes(state: State) -> State:
+    """Take a state through the file formats of a snapshot."""
+    tensors = load(save({name: tensor.cpu().contiguous() for name, tensor in state.tensors.items()}))
+    return State(tensors, json.loads(json.dumps(state.json, allow_nan=False)))
+
+
+def same_state(one: State, other: State) -> bool:
+    """Tell whether two states are the same, bit by bit."""
+    return same_tensors(one.tensors, other.tensors) and one.json == other.json
 
 
 def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

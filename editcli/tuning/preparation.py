@@ -162,7 +162,7 @@ def open_edits(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter) -> tupl
         device=run.device,
         dtype=run.dtype,
         device_map=run.device_map,
-        families=planning.brought_families(plugins),
+        families=plugins.families(),
         chat_template=run.chat,
         trust_remote_code=run.trust_remote_code,
         reporter=reporter,

@@ -148,7 +148,7 @@ class Workbench:
         requests, looked = planned.requests, 0
 
         def check(site: Site, update: Update) -> None:
-            refuse_nonfinite("the update", [update.left, update.right], where=f"at {site.module}")
+            refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
             jump = jump_of(session, site, update)
             if jump is not None:
                 for guard in with_default(planned.guards, stack.editor.largest_jump(site)):

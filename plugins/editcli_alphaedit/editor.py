@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from editcli.errors import OptionError
-from editcli.plugin.editors import InverseGramEditor
-from editcli.plugin.interfaces import Problem, Session, Site
-from editcli.plugin.options import option
-from editcli.requests.schema import EditRequest
+from editcli.plugin import EditRequest, InverseGramEditor, OptionError, Problem, Session, Site, State, option
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from editcli.plugin.leastsquares import InverseGram
-
 
 LARGEST_JUMP = 0.5
 """Most that one batch may change R_n through a small null space; a larger change has destroyed the layer."""
@@ -25,12 +18,12 @@ LARGEST_JUMP = 0.5
 class AlphaEdit(InverseGramEditor):
     """Write only along directions that keys of reference text hardly use.
 
-    With P the projector on the eigenvectors of Cov whose eigenvalue is small, and H the sum of k k^T over earlier
+    With P the projector on the eigenvectors of C whose eigenvalue is small, and H the sum of k k^T over earlier
     edits, the paper's update is the transpose of ::
 
-        (P (K K^T + H) + L2 I)^-1 P K R^T,    equal to D = R (I + K^T C K)^-1 K^T C with C = P / L2 at the start
+        (P (K K^T + H) + L2 I)^-1 P K R^T,    equal to D = R (I + K^T Q K)^-1 K^T Q with Q = P / L2 at the start
 
-    and C down-dated by each batch's keys, which are extracted again once all sites are written, as in the paper's code.
+    and Q down-dated by each batch's keys, which are extracted again once all sites are written, as in the paper's code.
 
     The published threshold, 0.02, is an absolute eigenvalue, chosen on keys of three models' scales. On real keys it
     leaves two thirds to three quarters of the directions. ``threshold_kind = "directions"`` asks for such a share
@@ -53,7 +46,7 @@ class AlphaEdit(InverseGramEditor):
         nullspace_threshold: float = option(2e-2, "what counts as unused; its meaning is threshold_kind")
         threshold_kind: Literal["absolute", "relative", "median", "directions"] = option(
             "absolute",
-            "absolute: eigenvalues of Cov below it; median: below this many times the median eigenvalue; "
+            "absolute: eigenvalues of C below it; median: below this many times the median eigenvalue; "
             "directions: this share of the directions, the least used; relative: the smallest that hold this "
             "share of the trace",
         )
@@ -69,9 +62,7 @@ class AlphaEdit(InverseGramEditor):
         self.ranks: dict[str, int] = {}
         """rank(P) of each site by module name."""
 
-    def prior(self, session: Session, site: Site) -> InverseGram:
-        from editcli.plugin.leastsquares import InverseGram
-
+    def initial_inverse(self, session: Session, site: Site) -> Tensor:
         values, vectors = session.decomposition(site)
         unused = self._unused(values)
         null = vectors[:, unused]
@@ -79,10 +70,9 @@ class AlphaEdit(InverseGramEditor):
         self._check_rank(rank, values, site)
         share = f"{rank} of {len(values)} directions ({rank / len(values):.1%})"
         session.reporter.note(f"{site.module}: edits may use {share}")
-        # The mean of ||P k||^2 on reference text is trace(P Cov), the sum of the eigenvalues that P keeps.
+        # The mean of ||P k||^2 on reference text is trace(P C), the sum of the eigenvalues that P keeps.
         unit = float(values[unused].sum()) if self.options.l2_kind == "relative" else 1.0
-        matrix = null @ null.T / (self.options.l2 * max(unit, 1e-30))
-        return InverseGram.of(matrix, site=site.module, device=session.device, reporter=session.reporter)
+        return null @ null.T / (self.options.l2 * max(unit, 1e-30))
 
     def largest_jump(self, site: Site) -> float | None:
         """Return LARGEST_JUMP where edits may use less than half of the directions.
@@ -95,15 +85,15 @@ class AlphaEdit(InverseGramEditor):
         for problem in problems:
             self.advance(problem.site, session.keys(requests, problem.site))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return C as ``<module>.inverse_gram`` and rank(P) as ``<module>.rank`` for each site."""
-        import torch
+    def state(self) -> State:
+        """Return Q as ``<module>.inverse_gram``, and rank(P) by module as ``ranks``."""
+        return State(super().state().tensors, {"ranks": self.ranks})
 
-        return {**super().state_dict(), **{f"{module}.rank": torch.tensor(r) for module, r in self.ranks.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
-        super().load_state_dict(state, session)
-        self.ranks = {site.module: int(state[f"{site.module}.rank"]) for site in session.sites}
+    def load_state(self, session: Session, state: State) -> None:
+        super().load_state(session, state)
+        # Earlier versions saved each rank as a tensor.
+        earlier = {s.module: state.tensors[f"{s.module}.rank"] for s in session.sites if "ranks" not in state.json}
+        self.ranks = state.json.get("ranks") or {module: int(rank) for module, rank in earlier.items()}
 
     def record(self) -> dict[str, Any]:
         """Return rank(P) and rank(P) / d_in per site."""
@@ -111,7 +101,7 @@ class AlphaEdit(InverseGramEditor):
         return {"nullspace": {m: {"rank": rank, "share": rank / size[m]} for m, rank in self.ranks.items()}}
 
     def _unused(self, values: Tensor) -> Tensor:
-        """Say which of the ascending eigenvalues of Cov count as unused."""
+        """Say which of the ascending eigenvalues of C count as unused."""
         threshold, kind = self.options.nullspace_threshold, self.options.threshold_kind
         if kind == "absolute":
             return values < threshold

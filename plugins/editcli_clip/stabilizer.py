@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from editcli.plugin.interfaces import Problem, Session, Stabilizer, Update
-from editcli.plugin.options import option
+from editcli.plugin import Dense, LowRank, Problem, Session, Site, Stabilizer, Update, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MARGIN = 1e-6
 """Share by which a clipped norm stays below its bound, so that rounding to float32 does not lift it above."""
@@ -22,6 +25,7 @@ class Clip(Stabilizer):
 
     name: ClassVar[str] = "clip"
     reference: ClassVar[str] = "arXiv:2602.02543"
+    acts_on: ClassVar[Collection[str]] = {"updates"}
 
     @dataclass(frozen=True)
     class Options:
@@ -38,22 +42,29 @@ class Clip(Stabilizer):
         super().__init__(options)
         self._clipped: dict[str, int] = {}
 
-    def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
-        site = problem.site
-        weight = session.weight(site).to(update.left)
+    def stabilize_update(self, session: Session, site: Site, update: Update, problem: Problem | None) -> Update:
+        weight = session.weight(site)
         bound = self.options.rho * float(session.baseline(site).double().norm()) * (1 - MARGIN)
-        square, cross = float(weight.double().square().sum()), float((weight.T @ update.left * update.right).sum())
+        square, cross = float(weight.double().square().sum()), _inner(weight, update)
         norm = max(square + 2 * cross + update.norm() ** 2, 0.0) ** 0.5
         if norm <= bound:
             return update
         self._clipped[site.module] = self._clipped.get(site.module, 0) + 1
         if self.options.what == "weight":
-            return Update.from_dense((weight + update.dense()) * (bound / norm) - weight)
-        return Update(update.left * _largest(update.norm() ** 2, cross, square - bound**2), update.right)
+            weight = weight.to(update.dense())
+            return Dense((weight + update.dense()) * (bound / norm) - weight)
+        return update.scaled(_largest(update.norm() ** 2, cross, square - bound**2))
 
     def record(self) -> dict[str, Any]:
         """Return how often each site was clipped."""
         return {"clipped": self._clipped}
+
+
+def _inner(weight: Tensor, update: Update) -> float:
+    """Return <W, D>, the sum of W_ij D_ij, from the factors of D where it has some."""
+    if isinstance(update, LowRank):
+        return float((weight.to(update.left).T @ update.left * update.right).sum())
+    return float((weight.double() * update.dense().double()).sum())
 
 
 def _largest(square: float, cross: float, excess: float) -> float:

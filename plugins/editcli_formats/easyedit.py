@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from editcli.requests.formats import Format
+from editcli.plugin import Format
 from editcli_formats.fields import answered, asked, filled, first_text, identifier, neighbors, rest, texts
 
 _OWN = ("rephrase_prompt", "locality_prompt", "locality_ground_truth", "portability_prompt", "portability_ground_truth")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from editcli.requests.formats import Format
+from editcli.plugin import Format
 from editcli_formats.fields import asked, filled, first_text, identifier, rest, text
 
 _USED = ("id", "case_id", "question", "subject", "o_answer", "e_answer")

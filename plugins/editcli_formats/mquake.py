@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from editcli.requests.formats import Format
+from editcli.plugin import Format
 from editcli_formats.counterfact import is_single, read_rewrite
 from editcli_formats.fields import answered, filled, identifier, texts
 

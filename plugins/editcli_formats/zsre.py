@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from editcli.requests.formats import Format
+from editcli.plugin import Format
 from editcli_formats.fields import answered, filled, first_text, identifier, place, rest, text, texts
 
 _USED = ("id", "case_id", "src", "subject", "alt", "answers", "rephrase", "loc", "loc_ans")

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from editcli.plugin.interfaces import Editor, Problem, Session, Site, Update, Values
-from editcli.plugin.options import option
-from editcli.requests.schema import EditRequest
+from editcli.plugin import Dense, Editor, EditRequest, Session, Site, Update, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,37 +44,31 @@ class FineTuning(Editor):
         self._changes: dict[Site, Tensor] = {}
         self._known: tuple[int, ...] = ()
 
-    def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
-        """Fine-tune all sites together; there are no target values, :meth:`problem` hands the changes out."""
+    def begin(self, session: Session, requests: Sequence[EditRequest]) -> None:
+        """Fine-tune all sites together; :meth:`update` returns each site's change."""
         descents = {site: _Descent(session.weight(site), self.options) for site in session.sites}
         with session.reporter.phase("Fine-tuning", self.options.steps, "steps") as advance:
             for number in range(self.options.steps):
                 trial = {site: descent.weight + descent.change for site, descent in descents.items()}
-                found = session.gradients(requests, positions="all", trial=trial)
-                done = float(found.loss.mean()) < self.options.stop_loss
+                measured = session.gradients(requests, positions="all", trial=trial)
+                done = float(measured.loss.mean()) < self.options.stop_loss
                 if number == 0:
-                    # Where the batch's mean is low already, nothing is asked of any of its edits.
-                    low = (found.loss < self.options.stop_loss) | done
+                    # Where the batch's mean is low already, none of its edits needs a change.
+                    low = (measured.loss < self.options.stop_loss) | done
                     self._known = tuple(low.nonzero().flatten().tolist())
                 if done:
                     break
-                for site, seen in found.sites.items():
+                for site, seen in measured.sites.items():
                     descents[site].step(seen.gradients @ seen.inputs.T / len(requests))
                 advance(1)
         self._changes = {site: descent.change for site, descent in descents.items()}
-        return None
+
+    def update(self, session: Session, site: Site) -> Update:
+        return Dense(self._changes[site])
 
     def already_true(self, requests: Sequence[EditRequest]) -> Sequence[int]:
         """Return the edits whose loss was low on the weights that the batch began with."""
         return self._known
-
-    def problem(self, session: Session, site: Site, requests: Sequence[EditRequest], values: Values | None) -> Problem:
-        """Return the site's change as a problem that is solved already: D = residual @ keys.T."""
-        update = Update.from_dense(self._changes[site])
-        return Problem(site, keys=update.right, residual=update.left)
-
-    def solve(self, problem: Problem) -> Update:
-        return Update(left=problem.residual, right=problem.keys)
 
 
 class _Descent:

@@ -1,8 +1,8 @@
 """MEMIT as an editcli plugin."""
 
-from editcli.plugin.hookspecs import hookimpl
+from editcli.plugin import hookimpl
 
-editcli_api = 1
+editcli_api = 2
 
 
 @hookimpl

@@ -5,23 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from editcli.plugin.editors import InverseGramEditor
-from editcli.plugin.interfaces import Session, Site
-from editcli.plugin.options import option
+from editcli.plugin import InverseGramEditor, Session, Site, option
 
 if TYPE_CHECKING:
-    from editcli.plugin.leastsquares import InverseGram
+    from torch import Tensor
 
 
 class Memit(InverseGramEditor):
     """Write a batch of facts into several layers, each by one least-squares update.
 
-    With the residual R, the keys K and the second moment Cov of keys on reference text, the paper's update is ::
+    With the residual R, the keys K and the second moment C of keys on reference text, the paper's update is ::
 
-        D = R K^T (lambda Cov + K K^T)^-1  =  R (I + K^T C K)^-1 K^T C,    C = (lambda Cov)^-1
+        D = R K^T (w C + K K^T)^-1  =  R (I + K^T Q K)^-1 K^T Q,    Q = (w C)^-1
 
-    lambda (``mom2_update_weight``) weighs what the layer already does against the new facts. With ``remember`` the
-    keys of past batches join K K^T, so that later batches leave earlier facts in place ("MEMIT_seq" elsewhere).
+    The weight w of the reference text (``mom2_update_weight``, the paper's lambda) holds what the layer does already
+    against the new facts. With ``remember`` the keys of past batches join K K^T, so that later batches leave earlier
+    facts in place ("MEMIT_seq" elsewhere).
     """
 
     name: ClassVar[str] = "memit"
@@ -32,23 +31,18 @@ class Memit(InverseGramEditor):
     class Options:
         """How strongly the old is kept against the new."""
 
-        mom2_update_weight: float = option(15000.0, "weight lambda of the reference text against the edits")
+        mom2_update_weight: float = option(15000.0, "weight w of the reference text against the edits")
         remember: bool = option(False, "keep what earlier batches wrote: past keys join the penalty")
-
         ridge: float = option(0.0, "share of each input's second moment to add, for a moment that is singular")
 
         def __post_init__(self) -> None:
             if not (self.mom2_update_weight > 0 and self.ridge >= 0):
                 raise ValueError("mom2_update_weight must be greater than 0 and ridge must not be negative")
 
-    @property
-    def remembers(self) -> bool:
-        return self.options.remember
+    def __init__(self, options: object = None):
+        super().__init__(options)
+        self.remembers = self.options.remember
 
-    def prior(self, session: Session, site: Site) -> InverseGram:
-        from editcli.plugin.leastsquares import InverseGram
-
+    def initial_inverse(self, session: Session, site: Site) -> Tensor:
         gram = self.options.mom2_update_weight * session.second_moment(site)
-        return InverseGram.inverting(
-            gram, site=site.module, device=session.device, reporter=session.reporter, ridge=self.options.ridge
-        )
+        return self.invert(session, site, gram, ridge=self.options.ridge)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.errors import NumericalError, OptionError, StateError
-from editcli.plugin.interfaces import Session, Stabilizer, Values
-from editcli.plugin.options import option
-from editcli.requests.schema import EditRequest
+from editcli.plugin import (
+    EditRequest,
+    NumericalError,
+    OptionError,
+    Session,
+    Stabilizer,
+    State,
+    StateError,
+    Values,
+    option,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +46,7 @@ class Nas(Stabilizer):
 
     name: ClassVar[str] = "nas"
     reference: ClassVar[str] = "arXiv:2602.02543"
+    acts_on: ClassVar[Collection[str]] = {"values"}
 
     @dataclass(frozen=True)
     class Options:
@@ -98,14 +106,14 @@ class Nas(Stabilizer):
             raise NumericalError(f"the anchor of nas came out as {mean}", site=session.sites[-1].module)
         return torch.tensor([mean, error, len(norms)], dtype=torch.float64)
 
-    def stabilize_values(self, values: Values, session: Session) -> Values:
+    def stabilize_values(self, session: Session, values: Values) -> Values:
         contribution = values.contribution
         norms = contribution.double().norm(dim=0)
         # Comparing this way round drops a NaN too; a contribution of norm zero has no direction to scale along.
         usable = (norms <= self.options.guard * self.anchor) & (norms > 0)
         scaled = contribution * (self.anchor / norms).to(contribution.dtype)
         lost = {column: self._reason(float(norms[column])) for column in (~usable).nonzero().flatten().tolist()}
-        return values.with_contribution(scaled.where(usable, values.written)).drop(lost)
+        return values.with_contribution(scaled).drop(lost)
 
     def _reason(self, norm: float) -> str:
         if norm > self.options.guard * self.anchor:
@@ -113,29 +121,36 @@ class Nas(Stabilizer):
             return f"its contribution has norm {norm:.3g}, {limit}"
         return f"its contribution has norm {norm:.3g}, which has no direction to keep"
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return ``anchor`` and its ``error`` (float64), ``pilots`` (their number) and ``source`` (UTF-8 bytes)."""
-        import torch
+    def state(self) -> State:
+        """Return ``anchor``, its standard ``error``, the number of ``pilots`` and their ``source``."""
+        return State(json={"anchor": self.anchor, "error": self._error, "pilots": self.pilots, "source": self.source})
 
-        return {
-            "anchor": torch.tensor(self.anchor, dtype=torch.float64),
-            "error": torch.tensor(self.error, dtype=torch.float64),
-            "pilots": torch.tensor(self.pilots),
-            "source": torch.tensor(list(self.source.encode()), dtype=torch.uint8),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
-        if not {"anchor", "pilots", "source"} <= set(state):
+    def load_state(self, session: Session, state: State) -> None:
+        saved = state.json or _earlier(state.tensors)
+        if not {"anchor", "pilots", "source"} <= set(saved):
             raise StateError("the saved state of nas has no anchor; start a new run")
-        self.anchor = float(state["anchor"])
-        # Runs that were begun before the error was measured have none.
-        self.error = float(state.get("error", math.inf))
-        self.pilots = int(state["pilots"])
-        self.source = bytes(state["source"].tolist()).decode()
+        error = saved.get("error")
+        self.anchor, self.error = saved["anchor"], math.inf if error is None else error
+        self.pilots, self.source = saved["pilots"], saved["source"]
+
+    @property
+    def _error(self) -> float | None:
+        """The standard error; None for an infinite one, which JSON cannot hold."""
+        return self.error if math.isfinite(self.error) else None
 
     def record(self) -> dict[str, Any]:
-        error = self.error if self.pilots and math.isfinite(self.error) else None
+        error = self._error if self.pilots else None
         return {"anchor": self.anchor, "standard_error": error, "pilots": self.pilots, "source": self.source}
+
+
+def _earlier(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the state that earlier versions saved as tensors, the text as UTF-8 bytes."""
+    if not {"anchor", "pilots", "source"} <= set(tensors):
+        return {}
+    # Runs that began before the error was measured have none.
+    error = float(tensors["error"]) if "error" in tensors else None
+    source = bytes(tensors["source"].tolist()).decode()
+    return {"anchor": float(tensors["anchor"]), "error": error, "pilots": int(tensors["pilots"]), "source": source}
 
 
 def _missing(count: int, error: float) -> int:

@@ -1,8 +1,8 @@
 """Norms of every batch's updates, as an editcli plugin."""
 
-from editcli.plugin.hookspecs import hookimpl
+from editcli.plugin import hookimpl
 
-editcli_api = 1
+editcli_api = 2
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""Norms of a batch's updates, from their low-rank factors."""
+"""Norms of a batch's updates, from their factors where they have some."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.linalg.ratios import ratio
-from editcli.plugin.interfaces import Diagnostic, Session, Site, Update
-from editcli.plugin.options import option
+from editcli.plugin import Diagnostic, LowRank, Session, Site, Update, option, ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +25,9 @@ class Norms(Diagnostic):
 
     @dataclass(frozen=True)
     class Options:
-        """Where looking closely becomes too dear."""
+        """When to skip the expensive figures."""
 
-        most: int = option(512, "skip the effective rank of updates with more columns than this")
+        most: int = option(512, "skip the effective rank of updates whose factors have more columns than this")
 
     def __init__(self, options: Any = None):
         super().__init__(options)
@@ -38,19 +36,19 @@ class Norms(Diagnostic):
     def observe(self, session: Session, updates: Mapping[Site, Update]) -> dict[str, float]:
         figures: dict[str, float] = {}
         for site, update in updates.items():
-            # The base's weight may have to be read from its file, which is too dear for every batch.
+            # The base's weight may have to be read from its file, which is too slow for every batch.
             if site not in self._bases:
                 self._bases[site] = float(session.baseline(site).norm())
             share = ratio(update.norm(), self._bases[site])
             if share is not None:
                 figures[f"update_norm_share/layer {site.layer}"] = share
-            if update.left.shape[1] <= self.options.most:
+            if _columns(update) <= self.options.most:
                 figures[f"update_rank/layer {site.layer}"] = effective_rank(update)
         return figures
 
 
 def effective_rank(update: Update) -> float:
-    """Return exp(entropy of sigma / sum sigma) of left right^T; 0 for an update of zeros."""
+    """Return exp(entropy of sigma / sum sigma) of an update's singular values sigma; 0 for an update of zeros."""
     values = _singular_values(update)
     total = float(values.sum())
     if total <= 0:
@@ -59,9 +57,16 @@ def effective_rank(update: Update) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
-def _singular_values(update: Update) -> Tensor:
-    import torch  # The factors decide the device; only the decompositions need the module.
+def _columns(update: Update) -> int:
+    """Return the size of the matrix whose singular values are those of the update."""
+    return update.left.shape[1] if isinstance(update, LowRank) else min(update.dense().shape)
 
+
+def _singular_values(update: Update) -> Tensor:
+    import torch  # The update decides the device; only the decompositions need the module.
+
+    if not isinstance(update, LowRank):
+        return torch.linalg.svdvals(update.dense().double())
     left = torch.linalg.qr(update.left, mode="r").R
     right = torch.linalg.qr(update.right, mode="r").R
     return torch.linalg.svdvals((left @ right.T).double())

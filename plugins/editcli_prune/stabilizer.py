@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.plugin.interfaces import Session, Site, Stabilizer
+from editcli.plugin import Session, Site, Stabilizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from editcli.linalg.spectra import Spectrum
+    from editcli.plugin import Spectrum
 
 
 class Prune(Stabilizer):
@@ -22,13 +23,14 @@ class Prune(Stabilizer):
 
     name: ClassVar[str] = "prune"
     reference: ClassVar[str] = "arXiv:2405.16821"
+    acts_on: ClassVar[Collection[str]] = {"weights"}
 
     def __init__(self, options: object = None):
         super().__init__(options)
         self._restrained: dict[str, int] = {}
 
-    def stabilize_weight(self, weight: Tensor, site: Site, session: Session) -> Tensor:
-        from editcli.linalg.spectra import spectral_norm
+    def stabilize_weight(self, session: Session, site: Site, weight: Tensor) -> Tensor:
+        from editcli.plugin import spectral_norm
 
         base = session.baseline(site).to(weight.device).double()
         change = weight.double() - base
@@ -53,7 +55,7 @@ class Prune(Stabilizer):
 
 def _leading(change: Tensor, limit: float, session: Session) -> Spectrum:
     """Decompose ``change`` far enough to hold every singular value above ``limit`` with its vectors."""
-    from editcli.linalg.spectra import spectrum
+    from editcli.plugin import spectrum
 
     size, count = min(change.shape), 8
     while True:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-from editcli.plugin.interfaces import Problem, Session, Stabilizer, Update
-from editcli.plugin.options import option
+from editcli.plugin import Dense, Problem, Session, Site, Stabilizer, Update, option
 
 
 class Rect(Stabilizer):
@@ -17,6 +17,7 @@ class Rect(Stabilizer):
 
     name: ClassVar[str] = "rect"
     reference: ClassVar[str] = "arXiv:2401.04700"
+    acts_on: ClassVar[Collection[str]] = {"updates"}
 
     @dataclass(frozen=True)
     class Options:
@@ -28,12 +29,12 @@ class Rect(Stabilizer):
             if not 0 < self.keep <= 1:
                 raise ValueError("keep must be greater than 0 and at most 1")
 
-    def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
+    def stabilize_update(self, session: Session, site: Site, update: Update, problem: Problem | None) -> Update:
         change = update.dense()
         # An unchanged entry of a zero weight is 0/0; it counts as unchanged.
-        relative = (change / session.weight(problem.site).to(change)).abs().nan_to_num(nan=0.0, posinf=float("inf"))
+        relative = (change / session.weight(site).to(change)).abs().nan_to_num(nan=0.0, posinf=float("inf"))
         dropped = int((1 - self.options.keep) * relative.numel())
         if dropped == 0:
             return update
         limit = relative.flatten().kthvalue(dropped).values
-        return Update.from_dense(change.where(relative > limit, 0.0))
+        return Dense(change.where(relative > limit, 0.0))

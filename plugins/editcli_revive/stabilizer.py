@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from editcli.linalg.ratios import ratio
-from editcli.plugin.interfaces import Problem, Session, Site, Stabilizer, Update
-from editcli.plugin.options import option
+from editcli.plugin import LowRank, Problem, Session, Site, Stabilizer, Update, option, ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,7 @@ class Revive(Stabilizer):
 
     name: ClassVar[str] = "revive"
     reference: ClassVar[str] = "arXiv:2601.11042"
+    acts_on: ClassVar[Collection[str]] = {"updates"}
 
     @dataclass(frozen=True)
     class Options:
@@ -59,46 +60,52 @@ class Revive(Stabilizer):
             return
         with session.reporter.phase("Decomposing weights", len(session.sites), "sites") as advance:
             for site in session.sites:
-                self._protected[site.module] = self._protect(session.baseline(site), session)
+                self._protected[site.module] = self._protect(session, session.baseline(site))
                 advance(1)
 
-    def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
-        kept = self._basis(problem.site, session)
-        left, right = _without(update.left, kept.left), _without(update.right, kept.right)
-        self._figures[problem.site.module] = {
-            "k": kept.left.shape[1],
-            "removed_left": _share(update.left, left),
-            "removed_right": _share(update.right, right),
-        }
-        return Update(left, right)
+    def stabilize_update(self, session: Session, site: Site, update: Update, problem: Problem | None) -> Update:
+        protected = self._basis(session, site)
+        outer, inner = partial(_without, basis=protected.left), partial(_without, basis=protected.right)
+        filtered = update.mapped(outer, inner)
+        self._figures[site.module] = {"k": protected.left.shape[1], **_removed(update, filtered)}
+        return filtered
 
     def record(self) -> dict[str, Any]:
         """Return, per site, k and the shares of ||A|| and ||B|| that were removed from the last update D = A B^T."""
         return {"sites": self._figures}
 
-    def _basis(self, site: Site, session: Session) -> Protected:
+    def _basis(self, session: Session, site: Site) -> Protected:
         if self.options.basis == "current":
-            return self._protect(session.weight(site), session)
+            return self._protect(session, session.weight(site))
         return self._protected[site.module]
 
-    def _protect(self, weight: Tensor, session: Session) -> Protected:
+    def _protect(self, session: Session, weight: Tensor) -> Protected:
         import torch
 
-        from editcli.linalg.spectra import spectrum
+        from editcli.plugin import spectrum
 
-        found = spectrum(weight, tau=self.options.tau, device=session.device)
-        k = found.k(self.options.tau)
+        leading = spectrum(weight, tau=self.options.tau, device=session.device)
+        k = leading.k(self.options.tau)
         # The filter is a projection only to the accuracy to which its basis is orthonormal.
-        left, right = (torch.linalg.qr(side[:, :k].double()).Q for side in (found.left, found.right))
+        left, right = (torch.linalg.qr(side[:, :k].double()).Q for side in (leading.left, leading.right))
         return Protected(left, right)
 
 
 def _without(factor: Tensor, basis: Tensor) -> Tensor:
     """Return ``factor`` with its components along the orthonormal ``basis`` removed, in the precision of the factor."""
     basis = basis.to(factor)
-    kept = factor - basis @ (basis.T @ factor)
+    once = factor - basis @ (basis.T @ factor)
     # A second pass removes what rounding left of a component much larger than the rest.
-    return kept - basis @ (basis.T @ kept)
+    return once - basis @ (basis.T @ once)
+
+
+def _removed(before: Update, after: Update) -> dict[str, float]:
+    """Return the share of each factor that was removed; of a matrix without factors, its share for both sides."""
+    if isinstance(before, LowRank) and isinstance(after, LowRank):
+        sides = ((before.left, after.left), (before.right, after.right))
+    else:
+        sides = ((before.dense(), after.dense()),) * 2
+    return {f"removed_{name}": _share(*side) for name, side in zip(("left", "right"), sides, strict=True)}
 
 
 def _share(before: Tensor, after: Tensor) -> float:

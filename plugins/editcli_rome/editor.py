@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.plugin.editors import InverseGramEditor
-from editcli.plugin.interfaces import Problem, Session, Site, Update
-from editcli.plugin.options import option
+from editcli.plugin import InverseGramEditor, Problem, Session, Site, Update, option
 
 if TYPE_CHECKING:
-    from editcli.plugin.leastsquares import InverseGram
+    from torch import Tensor
 
 
 class Rome(InverseGramEditor):
@@ -19,7 +17,7 @@ class Rome(InverseGramEditor):
 
     Among all updates that write the batch, D K = R, the one with the least E||D k||^2 on reference text is ::
 
-        D = R (K^T C K)^-1 K^T C,    C = Cov^-1        for one edit: R (C k)^T / (k^T C k)
+        D = R (K^T Q K)^-1 K^T Q,    Q = C^-1        for one edit: R (C^-1 k)^T / (k^T C^-1 k)
 
     One edit is the paper's rank-one formula; several edits of a batch are written together, each exactly.
     """
@@ -28,6 +26,7 @@ class Rome(InverseGramEditor):
     reference: ClassVar[str] = "arXiv:2202.05262"
     tempered_by: ClassVar[str] = "lower targets.clamp or raise rome.ridge"
     single_site: ClassVar[bool] = True
+    remembers: bool = False
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {"nas": {"guard": 5.0}}
 
     @dataclass(frozen=True)
@@ -40,17 +39,8 @@ class Rome(InverseGramEditor):
             if self.ridge < 0:
                 raise ValueError("ridge must not be negative")
 
-    @property
-    def remembers(self) -> bool:
-        return False
+    def initial_inverse(self, session: Session, site: Site) -> Tensor:
+        return self.invert(session, site, session.second_moment(site), ridge=self.options.ridge)
 
-    def prior(self, session: Session, site: Site) -> InverseGram:
-        from editcli.plugin.leastsquares import InverseGram
-
-        gram = session.second_moment(site)
-        return InverseGram.inverting(
-            gram, site=site.module, device=session.device, reporter=session.reporter, ridge=self.options.ridge
-        )
-
-    def solve(self, problem: Problem) -> Update:
-        return self.memory[problem.site.module].solve(problem.keys, problem.residual, hard=True)
+    def solve(self, session: Session, problem: Problem) -> Update:
+        return self.memory[problem.site.module].solve(problem.keys, problem.residual, exact=True)

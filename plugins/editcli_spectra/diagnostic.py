@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from editcli.linalg.ratios import ratio
-from editcli.plugin.interfaces import Diagnostic, Session, Site, Update
-from editcli.plugin.options import option
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from editcli.plugin import Diagnostic, Session, Site, State, Update, option, ratio
 
 
 class Spectra(Diagnostic):
     """Watch how the spectrum of each edited weight changes against the base's.
 
     Growth of the spectral norm says that a few directions take over, a falling effective rank that the others lose
-    their share. Decomposing a weight is dear, so nothing is computed unless ``every`` is set (``--diagnose-every``).
+    their share. Decomposing a weight is slow, so nothing is computed unless ``every`` is set (``--diagnose-every``).
     """
 
     name: ClassVar[str] = "spectra"
     reference: ClassVar[str] = "Roy and Vetterli (2007), effective rank"
+    remembers: bool = True
 
     @dataclass(frozen=True)
     class Options:
@@ -50,22 +46,21 @@ class Spectra(Diagnostic):
             figures |= {f"{name}/layer {site.layer}": value for name, value in known.items() if value is not None}
         return figures
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return ``batches``, how many were seen, so that a resumed stream is looked at when an unbroken one is."""
-        import torch
+    def state(self) -> State:
+        """Return the number of ``batches`` so far, so that a resumed stream is measured when an unbroken one is."""
+        return State(json={"batches": self._batches})
 
-        return {"batches": torch.tensor(self._batches)}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
-        self._batches = int(state.get("batches", 0))
+    def load_state(self, session: Session, state: State) -> None:
+        # Earlier versions saved the number as a tensor.
+        self._batches = int(state.json.get("batches", state.tensors.get("batches", 0)))
 
     def _shares(self, session: Session, site: Site) -> tuple[float | None, float | None]:
         """Return sigma_1 and the effective rank of the weight, relative to the base's; None for a base of zeros."""
-        from editcli.linalg.spectra import spectrum  # Imports torch, which listing plugins must not.
+        from editcli.plugin import spectrum  # Imports torch, which listing plugins must not.
 
         if site not in self._bases:
             base = spectrum(session.baseline(site), device=session.device)
             self._bases[site] = base.spectral, base.effective_rank
-        found = spectrum(session.weight(site), device=session.device)
+        current = spectrum(session.weight(site), device=session.device)
         spectral, rank = self._bases[site]
-        return ratio(found.spectral, spectral), ratio(found.effective_rank, rank)
+        return ratio(current.spectral, spectral), ratio(current.effective_rank, rank)

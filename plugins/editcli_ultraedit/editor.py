@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from editcli.errors import OptionError, StateError
-from editcli.plugin.interfaces import Editor, Gradients, Problem, Session, Site, SiteGradients, Update, Values
-from editcli.plugin.options import option
-from editcli.reporting import Reporter, Silent
-from editcli.requests.schema import EditRequest
+from editcli.plugin import (
+    Editor,
+    EditRequest,
+    Gradients,
+    OptionError,
+    Problem,
+    Session,
+    Site,
+    SiteGradients,
+    State,
+    StateError,
+    Update,
+    option,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +44,7 @@ class UltraEdit(Editor):
     tempered_by: ClassVar[str] = "lower ultraedit.lr"
     needs_values: ClassVar[bool] = False
     needs_subject: ClassVar[bool] = False
+    remembers: bool = True
 
     @dataclass(frozen=True)
     class Options:
@@ -53,23 +63,22 @@ class UltraEdit(Editor):
         """Count, mean and spread of [k, g] so far, by module name."""
         self._staged: dict[str, Moments] = {}
         self._measured: Gradients | None = None
-        self._reporter: Reporter = Silent()
 
     def prepare(self, session: Session) -> None:
-        self._reporter = session.reporter
         requests = session.pilots(self.options.pilots)[0] if self.options.pilots else ()
         if requests:
             for site, seen in session.gradients(requests).sites.items():
                 self.moments[site.module] = self._counted(site, seen)
 
-    def values(self, session: Session, requests: Sequence[EditRequest]) -> Values | None:
-        """Measure keys and gradients for all sites in one pass; there are no target values."""
+    def begin(self, session: Session, requests: Sequence[EditRequest]) -> None:
+        """Measure keys and gradients of all sites in one pass."""
         self._measured = session.gradients(requests)
         self._staged = {site.module: self._counted(site, seen) for site, seen in self._measured.sites.items()}
-        return None
 
-    def problem(self, session: Session, site: Site, requests: Sequence[EditRequest], values: Values | None) -> Problem:
-        assert self._measured is not None, "values() measures a batch before its problems are asked for"
+    def update(self, session: Session, site: Site) -> Update:
+        from editcli.plugin import ridge
+
+        assert self._measured is not None, "begin() measures a batch before its updates"
         seen, moments = self._measured.sites[site], self._staged[site.module]
         if moments.count < 2:
             raise OptionError(
@@ -78,27 +87,24 @@ class UltraEdit(Editor):
             )
         normalised = moments.normalise(_features(seen))
         key, gradient = normalised.split([len(seen.inputs), len(seen.gradients)])
-        return Problem(site, keys=seen.inputs, residual=-self.options.lr * key.square().sum(dim=0) * gradient)
-
-    def solve(self, problem: Problem) -> Update:
-        from editcli.plugin.leastsquares import ridge
-
-        return ridge(problem.keys, problem.residual, site=problem.site.module, reporter=self._reporter)
+        step = -self.options.lr * key.square().sum(dim=0) * gradient
+        # Row by row: kernels round by the layout of what they multiply.
+        return ridge(seen.inputs.contiguous(), step, site=site.module, reporter=session.reporter)
 
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
         self.moments = {**self.moments, **self._staged}
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state(self) -> State:
         """Return ``<module>.count``, ``<module>.mean`` and ``<module>.squares`` of [k, g] for each site."""
-        return {f"{module}.{name}": part for module, m in self.moments.items() for name, part in m.tensors().items()}
+        parts = {f"{module}.{name}": part for module, m in self.moments.items() for name, part in m.tensors().items()}
+        return State(parts)
 
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+    def load_state(self, session: Session, state: State) -> None:
         from editcli_ultraedit.moments import Moments
 
-        self._reporter = session.reporter
         for site in session.sites:
             start = f"{site.module}."
-            parts = {key.removeprefix(start): part for key, part in state.items() if key.startswith(start)}
+            parts = {key.removeprefix(start): part for key, part in state.tensors.items() if key.startswith(start)}
             if parts and set(parts) != {"count", "mean", "squares"}:
                 raise StateError(f"the saved state of ultraedit is incomplete for {site.module}; start a new run")
             self.moments[site.module] = Moments.of(parts) if parts else Moments()

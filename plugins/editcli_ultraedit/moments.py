@@ -45,4 +45,5 @@ class Moments:
         assert self.squares is not None, "nothing has been counted yet"
         deviation = (self.squares / max(self.count - 1, 1)).sqrt().to(columns)[:, None]
         centred = columns - self.mean.to(columns)[:, None]
-        return (centred / deviation).where(deviation > 0, 0.0)
+        # A deviation that is not a number stays one, for the guard against such updates to see.
+        return (centred / deviation).where(deviation != 0, 0.0)

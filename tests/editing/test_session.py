@@ -15,7 +15,7 @@ from editcli.errors import ModelError, StatisticsError
 from editcli.models.chat_settings import ChatSettings
 from editcli.models.forward import first, tapped
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.plugin.interfaces import Site, Update, Values
+from editcli.plugin.interfaces import LowRank, Site, Values
 from editcli.settings.core import TargetOptions
 from editcli.testing import CHAT_TEMPLATE, tiny_model_folder, tiny_tokenizer
 from tests.support.facts import REQUESTS
@@ -84,7 +84,7 @@ def test_writing_adds_left_times_right_in_the_models_orientation(loaded: LoadedM
     rows, columns = loaded.architecture.shape(site.layer)
     before = own.weight(site).clone()
     key = own.keys(REQUESTS, site)[:, 0]
-    update = Update(left=torch.randn(rows, 2), right=torch.randn(columns, 2))
+    update = LowRank(left=torch.randn(rows, 2), right=torch.randn(columns, 2))
     projection = loaded.architecture.projection(site.layer)
     read = REQUESTS[0]
     was = seen_at_lookup(loaded, read.prompt, read.subject, projection, output=True)
@@ -102,7 +102,7 @@ def test_restoring_gives_back_the_same_weights_and_the_baseline_never_moves(load
     before, base = own.masters(), own.baseline(site)
     torch.testing.assert_close(before[site], base, rtol=0, atol=0)
     rows, columns = base.shape
-    own.write(site, Update(torch.ones(rows, 1), torch.ones(columns, 1)))
+    own.write(site, LowRank(torch.ones(rows, 1), torch.ones(columns, 1)))
     torch.testing.assert_close(own.baseline(site), base, rtol=0, atol=0)
     own.restore(before)
     torch.testing.assert_close(own.weight(site), base, rtol=0, atol=0)
@@ -114,7 +114,7 @@ def test_statistics_are_refused_after_the_first_write(loaded: LoadedModel) -> No
     own = ModelSession(loaded, (1,), prefixes=(), second_moment=lambda site: torch.eye(3))
     site = own.sites[0]
     assert own.second_moment(site).shape == (3, 3)
-    own.write(site, Update(torch.zeros(own.weight(site).shape[0], 1), torch.zeros(own.weight(site).shape[1], 1)))
+    own.write(site, LowRank(torch.zeros(own.weight(site).shape[0], 1), torch.zeros(own.weight(site).shape[1], 1)))
     with pytest.raises(StatisticsError, match="belong to the unedited model"):
         own.second_moment(site)
 
@@ -123,7 +123,7 @@ def test_a_half_precision_file_is_what_the_model_holds(tmp_path: Path) -> None:
     loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", dtype="bfloat16")))
     own = session(loaded)
     site = own.sites[0]
-    own.write(site, Update(torch.full((own.weight(site).shape[0], 1), 1e-3), torch.ones(own.weight(site).shape[1], 1)))
+    own.write(site, LowRank(torch.full((own.weight(site).shape[0], 1), 1e-3), torch.ones(own.weight(site).shape[1], 1)))
     held = loaded.architecture.projection(site.layer).weight
     assert held.dtype == torch.float32
     torch.testing.assert_close(held, own.weight(site).to(torch.bfloat16).float(), rtol=0, atol=0)
@@ -166,7 +166,7 @@ class TestGoingOnFromTheLastSite:
 
         for site in own.sites:
             keys, residual = read(site)
-            own.write(site, Update(residual, keys / keys.square().sum(dim=0)))
+            own.write(site, LowRank(residual, keys / keys.square().sum(dim=0)))
             seen += [keys, residual, own.weight(site)]
         return [*seen, *(tensor for site in own.sites for tensor in read(site))]
 
@@ -190,7 +190,7 @@ class TestGoingOnFromTheLastSite:
         for site in own.sites:
             own.keys(REQUESTS, site)
             own.residual(REQUESTS, site, values)
-            own.write(site, Update(own.weight(site)[:, :1], own.weight(site).T[:, :1]))
+            own.write(site, LowRank(own.weight(site)[:, :1], own.weight(site).T[:, :1]))
         bare_and_prefixed = 2
         assert ran.count(0) == bare_and_prefixed
         # Keys stop inside the site's own block; what a written block puts out is computed once for each list of texts.

@@ -17,7 +17,7 @@ from editcli.plugin.manager import Plugins, load_plugins
 from editcli.runs.apply import apply
 from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder
-from tests.support.exports import KINDS, editcli_stabilizers
+from tests.support.exports import KINDS, editcli_api, editcli_stabilizers
 from tests.support.facts import CAPITALS, write_lines
 
 
@@ -25,7 +25,7 @@ from tests.support.facts import CAPITALS, write_lines
 def plugins() -> Plugins:
     """The installed plugins and one that reads weights out differently."""
     plugins = load_plugins()
-    plugins.register(SimpleNamespace(editcli_stabilizers=editcli_stabilizers), "half")
+    plugins.register(SimpleNamespace(editcli_api=editcli_api, editcli_stabilizers=editcli_stabilizers), "half")
     return plugins
 
 

@@ -144,7 +144,7 @@ def test_jitter_is_reported_and_no_more_than_rounding_needs():
 
 def test_hard_constraints_are_met_exactly():
     memory, keys, residual = inverting(moment(8)), random(8, 3), random(5, 3)
-    torch.testing.assert_close(memory.solve(keys, residual, hard=True).dense() @ keys, residual)
+    torch.testing.assert_close(memory.solve(keys, residual, exact=True).dense() @ keys, residual)
 
 
 def test_ridge_is_the_solve_with_the_identity():

@@ -11,7 +11,7 @@ import torch
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.plugin.interfaces import Problem, Update
+from editcli.plugin.interfaces import LowRank, Problem
 from editcli.settings.core import TargetOptions
 from editcli.testing import INTERMEDIATE, LAYERS, tiny_model_folder
 from tests.support.facts import REQUESTS
@@ -30,7 +30,7 @@ def edited(loaded: LoadedModel, **choices: Any) -> list[torch.Tensor]:
     values = session.values(REQUESTS)
     for site in session.sites:
         problem = Problem(site, session.keys(REQUESTS, site), session.residual(REQUESTS, site, values))
-        session.write(site, Update(problem.residual, problem.keys))
+        session.write(site, LowRank(problem.residual, problem.keys))
     ids = loaded.tokens.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         return [*session.masters().values(), loaded.model(input_ids=ids).logits]

@@ -21,9 +21,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from editcli import Editor, Stabilizer, hookimpl
+from editcli import API_VERSION, Editor, Stabilizer, hookimpl
 from editcli.errors import PluginError
-from editcli.plugin.interfaces import Problem, Update
+from editcli.plugin.interfaces import LowRank, Problem, Update
 from editcli.plugin.manager import Plugins, load_plugins
 from tests.support.places import ROOT
 
@@ -34,14 +34,16 @@ class Other(Editor):
     name = "other"
     reference = "none"
 
-    def solve(self, problem: Problem) -> Update:
+    def solve(self, session: Any, problem: Problem) -> Update:
         """Return nothing to write."""
-        return Update(problem.residual * 0, problem.keys)
+        return LowRank(problem.residual * 0, problem.keys)
 
 
 def plugin(**hooks: Any) -> types.SimpleNamespace:
     """Return an object that implements ``hooks``."""
-    return types.SimpleNamespace(**{name: hookimpl(function) for name, function in hooks.items()})
+    return types.SimpleNamespace(
+        editcli_api=API_VERSION, **{name: hookimpl(function) for name, function in hooks.items()}
+    )
 
 
 @pytest.fixture
@@ -71,7 +73,9 @@ def installed(site: Path) -> list[importlib.metadata.Distribution]:
 
 
 GOOD = """
-from editcli import Stabilizer, hookimpl
+from editcli.plugin import Stabilizer, hookimpl
+
+editcli_api = {api}
 
 class Quiet(Stabilizer):
     "Do nothing."
@@ -85,31 +89,34 @@ def editcli_stabilizers():
 
 
 def test_an_installed_plugin_is_found_with_its_distribution_and_version(site: Path) -> None:
-    install(site, "quiet-plugin", {"quiet": ""}, GOOD.format(name="quiet"))
+    install(site, "quiet-plugin", {"quiet": ""}, GOOD.format(name="quiet", api=API_VERSION))
     found = load_plugins(installed(site), {}).find("stabilizer", "quiet")
     assert issubclass(found.component, Stabilizer)
     assert (found.distribution, found.version, found.plugin) == ("quiet-plugin", "1.2", "quiet")
 
 
 def test_two_distributions_with_one_plugin_name_are_refused_by_name(site: Path) -> None:
-    install(site, "first-dist", {"quiet": ""}, GOOD.format(name="quiet"))
-    install(site, "second-dist", {"quiet": ""}, GOOD.format(name="loud"))
+    install(site, "first-dist", {"quiet": ""}, GOOD.format(name="quiet", api=API_VERSION))
+    install(site, "second-dist", {"quiet": ""}, GOOD.format(name="loud", api=API_VERSION))
     with pytest.raises(PluginError, match=r"(?s)first-dist.*second-dist|second-dist.*first-dist"):
         load_plugins(installed(site), {})
 
 
 def test_two_plugins_with_one_component_name_are_refused_by_name(site: Path) -> None:
-    install(site, "first-dist", {"one": ""}, GOOD.format(name="quiet"))
-    install(site, "second-dist", {"two": ""}, GOOD.format(name="quiet"))
+    install(site, "first-dist", {"one": ""}, GOOD.format(name="quiet", api=API_VERSION))
+    install(site, "second-dist", {"two": ""}, GOOD.format(name="quiet", api=API_VERSION))
     with pytest.raises(PluginError, match=r"first-dist.*second-dist.*EDITCLI_DISABLE=two"):
         load_plugins(installed(site), {})
     assert load_plugins(installed(site), {"EDITCLI_DISABLE": "two"}).find("stabilizer", "quiet").plugin == "one"
 
 
 def test_one_distribution_seen_twice_is_no_clash(site: Path) -> None:
-    install(site, "quiet-plugin", {"quiet": ""}, GOOD.format(name="quiet"))
+    install(site, "quiet-plugin", {"quiet": ""}, GOOD.format(name="quiet", api=API_VERSION))
     twice = [*installed(site), *installed(site)]
     assert "quiet" in load_plugins(twice, {}).all("stabilizer")
+
+
+HOOK = "from editcli.plugin import hookimpl\neditcli_api = 2\n"
 
 
 @pytest.mark.parametrize(
@@ -118,16 +125,22 @@ def test_one_distribution_seen_twice_is_no_clash(site: Path) -> None:
         ("import no_such_module_anywhere", "no_such_module_anywhere"),
         ("raise SystemExit(3)", "SystemExit"),
         ("1 +", "SyntaxError"),
-        ("from editcli import hookimpl\n@hookimpl\ndef editcli_editor(): return []", "unknown hook"),
-        ("from editcli import hookimpl\n@hookimpl\ndef editcli_editors(): raise ValueError('boom')", "boom"),
-        ("from editcli import hookimpl\n@hookimpl\ndef editcli_editors(): return 3", "not iterable"),
-        ("from editcli import hookimpl\n@hookimpl\ndef editcli_editors(): return [int]", "not a named subclass"),
-        ("def editcli_editors(): return []", "hookimpl"),
+        (HOOK + "@hookimpl\ndef editcli_editor(): return []", "unknown hook"),
+        (
+            HOOK + "@hookimpl\ndef editcli_editors(): raise ValueError('boom')",
+            "boom",
+        ),
+        (HOOK + "@hookimpl\ndef editcli_editors(): return 3", "not iterable"),
+        (
+            HOOK + "@hookimpl\ndef editcli_editors(): return [int]",
+            "not a named subclass",
+        ),
+        ("editcli_api = 2\ndef editcli_editors(): return []", "hookimpl"),
     ],
 )
 def test_a_broken_plugin_is_left_out_and_says_why(site: Path, code: str, reason: str) -> None:
     install(site, "broken-plugin", {"broken": ""}, code)
-    install(site, "quiet-plugin", {"quiet": ""}, GOOD.format(name="quiet"))
+    install(site, "quiet-plugin", {"quiet": ""}, GOOD.format(name="quiet", api=API_VERSION))
     plugins = load_plugins(installed(site), {})
     assert reason in plugins.broken["broken"]
     assert "quiet" in plugins.all("stabilizer")
@@ -141,15 +154,16 @@ def test_a_broken_plugin_is_left_out_and_says_why(site: Path, code: str, reason:
 @pytest.mark.parametrize(
     ("declared", "said"),
     [
-        ("2", r"quiet-plugin 1\.2 is written for version 2 of the .* has version 1; .*pip install -U editcli\)"),
+        ("3", r"quiet-plugin 1\.2 is written for version 3 of the .* has version 2; .*pip install -U editcli\)"),
+        ("1", r"quiet-plugin 1\.2 is written for version 1 of the .* has version 2; .*pip install -U quiet-plugin\)"),
         ("0", "declares editcli_api = 0, which is no version"),
         ("'1'", "declares editcli_api = '1', which is no version"),
         ("True", "declares editcli_api = True"),
     ],
 )
 def test_a_plugin_for_another_interface_is_left_out_and_says_what_to_do(site: Path, declared: str, said: str) -> None:
-    install(site, "quiet-plugin", {"quiet": ""}, f"editcli_api = {declared}\n" + GOOD.format(name="quiet"))
-    install(site, "loud-plugin", {"loud": ""}, GOOD.format(name="loud"))
+    install(site, "quiet-plugin", {"quiet": ""}, GOOD.format(name="quiet", api=declared))
+    install(site, "loud-plugin", {"loud": ""}, GOOD.format(name="loud", api=API_VERSION))
     plugins = load_plugins(installed(site), {})
     assert re.search(said, plugins.broken["quiet"])
     assert list(plugins.all("stabilizer")) == ["loud"]
@@ -159,26 +173,26 @@ def test_a_plugin_for_another_interface_is_left_out_and_says_what_to_do(site: Pa
         load_plugins(installed(site), {"EDITCLI_STRICT_PLUGINS": "1"})
 
 
-def test_a_plugin_for_an_older_interface_is_the_one_to_upgrade(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("editcli.plugin.manager.API_VERSION", 2)
-    for code in ("editcli_api = 1\n", ""):
-        install(site, f"quiet-plugin{len(code)}", {f"quiet{len(code)}": ""}, code + GOOD.format(name="quiet"))
+def test_a_plugin_for_an_older_interface_is_the_one_to_upgrade(site: Path) -> None:
+    for declared in ("1", "None"):
+        code = GOOD.format(name="quiet", api=declared).replace("editcli_api = None\n", "")
+        install(site, f"quiet-plugin{len(declared)}", {f"quiet{len(declared)}": ""}, code)
     broken = load_plugins(installed(site), {}).broken
     assert len(broken) == 2
     for name, reason in broken.items():
         assert f"install a newer {name.replace('quiet', 'quiet-plugin')} (pip install -U" in reason
 
 
-def test_the_declared_interface_is_known_and_the_first_where_nothing_is_declared(site: Path) -> None:
-    install(site, "quiet-plugin", {"quiet": ""}, "editcli_api = 1\n" + GOOD.format(name="quiet"))
-    install(site, "loud-plugin", {"loud": ""}, GOOD.format(name="loud"))
+def test_the_declared_interface_is_known(site: Path) -> None:
+    install(site, "quiet-plugin", {"quiet": ""}, GOOD.format(name="quiet", api=API_VERSION))
     plugins = load_plugins(installed(site), {})
-    assert [plugins.find("stabilizer", name).api for name in ("quiet", "loud")] == [1, 1]
-    assert [plugins.source(name).api for name in ("quiet", "loud")] == [1, 1]
+    assert plugins.find("stabilizer", "quiet").api == plugins.source("quiet").api == API_VERSION
 
 
 def test_every_built_in_plugin_declares_its_interface() -> None:
-    assert {getattr(plugin, "editcli_api", None) for _, plugin in load_plugins().manager.list_name_plugin()} == {1}
+    assert {getattr(plugin, "editcli_api", None) for _, plugin in load_plugins().manager.list_name_plugin()} == {
+        API_VERSION
+    }
 
 
 def test_an_unknown_name_mentions_plugins_that_were_not_loaded(site: Path) -> None:
@@ -261,13 +275,14 @@ from editcli.cli.main import COMMANDS
 from editcli.presets.loader import all_presets
 
 all_presets()
-helps = [[name, "--help"] for name in COMMANDS]
-for arguments in (["--help"], ["--version"], ["plugins"], ["plugins", "--json"], *helps):
+commands = [["--help"], ["--version"], ["plugins"], ["plugins", "--json"], *([name, "--help"] for name in COMMANDS)]
+for arguments in [sys.argv[1:]] if sys.argv[1:] else commands:
     code = main(arguments)
     loaded = sorted({"torch", "transformers", "numpy", "matplotlib", "optuna"} & set(sys.modules))
     if code or loaded:
         sys.exit(f"{arguments} ended with {code} and imported {loaded}")
 """
+"""Run the command of the arguments, or without any the help of every command and all listings."""
 
 
 def test_help_and_listing_import_nothing_that_takes_long() -> None:
@@ -304,7 +319,9 @@ def test_a_broken_plugin_costs_one_warning_line(site: Path) -> None:
 
 COMMAND = """
 import click
-from editcli import hookimpl
+from editcli.plugin import hookimpl
+
+editcli_api = 2
 
 @click.command(name="{name}")
 @click.option("--loud", is_flag=True)
@@ -316,6 +333,53 @@ def command(loud):
 def editcli_commands():
     return [command]
 """
+
+
+HOOKS = """
+from editcli.plugin import hookimpl
+
+editcli_api = 2
+
+@hookimpl
+def {hook}():
+    {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("hook", "body", "arguments", "reason"),
+    [
+        ("editcli_architectures", "raise SystemExit(3)", ("plugins",), "SystemExit: 3"),
+        ("editcli_architectures", "return ['llama']", ("inspect", "--json"), "'llama' is not a Family"),
+        ("editcli_formats", "raise ValueError('boom')", ("convert", "none.jsonl"), "ValueError: boom"),
+        (
+            "editcli_formats",
+            "return [int]",
+            ("convert", "none.jsonl"),
+            "<class 'int'> is not a named subclass of Format",
+        ),
+        ("editcli_commands", "return [3]", ("--help",), "3 is not a named click command"),
+    ],
+)
+def test_a_hook_that_breaks_late_costs_one_warning_line_or_is_an_error_where_strict(
+    site: Path, hook: str, body: str, arguments: tuple[str, ...], reason: str
+) -> None:
+    install(site, "broken-plugin", {"broken": ""}, HOOKS.format(hook=hook, body=body))
+    warning = f"warning: plugin 'broken' could not be loaded and is left out: {reason}"
+    assert run(site, *arguments).stderr.splitlines()[0] == warning
+    strict = run(site, *arguments, EDITCLI_STRICT_PLUGINS="1")
+    assert (strict.returncode, strict.stdout) == (1, "")
+    assert strict.stderr == f"error: plugin 'broken' could not be loaded: {reason}\n"
+
+
+def test_listing_a_family_does_not_import_torch(site: Path) -> None:
+    body = "from editcli.plugin import Family; return [Family('mine', ('mine',))]"
+    install(site, "family-plugin", {"mine": ""}, HOOKS.format(hook="editcli_architectures", body=body))
+    environ = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", PROBE, "plugins", "mine"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mine, architecture from family-plugin" in done.stdout
 
 
 def test_a_plugin_can_bring_a_command(site: Path) -> None:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from editcli.errors import OptionError
-from editcli.plugin.interfaces import Problem
-from editcli.testing import through_bytes
+from editcli.plugin.interfaces import Problem, State
+from editcli.testing import same_state, through_bytes
 from editcli_alphaedit.editor import AlphaEdit
 from tests.support.facts import requests_of
 from tests.support.sessions import Witness, assert_close, write_batch
@@ -48,9 +48,12 @@ def test_updates_stay_in_the_range_of_the_projector(session):
 def test_rank_is_recorded_and_survives_a_resume(session):
     editor, other = AlphaEdit(), AlphaEdit()
     editor.prepare(session)
-    state = editor.state_dict()
-    other.load_state_dict(through_bytes(state), session)
-    assert all(torch.equal(state[name], tensor) for name, tensor in other.state_dict().items())
+    state = editor.state()
+    other.load_state(session, through_bytes(state))
+    assert same_state(state, other.state())
+    # Earlier versions saved the ranks as tensors.
+    earlier = {f"{site.module}.rank": torch.tensor(session.small) for site in session.sites}
+    other.load_state(session, State({**state.tensors, **earlier}))
     expected = {"rank": session.small, "share": session.small / session.shape[1]}
     assert other.record() == {"nullspace": {site.module: expected for site in session.sites}}
 
@@ -103,7 +106,9 @@ def test_relative_l2_does_not_depend_on_the_scale_of_the_keys(session, monkeypat
     monkeypatch.setattr(session, "second_moment", lambda site: 100 * moment(site))
     scaled.prepare(session)
     keys, residual = session.random("k", size=(session.shape[1], 3)), session.random("r", size=(session.shape[0], 3))
-    once, again = (e.solve(Problem(site, k, residual)).dense() for e, k in ((plain, keys), (scaled, 10 * keys)))
+    once, again = (
+        e.solve(session, Problem(site, k, residual)).dense() for e, k in ((plain, keys), (scaled, 10 * keys))
+    )
     assert_close(10 * again, once)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import OptionError
-from editcli.plugin.interfaces import Problem, Update
+from editcli.plugin.interfaces import LowRank, Problem
 from editcli.plugin.options import build
 from editcli_clip.stabilizer import Clip
 from editcli_memit.editor import Memit
@@ -24,11 +24,14 @@ def test_the_bound_holds_throughout_a_stream(session, what):
 
 @pytest.mark.parametrize("what", ["weight", "update"])
 def test_an_update_within_the_bound_is_left_alone(session, what):
-    update = Update(
+    update = LowRank(
         1e-3 * session.random("a", size=(session.shape[0], 2)), session.random("b", size=(session.shape[1], 2))
     )
     clip = Clip(Clip.Options(what=what))
-    assert clip.stabilize_update(update, Problem(session.sites[0], update.right, update.left), session) is update
+    assert (
+        clip.stabilize_update(session, session.sites[0], update, Problem(session.sites[0], update.right, update.left))
+        is update
+    )
     assert clip.record() == {"clipped": {}}
 
 
@@ -37,9 +40,9 @@ def test_an_update_within_the_bound_is_left_alone(session, what):
 def test_a_clipped_update_reaches_its_bound_in_its_own_direction(scale, seed):
     session = FakeSession((6, 9), seed=seed)
     site = session.sites[0]
-    update = Update(scale * session.random("a", size=(6, 2)), session.random("b", size=(9, 2)))
+    update = LowRank(scale * session.random("a", size=(6, 2)), session.random("b", size=(9, 2)))
     clip = Clip(Clip.Options(rho=1.1, what="update"))
-    out = clip.stabilize_update(update, Problem(site, update.right, update.left), session)
+    out = clip.stabilize_update(session, site, update, Problem(site, update.right, update.left))
     bound = 1.1 * float(session.baseline(site).norm())
     norm = float((session.weight(site) + out.dense()).norm())
     assert norm <= bound
@@ -50,10 +53,10 @@ def test_a_clipped_update_reaches_its_bound_in_its_own_direction(scale, seed):
 
 def test_a_clipped_weight_keeps_its_direction(session):
     site, clip = session.sites[0], Clip(Clip.Options(rho=1.0))
-    update = Update(
+    update = LowRank(
         10 * session.random("a", size=(session.shape[0], 2)), session.random("b", size=(session.shape[1], 2))
     )
-    out = clip.stabilize_update(update, Problem(site, update.right, update.left), session)
+    out = clip.stabilize_update(session, site, update, Problem(site, update.right, update.left))
     wanted = session.weight(site) + update.dense()
     assert_close(session.weight(site) + out.dense(), wanted * (session.baseline(site).norm() / wanted.norm()), 1e-5)
 

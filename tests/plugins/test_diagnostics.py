@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from editcli.plugin.interfaces import Site, Update
+from editcli.plugin.interfaces import LowRank, Site
 from editcli.plugin.options import build
 from editcli_norms.diagnostic import Norms, effective_rank
 from editcli_spectra.diagnostic import Spectra
@@ -35,7 +35,7 @@ def rank_of(matrix: np.ndarray) -> float:
 
 @pytest.mark.parametrize("columns", [1, 4, 30])
 def test_norms_equal_those_of_the_dense_update(columns):
-    update, base = Update(random(12, columns), random(20, columns, seed=1)), random(12, 20, seed=2)
+    update, base = LowRank(random(12, columns), random(20, columns, seed=1)), random(12, 20, seed=2)
     found = Norms().observe(session(base, base), {SITE: update})
     dense = update.dense().double().numpy()
     assert found["update_norm_share/layer 3"] == pytest.approx(np.linalg.norm(dense) / float(base.norm()), rel=1e-5)
@@ -43,13 +43,13 @@ def test_norms_equal_those_of_the_dense_update(columns):
 
 
 def test_a_wide_update_is_not_decomposed():
-    update, base = Update(random(12, 5), random(20, 5)), random(12, 20)
+    update, base = LowRank(random(12, 5), random(20, 5)), random(12, 20)
     options = build(Norms.Options, {"most": 4}, owner="norms")
     assert list(Norms(options).observe(session(base, base), {SITE: update})) == ["update_norm_share/layer 3"]
 
 
 def test_an_update_of_zeros_has_rank_zero():
-    assert effective_rank(Update(torch.zeros(4, 2), torch.zeros(5, 2))) == 0
+    assert effective_rank(LowRank(torch.zeros(4, 2), torch.zeros(5, 2))) == 0
 
 
 def test_spectra_are_relative_to_the_base():

@@ -15,7 +15,7 @@ def mean_loss(session, batch):
 def test_a_batch_descends_in_every_site_and_writes_nothing_before_its_turn(session):
     batch, editor = requests_of("b", 3), FineTuning(FineTuning.Options(norm_bound=1.0, lr=0.02))
     before, weights = mean_loss(session, batch), dict(session.weights)
-    editor.values(session, batch)
+    editor.begin(session, batch)
     assert all(session.weights[site] is weights[site] for site in session.sites)
     written = write_batch(session, editor, batch)
     assert mean_loss(session, batch) < 0.5 * before
@@ -71,8 +71,9 @@ def test_an_edit_is_already_true_by_its_loss_before_the_first_step(session):
 
 def test_it_has_no_values_and_no_state(session):
     editor = FineTuning()
-    assert editor.values(session, requests_of("b", 2)) is None
-    assert editor.state_dict() == {}
+    editor.begin(session, requests_of("b", 2))
+    assert not editor.needs_values
+    assert not any(editor.state())
 
 
 def test_unusable_options_are_refused():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import NumericalError, OptionError, StateError
+from editcli.plugin.interfaces import State
 from editcli.plugin.options import build
 from editcli_memit.editor import Memit
 from tests.support.facts import requests_of
@@ -43,13 +44,13 @@ def test_a_light_penalty_writes_the_residual():
 def test_without_remember_there_is_no_state(session):
     editor = Memit()
     editor.prepare(session)
-    assert editor.state_dict() == {}
+    assert not any(editor.state())
 
 
 def test_state_of_another_model_is_refused(session):
     editor = Memit(Memit.Options(remember=True))
     with pytest.raises(StateError, match=r"blocks\.0\.mlp\.out"):
-        editor.load_state_dict({}, session)
+        editor.load_state(session, State())
 
 
 def test_a_singular_moment_is_refused_with_site_and_condition(session, monkeypatch):

@@ -18,7 +18,7 @@ def test_only_values_above_the_weights_own_are_compressed(session):
     site, prune = session.sites[0], Prune()
     limit = float(torch.linalg.matrix_norm(session.baseline(site), 2))
     weight, left, right = with_values(session, site, [7 * limit, 2 * limit, 0.9 * limit, 0.1 * limit])
-    out = prune.stabilize_weight(weight, site, session)
+    out = prune.stabilize_weight(session, site, weight)
     logs = torch.tensor([7.0, 2.0]).double().log() + limit
     expected = torch.cat([logs, torch.tensor([0.9, 0.1], dtype=torch.float64) * limit])
     assert_close(out - session.baseline(site), left * expected @ right.T)
@@ -28,7 +28,7 @@ def test_only_values_above_the_weights_own_are_compressed(session):
 def test_a_moderate_change_is_left_alone(session):
     site, prune = session.sites[0], Prune()
     weight = session.baseline(site) + 0.01 * session.random("d", size=session.shape)
-    assert prune.stabilize_weight(weight, site, session) is weight
+    assert prune.stabilize_weight(session, site, weight) is weight
     assert prune.record() == {"restrained": {site.module: 0}}
 
 
@@ -42,7 +42,7 @@ def test_it_acts_on_the_total_change_and_not_on_a_batch(session):
     for _ in range(10):
         assert float(torch.linalg.matrix_norm(step, 2)) < limit
         total = total + step
-    out = prune.stabilize_weight(total, site, session)
+    out = prune.stabilize_weight(session, site, total)
     assert_close(out - session.baseline(site), (torch.tensor(5.0).double().log() + limit) * left @ right.T)
 
 
@@ -51,6 +51,6 @@ def test_all_values_above_the_limit(session, dtype):
     site, prune = session.sites[0], Prune()
     limit = float(torch.linalg.matrix_norm(session.baseline(site), 2))
     weight, _, _ = with_values(session, site, [9 * limit + i for i in range(min(session.shape))])
-    out = prune.stabilize_weight(weight.to(dtype), site, session)
+    out = prune.stabilize_weight(session, site, weight.to(dtype))
     assert out.dtype == dtype
     assert float(torch.linalg.matrix_norm(out.double() - session.baseline(site), 2)) < limit + 4

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import OptionError
-from editcli.plugin.interfaces import Problem, Update
+from editcli.plugin.interfaces import Dense, LowRank, Problem
 from editcli.plugin.options import build
 from editcli_rect.stabilizer import Rect
 from tests.support.sessions import FakeSession, assert_close
@@ -15,8 +15,8 @@ def problem(session):
 
 
 def test_the_relatively_largest_entries_are_kept_as_they_were(session, problem):
-    change = (update := Update(problem.residual, problem.keys)).dense()
-    kept = Rect().stabilize_update(update, problem, session).dense()
+    change = (update := LowRank(problem.residual, problem.keys)).dense()
+    kept = Rect().stabilize_update(session, problem.site, update, problem).dense()
     relative = (change / session.weight(problem.site)).abs()
     mask = kept != 0
     assert int(mask.sum()) == change.numel() - int(0.6 * change.numel())
@@ -25,8 +25,8 @@ def test_the_relatively_largest_entries_are_kept_as_they_were(session, problem):
 
 
 def test_keeping_everything_changes_nothing(session, problem):
-    update = Update(problem.residual, problem.keys)
-    assert Rect(Rect.Options(keep=1.0)).stabilize_update(update, problem, session) is update
+    update = LowRank(problem.residual, problem.keys)
+    assert Rect(Rect.Options(keep=1.0)).stabilize_update(session, problem.site, update, problem) is update
 
 
 def test_a_change_of_a_zero_weight_counts_as_largest_and_an_unchanged_one_as_smallest():
@@ -34,7 +34,7 @@ def test_a_change_of_a_zero_weight_counts_as_largest_and_an_unchanged_one_as_sma
     site = session.sites[0]
     session.weights[site] = torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]] * 2).double()
     change = torch.tensor([[1e-9, 3.0, 2.0, 1.0, 0.0]] * 2).double()
-    kept = Rect().stabilize_update(Update.from_dense(change), Problem(site, change.T, change), session).dense()
+    kept = Rect().stabilize_update(session, site, Dense(change), Problem(site, change.T, change)).dense()
     assert_close(kept, torch.tensor([[1e-9, 3.0, 0.0, 0.0, 0.0]] * 2).double())
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import OptionError
-from editcli.plugin.interfaces import Problem, Update
+from editcli.plugin.interfaces import Dense, LowRank, Problem
 from editcli.plugin.options import build
 from editcli_memit.editor import Memit
 from editcli_revive.stabilizer import Revive
@@ -33,7 +33,7 @@ def lower_rank(session, monkeypatch):
 
 
 def random_update(session, rank=3):
-    return Update(
+    return LowRank(
         session.random("a", size=(session.shape[0], rank)), session.random("b", size=(session.shape[1], rank))
     )
 
@@ -50,7 +50,7 @@ def test_nothing_is_left_of_an_update_on_the_protected_directions(any_session):
     for site in session.sites:
         left, _, right = leading(session.baseline(site))
         update = random_update(session)
-        change = revive.stabilize_update(update, Problem(site, update.right, update.left), session).dense()
+        change = revive.stabilize_update(session, site, update, Problem(site, update.right, update.left)).dense()
         assert (left.T @ change).norm() <= 1e-6 * change.norm()
         assert (change @ right).norm() <= 1e-6 * change.norm()
 
@@ -59,14 +59,14 @@ def test_factors_and_dense_matrix_give_the_same_and_twice_is_once(any_session):
     session, revive = any_session, prepared(any_session)
     site, update = session.sites[0], random_update(any_session)
     problem = Problem(site, update.right, update.left)
-    once = revive.stabilize_update(update, problem, session)
-    dense = revive.stabilize_update(Update.from_dense(update.dense()), problem, session)
+    once = revive.stabilize_update(session, problem.site, update, problem)
+    dense = revive.stabilize_update(session, problem.site, Dense(update.dense()), problem)
     left, _, right = leading(session.baseline(site))
     rows, columns = torch.eye(session.shape[0]).double(), torch.eye(session.shape[1]).double()
     expected = (rows - left @ left.T) @ update.dense() @ (columns - right @ right.T)
     assert_close(once.dense(), expected)
     assert_close(dense.dense(), expected)
-    assert_close(revive.stabilize_update(once, problem, session).dense(), expected)
+    assert_close(revive.stabilize_update(session, problem.site, once, problem).dense(), expected)
     assert once.left.shape == update.left.shape
 
 
@@ -76,9 +76,9 @@ def test_an_update_within_the_null_space_passes_unchanged(monkeypatch):
     lower_rank(session, monkeypatch)
     revive, site = prepared(session), session.sites[0]
     left, _, right = torch.linalg.svd(session.baseline(site))
-    update = Update(left[:, 4:5], right[8:9].T)
+    update = LowRank(left[:, 4:5], right[8:9].T)
     assert_close(
-        revive.stabilize_update(update, Problem(site, update.right, update.left), session).dense(), update.dense()
+        revive.stabilize_update(session, site, update, Problem(site, update.right, update.left)).dense(), update.dense()
     )
 
 
@@ -103,7 +103,7 @@ def test_current_basis_follows_the_weight(session):
     revive, site = prepared(session, basis="current"), session.sites[0]
     left, _, right = leading(session.weight(site))
     update = random_update(session)
-    change = revive.stabilize_update(update, Problem(site, update.right, update.left), session).dense()
+    change = revive.stabilize_update(session, site, update, Problem(site, update.right, update.left)).dense()
     assert (left.T @ change).norm() <= 1e-6 * change.norm()
     assert (change @ right).norm() <= 1e-6 * change.norm()
 
@@ -111,7 +111,7 @@ def test_current_basis_follows_the_weight(session):
 def test_record_tells_k_and_what_was_removed(session):
     revive, site = prepared(session), session.sites[0]
     left, _, right = leading(session.baseline(site))
-    revive.stabilize_update(Update(left[:, :1], right[:, :1]), Problem(site, right, left), session)
+    revive.stabilize_update(session, site, LowRank(left[:, :1], right[:, :1]), Problem(site, right, left))
     figures = revive.record()["sites"][site.module]
     assert figures["k"] == left.shape[1]
     assert figures["removed_left"] == pytest.approx(1.0)
@@ -120,8 +120,8 @@ def test_record_tells_k_and_what_was_removed(session):
 
 def test_float32_factors_stay_float32(session):
     update, site = random_update(session), session.sites[0]
-    update = Update(update.left.float(), update.right.float())
-    out = prepared(session).stabilize_update(update, Problem(site, update.right, update.left), session)
+    update = LowRank(update.left.float(), update.right.float())
+    out = prepared(session).stabilize_update(session, site, update, Problem(site, update.right, update.left))
     assert out.left.dtype == out.right.dtype == torch.float32
     left, _, _ = leading(session.baseline(site))
     assert (left.T @ out.dense().double()).norm() <= 1e-6 * out.norm()

@@ -51,7 +51,7 @@ def test_its_state_is_one_matrix_a_site(session):
     """The name is read from run folders that exist already."""
     editor = RlsEdit()
     editor.prepare(session)
-    assert set(editor.state_dict()) == {f"{site.module}.inverse_gram" for site in session.sites}
+    assert set(editor.state().tensors) == {f"{site.module}.inverse_gram" for site in session.sites}
 
 
 def test_no_anchor_at_all_is_refused():

@@ -55,7 +55,7 @@ def test_a_stack_keeps_the_promise_on_values_and_that_of_its_last_filter(order: 
     for number in range(3):
         batch, weights = requests_of(f"b{number}", 3), dict(session.weights)
         values = session.values(batch)
-        anchored = stack["nas"].stabilize_values(values, session)
+        anchored = stack["nas"].stabilize_values(session, values)
         torch.testing.assert_close(anchored.contribution.norm(dim=0), torch.full((3,), 2.0).double())
         written = write_batch(session, method, batch, list(stack.values()))
         first = session.sites[0]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from editcli.errors import OptionError, StateError
+from editcli.plugin.interfaces import State
 from editcli.plugin.options import build
 from editcli_ultraedit.editor import UltraEdit
 from editcli_ultraedit.moments import Moments
@@ -34,15 +35,15 @@ def test_its_state_counts_what_it_saw(session):
     """The names are read from run folders that exist already."""
     editor = UltraEdit()
     write_batch(session, editor, requests_of("a", 3))
-    state = editor.state_dict()
+    state = editor.state().tensors
     assert set(state) == {f"{s.module}.{n}" for s in session.sites for n in ("count", "mean", "squares")}
     assert all(state[f"{site.module}.count"] == 6 for site in session.sites)
 
 
 def test_a_state_saved_before_the_first_batch_is_empty_and_accepted(session):
     editor = UltraEdit()
-    editor.load_state_dict(UltraEdit().state_dict(), session)
-    assert editor.state_dict() == {}
+    editor.load_state(session, UltraEdit().state())
+    assert not any(editor.state())
 
 
 def test_pilots_count_into_the_statistics(session):
@@ -54,15 +55,15 @@ def test_pilots_count_into_the_statistics(session):
 def test_a_single_position_says_what_to_do(session, monkeypatch):
     monkeypatch.setattr(Moments, "counting", lambda self, columns: Moments(1, columns[:, 0], 0 * columns[:, 0]))
     editor, batch = UltraEdit(), requests_of("b", 1)
-    editor.values(session, batch)
+    editor.begin(session, batch)
     with pytest.raises(OptionError, match="--batch-size"):
-        editor.problem(session, session.sites[0], batch, None)
+        editor.update(session, session.sites[0])
 
 
 def test_incomplete_state_is_refused(session):
     state = {f"{session.sites[0].module}.mean": torch.zeros(3)}
     with pytest.raises(StateError, match="incomplete"):
-        UltraEdit().load_state_dict(state, session)
+        UltraEdit().load_state(session, State(state))
 
 
 def test_a_coordinate_that_never_varies_becomes_zero():

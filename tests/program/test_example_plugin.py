@@ -118,13 +118,13 @@ def test_a_plugin_that_broke_since_is_named_with_the_reason(
 ) -> None:
     run = apply("run", "--limit", "2")
     (example / "editcli_orthogonal").unlink()
-    (example / "editcli_orthogonal.py").write_text("editcli_api = 2\n")
+    (example / "editcli_orthogonal.py").write_text("editcli_api = 3\n")
     for name in [name for name in sys.modules if name.partition(".")[0] == "editcli_orthogonal"]:
         monkeypatch.delitem(sys.modules, name)
     capsys.readouterr()
     apply("run", "--resume", code=1)
     warning, error = capsys.readouterr().err.splitlines()
-    said = "editcli-orthogonal 0.1.0 is written for version 2 of the plugin interface"
+    said = "editcli-orthogonal 0.1.0 is written for version 3 of the plugin interface"
     assert warning.startswith("warning: plugin 'orthogonal'")
     assert said in warning
     assert error.startswith(f"error: {run} was made with 'orthogonal' of editcli-orthogonal 0.1.0")

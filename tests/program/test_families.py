@@ -20,7 +20,7 @@ from editcli.errors import ModelError
 from editcli.models.architectures import Family
 from editcli.models.forward import first, tapped
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.plugin.hookspecs import hookimpl
+from editcli.plugin.hookspecs import API_VERSION, hookimpl
 from editcli.plugin.manager import Plugins, load_plugins
 from editcli.reporting import RunReport
 from editcli.requests.reader import read_edits
@@ -287,6 +287,8 @@ def test_an_unknown_regular_family(shared: Path, plugins: Plugins, tmp_path: Pat
 
 def test_a_family_that_a_plugin_brings(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Brings:
+        editcli_api = API_VERSION
+
         @hookimpl
         def editcli_architectures(self) -> list[Family]:
             return [Family("mine", ("gemma2",), mlp_norm="post_feedforward_layernorm")]

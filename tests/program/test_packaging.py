@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -17,8 +18,10 @@ else:
     import tomli as tomllib
 
 import editcli
+import editcli.plugin
 from editcli import API_VERSION, __version__
 from editcli.cli.main import COMMANDS
+from editcli.lazy import public_names
 from editcli.plugin.manager import load_plugins
 from editcli.requests.schema import from_record
 from tests.support.places import ROOT
@@ -72,20 +75,20 @@ def test_dependencies_have_lower_bounds_only() -> None:
 def test_the_version_is_the_packages_and_in_the_changelog() -> None:
     assert __version__ == PROJECT["version"]
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert API_VERSION == 1
+    assert API_VERSION == 2
 
 
 def test_every_public_name_can_be_imported_and_is_known_to_type_checkers() -> None:
-    tree = ast.parse((ROOT / "editcli" / "__init__.py").read_text(encoding="utf-8"))
-    checked = next(node for node in tree.body if isinstance(node, ast.If))
-    declared = {(node.module, node.names[0].asname) for node in checked.body if isinstance(node, ast.ImportFrom)}
-    served = {(module, name) for module, names in editcli._HOMES.items() for name in names}
-    assert declared == served
-    for _, name in served:
-        assert getattr(editcli, name) is not None
-        assert name in dir(editcli)
-    with pytest.raises(AttributeError, match="no_such_name"):
-        _ = editcli.no_such_name
+    """Both facades serve what their stubs declare, and a plugin's author finds the interfaces in either."""
+    for package in (editcli, editcli.plugin):
+        assert package.__file__ is not None
+        declared = public_names(Path(package.__file__).with_suffix(".pyi"))
+        assert declared
+        for name, module in declared.items():
+            assert getattr(package, name) is getattr(importlib.import_module(module), name)
+            assert name in dir(package)
+        with pytest.raises(AttributeError, match="no_such_name"):
+            _ = package.no_such_name
 
 
 def test_ci_runs_the_readmes_own_commands() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.support.places import ROOT
 PACKAGE = ROOT / "editcli"
 
 LAYERS = (
-    ("errors", "reporting", "formatting", "heap"),
+    ("errors", "reporting", "formatting", "heap", "lazy"),
     ("storage", "linalg"),
     ("requests",),
     ("plugin",),
@@ -33,6 +34,8 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FACADES = ("__init__", "__main__")
 """The package's public names and the program stand outside of the layers: they may name any room."""
+DOORS = ("", "plugin")
+"""Packages whose public names load on demand, from their stubs: the whole package, and what a plugin may import."""
 
 
 def rooms() -> list[str]:
@@ -80,7 +83,45 @@ def test_the_facade_of_the_package_is_imported_by_no_room_but_for_the_version() 
         assert names <= {"__version__"}, (room, names)
 
 
-@pytest.mark.parametrize("room", [room for room in rooms() if (PACKAGE / room).is_dir() and room != "testing"])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_only_lists_names_and_is_used_by_no_room(door: str) -> None:
+    """What a room imported through a door would be loaded behind the back of the table of layers."""
+    stub = ast.parse((PACKAGE / door / "__init__.pyi").read_text("utf-8")).body
+    listed = {alias.name for node in stub if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert all(isinstance(node, (ast.ImportFrom, ast.AnnAssign)) for node in stub)
+    package = ".".join(filter(None, ("editcli", door)))
+    for path in PACKAGE.rglob("*.py"):
+        through = {name for _, name in imports(path) if name.rpartition(".")[0] == package}
+        assert not listed & {name.rpartition(".")[2] for name in through}, path
+
+
+def test_the_door_of_plugins_holds_nothing_but_its_names() -> None:
+    body = ast.parse((PACKAGE / "plugin" / "__init__.py").read_text("utf-8")).body
+    assert [type(node).__name__ for node in body] == ["Expr", "ImportFrom", "Assign"]
+    assert ast.unparse(body[-1]).endswith("= attach(__name__, __file__)")
+
+
+def outside() -> list[Path]:
+    """Return the modules and templates of everything that is written as a third party writes it."""
+    paths = [
+        *(ROOT / "plugins").rglob("*.py"),
+        *(path for path in (ROOT / "examples").rglob("*.py") if path.parent.name != "api"),
+        *(path for path in (PACKAGE / "scaffold" / "templates").rglob("*.tmpl") if "import" in path.read_text("utf-8")),
+    ]
+    assert len(paths) > 30
+    return sorted(paths)
+
+
+@pytest.mark.parametrize("path", outside(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_plugin_imports_only_the_door_of_plugins_and_in_tests_the_contracts(path: Path) -> None:
+    found = re.findall(r"^\s*(?:from|import) (editcli(?:\.[\w.]+)?)(?=\s)", path.read_text("utf-8"), re.MULTILINE)
+    allowed = {"editcli.plugin"} | ({"editcli.testing"} if "test" in path.name else set())
+    assert set(found) <= allowed
+
+
+@pytest.mark.parametrize(
+    "room", [room for room in rooms() if (PACKAGE / room).is_dir() and room not in ("testing", *DOORS)]
+)
 def test_the_file_of_a_package_holds_no_code(room: str) -> None:
     """A name has its home in a module that says what it holds; ``editcli.testing`` lists its public names."""
     body = ast.parse((PACKAGE / room / "__init__.py").read_text("utf-8")).body

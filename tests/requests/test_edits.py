@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from editcli.errors import RequestError
-from editcli.plugin.manager import load_formats, load_plugins
+from editcli.plugin.manager import load_plugins
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import Neighbor, from_record
 from editcli.requests.superseding import supersede
@@ -374,7 +374,7 @@ FOREIGN = (
 FIELDS = st.sampled_from(
     [*EDIT, "id", "target_true", "neighborhood_prompts", "locality", "portability", *FOREIGN.split(), "locality_prompt"]
 )
-FORMATS = load_formats(load_plugins())
+FORMATS = load_plugins().formats()
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import editcli_formats
 from editcli.errors import PluginError, RequestError
-from editcli.plugin.hookspecs import hookimpl
-from editcli.plugin.manager import Plugins, load_formats
+from editcli.plugin.hookspecs import API_VERSION, hookimpl
+from editcli.plugin.manager import Plugins
 from editcli.requests.formats import Format, find_format
 from editcli.requests.reader import Collector, read_edits
 from editcli.requests.schema import from_record
@@ -158,7 +158,7 @@ FORMATS = tuple(form() for form in editcli_formats.editcli_formats())
 def formats() -> tuple[Format, ...]:
     plugins = Plugins()
     plugins.register(editcli_formats, "formats")
-    return load_formats(plugins)
+    return plugins.formats()
 
 
 @pytest.fixture
@@ -295,13 +295,15 @@ class Colons(Format):
 
 
 def plugin(*brought: object) -> SimpleNamespace:
-    return SimpleNamespace(editcli_formats=hookimpl(specname="editcli_formats")(lambda: brought))
+    return SimpleNamespace(
+        editcli_api=API_VERSION, editcli_formats=hookimpl(specname="editcli_formats")(lambda: brought)
+    )
 
 
 def test_a_third_partys_format_is_read(file: Any):
     plugins = Plugins()
     plugins.register(plugin(Colons), "colons")
-    formats = load_formats(plugins)
+    formats = plugins.formats()
     (request,) = read_edits(file({"fact": "Grass: blue"}), formats=formats).requests
     assert (request.prompt, request.target_new) == ("Grass is", "blue")
     with pytest.raises(PluginError, match="did you mean 'colons'"):
@@ -317,7 +319,7 @@ def test_a_record_that_two_formats_claim_is_refused(file: Any):
     plugins = Plugins()
     plugins.register(plugin(Colons, Other), "both")
     with pytest.raises(RequestError, match="looks like colons and other; use 'editcli convert --from'"):
-        read_edits(file({"fact": "Grass: blue"}), formats=load_formats(plugins))
+        read_edits(file({"fact": "Grass: blue"}), formats=plugins.formats())
 
 
 def test_two_formats_of_one_name_clash():
@@ -325,14 +327,14 @@ def test_two_formats_of_one_name_clash():
     plugins.register(plugin(Colons), "one")
     plugins.register(plugin(Colons), "two")
     with pytest.raises(PluginError, match="brought by two plugins"):
-        load_formats(plugins)
+        plugins.formats()
 
 
 def test_what_is_no_format_breaks_its_plugin_alone():
     plugins = Plugins()
     plugins.register(plugin(dict), "bad")
     plugins.register(plugin(Colons), "good")
-    assert [form.name for form in load_formats(plugins)] == ["colons"]
+    assert [form.name for form in plugins.formats()] == ["colons"]
     assert "not a named subclass of Format" in plugins.broken["bad"]
 
 

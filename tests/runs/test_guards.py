@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from editcli.editing.pipeline import edit_batch
 from editcli.errors import GuardError, OptionError
-from editcli.plugin.interfaces import Editor, Problem, Site, Update
+from editcli.plugin.interfaces import Editor, LowRank, Problem, Site, Update, Values
 from editcli.records.recovery import recover
 from editcli.records.state import RunFolder
 from editcli.reporting import Silent
+from editcli.settings.core import TargetOptions
 from editcli.settings.guards import Guard, needs_retained, parse_guards, refuse_nonfinite
 from tests.support.facts import CAPITALS
 from tests.support.workshop import STACKS, same_stream
@@ -77,13 +78,16 @@ def test_a_batch_that_is_not_finite_anywhere_leaves_the_weights(broken: str) -> 
     parts[broken] = torch.full((2, 1), float("nan"))
 
     class Fake(Editor):
-        name, reference, needs_values = "fake", "none", False
+        name, reference = "fake", "none"
 
-        def problem(self, session: Any, site: Site, requests: Any, values: Any) -> Problem:
+        def values(self, session: Any, requests: Any) -> Any:
+            return Values(torch.ones(2, 1), zeros := torch.zeros(2, 1), zeros, {}, torch.ones(1))
+
+        def problem(self, session: Any, requests: Any, site: Site, values: Any) -> Problem:
             return Problem(site, parts["keys"], parts["residual"])
 
-        def solve(self, problem: Problem) -> Update:
-            return Update(parts["left"], torch.ones(2, 1))
+        def solve(self, session: Any, problem: Problem) -> Update:
+            return LowRank(parts["left"], torch.ones(2, 1))
 
     written: list[Any] = []
     session: Any = SimpleNamespace(
@@ -92,6 +96,7 @@ def test_a_batch_that_is_not_finite_anywhere_leaves_the_weights(broken: str) -> 
         restore=lambda before: None,
         write=lambda *arguments: written.append(arguments),
         reporter=Silent(),
+        options=TargetOptions(),
     )
     with pytest.raises(GuardError, match="at mlp"):
         edit_batch(session, Fake(), (), (), lambda site, update: None)
@@ -143,9 +148,9 @@ def test_a_guard_on_what_is_measured_keeps_nothing_of_the_batch(shop: Any, guard
 
 def test_a_weight_that_the_saved_type_cannot_hold_stops_the_run(shop: Any) -> None:
     prelude = (
-        "from editcli_memit.editor import Memit\nfrom editcli.plugin.interfaces import Update\n"
-        "def solve(self, problem, real=Memit.solve):\n"
-        "    update = real(self, problem)\n    return Update(update.left * 1e7, update.right)\n"
+        "from editcli_memit.editor import Memit\n"
+        "def solve(self, session, problem, real=Memit.solve):\n"
+        "    return real(self, session, problem).scaled(1e7)\n"
         "Memit.solve = solve"
     )
     ended = shop.apply("out", "--editor", "memit", "--save-dtype", "float16", "--json", prelude=prelude)

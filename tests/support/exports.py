@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editcli import Stabilizer, hookimpl
+from editcli import API_VERSION, Stabilizer, hookimpl
 from tests.support.facts import PLACES
 
 SITES = {"llama": "model.layers.{}.mlp.down_proj", "gpt2": "transformer.h.{}.mlp.c_proj"}
@@ -48,9 +48,12 @@ class Half(Stabilizer):
     name = "half"
     reference = "a test"
 
-    def stabilize_weight(self, weight: Any, site: Any, session: Any) -> Any:
+    def stabilize_weight(self, session: Any, site: Any, weight: Any) -> Any:
         base = session.baseline(site)
         return base + (weight - base) / 2
+
+
+editcli_api = API_VERSION
 
 
 @hookimpl

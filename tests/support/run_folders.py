@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from editcli.plugin.interfaces import Problem, Site, Update
+from editcli.plugin.interfaces import LowRank, Problem, Site
 from editcli.records.state import START, Entry, RunFolder, consume, journal_line
 from editcli.requests.schema import EditRequest, from_record
 from editcli.testing import tiny_model_folder
@@ -66,7 +66,7 @@ def _make(base: Path, out: Path, requests: list[EditRequest], *, batch: int, sca
             site, name = Site(layer, MODULE.format(layer), False), f"{MODULE.format(layer)}.weight"
             left = scale * torch.randn(original.shape[0], len(edits), generator=generator)
             right = torch.randn(original.shape[1], len(edits), generator=generator)
-            problems[site], updates[site] = Problem(site, right.clone(), left.clone()), Update(left, right)
+            problems[site], updates[site] = Problem(site, right.clone(), left.clone()), LowRank(left, right)
             tensors[name] = tensors[name] + left @ right.T
             norm = float(original.norm())
             figures = {

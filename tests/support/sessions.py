@@ -69,7 +69,7 @@ class FakeSession:
         return self.weight(site).double() - self.baseline(site).double()
 
     def second_moment(self, site: Site) -> Tensor:
-        """A well-conditioned Cov with ``small`` eigenvalues below 0.01 and the rest between 1 and 2."""
+        """A well-conditioned C with ``small`` eigenvalues below 0.01 and the rest between 1 and 2."""
         size = self.shape[1]
         basis = torch.linalg.qr(self.random("basis", site.layer, size=(size, size))).Q
         values = 1 + self.random("values", site.layer, size=(size,)).sigmoid()
@@ -155,8 +155,8 @@ class Witness(Stabilizer):
         super().__init__()
         self.updates: dict[Site, Update] = {}
 
-    def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
-        self.updates[problem.site] = update
+    def stabilize_update(self, session: Session, site: Site, update: Update, problem: Problem | None) -> Update:
+        self.updates[site] = update
         return update
 
 

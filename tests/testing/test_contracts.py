@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from editcli.editing.pipeline import edit_batch
 from editcli.errors import GuardError
-from editcli.plugin.interfaces import Diagnostic, Editor, Problem, Stabilizer, Update
+from editcli.plugin.interfaces import Diagnostic, Editor, LowRank, Problem, Stabilizer, State, Update
+from editcli.plugin.plain import recorded
 from editcli.requests.formats import Format
 from editcli.testing import (
     DiagnosticContract,
@@ -25,13 +29,14 @@ from editcli.testing import (
     tiny_session,
 )
 from editcli.testing import models as testing
+from tests.support.reporters import Listener
 
 NAMES = {"name": "broken", "reference": "none", "__doc__": "Break a promise."}
 
 
 class Mutates(PlainEditor):
-    def solve(self, problem: Problem) -> Update:
-        update = super().solve(problem)
+    def solve(self, session: Any, problem: Problem) -> Update:
+        update = super().solve(session, problem)
         problem.residual.zero_()
         return update
 
@@ -41,47 +46,47 @@ class Forgets(PlainEditor):
         super().__init__(options)
         self.count = 1.0
 
-    def solve(self, problem: Problem) -> Update:
-        update = super().solve(problem)
-        return Update(update.left / self.count, update.right)
+    def solve(self, session: Any, problem: Problem) -> Update:
+        update = super().solve(session, problem)
+        return LowRank(update.left / self.count, update.right)
 
     def remember(self, session: Any, requests: Any, problems: Any) -> None:
         self.count += 1
 
 
 class Invents(PlainEditor):
-    def solve(self, problem: Problem) -> Update:
-        update = super().solve(problem)
-        return Update(update.left.nan_to_num(), update.right)
+    def solve(self, session: Any, problem: Problem) -> Update:
+        update = super().solve(session, problem)
+        return LowRank(update.left.nan_to_num(), update.right)
 
 
 class WritesAnyway(PlainEditor):
-    def solve(self, problem: Problem) -> Update:
-        return Update(torch.ones_like(problem.residual), problem.keys)
+    def solve(self, session: Any, problem: Problem) -> Update:
+        return LowRank(torch.ones_like(problem.residual), problem.keys)
 
 
 class WritesBackwards(PlainEditor):
-    def solve(self, problem: Problem) -> Update:
-        update = super().solve(problem)
-        return Update(-update.left, update.right)
+    def solve(self, session: Any, problem: Problem) -> Update:
+        update = super().solve(session, problem)
+        return LowRank(-update.left, update.right)
 
 
 class Rolls(PlainEditor):
     def prepare(self, session: Any) -> None:
         self.noise = float(torch.rand(1))
 
-    def solve(self, problem: Problem) -> Update:
-        update = super().solve(problem)
-        return Update(update.left * (1 + self.noise), update.right)
+    def solve(self, session: Any, problem: Problem) -> Update:
+        update = super().solve(session, problem)
+        return LowRank(update.left * (1 + self.noise), update.right)
 
 
 class Transposes(Stabilizer):
-    def stabilize_update(self, update: Update, problem: Problem, session: Any) -> Update:
-        return Update(update.right, update.left)
+    def stabilize_update(self, session: Any, site: Any, update: Any, problem: Any) -> Update:
+        return LowRank(update.right, update.left)
 
 
 class InPlace(Stabilizer):
-    def stabilize_update(self, update: Update, problem: Problem, session: Any) -> Update:
+    def stabilize_update(self, session: Any, site: Any, update: Any, problem: Any) -> Update:
         update.left.mul_(0.5)
         return update
 
@@ -91,25 +96,73 @@ class AdvancesEarly(Stabilizer):
         super().__init__(options)
         self.seen = 0
 
-    def stabilize_update(self, update: Update, problem: Problem, session: Any) -> Update:
+    def stabilize_update(self, session: Any, site: Any, update: Any, problem: Any) -> Update:
         self.seen += 1
-        return Update(update.left / self.seen, update.right)
+        return LowRank(update.left / self.seen, update.right)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"seen": torch.tensor(self.seen)}
+    def state(self) -> State:
+        return State(json={"seen": self.seen})
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor], session: Any) -> None:
-        self.seen = int(state["seen"])
+    def load_state(self, session: Any, state: State) -> None:
+        self.seen = state.json["seen"]
+
+
+class RemembersUndeclared(AdvancesEarly):
+    def stabilize_update(self, session: Any, site: Any, update: Any, problem: Any) -> Update:
+        return update
+
+    def remember(self, session: Any, problems: Any, updates: Any) -> None:
+        self.seen += 1
+
+
+class ActsUndeclared(Stabilizer):
+    acts_on = ("values",)
+
+    def stabilize_weight(self, session: Any, site: Any, weight: Any) -> Any:
+        return weight
+
+
+class DropsOnPaper(Stabilizer):
+    def stabilize_values(self, session: Any, values: Any) -> Any:
+        return replace(values, dropped={1: "too long"})
+
+
+class NeedsFactors(Stabilizer):
+    def stabilize_update(self, session: Any, site: Any, update: Any, problem: Any) -> Update:
+        return LowRank(update.left / 2, update.right)
+
+
+class NeedsAProblem(Stabilizer):
+    def stabilize_update(self, session: Any, site: Any, update: Any, problem: Any) -> Update:
+        return update if problem.keys.isfinite().all() else update.scaled(0.0)
+
+
+class RecordsATensor(Stabilizer):
+    def record(self) -> dict[str, Any]:
+        return {"sites": [{"norm": torch.tensor(1.0)}]}
+
+
+class RecordsNaN(PlainEditor):
+    def record(self) -> dict[str, Any]:
+        return {"norm": float("nan")}
+
+
+class KeepsAScalarOfNumpy(Diagnostic):
+    def state(self) -> State:
+        return State(json={"seen": np.float64(1.0)})
+
+    def load_state(self, session: Any, state: State) -> None:
+        pass
 
 
 class Mixes(Stabilizer):
-    def stabilize_values(self, values: Any, session: Any) -> Any:
+    def stabilize_values(self, session: Any, values: Any) -> Any:
         return values.with_contribution(values.contribution / values.contribution.norm())
 
 
 class Adds(Stabilizer):
-    def stabilize_update(self, update: Update, problem: Problem, session: Any) -> Update:
-        return Update(update.left + 1, update.right)
+    def stabilize_update(self, session: Any, site: Any, update: Any, problem: Any) -> Update:
+        return LowRank(update.left + 1, update.right)
 
 
 class Unexplained(Stabilizer):
@@ -172,6 +225,14 @@ BROKEN = [
     (InPlace, "test_it_maps_each_type", AssertionError),
     (AdvancesEarly, "test_only_remember", AssertionError),
     (AdvancesEarly, "test_an_undo", AssertionError),
+    (RemembersUndeclared, "test_a_state_that_advances", AssertionError),
+    (ActsUndeclared, "test_it_acts_on_what", AssertionError),
+    (DropsOnPaper, "test_an_edit_that_failed", AssertionError),
+    (NeedsFactors, "test_it_maps_each_type", AttributeError),
+    (NeedsAProblem, "test_it_maps_each_type", AttributeError),
+    (RecordsATensor, "test_what_it_records", AssertionError),
+    (RecordsNaN, "test_what_it_records", AssertionError),
+    (KeepsAScalarOfNumpy, "test_what_it_records", AssertionError),
     (Mixes, "test_an_edit_that_failed", AssertionError),
     (Adds, "test_nothing_to_write", AssertionError),
     (Unexplained, "test_options_are_frozen", AssertionError),
@@ -214,15 +275,64 @@ def test_a_broken_promise_is_noticed(component: type, prefix: str, error: type[E
     assert Path(str(caught.traceback[-1].path)).parent == room
 
 
+HEAVY = """
+import torch
+from editcli.plugin import Stabilizer
+
+class Heavy(Stabilizer):
+    "Import torch at once."
+    name = "heavy"
+    reference = "none"
+"""
+
+
+def test_a_module_that_imports_torch_when_it_is_listed_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    test = "test_listing_it_does_not_import_torch"
+    for name, code in (("heavy_one", HEAVY), ("light_one", HEAVY.replace("import torch\n", ""))):
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        component = importlib.import_module(name).Heavy
+        made = type("Made", (StabilizerContract,), {"component": component})()
+        with pytest.raises(AssertionError) if name == "heavy_one" else nullcontext():
+            getattr(made, test)()
+
+
+def test_a_record_that_json_cannot_hold_costs_a_warning_and_not_the_run() -> None:
+    class Raises(Stabilizer):
+        name = "raises"
+
+        def record(self) -> dict[str, Any]:
+            raise ZeroDivisionError("no edits")
+
+    class Mixed(Stabilizer):
+        name = "mixed"
+
+        def record(self) -> dict[str, Any]:
+            bad = {"t": torch.tensor(1), "n": [1.0, float("inf")], 3: "three", "f": np.float64(2)}
+            return {"good": (1, True, None, "a", 0.5), **bad}  # pyright: ignore[reportReturnType]
+
+    listener = Listener()
+    assert recorded(Raises(), listener) == {}
+    kept = {"good": [1, True, None, "a", 0.5], "t": None, "n": [1.0, None], "f": None}
+    assert recorded(Mixed(), listener) == kept
+    assert listener.warnings == [
+        "raises could not record its figures: ZeroDivisionError: no edits",
+        "mixed records what JSON cannot hold, which is left out: it has the key 3, which is no text; t is a "
+        "torch.Tensor; n[1] is inf; f is a numpy.float64",
+    ]
+
+
 class GivesNaN(PlainEditor):
-    def solve(self, problem: Problem) -> Update:
-        update = super().solve(problem)
-        return Update(update.left.clone().index_fill_(0, torch.tensor([0]), float("nan")), update.right)
+    def solve(self, session: Any, problem: Problem) -> Update:
+        update = super().solve(session, problem)
+        return LowRank(update.left.clone().index_fill_(0, torch.tensor([0]), float("nan")), update.right)
 
 
 class HidesNaN(Stabilizer):
-    def stabilize_update(self, update: Update, problem: Problem, session: Any) -> Update:
-        return Update(update.left.nan_to_num(), update.right)
+    def stabilize_update(self, session: Any, site: Any, update: Any, problem: Any) -> Update:
+        return LowRank(update.left.nan_to_num(), update.right)
 
 
 def test_an_update_that_is_not_finite_is_refused_before_a_stabilizer_can_hide_it(tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from editcli import OptionError, Problem, Site, StateError, Update
-from editcli.plugin.manager import Plugins
-from editcli.plugin.options import build
-from editcli.testing import StabilizerContract
+from editcli.plugin import LowRank, OptionError, Problem, Site, State, StateError, Update
+from editcli.testing import Plugins, StabilizerContract, build
 
 import editcli_orthogonal
 from editcli_orthogonal.stabilizer import Orthogonal, leading
@@ -62,7 +60,7 @@ def batches(session: OneSite, count: int) -> list[tuple[Problem, Update]]:
     for number in range(count):
         keys = draw(columns, 2, seed=10 + number - (number % 3 == 2))
         left = draw(rows, 2, seed=50 + number)
-        found.append((Problem(SITE, keys, left), Update(0.1 * left, keys)))
+        found.append((Problem(SITE, keys, left), LowRank(0.1 * left, keys)))
     return found
 
 
@@ -70,7 +68,7 @@ def run(session: Any, stabilizer: Orthogonal, given: list[tuple[Problem, Update]
     """Write batches as editcli does; return what was written."""
     written = []
     for problem, update in given:
-        stable = stabilizer.stabilize_update(update, problem, session)
+        stable = stabilizer.stabilize_update(session, SITE, update, problem)
         session.current = session.current + stable.dense()
         stabilizer.remember(session, [problem], {SITE: stable})
         written.append(stable.dense())
@@ -164,7 +162,7 @@ def test_a_resumed_stream_goes_on_bit_by_bit() -> None:
     first.prepare(broken)
     run(unbroken, whole, given)
     run(broken, first, given[:5])
-    second.load_state_dict(first.state_dict(), broken)
+    second.load_state(broken, first.state())
     run(broken, second, given[5:])
     assert torch.equal(unbroken.current, broken.current)
     assert second.record() == whole.record()
@@ -172,7 +170,7 @@ def test_a_resumed_stream_goes_on_bit_by_bit() -> None:
 
 def test_a_state_of_another_model_is_refused() -> None:
     with pytest.raises(StateError, match=r"nothing for blocks\.0\.mlp\.out"):
-        Orthogonal().load_state_dict({}, SimpleNamespace(sites=(SITE,)))
+        Orthogonal().load_state(SimpleNamespace(sites=(SITE,)), State())
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli import Problem, Session, Site, Stabilizer, StateError, Update, option
+from editcli.plugin import Problem, Session, Site, Stabilizer, State, StateError, Update, option
 
 from editcli_orthogonal.noise import Noise
 
@@ -32,6 +32,8 @@ class Orthogonal(Stabilizer):
 
     name: ClassVar[str] = "orthogonal"
     reference: ClassVar[str] = "arXiv:2505.07899"
+    acts_on: ClassVar[Collection[str]] = {"problems"}
+    remembers: bool = True
 
     @dataclass(frozen=True)
     class Options:
@@ -57,38 +59,41 @@ class Orthogonal(Stabilizer):
     def prepare(self, session: Session) -> None:
         self.noise = {site.module: Noise() for site in session.sites}
 
-    def stabilize_update(self, update: Update, problem: Problem, session: Session) -> Update:
+    def stabilize_update(self, session: Session, site: Site, update: Update, problem: Problem | None) -> Update:
         """Project the update if the noise on its keys is exceptional; the state advances in ``remember`` alone."""
-        change = _change(problem.site, session)
-        if not self._is_exceptional(problem.site, _overlap(change, problem.keys)):
+        if problem is None:  # Without target values there are no keys of edits to measure noise on.
             return update
-        basis = leading(change, self.options.share).to(update.left)
-        left = update.left - basis @ (basis.T @ update.left)
+        change = _change(session, site)
+        if not self._is_exceptional(site, _overlap(change, problem.keys)):
+            return update
+        basis = leading(change, self.options.share)
+
+        def outside(columns: Tensor) -> Tensor:
+            """Return the part of ``columns``, of length d_out, that is orthogonal to the basis."""
+            return columns - basis.to(columns) @ (basis.to(columns).T @ columns)
+
         # A second pass removes what rounding left of a component much larger than the rest.
-        return Update(left - basis @ (basis.T @ left), update.right)
+        return update.mapped(outside).mapped(outside)
 
     def remember(self, session: Session, problems: Sequence[Problem], updates: Mapping[Site, Update]) -> None:
         """Count the batch in; an undo calls this with the recorded batches, so only what they hold is used."""
         for problem in problems:
-            before = _change(problem.site, session) - updates[problem.site].dense()
+            before = _change(session, problem.site) - updates[problem.site].dense()
             noise = _overlap(before, problem.keys)
             self.noise[problem.site.module] = self.noise[problem.site.module].counting(
                 noise, decay=self.options.decay, exceptional=self._is_exceptional(problem.site, noise)
             )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return each site's batches, mean, variance and exceptional batches, (4,) float64, by module name."""
-        import torch
+    def state(self) -> State:
+        """Return each site's figures by module name."""
+        return State(json={module: asdict(seen) for module, seen in self.noise.items()})
 
-        return {module: torch.tensor(astuple(seen), dtype=torch.float64) for module, seen in self.noise.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor], session: Session) -> None:
+    def load_state(self, session: Session, state: State) -> None:
         self.prepare(session)
         for module in self.noise:
-            if module not in state or state[module].shape != (4,):
+            if module not in state.json:
                 raise StateError(f"the saved state of orthogonal has nothing for {module}; start a new run")
-            batches, mean, variance, exceptional = state[module].tolist()
-            self.noise[module] = Noise(int(batches), mean, variance, int(exceptional))
+            self.noise[module] = Noise(**state.json[module])
 
     def record(self) -> dict[str, Any]:
         """Return what is usual at each site, and how many batches were exceptional."""
@@ -110,7 +115,7 @@ def leading(change: Tensor, share: float) -> Tensor:
     return vectors.flip(1)[:, :count]
 
 
-def _change(site: Site, session: Session) -> Tensor:
+def _change(session: Session, site: Site) -> Tensor:
     """Return C = W - W_0, (d_out, d_in)."""
     weight = session.weight(site)
     return weight - session.baseline(site).to(weight)

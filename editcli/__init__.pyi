@@ -1,0 +1,37 @@
+from editcli.api import Edited as Edited
+from editcli.api import EditStream as EditStream
+from editcli.api import Stream as Stream
+from editcli.api import edit as edit
+from editcli.errors import EditError as EditError
+from editcli.errors import GuardError as GuardError
+from editcli.errors import ModelError as ModelError
+from editcli.errors import NumericalError as NumericalError
+from editcli.errors import OptionError as OptionError
+from editcli.errors import PluginError as PluginError
+from editcli.errors import RequestError as RequestError
+from editcli.errors import StateError as StateError
+from editcli.errors import StatisticsError as StatisticsError
+from editcli.evaluation.metrics import evaluate as evaluate
+from editcli.models.loading import open_model as open_model
+from editcli.models.loading import resolve_model as resolve_model
+from editcli.plugin.families import Family as Family
+from editcli.plugin.hookspecs import API_VERSION as API_VERSION
+from editcli.plugin.hookspecs import hookimpl as hookimpl
+from editcli.plugin.interfaces import Component as Component
+from editcli.plugin.interfaces import Diagnostic as Diagnostic
+from editcli.plugin.interfaces import Editor as Editor
+from editcli.plugin.interfaces import Problem as Problem
+from editcli.plugin.interfaces import Session as Session
+from editcli.plugin.interfaces import Site as Site
+from editcli.plugin.interfaces import Stabilizer as Stabilizer
+from editcli.plugin.interfaces import Update as Update
+from editcli.plugin.interfaces import Values as Values
+from editcli.plugin.manager import load_plugins as load_plugins
+from editcli.plugin.options import option as option
+from editcli.reporting import RunReport as RunReport
+from editcli.requests.formats import Format as Format
+from editcli.requests.reader import read_edits as read_edits
+from editcli.requests.schema import EditRequest as EditRequest
+from editcli.settings.recipe import Recipe as Recipe
+
+__version__: str
