@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 
 from editcli.cli import libraries
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.completion import VARIABLE
 from editcli.cli.main import build_cli
 from editcli.distributed.launch import Launch

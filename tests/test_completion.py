@@ -13,7 +13,7 @@ import pytest
 from click.shell_completion import ShellComplete
 
 from editcli.__main__ import main
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.completion import SHELLS, VARIABLE
 from editcli.cli.main import COMMANDS, build_cli
 from editcli.errors import EditError

@@ -24,7 +24,6 @@ from editcli.plugin import hookspecs
 from editcli.plugin.manager import Plugins, load_plugins
 from editcli.plugin.options import describe
 from editcli.presets.loader import all_presets
-from editcli.settings.config import COMMAND_LINE_ONLY
 from editcli.settings.core import CORE
 from tools.docs_blocks import DOCS, ROOT, finish, replaced
 
@@ -227,7 +226,7 @@ def _settings() -> str:
         if not isinstance(option, click.Option) or not option.help:
             continue
         flag = max(option.opts, key=len)
-        settable = option.envvar and option.name not in COMMAND_LINE_ONLY and flag != "--config"
+        settable = option.envvar and not getattr(option, "cli_only", False)
         key, variable = (f"`{flag[2:]}`" if settable else "", f"`{option.envvar}`" if option.envvar else "")
         lines.append(f"| `{flag}` | {key} | {variable} | {_cell(option.help)} |")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from editcli.cli.group import LazyGroup, add_plugin_commands
+from editcli.cli.command import LazyGroup, add_plugin_commands
 from editcli.plugin.manager import Plugins
 
 COMMANDS = {

@@ -91,7 +91,7 @@ class Loading:
         False,
         "Run the code that comes with the model. It can do anything you can.",
         section=MODEL,
-        env=False,
+        cli_only=True,
         place=True,
         loads=True,
     )
@@ -149,10 +149,22 @@ class Recipe(ChatLoading):
 
     edits: str = setting(..., "Edits file; - is standard input.", value="file", place=True, decides=True)
     model: str | None = setting(
-        None, "Folder or hub id.  [default: the bundled model]", section=MODEL, value="model", place=True, decides=True
+        None,
+        "Folder or hub id.  [default: the bundled model]",
+        section=MODEL,
+        flags=("-m",),
+        value="model",
+        place=True,
+        decides=True,
     )
     revision: str | None = setting(
-        None, "Branch, tag or commit of a hub id.", section=MODEL, place=True, decides=True, loads=True
+        None,
+        "Branch, tag or commit of a hub id.",
+        section=MODEL,
+        metavar="REVISION",
+        place=True,
+        decides=True,
+        loads=True,
     )
     parallel: str = setting(
         "data",
@@ -216,10 +228,10 @@ class Recipe(ChatLoading):
         "", "Folder to write.  [default: <edits stem>-edited]", section=OUTPUT, value="folder", place=True, folder=True
     )
     overwrite: bool = setting(
-        False, "Replace DIR if an earlier run wrote it.", section=OUTPUT, env=False, place=True, folder=True
+        False, "Replace DIR if an earlier run wrote it.", section=OUTPUT, cli_only=True, place=True, folder=True
     )
     resume: bool = setting(
-        False, "Continue the run in DIR, with the same edits or more.", section=OUTPUT, env=False, folder=True
+        False, "Continue the run in DIR, with the same edits or more.", section=OUTPUT, cli_only=True, folder=True
     )
     save_dtype: str = setting(
         "auto", "Type of the edited tensors in the file; auto is the checkpoint's own.", section=OUTPUT, choices=DTYPES

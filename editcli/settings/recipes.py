@@ -36,6 +36,7 @@ class EvalRecipe(ChatLoading):
         env=False,
         value="model",
         metavar="[MODEL]",
+        bare=OWN_BASE,
     )
     """A folder, a hub id, or :data:`OWN_BASE`."""
     metrics: tuple[str, ...] = setting(
@@ -121,7 +122,7 @@ class TuneRecipe:
     text: str | None = setting(
         None, "Text for the drift.  [default: the bundled held-out text]", section=SEARCH, value="file"
     )
-    resume: bool = setting(False, "Continue the search in DIR.", env=False)
+    resume: bool = setting(False, "Continue the search in DIR.", cli_only=True)
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -33,7 +33,11 @@ class Setting:
     variable: str | None = None
     """The variable that sets it; None names it after the field."""
     env: bool = True
-    """Whether a variable and ``editcli.toml`` may set it: not where it deletes, or runs a stranger's code."""
+    """Whether a variable and the top of ``editcli.toml`` set it: not where each command has its own meaning of it."""
+    cli_only: bool = False
+    """Whether only the command line may set it, because it deletes, continues a run or runs a stranger's code."""
+    bare: str | None = None
+    """What it means on the command line without a value; None where it needs one."""
     value: str = ""
     """What its text names, such as ``file`` or ``device``: decides what a shell offers."""
     metavar: str | None = None
@@ -57,7 +61,7 @@ class Setting:
     @property
     def declarations(self) -> tuple[str, ...]:
         """All spellings; a truth value that a file may set has one for each value."""
-        off = f"/--no-{self.flag[2:]}" if self.kind is bool and self.env else ""
+        off = f"/--no-{self.flag[2:]}" if self.kind is bool and self.env and not self.cli_only else ""
         return (self.flag + off, *(flag for flag in self.flags if flag != self.flag))
 
     def require(self, value: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.main import build_cli
 from editcli.errors import OptionError, StateError
 from editcli.plugin.manager import Plugins
