@@ -23,6 +23,7 @@ OUT_HELP = "Folder for one run per stack, bench.json and bench.png; a stopped be
 @option(
     "--stacks",
     default=STACKS,
+    show_default=False,
     value="stacks",
     section="Method",
     help=f"Stacks to compare, each EDITOR+STABILIZER+...  [default: {STACKS.replace(',', ', ')}]",

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,7 +16,9 @@ from editcli.plugin.manager import Plugins
 from editcli.plugin.options import parse_assignments
 from editcli.settings.config import Config, load_config
 from editcli.settings.core import CORE
-from editcli.settings.recipe import Recipe, check_section
+
+if TYPE_CHECKING:
+    from editcli.settings.recipe import Recipe
 
 
 def refuse_idle_options(recipe: Recipe, assignments: Iterable[str], plugins: Plugins) -> None:
@@ -48,6 +51,7 @@ def read_config(context: click.Context, parameter: click.Parameter, path: Path |
 
 def _check(config: Config, context: click.Context, app: App) -> None:
     from editcli.cli.apply import apply
+    from editcli.settings.recipe import check_section
 
     name, command = context.info_name or "", context.command
     components = {component for kind in app.plugins.kinds for component in app.plugins.all(kind)}

@@ -12,11 +12,7 @@ from editcli.settings.recipe import Loading
 @argument("base", "BASE", "model")
 @argument("edited", "EDITED", "model")
 @option(
-    "--ranks/--no-ranks",
-    default=True,
-    show_default=True,
-    section="Comparison",
-    help="Estimate the numerical rank of each difference.",
+    "--ranks/--no-ranks", default=True, section="Comparison", help="Estimate the numerical rank of each difference."
 )
 @option(
     "--prompt",
@@ -26,14 +22,7 @@ from editcli.settings.recipe import Loading
     section="Generation",
     help="Show both models' continuations of TEXT; repeatable.",
 )
-@option(
-    "--tokens",
-    type=COUNT,
-    default=20,
-    show_default=True,
-    section="Generation",
-    help="Tokens to write after each prompt.",
-)
+@option("--tokens", type=COUNT, default=20, section="Generation", help="Tokens to write after each prompt.")
 @options_of(Loading, "device", device={"section": "Run"})
 def diff(app: App, /, base: str, edited: str, prompts: tuple[str, ...], tokens: int, ranks: bool, device: str) -> None:
     """Show which tensors of EDITED differ from BASE and by how much, and both models' answers to the same prompts.

@@ -39,7 +39,6 @@ FIGURES = "Figures"
     "--svd",
     type=click.Choice(["auto", "exact", "randomized"]),
     default="auto",
-    show_default=True,
     section=FIGURES,
     help="auto decomposes small matrices exactly and estimates large ones, with the error stated.",
 )

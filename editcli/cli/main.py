@@ -1,4 +1,4 @@
-"""The command line: one file per command, each parsing, calling the library once and rendering."""
+"""The table of commands and the group that they make."""
 
 from __future__ import annotations
 
@@ -36,19 +36,6 @@ def build_cli(plugins: Plugins) -> click.Group:
         epilog="Most options can also be set in editcli.toml or as EDITCLI_<OPTION>; the command line wins.",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
-    group.params.append(_version_option())
+    click.version_option(package_name="editcli", message="editcli %(version)s")(group)
     add_plugin_commands(group, plugins)
     return group
-
-
-def _version_option() -> click.Option:
-    def show(context: click.Context, parameter: click.Parameter, value: bool) -> None:
-        if value and not context.resilient_parsing:
-            from editcli import __version__
-
-            click.echo(f"editcli {__version__}")
-            context.exit()
-
-    return click.Option(
-        ["--version"], is_flag=True, expose_value=False, is_eager=True, callback=show, help="Show the version and exit."
-    )

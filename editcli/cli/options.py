@@ -12,7 +12,7 @@ import click
 
 from editcli.cli.app import App
 from editcli.cli.config import read_config
-from editcli.cli.values import VALUES, CommaSeparated, Value, after_comma, split_commas
+from editcli.cli.values import VALUES, split_commas
 from editcli.formatting import shorten
 from editcli.settings.setting import Setting, settings_of
 
@@ -54,24 +54,26 @@ class Option(click.Option):
 
 
 def option(
-    *declarations: str, section: str = OTHER, env: bool = True, cli_only: bool = False, value: str = "", **settings: Any
+    *declarations: str, section: str = OTHER, env: bool = True, cli_only: bool = False, value: str = "", **facts: Any
 ) -> Callable[[Any], Any]:
     """Declare an option; ``EDITCLI_<NAME>`` sets it too, unless ``env`` is false or it is ``cli_only``.
 
-    ``value`` names one of :data:`VALUES`: what a text stands for.
+    ``value`` names one of :data:`VALUES`: the kind of its value.
     """
-    kind = VALUES.get(value, Value())
-    settings = {"metavar": kind.metavar, "shell_complete": kind.complete, "type": kind.type, **settings}
+    if value:
+        kind = VALUES[value]
+        facts = {"metavar": kind.metavar, "shell_complete": kind.complete, "type": kind.type, **facts}
     if env and not cli_only:
-        settings.setdefault("envvar", _variable(declarations))
-    return click.option(*declarations, cls=Option, section=section, cli_only=cli_only, **settings)
+        facts.setdefault("envvar", _variable(declarations))
+    if facts.get("default") is not None:
+        facts.setdefault("show_default", facts["default"] not in ("", ()) and facts["default"] is not False)
+    return click.option(*declarations, cls=Option, section=section, cli_only=cli_only, **facts)
 
 
-def argument(name: str, metavar: str, value: str, **settings: Any) -> Callable[[Any], Any]:
-    """Declare an argument; brackets in ``metavar`` say that it may be left out."""
-    required = not metavar.startswith("[")
-    complete = VALUES[value].complete
-    return click.argument(name, metavar=metavar, required=required, shell_complete=complete, **settings)
+def argument(name: str, metavar: str, value: str, **facts: Any) -> Callable[[Any], Any]:
+    """Declare an argument; brackets in ``metavar`` make it optional."""
+    complete, required = VALUES[value].complete, not metavar.startswith("[")
+    return click.argument(name, metavar=metavar, required=required, shell_complete=complete, **facts)
 
 
 def options_of(recipe: type[Any], *names: str, **changes: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -93,9 +95,8 @@ def options_of(recipe: type[Any], *names: str, **changes: Mapping[str, Any]) -> 
 
 
 def _option_of(setting: Setting) -> Callable[[Any], Any]:
-    kind = VALUES.get(setting.value, Value())
-    facts: dict[str, Any] = {"default": setting.default, "metavar": setting.metavar or kind.metavar}
-    types = (setting.kind, *typing.get_args(setting.kind))
+    facts: dict[str, Any] = {"help": setting.help, "default": setting.default}
+    facts |= {name: text for name, text in (("metavar", setting.metavar), ("envvar", setting.variable)) if text}
     if setting.bare is not None:
         facts |= {"is_flag": False, "flag_value": setting.bare}
     elif setting.kind is bool:
@@ -103,12 +104,10 @@ def _option_of(setting: Setting) -> Callable[[Any], Any]:
     elif setting.choices:
         facts["type"] = click.Choice(setting.choices)
     elif setting.default == ():
-        facts["multiple"] = True
-        if kind.type is None:
-            facts |= {"type": CommaSeparated(), "callback": split_commas, "shell_complete": after_comma(kind.complete)}
-    elif int in types:
+        facts |= {"multiple": True, "callback": split_commas}
+    elif setting.least is not None:
         facts["type"] = click.IntRange(min=setting.least)
-    elif float in types:
+    elif float in (setting.kind, *typing.get_args(setting.kind)):
         facts["type"] = float
     return option(
         *setting.declarations,
@@ -117,10 +116,7 @@ def _option_of(setting: Setting) -> Callable[[Any], Any]:
         env=setting.env,
         cli_only=setting.cli_only,
         value=setting.value,
-        help=setting.help,
-        show_default=setting.default not in (None, "", ()) and setting.default is not False,
         **facts,
-        **({"envvar": setting.variable} if setting.variable else {}),
     )
 
 
@@ -140,15 +136,7 @@ assignments_option = option(
     section="Method",
     help="Set an option of a method; repeatable. 'editcli plugins NAME' lists them.",
 )
-tau_option = option(
-    "--tau",
-    type=float,
-    default=0.1,
-    show_default=True,
-    metavar="SHARE",
-    section="Figures",
-    help="Share of the spectrum for k(tau).",
-)
+tau_option = option("--tau", default=0.1, metavar="SHARE", section="Figures", help="Share of the spectrum for k(tau).")
 threshold_option = option(
     "--threshold",
     "thresholds",

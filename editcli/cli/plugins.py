@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import click
 
@@ -38,20 +39,14 @@ def plugins(app: App, /) -> None:
     'editcli plugins new NAME' writes a package for a plugin of your own.
     """
     if click.get_current_context().invoked_subcommand is None:
-        from editcli.render.plugins import plugins_table
-
-        report = {"plugins": catalogue(app.plugins), "broken": app.plugins.broken}
-        app.emit(report, lambda report: plugins_table(report["plugins"], report["broken"]))
+        app.emit({"plugins": catalogue(app.plugins), "broken": app.plugins.broken}, _table)
 
 
 @command("show", config=False)
 @click.argument("name")
 def show(app: App, /, name: str) -> None:
     """Show everything about NAME."""
-    from editcli.render.plugins import plugin_detail
-
-    report = {"plugins": catalogue(app.plugins, name), "broken": {}}
-    app.emit(report, lambda report: plugin_detail(report["plugins"]))
+    app.emit({"plugins": catalogue(app.plugins, name), "broken": {}}, _detail)
 
 
 @command("new", config=False)
@@ -65,7 +60,6 @@ def show(app: App, /, name: str) -> None:
     type=click.Choice(LICENSES, case_sensitive=False),
     metavar=f"[{'|'.join(LICENSES)}]",
     default=LICENSES[0],
-    show_default=True,
     help="Licence of the package.",
 )
 @package_option("--author", help="Author named in the licence and pyproject.toml.")
@@ -78,6 +72,18 @@ def new(app: App, /, name: str, kind: str, out: str | None, license: str, author
     from editcli.render.plugins import scaffolded
 
     app.emit(scaffold(name, app.plugins, kind=kind, out=out, license=license, author=author), scaffolded)
+
+
+def _table(report: dict[str, Any]) -> Any:
+    from editcli.render.plugins import plugins_table
+
+    return plugins_table(report["plugins"], report["broken"])
+
+
+def _detail(report: dict[str, Any]) -> Any:
+    from editcli.render.plugins import plugin_detail
+
+    return plugin_detail(report["plugins"])
 
 
 plugins.add_command(new)

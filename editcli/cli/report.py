@@ -18,7 +18,6 @@ from editcli.settings.recipe import Loading
     "--out",
     type=click.Path(path_type=Path),
     default=Path("report.html"),
-    show_default=True,
     metavar="FILE",
     env=False,
     section="Output",
@@ -28,7 +27,6 @@ from editcli.settings.recipe import Loading
 @option(
     "--spectra/--no-spectra",
     default=True,
-    show_default=True,
     section="Figures",
     help="Decompose the edited matrices; minutes for a model of several billion parameters.",
 )

@@ -13,15 +13,13 @@ from click.shell_completion import CompletionItem
 
 from editcli.cli.app import App
 from editcli.errors import OptionError
-from editcli.models.chat_settings import check_arguments, parse_arguments
 from editcli.plugin.manager import Plugins, catalogue
 from editcli.plugin.options import describe
 from editcli.settings.core import CORE
 from editcli.settings.guards import BATCH_FIGURES, SITE_FIGURES
-from editcli.settings.recipe import parse_layers
 
-Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
-"""Returns the values that begin with a text; click's ``shell_complete``."""
+Listed = Callable[[Plugins], Iterable[tuple[str, str]]]
+"""Returns values, each with a line of help."""
 
 
 class CommaSeparated(click.ParamType):
@@ -44,6 +42,8 @@ class LayerRange(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         """Return the layers in ascending order."""
+        from editcli.settings.recipe import parse_layers
+
         if isinstance(value, tuple):
             return value
         texts = value if isinstance(value, list) else [value]
@@ -60,6 +60,8 @@ class JsonObject(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mapping[str, Any]:
         """Return the object."""
+        from editcli.models.chat_settings import check_arguments, parse_arguments
+
         try:
             if not isinstance(value, Mapping):
                 return parse_arguments(str(value))
@@ -70,44 +72,10 @@ class JsonObject(click.ParamType):
 
 
 def split_commas(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    """Split ``a,b`` into two values; a click callback."""
+    """Split ``a,b`` into two values where the option takes commas; a click callback."""
+    if not isinstance(parameter.type, CommaSeparated):
+        return value
     return tuple(part.strip() for text in value or () for part in text.split(",") if part.strip())
-
-
-def after_comma(complete: Complete | None) -> Complete | None:
-    """Return the completion of texts with commas: that of the text after the last one."""
-
-    def completed(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        before, comma, last = incomplete.rpartition(",")
-        items = complete(ctx, param, last) if complete is not None else []
-        return [CompletionItem(before + comma + item.value, item.type, item.help) for item in items]
-
-    return completed if complete is not None else None
-
-
-def completion(
-    listed: Callable[[Plugins], Iterable[tuple[str, str]]] = lambda plugins: (), *, paths: str | None = None
-) -> Complete:
-    """Return the completion with values and their help; ``paths`` lets the shell add ``file`` or ``dir`` names."""
-
-    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        app = ctx.find_object(App)
-        values = listed(app.plugins) if app is not None else ()
-        items = [CompletionItem(value, help=text) for value, text in values if value.startswith(incomplete)]
-        return [CompletionItem(incomplete, type=paths), *items] if paths else items
-
-    return complete
-
-
-def words(*values: str, paths: str | None = None) -> Complete:
-    """Return the completion with fixed values."""
-    return completion(lambda plugins: [(value, "") for value in values], paths=paths)
-
-
-def _components(kind: str) -> Complete:
-    return completion(
-        lambda plugins: [(row["name"], row["summary"]) for row in catalogue(plugins) if row["kind"] == kind]
-    )
 
 
 def _assignments(plugins: Plugins) -> Iterator[tuple[str, str]]:
@@ -129,30 +97,55 @@ def _models(plugins: Plugins) -> Iterator[tuple[str, str]]:
         yield path.name.removeprefix("models--").replace("--", "/"), "in the hub's cache"
 
 
+def _components(kind: str) -> Listed:
+    return lambda plugins: [(row["name"], row["summary"]) for row in catalogue(plugins) if row["kind"] == kind]
+
+
+def _words(*values: str) -> Listed:
+    return lambda plugins: [(value, "") for value in values]
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A kind of value: its name in ``--help``, its completion, and how it is read if not as a text."""
+    """A kind of value."""
 
-    metavar: str | None = None
-    complete: Complete | None = None
+    metavar: str
+    """Its name in ``--help``."""
+    listed: Listed = lambda plugins: ()
+    """The values that the shell offers."""
+    paths: str | None = None
+    """``file`` or ``dir`` lets the shell offer names of files or folders as well."""
     type: click.ParamType | None = None
+    """How it is read; None keeps the text."""
+
+    def complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the values that begin with ``incomplete``, or with its text after the last comma; click's own hook."""
+        app = ctx.find_object(App)
+        values = self.listed(app.plugins) if app is not None else ()
+        commas = isinstance(param.type, CommaSeparated)
+        before, comma, last = incomplete.rpartition(",") if commas else ("", "", incomplete)
+        items = [CompletionItem(before + comma + value, help=text) for value, text in values if value.startswith(last)]
+        return [CompletionItem(incomplete, type=self.paths), *items] if self.paths else items
 
 
+FIGURES = (*(f"{name}>" for name in SITE_FIGURES), *(f"{name}<" for name in BATCH_FIGURES))
 VALUES: Mapping[str, Value] = {
-    "assignment": Value("NAME.KEY=VALUE", completion(_assignments)),
-    "corpus": Value("TEXT", words("english", "self", paths="file")),
-    "device": Value("DEVICE", words("auto", "cpu", "cuda", "mps")),
-    "device_map": Value("MAP", words("auto", "balanced", "sequential")),
+    "assignment": Value("NAME.KEY=VALUE", _assignments),
+    "corpus": Value("TEXT", _words("english", "self"), "file"),
+    "device": Value("DEVICE", _words("auto", "cpu", "cuda", "mps")),
+    "device_map": Value("MAP", _words("auto", "balanced", "sequential")),
     "editor": Value("NAME", _components("editor")),
-    "existing folder": Value("DIR", completion(paths="dir"), click.Path(exists=True, file_okay=False)),
-    "file": Value("FILE", completion(paths="file")),
-    "folder": Value("DIR", completion(paths="dir")),
+    "existing folder": Value("DIR", paths="dir", type=click.Path(exists=True, file_okay=False)),
+    "file": Value("FILE", paths="file"),
+    "folder": Value("DIR", paths="dir"),
     "format": Value("FORMAT", _components("format")),
-    "guard": Value("EXPR", words(*(f"{name}>" for name in SITE_FIGURES), *(f"{name}<" for name in BATCH_FIGURES))),
-    "json": Value("JSON", None, JsonObject()),
-    "layers": Value("LAYERS", None, LayerRange()),
-    "model": Value("MODEL", completion(_models, paths="dir")),
-    "stacks": Value("STACK,...", after_comma(_components("editor"))),
-    "stabilizer": Value("NAME", _components("stabilizer")),
+    "guard": Value("EXPR", _words(*FIGURES), type=CommaSeparated()),
+    "json": Value("JSON", type=JsonObject()),
+    "layers": Value("LAYERS", type=LayerRange()),
+    "model": Value("MODEL", _models, "dir"),
+    "path": Value("FILE", paths="file", type=click.Path(dir_okay=False, path_type=Path)),
+    "stacks": Value("STACK,...", _components("editor"), type=CommaSeparated()),
+    "stabilizer": Value("NAME", _components("stabilizer"), type=CommaSeparated()),
+    "texts": Value("NAME", type=CommaSeparated()),
 }
 """The kinds of values by the names under which settings and options are declared."""

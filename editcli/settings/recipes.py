@@ -43,7 +43,7 @@ class EvalRecipe(ChatLoading):
         (),
         "counterfact, zsre, knowedit, fluency, consistency; repeatable.  [default: all that the records allow]",
         section=MEASURE,
-        metavar="NAME",
+        value="texts",
     )
     sample: int | None = setting(None, "Measure N edits, drawn by --seed, not all.", section=MEASURE, least=1)
     text: str | None = setting(
@@ -55,6 +55,7 @@ class EvalRecipe(ChatLoading):
         "EDITS may then be left out.",
         section=MEASURE,
         env=False,
+        value="texts",
         metavar="TASK",
     )
     harness_include: tuple[str, ...] = setting(

@@ -37,7 +37,7 @@ VOID = {"col", "meta", "link", "input", "br", "hr", "img"}
 
 def report(run: Path, target: Path, *more: str):
     app = App(Plugins())
-    arguments = ["report", str(run), "-o", str(target), *more]
+    arguments = ["report", str(run), "--out", str(target), *more]
     return CliRunner().invoke(build_cli(app.plugins), arguments, obj=app, standalone_mode=False)
 
 
