@@ -13,11 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import click
-
 import editcli
 from editcli import errors
 from editcli.cli.apply import apply
+from editcli.cli.options import OTHER, Option
 from editcli.errors import EditError
 from editcli.health.verdict import Thresholds
 from editcli.plugin import hookspecs
@@ -222,11 +221,11 @@ def _resolved(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 def _settings() -> str:
     lines = ["| command line | `editcli.toml` | variable | |", "|---|---|---|---|"]
-    for option in apply.params:
-        if not isinstance(option, click.Option) or not option.help:
+    for option in (parameter for parameter in apply.params if isinstance(parameter, Option)):
+        if getattr(option, "section", OTHER) == OTHER:
             continue
         flag = max(option.opts, key=len)
-        settable = option.envvar and not getattr(option, "cli_only", False)
+        settable = option.envvar and not option.cli_only
         key, variable = (f"`{flag[2:]}`" if settable else "", f"`{option.envvar}`" if option.envvar else "")
         lines.append(f"| `{flag}` | {key} | {variable} | {_cell(option.help)} |")
     return "\n".join(lines)

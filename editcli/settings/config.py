@@ -1,7 +1,7 @@
 """Settings from ``editcli.toml`` and from ``EDITCLI_*`` variables.
 
-Weakest first: defaults, preset, ``editcli.toml``, variables, command line. A key of the file that nothing reads is an
-error, because a mistyped setting that is silently ignored gives a wrong result without a trace.
+Weakest first: defaults, preset, ``editcli.toml``, variables, command line. An unknown key of the file is an error,
+because a mistyped setting that is silently ignored gives a wrong result without a trace.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def load_config(path: Path | None = None) -> Config:
 
 
 def _refuse_infinite(table: Mapping[str, Any], file: Path) -> None:
-    """Raise :class:`OptionError` for a number that is not finite: TOML has them, no setting does."""
+    """Raise :class:`OptionError` for NaN and infinity: TOML has them, no setting does."""
     for key, value in table.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):

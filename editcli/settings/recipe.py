@@ -1,4 +1,4 @@
-"""Everything that decides what ``apply`` does, as one frozen value that is checked when it is made."""
+"""The settings of ``apply``, and of loading a model, as frozen values that are checked when they are made."""
 
 from __future__ import annotations
 
@@ -317,9 +317,9 @@ def check_preset(preset: Preset, plugins: Plugins) -> None:
 
 def check_section(name: str, settings: Mapping[str, Any], plugins: Plugins) -> None:
     """Raise :class:`OptionError` when no component is called ``name`` or it has no such options."""
-    found = [components[name] for kind in plugins.kinds if name in (components := plugins.all(kind))]
-    if found:
-        build(found[0].component.Options, settings, owner=name)
+    components = [named[name] for kind in plugins.kinds if name in (named := plugins.all(kind))]
+    if components:
+        build(components[0].component.Options, settings, owner=name)
     elif name in CORE:
         build(CORE[name], settings, owner=name)
     else:
