@@ -124,9 +124,10 @@ def _annotation(annotation: Any) -> str:
 
 
 def _members(owner: type) -> list[str]:
-    """Describe the public methods and properties that a class defines itself."""
+    """Describe the public methods and properties of a class and of the classes of ours that it extends."""
     rows = []
-    for name, member in vars(owner).items():
+    ours = [cls for cls in reversed(owner.__mro__) if cls.__module__.partition(".")[0] == "editcli"]
+    for name, member in {name: member for cls in ours for name, member in vars(cls).items()}.items():
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
             continue
