@@ -30,9 +30,9 @@ EXIT_CODES = {"stopped": 3, "interrupted": 130}
 @option(
     "--repeat",
     "repeated",
-    type=click.Path(dir_okay=False, path_type=Path),
-    cli_only=True,
+    value="path",
     metavar="RUN.JSON",
+    cli_only=True,
     section="Run",
     help="Repeat the run of OUT/editcli/run.json and compare the weights.",
 )

@@ -43,13 +43,7 @@ FIGURES = "Figures"
     help="auto decomposes small matrices exactly and estimates large ones, with the error stated.",
 )
 @threshold_option
-@option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    section="Output",
-    help="Draw the figures to a .png, .svg or .html file.",
-)
+@option("--plot", value="path", section="Output", help="Draw the figures to a .png, .svg or .html file.")
 def inspect(app: App, /, model: str | None, plot: Path | None, **values: Any) -> None:
     """Show the editable matrices of MODEL, or the health of those that RUN edited; never loads the model.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -33,17 +34,7 @@ from editcli.settings.recipe import Loading
 @tau_option
 @threshold_option
 @options_of(Loading, "device", device={"section": "Run", "help": "Where to decompose matrices."})
-def report(
-    app: App,
-    /,
-    run: str,
-    out: Path,
-    base: str | None,
-    spectra: bool,
-    tau: float,
-    thresholds: tuple[str, ...],
-    device: str,
-) -> None:
+def report(app: App, /, run: str, out: Path, spectra: bool, tau: float, **values: Any) -> None:
     """Write one self-contained HTML page about RUN, the output of "editcli apply".
 
     It needs no network and no other file: curves, spectra, verdict, provenance, and every edit with its outcome.
@@ -60,9 +51,9 @@ def report(
     RunFolder(Path(run)).require()
     inspection = inspect(
         run,
-        wanted=Wanted(norms=True, spectral=spectra, tau=tau, thresholds=parse_thresholds(thresholds)),
-        base=base,
-        device=choose_device(device),
+        wanted=Wanted(norms=True, spectral=spectra, tau=tau, thresholds=parse_thresholds(values["thresholds"])),
+        base=values["base"],
+        device=choose_device(values["device"]),
         families=brought_families(app.plugins),
         reporter=app.reporter,
     )
