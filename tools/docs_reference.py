@@ -228,7 +228,7 @@ def _settings() -> str:
         flag = max(option.opts, key=len)
         settable = option.envvar and not option.cli_only
         key, variable = (f"`{flag[2:]}`" if settable else "", f"`{option.envvar}`" if option.envvar else "")
-        lines.append(f"| `{flag}` | {key} | {variable} | {_cell(option.help)} |")
+        lines.append(f"| `{flag}` | {key} | {variable} | {_cell(option.help or '')} |")
     return "\n".join(lines)
 
 
