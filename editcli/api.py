@@ -32,6 +32,7 @@ from editcli.runs.remarks import tell_conflicts
 from editcli.runs.stream import BatchReport
 from editcli.runs.stream import Stream as Journal
 from editcli.settings.recipe import Recipe, parse_layers
+from editcli.settings.setting import settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -241,9 +242,6 @@ Loadable: TypeAlias = "str | Path | PreTrainedModel | None"
 SOURCE = "<program>"
 """What stands where a run of the command line names its edits file."""
 
-_OF_LOADING = ("revision", "device", "device_map", "dtype", "trust_remote_code")
-_OF_FOLDERS = ("resume", "overwrite", "checkpoint_every")
-
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -385,11 +383,11 @@ def _with(recipe: Recipe, *, model: str | None) -> Recipe:
 
 def _refuse_idle(choices: Mapping[str, Any], *, named: bool, kept: bool) -> None:
     """Refuse settings that would do nothing: silence would look like consent."""
-    for name in _OF_LOADING:
-        if name in choices and not named:
+    declared = settings_of(Recipe)
+    for name in choices:
+        if name in declared and declared[name].loads and not named:
             raise OptionError(f"{name}= says how editcli loads a model, but this one is loaded already; leave it out")
-    for name in _OF_FOLDERS:
-        if name in choices and not (kept and named):
+        if name in declared and declared[name].folder and not (kept and named):
             raise OptionError(
                 f"{name}= belongs to a run folder, but this run has none; pass out= with a model's folder"
             )

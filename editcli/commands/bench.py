@@ -26,6 +26,7 @@ from editcli.runs.conversation import with_clock
 from editcli.runs.planning import read_requested
 from editcli.runs.retention import METRICS
 from editcli.settings.recipe import Recipe
+from editcli.settings.setting import settings_of
 from editcli.storage.files import write_json
 
 COLLAPSE = 0.60
@@ -36,23 +37,6 @@ COHORTS = 4
 """Equal parts of the stream whose edits are compared at its end: were the early ones overwritten?"""
 FAILED = "failed"
 """Status of a stack whose linear algebra broke down."""
-_DECIDING = (
-    "edits",
-    "model",
-    "revision",
-    "batch_size",
-    "layers",
-    "preset",
-    "limit",
-    "seed",
-    "settings",
-    "dtype",
-    "eval_every",
-    "chat_template",
-    "system",
-    "template_args",
-)
-"""Settings that must be the same for an earlier run of a stack to count."""
 FIGURES = METRICS
 """Both forms of efficacy, generalization and specificity."""
 
@@ -193,7 +177,8 @@ def _run(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> str:
         return apply(recipe, plugins, reporter).status
     asked = recipe.to_json()
     made = record.get("recipe", {})
-    other = [name for name in _DECIDING if asked[name] != made.get(name)]
+    deciding = ["settings", *(name for name, setting in settings_of(Recipe).items() if setting.decides)]
+    other = [name for name in deciding if asked[name] != made.get(name)]
     if other:
         raise StateError(f"{recipe.folder} was made with other {', '.join(other)}; choose another --out")
     return status

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from editcli.evaluation.admission import thinking_warning
 from editcli.evaluation.harness import HarnessResult, require_harness, run_harness
 from editcli.evaluation.locality import answer_locality
 from editcli.evaluation.metrics import Evaluation, evaluate
-from editcli.models.chat_settings import ChatSettings
 from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
 from editcli.plugin.manager import load_formats
 from editcli.records.history import read_history
@@ -24,67 +23,11 @@ from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.runs.conversation import clock_of
-from editcli.settings.recipe import check_chat
+from editcli.settings.recipes import OWN_BASE, EvalRecipe
 
 if TYPE_CHECKING:
     from editcli.models.architectures import Family
     from editcli.plugin.manager import Plugins
-
-OWN_BASE = "own"
-"""As ``base``: the model that a run folder of ours was made from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalRecipe:
-    """Everything that decides what ``eval`` measures; raises :class:`OptionError` when it makes no sense."""
-
-    model: str
-    edits: str | None = None
-    """None measures the harness's tasks and the drift alone."""
-    base: str | None = None
-    """A folder, a hub id, or :data:`OWN_BASE`; adds the base's metrics and the drift of general ability."""
-    metrics: tuple[str, ...] = ()
-    """Protocols of :data:`editcli.evaluation.metrics.METRICS`; empty means what the records have fields for."""
-    sample: int | None = None
-    """Measure so many edits, chosen by ``seed``, instead of all."""
-    limit: int | None = None
-    text: str | None = None
-    """Text file for the drift; default: the bundled held-out text."""
-    harness: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness."""
-    harness_include: tuple[str, ...] = ()
-    """Folders with more of its tasks."""
-    out: str | None = None
-    """JSONL file for the raw numbers of every edit."""
-    on_error: str = "stop"
-    seed: int = 0
-    device: str = "auto"
-    device_map: str | None = None
-    dtype: str = "auto"
-    chat_template: bool = False
-    system: str | None = None
-    """The system message that stands before every prompt in the chat template."""
-    template_args: Mapping[str, Any] | None = None
-    """Variables of the chat template."""
-    template_clock: str | None = None
-    """Date and time that the chat template reads; None is what the model's run recorded, else now."""
-    trust_remote_code: bool = False
-
-    @property
-    def chat(self) -> bool | ChatSettings:
-        """What the chat template is given; False for plain prompts."""
-        return self.chat_template and ChatSettings(self.system, self.template_args or {}, self.template_clock)
-
-    def __post_init__(self) -> None:
-        check_chat(self.chat_template, self.system, self.template_args)
-        # Building them checks them.
-        self.chat  # noqa: B018
-        if self.harness_include and not self.harness:
-            raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
-        if self.text is not None and self.base is None:
-            raise OptionError("--text is what --base is measured on; pass both")
-        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
-            raise OptionError(f"the folder of --out {self.out} does not exist")
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,7 @@ def _check_edits(recorded: Recorded, recipe: Recipe, plugins: Plugins) -> None:
     if recipe.edits != "-" and not Path(recipe.edits).is_file():
         raise StateError(
             f"the edits file {recipe.edits} of {recorded.file} is not there; say where it is: "
-            "editcli apply EDITS.jsonl --recipe ..."
+            "editcli apply EDITS.jsonl --repeat ..."
         )
     # The input can be read only once, and edits that a program made have no file; the result tells in both cases.
     if recipe.edits == "-" or not recorded.edits:

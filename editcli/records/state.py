@@ -207,7 +207,7 @@ class RunFolder:
     @property
     def _advice(self) -> str:
         """What to do about a lost snapshot: the model beside it is whole, but the stream cannot go on from it."""
-        again = f"editcli apply --recipe {self.record}"
+        again = f"editcli apply --repeat {self.record}"
         return f"the model in {self.out} is not concerned; restore a backup, or repeat a run that had ended: {again}"
 
     def write_segment(

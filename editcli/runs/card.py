@@ -13,13 +13,11 @@ from editcli.health.verdict import Thresholds, judge
 from editcli.linalg.ratios import shown
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
+from editcli.settings.setting import Setting, settings_of
 
-_NOT_REPEATED = ("edits", "settings", "out", "overwrite", "template_clock")
-"""Settings that say where a run is and not what it does. A resumed run shows --resume: it continued a stream."""
 _FILES = ("edits", "stats", "corpus")
 _CARRIED = ("license", "license_name", "license_link", "language")
 """What a base model's card says that holds for its edited copy as well."""
-_FLAGS = {"stabilizers": "stabilizer", "evaluate": "no-eval"}
 
 
 def model_card(
@@ -109,21 +107,25 @@ def _is_public(value: Any) -> bool:
 
 
 def command_line(recipe: Recipe) -> str:
-    """Return the command that repeats a run, with every setting that is not the default."""
+    """Return the command that repeats a run elsewhere, with every setting that is not the default.
+
+    A resumed run shows ``--resume``: it continued a stream.
+    """
     parts = ["editcli", "apply", recipe.edits]
-    for setting in dataclasses.fields(Recipe):
-        value = getattr(recipe, setting.name)
-        if setting.name not in _NOT_REPEATED and value != setting.default:
-            parts += _arguments(setting.name, value)
+    for name, setting in settings_of(Recipe).items():
+        value = getattr(recipe, name)
+        elsewhere = setting.place and setting.folder
+        if setting.default is not ... and value != setting.default and not elsewhere:
+            parts += _arguments(setting, value)
     for section, settings in recipe.settings.items():
         for key, value in settings.items():
             parts += ["-o", f"{section}.{key}={value}"]
     return shlex.join(parts)
 
 
-def _arguments(name: str, value: Any) -> list[str]:
+def _arguments(setting: Setting, value: Any) -> list[str]:
     """Return one setting as it is written on the command line."""
-    flag = "--" + _FLAGS.get(name, name).replace("_", "-")
+    name, flag = setting.name, setting.flag
     if name == "preset" and isinstance(value, Mapping):
         # A recipe that was read from a record holds the preset itself; its file may be gone.
         value = value.get("file") or value.get("name")
@@ -133,7 +135,9 @@ def _arguments(name: str, value: Any) -> list[str]:
         return [flag, ",".join(map(str, value))]
     if isinstance(value, tuple):
         return [text for one in value for text in (flag, str(one))]
-    return [flag] if isinstance(value, bool) else [flag, str(value)]
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, str(value)]
 
 
 def _lines(

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.main import build_cli
 from editcli.errors import ModelError, OptionError
 from editcli.health.inspect import Wanted, inspect

@@ -95,7 +95,7 @@ def test_tables_and_pages_are_drawn(run: Path, base: Path, tmp_path: Path, capsy
     assert main(["-q", "inspect", str(run), "--norms", "--base", str(base)]) == 0
     assert main(["-q", "inspect", str(base), "--spectral"]) == 0
     assert main(["-q", "diff", str(base), str(run)]) == 0
-    assert main(["-q", "report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert main(["-q", "report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -200,7 +200,7 @@ def test_the_clock_that_a_template_reads_is_the_runs(
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
     record = tmp_path / "whole/editcli/run.json"
-    assert main(["apply", "--recipe", str(record), "--out", str(tmp_path / "again"), "--json"]) == 0
+    assert main(["apply", "--repeat", str(record), "--out", str(tmp_path / "again"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["repeats"]["identical"]
     with pytest.raises(StateError, match="made with chat = clock"):
         editcli.edit(model, facts, out=tmp_path / "whole", resume=True, template_clock="2025-01-01T00:00:00", **QUICK)

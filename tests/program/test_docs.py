@@ -32,7 +32,7 @@ import jsonschema
 import pytest
 
 from editcli.__main__ import main
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.main import COMMANDS, build_cli
 from editcli.plugin.manager import load_plugins
 from tests.support.places import ROOT
