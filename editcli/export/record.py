@@ -12,10 +12,10 @@ from editcli.errors import EditError, ModelError
 from editcli.export.recipe import FULL, LORA, PATCH
 from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
+from editcli.formatting import plural
 from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.runs.card import (
     card_body,
-    counted,
     file_name,
     front_matter,
     model_card,
@@ -100,7 +100,7 @@ def _front(kind: str, record: Mapping[str, Any]) -> list[str]:
 def _usage(kind: str, record: Mapping[str, Any]) -> list[str]:
     base, count = record["provenance"]["base"], record["edits"]["applied"]
     title = {LORA: "A LoRA adapter", PATCH: "A patch"}[kind]
-    lines = [f"# {title} for {base['name']}: {counted(int(count))}", ""]
+    lines = [f"# {title} for {base['name']}: {plural(int(count), 'edited fact')}", ""]
     if kind == LORA:
         place = (
             f'"{base["name"]}", revision="{base["commit"]}"' if base.get("commit") else f'"FOLDER OF {base["name"]}"'

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from editcli.errors import RequestError, StateError
+from editcli.formatting import plural
 from editcli.requests.formats import Format
 from editcli.requests.reader import Collector, EditFile, is_array, parse_object, refuse_deep
 from editcli.storage.lines import Lines, finite_float, no_constant, opened
@@ -46,7 +47,8 @@ class Conversion:
         """Return one sentence on what became of the records."""
         left_out = f", {len(self.edits.rejected):,} refused" if self.edits.rejected else ""
         repeated = f"; {self.repeated:,} of them repeat an earlier edit" if self.repeated else ""
-        return f"{self.records:,} records became {len(self.edits.requests):,} edits{left_out}{repeated}"
+        edits = plural(len(self.edits.requests), "edit")
+        return f"{plural(self.records, 'record')} became {edits}{left_out}{repeated}"
 
     def to_json(self) -> dict[str, Any]:
         """Return counts, refusals and warnings as a JSON object."""

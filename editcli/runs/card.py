@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from editcli.formatting import number, plural
 from editcli.health.verdict import Thresholds, judge
-from editcli.linalg.ratios import shown
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
 
@@ -141,14 +141,9 @@ def _lines(
 ) -> Iterator[str]:
     base = provenance["base"]
     yield from front_matter(base, library="transformers", tags=())
-    yield f"# {public_name(base)}, with {counted(report.applied)}"
+    yield f"# {public_name(base)}, with {plural(report.applied, 'edited fact')}"
     yield ""
     yield from card_body(report, recipe, provenance, diagnostics)
-
-
-def counted(applied: int) -> str:
-    """Return a number of edits in words."""
-    return f"{applied:,} edited fact{'' if applied == 1 else 's'}"
 
 
 def _origin(base: Mapping[str, Any]) -> str:
@@ -181,7 +176,7 @@ def card_body(
     yield from ("| module | R_n | drift | lost by the cast | verdict |", "|---|---|---|---|---|")
     for site in report.sites:
         word = judge(Thresholds(), ratio=site.ratio, drift=site.drift).word or "n/a"
-        figures = " | ".join((shown(site.ratio, ".4f"), shown(site.drift, ".4f"), f"{site.cast_loss:.1e}"))
+        figures = " | ".join((number(site.ratio, ".4f"), number(site.drift, ".4f"), f"{site.cast_loss:.1e}"))
         yield f"| `{site.module}` | {figures} | {word} |"
     if diagnostics:
         yield from ("", "## Diagnostics of the last batch", "", "| figure | value |", "|---|---|")
