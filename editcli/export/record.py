@@ -16,8 +16,8 @@ from editcli.formatting import plural
 from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.runs.card import (
     card_body,
+    card_text,
     file_name,
-    front_matter,
     model_card,
     public_name,
     shareable_options,
@@ -86,15 +86,10 @@ def _card(kind: str, record: Mapping[str, Any], sites: Sequence[SiteExport] = ()
     report, recipe, provenance = report_of(record), recipe_of(record), record["provenance"]
     if kind == FULL:
         return model_card(report, recipe, provenance, diagnostics={})
-    lines = [*_front(kind, record), *_usage(kind, record), *_rendered(sites), "", "# The edits", ""]
-    return "\n".join([*lines, *card_body(report, recipe, provenance, {})]) + "\n"
-
-
-def _front(kind: str, record: Mapping[str, Any]) -> list[str]:
-    base = record["provenance"]["base"]
-    if kind == LORA:
-        return front_matter(base, library="peft", tags=("lora",))
-    return front_matter(base, library="editcli", tags=())
+    edits = card_body(report, recipe, provenance, {})
+    body = [*_usage(kind, record), *_rendered(sites), "", "# The edits", "", *edits]
+    library, tags = ("peft", ("lora",)) if kind == LORA else ("editcli", ())
+    return card_text(provenance["base"], body, library=library, tags=tags)
 
 
 def _usage(kind: str, record: Mapping[str, Any]) -> list[str]:

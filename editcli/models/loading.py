@@ -44,9 +44,9 @@ _REVISION = re.compile(r"^[\w./-]+$")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies on this disk, and what the user called it."""
+    """A model folder on this disk, and the name that the user gave for it."""
 
     name: str
     folder: Path
@@ -57,6 +57,11 @@ class ModelSource:
     def commit(self) -> str | None:
         """The commit of a hub repository that this is a copy of."""
         return self.folder.name if is_hub_copy(self.folder) else None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model's files; their headers are read once."""
+        return Checkpoint(self.folder)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class LoadedModel:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The files that the model was loaded from."""
-        return Checkpoint(self.source.folder)
+        return self.source.checkpoint
 
     @cached_property
     def input_device(self) -> torch.device:
@@ -142,7 +147,7 @@ def open_model(
     about it is told to ``reporter``. With ``split`` the model is spread over all processes of torch's process group, by
     its family's own plan.
     """
-    checkpoint = Checkpoint(source.folder)
+    checkpoint = source.checkpoint
     checkpoint.entries  # noqa: B018 - damaged or pickled weights are refused before anything is built.
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
@@ -209,11 +214,11 @@ def refuse_unopenable(folder: Path, *, trust_remote_code: bool = False) -> None:
     Config, code, tokenizer and the choice of the weights' files are those of ``from_pretrained(folder)``; of the
     weights only names and shapes are read.
     """
-    source, checkpoint = ModelSource(str(folder), folder), Checkpoint(folder)
+    source = ModelSource(str(folder), folder)
     config = load_config(source, trust_remote_code=trust_remote_code)
     load_tokens(source, config, trust_remote_code=trust_remote_code)
     bare = skeleton(config, trust_remote_code)
-    refuse_misfit(examine(checkpoint, bare), checkpoint, bare)
+    refuse_misfit(examine(source.checkpoint, bare), source.checkpoint, bare)
 
 
 def _own(model: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ def model_card(
     report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], *, diagnostics: Mapping[str, float | None]
 ) -> str:
     """Return the README.md of an edited model: what was done, with what, and what it measured."""
-    return "\n".join(_lines(report, recipe, provenance, diagnostics)) + "\n"
+    base = provenance["base"]
+    title = f"# {public_name(base)}, with {plural(report.applied, 'edited fact')}"
+    body = [title, "", *card_body(report, recipe, provenance, diagnostics)]
+    return card_text(base, body, library="transformers")
 
 
 def carried(folder: Path) -> dict[str, Any]:
@@ -44,9 +47,9 @@ def carried(folder: Path) -> dict[str, Any]:
     return {name: said[name] for name in _CARRIED if _is_public(said.get(name))}
 
 
-def front_matter(base: Mapping[str, Any], *, library: str, tags: tuple[str, ...]) -> list[str]:
-    """Return the lines of a card that programs read: base model, licence, library and tags."""
-    from huggingface_hub import ModelCardData
+def card_text(base: Mapping[str, Any], body: Iterable[str], *, library: str, tags: tuple[str, ...] = ()) -> str:
+    """Return a card: base model, licence, library and tags for programs, then the lines of ``body`` for people."""
+    from huggingface_hub import ModelCard, ModelCardData
 
     said = base.get("card") or {}
     data = ModelCardData(
@@ -56,7 +59,8 @@ def front_matter(base: Mapping[str, Any], *, library: str, tags: tuple[str, ...]
         tags=["model-editing", "editcli", *tags],
         **{name: said[name] for name in _CARRIED if _is_public(said.get(name))},
     )
-    return ["---", *data.to_yaml(line_break="\n").splitlines(), "---", ""]
+    front = data.to_yaml(line_break="\n")
+    return str(ModelCard("\n".join(["---", front, "---", "", *body, ""])))
 
 
 def public_name(base: Mapping[str, Any]) -> str:
@@ -134,16 +138,6 @@ def _arguments(name: str, value: Any) -> list[str]:
     if isinstance(value, tuple):
         return [text for one in value for text in (flag, str(one))]
     return [flag] if isinstance(value, bool) else [flag, str(value)]
-
-
-def _lines(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float | None]
-) -> Iterator[str]:
-    base = provenance["base"]
-    yield from front_matter(base, library="transformers", tags=())
-    yield f"# {public_name(base)}, with {plural(report.applied, 'edited fact')}"
-    yield ""
-    yield from card_body(report, recipe, provenance, diagnostics)
 
 
 def _origin(base: Mapping[str, Any]) -> str:

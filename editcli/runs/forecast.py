@@ -15,10 +15,10 @@ import torch
 
 from editcli.errors import ModelError
 from editcli.formatting import size
+from editcli.linalg.precision import working_dtype
 from editcli.models.loading import LoadedModel, choose_device, choose_dtype
 from editcli.models.memory import free_bytes
 from editcli.plugin.editors import InverseGramEditor
-from editcli.plugin.leastsquares import working_dtype
 from editcli.reporting import Reporter
 from editcli.storage.checkpoint import Checkpoint, torch_dtype
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
+from editcli.linalg.precision import double, double_device
 from editcli.models.forward import chunks, pass_tokens, run, tapped
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import gram, quick_linears
@@ -113,7 +114,7 @@ class SecondMoments:
         device = device_of(self.loaded.architecture.projection(site.layer))
         # Single precision on disk and in memory alike: a cached run then equals the run that filled the cache.
         moment = found.float()
-        return moment.to(device).double() if _has_double(device) else moment.double()
+        return double(moment, device)
 
     def is_cached(self, site: Site) -> bool:
         """Tell whether a site's second moment can be read instead of computed."""
@@ -224,7 +225,7 @@ class SecondMoments:
                 entered = whole_input(owner, entered)
                 keys = entered.reshape(-1, entered.shape[-1])[real.flatten().to(entered.device)].float()
                 outer = gram(keys)
-                seen[site] = outer.double() if _has_double(outer.device) else outer.cpu().double()
+                seen[site] = double(outer, outer.device)
 
             return tapped(modules[site], see, stop=site == last)
 
@@ -292,9 +293,4 @@ def _batches(rows: Iterator[list[int]], total: int, budget: int) -> Iterator[lis
 
 def _zeros(module: Any, width: int) -> Tensor:
     """Return (width, width) zeros in float64, where the module computes or on the CPU."""
-    place = device_of(module)
-    return torch.zeros(width, width, dtype=torch.float64, device=place if _has_double(place) else "cpu")
-
-
-def _has_double(device: torch.device) -> bool:
-    return device.type != torch.device("mps").type
+    return torch.zeros(width, width, dtype=torch.float64, device=double_device(device_of(module)))

@@ -213,6 +213,15 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
+def tensors_digest(named: Iterable[tuple[str, Tensor]], *, salt: str = "") -> str:
+    """Return a sha256 over ``salt`` and the names, dtypes, shapes and contents of tensors, in the order given."""
+    digest = hashlib.sha256(salt.encode())
+    for name, tensor in named:
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
 def _umask() -> int:
     """Return the process's umask; reading it means setting it, so it is put back at once."""
     mask = os.umask(0)
