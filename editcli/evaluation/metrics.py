@@ -19,7 +19,6 @@ that metric's mean. :mod:`editcli.evaluation.scoring` does the scoring.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -110,10 +109,9 @@ class Evaluation:
         """Return the metrics and counts, without the outcomes of single edits."""
         return {name: getattr(self, name) for name in self.__slots__ if name != "outcomes"}
 
-    def raw_lines(self) -> Iterator[str]:
-        """Yield one JSON line of raw numbers for each edit."""
-        for outcome in self.outcomes:
-            yield json.dumps(outcome.to_json(), ensure_ascii=False)
+    def raw(self) -> Iterator[dict[str, Any]]:
+        """Yield the raw numbers of each edit as a JSON object."""
+        return (outcome.to_json() for outcome in self.outcomes)
 
 
 def evaluate(

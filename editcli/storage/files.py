@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import jsonlines
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -121,6 +122,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON document atomically; a figure that is not finite is an error, not invalid JSON."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    """Write one JSON value a line, atomically and one in memory at a time."""
+    with atomic(path) as file, jsonlines.Writer(file) as writer:
+        writer.write_all(records)
 
 
 @dataclass(frozen=True, slots=True)
