@@ -263,7 +263,7 @@ class TestEveryFamily:
             patch.setattr(Steering, "check", watched)
             batch(loaded, requests(), replace(OPTIONS, steps=1))
         assert seen == [False]
-        assert loaded.resumes
+        assert loaded.supports_kv_cache
 
     def test_a_plain_family_equals_the_published_procedure(self, family: str, tmp_path: Path) -> None:
         loaded = opened(tmp_path / "model", family)
@@ -310,7 +310,7 @@ def test_a_model_that_keys_and_values_do_not_take_along_reads_from_the_start(mod
     own = {"vocab_size": vocabulary_size(), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config = AutoConfig.for_model(model_type, **{**UNKNOWN[model_type], **own})
     loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", config)))
-    assert not loaded.resumes
+    assert not loaded.supports_kv_cache
     target = batch(loaded, requests())[0]
     for column, fact in enumerate(requests()):
         assert distance(target[:, column], plain_target(loaded, fact, PREFIXES, LAYER, OPTIONS)) < 1e-3

@@ -26,7 +26,7 @@ from editcli.models.chat_settings import ChatSettings
 from editcli.models.finite import refuse_nonfinite
 from editcli.models.fit import COMPUTED, examine, fit_of, is_ordinary, quiet, refuse_misfit, remarks
 from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page, repository_of
-from editcli.models.kv_cache import resumes
+from editcli.models.kv_cache import supports_kv_cache
 from editcli.models.offload import device_of
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
@@ -84,9 +84,9 @@ class LoadedModel:
         return device_of(self.model.get_input_embeddings())
 
     @cached_property
-    def resumes(self) -> bool:
-        """Whether the model can go on from keys and values of earlier tokens; tried once."""
-        return resumes(self.model, self.input_device)
+    def supports_kv_cache(self) -> bool:
+        """Whether the model can continue from keys and values of earlier tokens; tried once."""
+        return supports_kv_cache(self.model, self.input_device)
 
 
 def bundled_folder() -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from editcli.editing import targets
-from editcli.editing.effort import target_costs
+from editcli.editing.targets import target_costs
 from editcli.formatting import duration, plural
 from editcli.models.loading import LoadedModel
 from editcli.reporting import Reporter, Silent
@@ -52,7 +52,7 @@ def foresee(
 ) -> Foresight | None:
     """Predict the time of optimising targets, shared by ``parts`` processes; None where it is short.
 
-    The work is that of :func:`editcli.editing.effort.target_costs`, in which every edit takes all steps, and the speed
+    The work is that of :func:`editcli.editing.targets.target_costs`, in which every edit takes all steps, and the speed
     is measured on a few edits and steps; so edits that stop early need less.
     """
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.linalg.precision import double, double_device
-from editcli.models.forward import chunks, pass_tokens, run, tapped
+from editcli.models.forward import chunks, hooked, pass_tokens, run
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import gram, quick_linears
 from editcli.models.offload import device_of
@@ -227,7 +227,7 @@ class SecondMoments:
                 outer = gram(keys)
                 seen[site] = double(outer, outer.device)
 
-            return tapped(modules[site], see, stop=site == last)
+            return hooked(modules[site], see, stop=site == last)
 
         with ExitStack() as stack:
             for site in modules:
