@@ -333,7 +333,7 @@ def test_padding_behind_a_long_past_needs_no_position_that_the_model_lacks(famil
 def test_a_prompt_that_is_too_long_behind_a_prefix_is_one_sentence(tmp_path: Path) -> None:
     loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", "gpt2", n_positions=16)))
     prefix = "The river in London is and was by the city of Rome. "
-    with pytest.raises(RequestError, match=r"behind a prefix .* tokens, more than the model's context of 16"):
+    with pytest.raises(RequestError, match=r"after a prefix .* tokens, more than the model's context of 16"):
         optimise(loaded, requests()[:1], (prefix,), LAYER, OPTIONS, Silent())
 
 

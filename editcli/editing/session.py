@@ -300,7 +300,8 @@ class ModelSession:
     def _at_output(self, site: Site, output: Tensor, change: Tensor) -> Tensor:
         """Turn a change of the residual stream, (d, n), into a change of the projection's ``output``.
 
-        With a norm after it, only the direction of the output counts: u* = (norm(u) + R) / gamma, brought to the size of u.
+        With a norm after it, only the direction of the output counts: u* = (norm(u) + R) / gamma, scaled to the size
+        of u.
         """
         architecture = self.loaded.architecture
         norm = architecture.mlp_norm(site.layer)

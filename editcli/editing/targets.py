@@ -170,7 +170,7 @@ def _rows(
         longest = max(len(row.text.ids) for row in rows[-1])
         if tokens.max_length is not None and longest > tokens.max_length:
             raise request.refusal(
-                f"behind a prefix the prompt and target have {longest} tokens, more than the model's context of "
+                f"after a prefix the prompt and target have {longest} tokens, more than the model's context of "
                 f"{tokens.max_length}; lower targets.prefix_tokens"
             )
     return rows

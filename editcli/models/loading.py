@@ -23,8 +23,16 @@ import transformers
 from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.chat_settings import ChatSettings
-from editcli.models.finite import refuse_nonfinite
-from editcli.models.fit import COMPUTED, examine, fit_of, is_ordinary, quiet, refuse_misfit, remarks
+from editcli.models.fit import (
+    COMPUTED,
+    examine,
+    fit_of,
+    is_ordinary,
+    quiet,
+    refuse_misfit,
+    refuse_nonfinite,
+    remarks,
+)
 from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page, repository_of
 from editcli.models.kv_cache import supports_kv_cache
 from editcli.models.offload import device_of

@@ -199,7 +199,7 @@ class _Writer:
     def rows(self) -> Iterator[list[int]]:
         """Yield texts without end.
 
-        Ranks take turns at the batches. Every batch has its own seed, so the texts do not depend on the number of ranks.
+        Ranks take turns at the batches. Every batch has its own seed, so the number of ranks does not change the texts.
         """
         for turn in itertools.count():
             rows = self._batch(turn * self.team.parts + self.team.part)
