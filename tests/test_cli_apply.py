@@ -98,7 +98,7 @@ def test_a_run_leaves_an_ordinary_folder_and_ends_with_a_table(
     assert "\x1b" not in done.out + done.err
     loading, memory, *_ = done.err.splitlines()
     assert loading == f"Loading {models[family]}"
-    assert re.fullmatch(r"Memory: about [\d.]+ [MG]B of the [\d.]+ [MG]B free on cpu", memory)
+    assert re.fullmatch(r"Memory: about [\d.]+ [kMGT]B of the [\d.]+ [kMGT]B free on cpu", memory)
     for name in ("run.json", "state.safetensors", "journal.jsonl", "rejected.jsonl", "updates"):
         assert Path("facts-edited/editcli", name).exists()
     assert weights() != weights(models[family])
