@@ -200,6 +200,6 @@ def general_text(file: str | None) -> Iterator[str]:
 
 
 def _write_raw(path: Path, evaluation: Evaluation) -> None:
-    from editcli.storage.files import write_bytes
+    from editcli.storage.files import write_lines
 
-    write_bytes(path, "".join(f"{line}\n" for line in evaluation.raw_lines()).encode())
+    write_lines(path, evaluation.raw())

@@ -16,7 +16,6 @@ from editcli.reporting import Reporter, RunReport
 from editcli.runs.apply import apply
 from editcli.runs.planning import located, read_requested
 from editcli.settings.recipe import DTYPES, Recipe
-from editcli.storage.checkpoint import Checkpoint
 
 ENDED = ("done", "stopped")
 """States of a run whose weights were saved as a result."""
@@ -166,7 +165,7 @@ def _check_edits(recorded: Recorded, recipe: Recipe, plugins: Plugins) -> None:
 
 def _check_base(recorded: Recorded, recipe: Recipe) -> None:
     source = located(recipe)
-    if Checkpoint(source.folder).fingerprint() != recorded.base:
+    if source.checkpoint.fingerprint() != recorded.base:
         raise StateError(f"{source.name} is not the base that {recorded.file} records; pass the original as --model")
 
 

@@ -12,12 +12,12 @@ from editcli.errors import EditError, ModelError
 from editcli.export.recipe import FULL, LORA, PATCH
 from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
+from editcli.formatting import plural
 from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.runs.card import (
     card_body,
-    counted,
+    card_text,
     file_name,
-    front_matter,
     model_card,
     public_name,
     shareable_options,
@@ -86,21 +86,16 @@ def _card(kind: str, record: Mapping[str, Any], sites: Sequence[SiteExport] = ()
     report, recipe, provenance = report_of(record), recipe_of(record), record["provenance"]
     if kind == FULL:
         return model_card(report, recipe, provenance, diagnostics={})
-    lines = [*_front(kind, record), *_usage(kind, record), *_rendered(sites), "", "# The edits", ""]
-    return "\n".join([*lines, *card_body(report, recipe, provenance, {})]) + "\n"
-
-
-def _front(kind: str, record: Mapping[str, Any]) -> list[str]:
-    base = record["provenance"]["base"]
-    if kind == LORA:
-        return front_matter(base, library="peft", tags=("lora",))
-    return front_matter(base, library="editcli", tags=())
+    edits = card_body(report, recipe, provenance, {})
+    body = [*_usage(kind, record), *_rendered(sites), "", "# The edits", "", *edits]
+    library, tags = ("peft", ("lora",)) if kind == LORA else ("editcli", ())
+    return card_text(provenance["base"], body, library=library, tags=tags)
 
 
 def _usage(kind: str, record: Mapping[str, Any]) -> list[str]:
     base, count = record["provenance"]["base"], record["edits"]["applied"]
     title = {LORA: "A LoRA adapter", PATCH: "A patch"}[kind]
-    lines = [f"# {title} for {base['name']}: {counted(int(count))}", ""]
+    lines = [f"# {title} for {base['name']}: {plural(int(count), 'edited fact')}", ""]
     if kind == LORA:
         place = (
             f'"{base["name"]}", revision="{base["commit"]}"' if base.get("commit") else f'"FOLDER OF {base["name"]}"'

@@ -15,7 +15,7 @@ from editcli.export.recipe import FULL, LORA, PATCH, ExportRecipe, PatchRecipe
 from editcli.export.record import portable, read_record, write_card, write_record
 from editcli.export.report import ExportReport, Measured, PatchReport, SiteExport, listed
 from editcli.export.source import Edited, FinishedRun, open_run, with_base
-from editcli.linalg import spectra
+from editcli.linalg.precision import double_device
 from editcli.models.architectures import Family
 from editcli.models.hub import fetch_patch
 from editcli.models.loading import choose_device, refuse_unopenable, resolve_model
@@ -55,7 +55,7 @@ def apply_patch(recipe: PatchRecipe, reporter: Reporter | None = None) -> PatchR
     patch = _patch_folder(recipe.patch)
     manifest, record = read_manifest(patch), read_record(patch)
     source = resolve_model(recipe.base, code=recipe.trust_remote_code)
-    base = Checkpoint(source.folder)
+    base = source.checkpoint
     with reporter.phase("Checking", 2, "steps") as advance:
         refuse_other_base(base, source.name, manifest)
         advance(1)
@@ -138,7 +138,7 @@ class _Export:
         return edited.changed
 
     def _changes(self, edited: Edited) -> list[SiteChange]:
-        device = spectra.capable(choose_device(self.recipe.device))
+        device = double_device(choose_device(self.recipe.device))
         layers, found = self.run.history.layers, []
         with self.reporter.phase("Factoring", len(layers), "sites") as advance:
             for layer in layers:

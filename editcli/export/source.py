@@ -70,7 +70,7 @@ class Edited:
     @cached_property
     def before(self) -> Checkpoint:
         """The unedited weights."""
-        return Checkpoint(self.source.folder)
+        return self.source.checkpoint
 
     @property
     def name(self) -> str:
@@ -109,7 +109,7 @@ def with_base(
 ) -> Edited:
     """Find the base of a run and what was changed; raise an :class:`EditError` when it is not the run's base."""
     source = _find(run, base, code=trust_remote_code)
-    before = Checkpoint(source.folder)
+    before = source.checkpoint
     with reporter.phase("Checking the base", 1) as advance:
         if before.fingerprint() != run.record["provenance"]["base"].get("fingerprint"):
             raise StateError(

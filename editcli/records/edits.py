@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from editcli.records.history import History
 from editcli.reporting import Rejection
 from editcli.requests.superseding import Superseded
-from editcli.storage.files import write_bytes
+from editcli.storage.files import write_lines
 
 if TYPE_CHECKING:
     from editcli.records.state import RunFolder
@@ -50,8 +50,7 @@ class Rejections:
         known = set(self.all)
         dropped = [_line(one, None) for one in rejected if one not in known]
         lines = [*self._earlier, *(_line(one, self._file) for one in self._here), *dropped]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_bytes(self._folder.rejected, text.encode())
+        write_lines(self._folder.rejected, lines)
 
     def _of_other_files(self) -> list[dict[str, Any]]:
         """Read the lines of other files; one that is damaged costs its own line of a table."""

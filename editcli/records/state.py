@@ -33,7 +33,7 @@ from editcli.storage.files import (
     read_metadata,
     read_safetensors,
     sync_folder,
-    tensor_bytes,
+    tensors_digest,
     write_bytes,
     write_json,
     write_safetensors,
@@ -397,12 +397,7 @@ def _scattered(numbers: Tensor) -> Tensor:
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+    return tensors_digest(sorted(tensors.items()), salt=json.dumps(dict(metadata), sort_keys=True))
 
 
 def _requests(metadata: Mapping[str, str]) -> list[EditRequest]:

@@ -43,7 +43,7 @@ from editcli.settings.guards import needs_retained
 from editcli.settings.recipe import Recipe
 from editcli.statistics.moments import SecondMoments
 from editcli.storage.checkpoint import Checkpoint
-from editcli.storage.files import tensor_digest, write_bytes
+from editcli.storage.files import tensor_digest, write_bytes, write_lines
 
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
 
@@ -354,7 +354,7 @@ class Run:
         """Write what goes beside the weights: refused edits, outcomes, the card and, last, the record."""
         self.rejections.write(report.rejected)
         if after is not None:
-            write_bytes(self.folder.outcomes, "".join(f"{line}\n" for line in after.raw_lines()).encode())
+            write_lines(self.folder.outcomes, after.raw())
         seen = stream.reports[-1].metrics.get("diagnostics", {}) if stream.reports else {}
         card = model_card(report, self.recipe, self.provenance, diagnostics=seen)
         write_bytes(self.folder.out / CARD, card.encode())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from editcli.formatting import number, plural
 from editcli.health.verdict import Thresholds, judge
-from editcli.linalg.ratios import shown
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
 from editcli.settings.setting import Setting, settings_of
@@ -24,7 +24,10 @@ def model_card(
     report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], *, diagnostics: Mapping[str, float | None]
 ) -> str:
     """Return the README.md of an edited model: what was done, with what, and what it measured."""
-    return "\n".join(_lines(report, recipe, provenance, diagnostics)) + "\n"
+    base = provenance["base"]
+    title = f"# {public_name(base)}, with {plural(report.applied, 'edited fact')}"
+    body = [title, "", *card_body(report, recipe, provenance, diagnostics)]
+    return card_text(base, body, library="transformers")
 
 
 def carried(folder: Path) -> dict[str, Any]:
@@ -42,9 +45,9 @@ def carried(folder: Path) -> dict[str, Any]:
     return {name: said[name] for name in _CARRIED if _is_public(said.get(name))}
 
 
-def front_matter(base: Mapping[str, Any], *, library: str, tags: tuple[str, ...]) -> list[str]:
-    """Return the lines of a card that programs read: base model, licence, library and tags."""
-    from huggingface_hub import ModelCardData
+def card_text(base: Mapping[str, Any], body: Iterable[str], *, library: str, tags: tuple[str, ...] = ()) -> str:
+    """Return a card: base model, licence, library and tags for programs, then the lines of ``body`` for people."""
+    from huggingface_hub import ModelCard, ModelCardData
 
     said = base.get("card") or {}
     data = ModelCardData(
@@ -54,7 +57,8 @@ def front_matter(base: Mapping[str, Any], *, library: str, tags: tuple[str, ...]
         tags=["model-editing", "editcli", *tags],
         **{name: said[name] for name in _CARRIED if _is_public(said.get(name))},
     )
-    return ["---", *data.to_yaml(line_break="\n").splitlines(), "---", ""]
+    front = data.to_yaml(line_break="\n")
+    return str(ModelCard("\n".join(["---", front, "---", "", *body, ""])))
 
 
 def public_name(base: Mapping[str, Any]) -> str:
@@ -140,21 +144,6 @@ def _arguments(setting: Setting, value: Any) -> list[str]:
     return [flag, str(value)]
 
 
-def _lines(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float | None]
-) -> Iterator[str]:
-    base = provenance["base"]
-    yield from front_matter(base, library="transformers", tags=())
-    yield f"# {public_name(base)}, with {counted(report.applied)}"
-    yield ""
-    yield from card_body(report, recipe, provenance, diagnostics)
-
-
-def counted(applied: int) -> str:
-    """Return a number of edits in words."""
-    return f"{applied:,} edited fact{'' if applied == 1 else 's'}"
-
-
 def _origin(base: Mapping[str, Any]) -> str:
     """Say which model was edited, and under which licence it is."""
     commit = f" at commit {base['commit']}" if base.get("commit") else ""
@@ -185,7 +174,7 @@ def card_body(
     yield from ("| module | R_n | drift | lost by the cast | verdict |", "|---|---|---|---|---|")
     for site in report.sites:
         word = judge(Thresholds(), ratio=site.ratio, drift=site.drift).word or "n/a"
-        figures = " | ".join((shown(site.ratio, ".4f"), shown(site.drift, ".4f"), f"{site.cast_loss:.1e}"))
+        figures = " | ".join((number(site.ratio, ".4f"), number(site.drift, ".4f"), f"{site.cast_loss:.1e}"))
         yield f"| `{site.module}` | {figures} | {word} |"
     if diagnostics:
         yield from ("", "## Diagnostics of the last batch", "", "| figure | value |", "|---|---|")

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from editcli.cli.apply import apply
-from editcli.runs.card import carried, command_line, front_matter, public_name, shareable
+from editcli.runs.card import card_text, carried, command_line, public_name, shareable
 from editcli.settings.recipe import Recipe
 
 RECIPES = [
@@ -87,7 +87,8 @@ def test_the_front_matter_names_what_holds_for_the_copy_as_well(tmp_path: Path) 
     assert said == {"license": "other", "license_link": "LICENSE", "license_name": "a: b"}
     for commit, base_model in ((COMMIT, "someone/tiny"), (None, None)):
         base = {"name": "someone/tiny", "commit": commit, "card": said}
-        text = "\n".join([*front_matter(base, library="transformers", tags=()), "# Edited"])
+        text = card_text(base, ["# Edited", "", "body"], library="transformers")
+        assert text.endswith("\n---\n\n# Edited\n\nbody\n")
         data = ModelCard(text).data
         assert (data.base_model, data.license, data.license_name) == (base_model, "other", "a: b")
         assert "x" not in (data.tags or [])
