@@ -93,7 +93,7 @@ def _repeat(context: click.Context, file: Path, values: Mapping[str, Any], *, dr
         raise click.UsageError("--recipe repeats a run in one process; start it without torchrun", context)
     recorded = read_recorded(file)
     recipe = replace(recorded.recipe, **_given(context, values))
-    refuse_missing({"provenance": recorded.environment}, context.obj.plugins, run=file)
+    refuse_missing(recorded.provenance, context.obj.plugins, run=file)
     recipe.check(context.obj.plugins)
     if dry_run:
         return _plan(recipe, context.obj, as_json)

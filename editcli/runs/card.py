@@ -11,6 +11,7 @@ from typing import Any
 
 from editcli.health.verdict import Thresholds, judge
 from editcli.linalg.ratios import shown
+from editcli.records.record import BaseRef, Provenance
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
 
@@ -23,7 +24,7 @@ _FLAGS = {"stabilizers": "stabilizer", "evaluate": "no-eval"}
 
 
 def model_card(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], *, diagnostics: Mapping[str, float | None]
+    report: RunReport, recipe: Recipe, provenance: Provenance, *, diagnostics: Mapping[str, float | None]
 ) -> str:
     """Return the README.md of an edited model: what was done, with what, and what it measured."""
     return "\n".join(_lines(report, recipe, provenance, diagnostics)) + "\n"
@@ -44,31 +45,29 @@ def carried(folder: Path) -> dict[str, Any]:
     return {name: said[name] for name in _CARRIED if _is_public(said.get(name))}
 
 
-def front_matter(base: Mapping[str, Any], *, library: str, tags: tuple[str, ...]) -> list[str]:
+def front_matter(base: BaseRef, *, library: str, tags: tuple[str, ...]) -> list[str]:
     """Return the lines of a card that programs read: base model, licence, library and tags."""
     from huggingface_hub import ModelCardData
 
-    said = base.get("card") or {}
     data = ModelCardData(
         # The hub refuses a card whose base_model is not a repository.
-        base_model=public_name(base) if base.get("commit") else None,
+        base_model=public_name(base) if base.commit else None,
         library_name=library,
         tags=["model-editing", "editcli", *tags],
-        **{name: said[name] for name in _CARRIED if _is_public(said.get(name))},
+        **{name: base.card[name] for name in _CARRIED if _is_public(base.card.get(name))},
     )
     return ["---", *data.to_yaml(line_break="\n").splitlines(), "---", ""]
 
 
-def public_name(base: Mapping[str, Any]) -> str:
+def public_name(base: BaseRef) -> str:
     """Return the name of a recorded base for other people: a hub id, or the last part of a folder's path."""
-    name = str(base["name"])
-    if base.get("commit"):
-        return name
-    last = Path(name).name
-    return last if last not in ("", "..") else Path(str(base.get("folder") or name)).name or name
+    if base.commit:
+        return base.name
+    last = Path(base.name).name
+    return last if last not in ("", "..") else Path(base.folder or base.name).name or base.name
 
 
-def shareable(recipe: Recipe, base: Mapping[str, Any]) -> Recipe:
+def shareable(recipe: Recipe, base: BaseRef) -> Recipe:
     """Return a recipe for other people: names of files and folders in place of where they are on this machine."""
     files = {name: file_name(value) for name in _FILES if (value := getattr(recipe, name)) is not None}
     settings = {section: shareable_options(options) for section, options in recipe.settings.items()}
@@ -76,7 +75,7 @@ def shareable(recipe: Recipe, base: Mapping[str, Any]) -> Recipe:
     recipe = dataclasses.replace(recipe, **files, preset=shareable_preset(recipe.preset), settings=settings)
     if recipe.model is None:
         return recipe
-    return dataclasses.replace(recipe, model=public_name(base), revision=base.get("commit") or recipe.revision)
+    return dataclasses.replace(recipe, model=public_name(base), revision=base.commit or recipe.revision)
 
 
 def shareable_preset(preset: str | Mapping[str, Any] | None) -> str | dict[str, Any] | None:
@@ -137,9 +136,9 @@ def _arguments(name: str, value: Any) -> list[str]:
 
 
 def _lines(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float | None]
+    report: RunReport, recipe: Recipe, provenance: Provenance, diagnostics: Mapping[str, float | None]
 ) -> Iterator[str]:
-    base = provenance["base"]
+    base = provenance.base
     yield from front_matter(base, library="transformers", tags=())
     yield f"# {public_name(base)}, with {counted(report.applied)}"
     yield ""
@@ -151,22 +150,22 @@ def counted(applied: int) -> str:
     return f"{applied:,} edited fact{'' if applied == 1 else 's'}"
 
 
-def _origin(base: Mapping[str, Any]) -> str:
+def _origin(base: BaseRef) -> str:
     """Say which model was edited, and under which licence it is."""
-    commit = f" at commit {base['commit']}" if base.get("commit") else ""
-    licence = (base.get("card") or {}).get("license_name") or (base.get("card") or {}).get("license")
+    commit = f" at commit {base.commit}" if base.commit else ""
+    licence = base.card.get("license_name") or base.card.get("license")
     said = f"Its licence, which holds for this copy as well: {licence}." if licence else "Its card names no licence."
     return f"The base model is `{public_name(base)}`{commit}. {said}"
 
 
 def card_body(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float | None]
+    report: RunReport, recipe: Recipe, provenance: Provenance, diagnostics: Mapping[str, float | None]
 ) -> Iterator[str]:
     """Yield the lines below a card's title."""
     method = " + ".join((report.editor, *report.stabilizers))
     yield f"Facts were rewritten inside the weights with [editcli](https://pypi.org/project/editcli/) ({method})."
-    yield _origin(provenance["base"])
-    command = command_line(shareable(recipe, provenance["base"]))
+    yield _origin(provenance.base)
+    command = command_line(shareable(recipe, provenance.base))
     yield from ("", "```", command, "```", "", "## Measured", "")
     yield from ("| figure | before | after |", "|---|---|---|")
     efficacy = report.efficacy
@@ -187,7 +186,7 @@ def card_body(
         yield from ("", "## Diagnostics of the last batch", "", "| figure | value |", "|---|---|")
         yield from (f"| {name} | {_figure(value)} |" for name, value in diagnostics.items())
     yield from ("", "## Options in force", "", "```json")
-    options = {"targets": provenance["targets"], **provenance["options"]}
+    options = {"targets": provenance.targets, **provenance.options}
     yield json.dumps({name: shareable_options(section) for name, section in options.items()}, indent=2)
     yield from ("```", "", "## Known limits", "")
     yield "The edits are associations at the subject's last token: paraphrases that name the subject otherwise, and"
