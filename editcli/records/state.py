@@ -256,13 +256,15 @@ class RunFolder:
             "settings": json.dumps(snapshot.settings, sort_keys=True),
             "line": snapshot.line,
         }
-        write_safetensors(self.state, snapshot.tensors, {**metadata, "sha256": _digest(snapshot.tensors, metadata)})
+        write_safetensors(
+            self.state, snapshot.tensors, {**metadata, "sha256": snapshot_digest(snapshot.tensors, metadata)}
+        )
 
     def read_snapshot(self) -> Snapshot:
         """Read the snapshot; raise :class:`StateError` when it is missing, damaged or of another format."""
         tensors, metadata = self._read_state(read_safetensors)
         stated = metadata.pop("sha256", "")
-        if stated != _digest(tensors, metadata):
+        if stated != snapshot_digest(tensors, metadata):
             raise StateError(f"{self.state} is damaged: its content does not match its hash; {self._advice}")
         known, settings = self._metadata(metadata)
         return Snapshot(known.step, known.sequence, known.consumed, tensors, settings, known.line)
@@ -450,7 +452,8 @@ def _scattered(numbers: Tensor) -> Tensor:
     return (numbers ^ (numbers >> 31)) | 1
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def snapshot_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the hash over the tensors and the metadata of a snapshot, that of the hash itself left out."""
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
