@@ -1,4 +1,4 @@
-"""Change the records of a small run and of its patch in every way that a stranger could, and read them by every command.
+"""Change the records of a run and of its patch in every way that a stranger could, and read them by every command.
 
 ``python -m benchmarks.hostile --examples 20000`` makes one run, then for each example changes one record (with all
 hashes made right again), runs one command in this process, and puts the records back. Whatever is not exit code 0 to 3

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from editcli.errors import EditError, ModelError, StateError
 from editcli.export.recipe import FULL, LORA, PATCH
 from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
 from editcli.records.decoding import UnreadableError, to_text
-from editcli.records.record import RECORD, BaseRef, FileRef, RunRecord
+from editcli.records.record import RECORD, BaseRef, FileRef, PilotsRef, RunRecord
 from editcli.records.record import read_record as read_any
 from editcli.runs.card import (
     card_body,
@@ -27,6 +27,8 @@ from editcli.runs.card import (
 from editcli.runs.output import CARD
 from editcli.settings.recipe import Recipe
 from editcli.storage.files import write_bytes
+
+F = TypeVar("F", FileRef, PilotsRef)
 
 _FILES = ("edits", "corpus", "stats", "out")
 """Settings of a recipe that are paths."""
@@ -69,7 +71,7 @@ def _shareable(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     return {name: shareable_options(options) for name, options in sections.items()}
 
 
-def _named(file: FileRef) -> FileRef:
+def _named(file: F) -> F:
     return replace(file, file=file_name(file.file)) if file.file else file
 
 

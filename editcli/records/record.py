@@ -169,8 +169,18 @@ class FileRef:
     """As it was named."""
     sha256: str
     """Hash of it; empty for edits that came from a program."""
-    limit: Count | None = optional()
-    """How many edits were read at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PilotsRef:
+    """The first edits file of a run, and how many of its edits were read at most."""
+
+    file: str
+    """As it was named."""
+    sha256: str
+    """Hash of it; empty for edits that came from a program."""
+    limit: Count | None = later()
+    """How many edits were read at most; null for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +248,7 @@ class Provenance:
     """Threads of the processor."""
     written: str = later("")
     """When the run began."""
-    pilots: FileRef | None = optional()
+    pilots: PilotsRef | None = optional()
     """The first edits file, which components calibrate on."""
     reference: Reference | None = optional()
     """The reference text of the statistics, where the run read any."""
@@ -293,7 +303,7 @@ class RunRecord:
     """Every setting of the command; runs it again. `preset` is the whole content of the preset file, with its name and
     sha256."""
     provenance: Provenance
-    source: Mapping[str, Any] = field(default_factory=dict, repr=False, metadata={"unwritten": True})
+    source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={"unwritten": True})
     """What it was decoded from, for the fields that this version does not know."""
 
     @classmethod

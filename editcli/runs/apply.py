@@ -20,7 +20,7 @@ from editcli.plugin.interfaces import Site
 from editcli.plugin.manager import Plugins
 from editcli.records.decoding import encode
 from editcli.records.edits import Rejections
-from editcli.records.record import DONE, INTERRUPTED, RUNNING, STOPPED, Reference, RunRecord
+from editcli.records.record import DONE, INTERRUPTED, RUNNING, STOPPED, PilotsRef, Reference, RunRecord
 from editcli.records.recovery import Recovered, recover, remaining
 from editcli.records.state import RunFolder, StreamSettings
 from editcli.reporting import Reporter, RunReport, Silent
@@ -187,7 +187,8 @@ class Run:
         """Say in the run's record that its model folder is not up to date; keep its figures so far."""
         record = self._old_record() if self.recovered else None
         earlier = record.provenance if record else None
-        began = replace(self.provenance.edits, limit=self.recipe.limit)
+        edits = self.provenance.edits
+        began = PilotsRef(file=edits.file, sha256=edits.sha256, limit=self.recipe.limit)
         # An editor that keeps what it made of the reference text does not read it again.
         pilots, reference = (earlier.pilots, earlier.reference) if earlier else (None, None)
         self.provenance = replace(self.provenance, pilots=pilots or began, reference=reference)

@@ -15,7 +15,7 @@ from editcli.editing.session import PilotSource
 from editcli.errors import EditError, OptionError, StateError, near_miss
 from editcli.plugin.manager import Plugins, load_formats
 from editcli.records.journal import BatchRecord
-from editcli.records.record import RunRecord
+from editcli.records.record import PilotsRef, RunRecord
 from editcli.records.recovery import Recovered, recover
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport, Silent
@@ -133,7 +133,8 @@ class _Rewind(Run):
 
     def pilots(self) -> PilotSource:
         """Return what the run calibrated on when it began, where it can still be read."""
-        pilots = self.record.provenance.pilots or self.record.provenance.edits
+        made = self.record.provenance
+        pilots = made.pilots or PilotsRef(file=made.edits.file, sha256=made.edits.sha256)
         try:
             file = read_edits(pilots.file, skip_bad=True, limit=pilots.limit, formats=load_formats(self.plugins))
             if file.sha256 == pilots.sha256:
