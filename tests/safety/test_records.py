@@ -244,9 +244,8 @@ def test_the_error_names_the_file_the_field_and_a_remedy(
 def test_a_line_of_the_journal_is_named_with_its_field(tmp_path: Path) -> None:
     lines = (EARLIER / "editcli/journal.jsonl").read_bytes().splitlines()
     lines[1] = lines[1].replace(b'"layer": 1', b'"layer": null')
-    with pytest.raises(
-        StateError, match=r"journal.jsonl:2 is damaged \(sites\[1\].layer: Expected `int`, got `null`\)"
-    ):
+    said = r"journal.jsonl:2 is damaged \(sites\[1\].layer: Expected `int`, got `null`\)"
+    with pytest.raises(StateError, match=said):
         list(read_lines(lines, tmp_path / "journal.jsonl"))
 
 
