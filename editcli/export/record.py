@@ -80,7 +80,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
     path = folder / RECORD
     path.parent.mkdir()
     try:
-        write_bytes(path, to_text(record.to_json(), RunRecord).encode())
+        write_bytes(path, to_text(record.to_json(), RunRecord.from_json).encode())
     except UnreadableError as error:
         raise StateError(f"the record of the run cannot be written: {error}; restore it from a backup") from error
 

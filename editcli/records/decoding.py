@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -78,7 +78,8 @@ def parse(text: bytes | str) -> Any:
     value = _decoded(data, Any)
     if is_deep(value):
         raise UnreadableError("it is nested too deeply")
-    _refuse_strange(value)
+    if any(isinstance(item, int) and abs(item) > LARGEST for item in _items(value)):
+        raise UnreadableError(f"it holds a whole number beyond {LARGEST}")
     return value
 
 
@@ -113,13 +114,13 @@ def encode(value: Any, source: Any = None) -> Any:
     return value
 
 
-def to_text(value: Any, kind: type[Any]) -> str:
-    """Return a value as a JSON text that can be read again as ``kind``; else raise :class:`UnreadableError`."""
+def to_text(value: Any, read: Callable[[Any], Any]) -> str:
+    """Return a value as a JSON text that can be parsed and ``read`` again; else raise :class:`UnreadableError`."""
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (ValueError, TypeError, RecursionError) as error:
         raise UnreadableError(str(error)) from error
-    convert(parse(text), kind)
+    read(parse(text))
     return text
 
 
@@ -151,19 +152,21 @@ def _reason(error: Exception) -> str:
     return f"{field.removeprefix('key in ')}: {what}" if field else what
 
 
-def _refuse_strange(value: Any) -> None:
-    """Raise where a text holds a NUL, which no file name may, or a number is one that others read differently."""
+def refuse_nul(value: Any) -> None:
+    """Raise :class:`UnreadableError` where a parsed value holds a NUL, which no name of a file may."""
+    if any("\0" in item for item in _items(value) if isinstance(item, str)):
+        raise UnreadableError("it holds a NUL character, which no record does")
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """Yield every value inside a parsed one, and the names of fields."""
     level = [value]
     while level:
+        yield from level
         inside: list[Any] = []
         for item in level:
             if isinstance(item, dict):
-                inside += item
-                inside += item.values()
+                inside += [*item, *item.values()]
             elif isinstance(item, list):
                 inside += item
-            elif isinstance(item, str) and "\0" in item:
-                raise UnreadableError("it holds a NUL character, which no record does")
-            elif isinstance(item, int) and abs(item) > LARGEST:
-                raise UnreadableError(f"it holds a whole number beyond {LARGEST}")
         level = inside

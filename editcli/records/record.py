@@ -23,6 +23,7 @@ from editcli.records.decoding import (
     later,
     optional,
     read_json,
+    refuse_nul,
 )
 from editcli.reporting import Rejection, RunReport, SiteReport
 
@@ -310,6 +311,7 @@ class RunRecord:
     def from_json(cls, value: Any) -> RunRecord:
         """Decode a parsed ``run.json``; raise :class:`UnreadableError`."""
         source = {name: item for name, item in value.items() if name != "source"} if isinstance(value, dict) else value
+        refuse_nul(source)
         return dataclasses.replace(convert(source, cls), source=source)
 
     def to_json(self) -> dict[str, Any]:

@@ -414,7 +414,7 @@ class RunFolder:
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write run.json; raise :class:`StateError` before the first byte where it could not be read again."""
         try:
-            text = to_text(record, RunRecord)
+            text = to_text(record, RunRecord.from_json)
         except UnreadableError as error:
             raise StateError(f"{self.record} would not be readable: {error}; report it with the command") from error
         write_bytes(self.record, text.encode())

@@ -135,7 +135,7 @@ def of_run(folder: Path, text: str) -> Any:
     (folder / "editcli/run.json").write_text(text)
     record = read_record(folder)
     assert record is not None
-    again = RunRecord.from_json(parse(checked_text(record.to_json(), RunRecord)))
+    again = RunRecord.from_json(parse(checked_text(record.to_json(), RunRecord.from_json)))
     assert again == record
     if record.ended:
         assert model_card(record.report, recipe_of(record), record.provenance, diagnostics={})
