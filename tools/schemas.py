@@ -23,6 +23,8 @@ from editcli.records.record import RunRecord
 
 FOLDER = Path(__file__).parents[1] / "editcli" / "schemas"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
+WIDTH = 240
+"""Characters of a line of a schema."""
 PREVIOUS = {"description": "sha256 of the line before; 64 zeros for the first.", "type": "string"}
 
 
@@ -113,6 +115,16 @@ def _either(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, A
     return {"description": text, "anyOf": parts}
 
 
+def _layout(value: Any, indent: str = "") -> str:
+    """Return JSON with a field on each line, whose own fields stand on it as well where they fit."""
+    text = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict) or len(indent) + len(text) <= WIDTH:
+        return text
+    inner = f"{indent}  "
+    parts = (f"{inner}{json.dumps(name)}: {_layout(item, inner)}" for name, item in value.items())
+    return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
+
+
 @click.command()
 @click.option("--check", is_flag=True, help="Write nothing; end with 1 where a schema is out of date.")
 def main(check: bool) -> None:
@@ -120,7 +132,7 @@ def main(check: bool) -> None:
     stale = []
     for name, schema in (("run", run_schema()), ("journal", journal_schema())):
         path = FOLDER / f"{name}.schema.json"
-        text = json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+        text = _layout(schema) + "\n"
         if check and path.read_text("utf-8") != text:
             stale.append(path.name)
         elif not check:
