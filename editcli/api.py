@@ -19,6 +19,7 @@ from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.evaluation.generation import generate
 from editcli.models.fit import check_fit
 from editcli.plugin.manager import Plugins, load_formats, load_plugins
+from editcli.records.journal import BatchRecord
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport, Silent
 from editcli.requests.reader import Collector, EditFile, refuse_deep
@@ -29,7 +30,6 @@ from editcli.runs.clock import Clock
 from editcli.runs.conversation import with_clock
 from editcli.runs.memory import MEMORY, HeldModel, Saved, Unsaved, borrowed, hold, put_back
 from editcli.runs.remarks import tell_conflicts
-from editcli.runs.stream import BatchReport
 from editcli.runs.stream import Stream as Journal
 from editcli.settings.recipe import Recipe, parse_layers
 from editcli.settings.setting import settings_of
@@ -207,7 +207,7 @@ class Stream:
         """The edits in force."""
         return tuple(self._opened()[1].position.requests)
 
-    def apply(self, batch: Sequence[EditRequest | Mapping[str, Any]]) -> BatchReport:
+    def apply(self, batch: Sequence[EditRequest | Mapping[str, Any]]) -> BatchRecord:
         """Write one batch of requests, or of objects of the edits schema; on an error the weights are as before.
 
         Raises :class:`editcli.RequestError` for an edit that cannot be used and :class:`editcli.GuardError` when a

@@ -90,7 +90,7 @@ def _repeat(app: App, file: Path, values: Mapping[str, Any], *, dry_run: bool) -
         raise click.UsageError("--repeat repeats a run in one process; start it without torchrun")
     recorded = read_recorded(file)
     recipe = replace(recorded.recipe, **_places(click.get_current_context(), values))
-    refuse_missing({"provenance": recorded.environment}, app.plugins, run=file)
+    refuse_missing(recorded.provenance, app.plugins, run=file)
     recipe.check(app.plugins)
     if dry_run:
         return _plan(app, recipe)

@@ -15,7 +15,7 @@ from editcli.evaluation.admission import thinking_warning
 from editcli.evaluation.harness import HarnessResult, require_harness, run_harness
 from editcli.evaluation.locality import answer_locality
 from editcli.evaluation.metrics import Evaluation, evaluate
-from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
+from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, first_model, open_model, resolve_model
 from editcli.plugin.manager import load_formats
 from editcli.records.history import read_history
 from editcli.reporting import Reporter, Silent
@@ -179,13 +179,11 @@ def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
     if recipe.base != OWN_BASE:
         return None if recipe.base is None else resolve_model(recipe.base, code=code)
     history = read_history(source.folder)
-    candidates = history.bases if history is not None else ()
-    for candidate in candidates:
-        try:
-            return resolve_model(candidate, code=code)
-        except ModelError:
-            continue
-    known = f"its base {candidates[0]} is not where it was" if candidates else "it records no base"
+    places = history.bases if history is not None else ()
+    base = first_model(places, code=code)
+    if base is not None:
+        return base
+    known = f"its base {places[0]} is not where it was" if places else "it records no base"
     raise ModelError(f"{source.name}: {known}; pass the base as --base=MODEL")
 
 

@@ -315,9 +315,7 @@ class _Optimiser:
         )
 
     @torch.enable_grad()
-    def _evaluate(
-        self, parts: Sequence[_Part], delta: Tensor, *, with_gradient: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _evaluate(self, parts: Sequence[_Part], delta: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return each edit's loss, (n,), its gradient, (n, d), if ``with_gradient``, and its misses, (n,).
 
         A miss is a target token that is not the greedy answer; they are counted if ``targets.stop`` is greedy. Rows of

@@ -20,8 +20,9 @@ from editcli.models.architectures import Family
 from editcli.models.hub import fetch_patch
 from editcli.models.loading import choose_device, refuse_unopenable, resolve_model
 from editcli.plugin.manager import Plugins
+from editcli.records.record import STOPPED
 from editcli.reporting import Reporter, Silent
-from editcli.runs.apply import STOPPED, writing
+from editcli.runs.apply import writing
 from editcli.runs.output import needed_bytes, verify, write_model
 from editcli.runs.planning import brought_families, check_disk
 from editcli.storage.checkpoint import Checkpoint
@@ -44,7 +45,7 @@ def export(recipe: ExportRecipe, plugins: Plugins, reporter: Reporter | None = N
         run.refuse_changed()
     if to is None:
         return report
-    message = f"{report.status.capitalize()}: {run.record['edits']['applied']} edits as {recipe.format}"
+    message = f"{report.status.capitalize()}: {run.record.report.applied} edits as {recipe.format}"
     return replace(report, pushed=push(recipe.folder, to, message, reporter))
 
 
@@ -116,7 +117,7 @@ class _Export:
             run=self.recipe.run,
             status=self.run.status,
             out=str(self.recipe.folder),
-            base=str(self.record["provenance"]["base"]["name"]),
+            base=self.record.provenance.base.name,
             files=listed(self.folder),
             tensors=tensors,
             sites=self.sites,

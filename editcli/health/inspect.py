@@ -18,7 +18,7 @@ from editcli.linalg.ratios import ratio
 from editcli.linalg.spectra import Method, Similarity
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.fit import check_fit
-from editcli.models.loading import ModelSource, load_config, resolve_model
+from editcli.models.loading import ModelSource, first_model, load_config, resolve_model
 from editcli.plugin.interfaces import Site
 from editcli.presets.loader import load_preset
 from editcli.presets.record import Preset
@@ -271,14 +271,10 @@ def _base_source(base: str | Path | None, history: History | None, reporter: Rep
     if base is not None:
         return resolve_model(base)
     known = history.bases if history else ()
-    for place in known:
-        try:
-            return resolve_model(place)
-        except ModelError:  # It was moved or is out of reach; the name may still lead to it.
-            continue
-    if known:
+    source = first_model(known)
+    if source is None and known:
         reporter.warn(f"the base of this run, {known[-1]}, is not where it was; pass --base to compare with it")
-    return None
+    return source
 
 
 def _warn_of_other_base(

@@ -10,7 +10,7 @@ import importlib.resources
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,6 +135,17 @@ def resolve_model(
         raise ModelError(f"{name} names the revision {pinned}, and --revision {revision} another; give one of them")
     revision = pinned if at else revision
     return ModelSource(id, fetch(id, revision, weights=weights, code=code), revision)
+
+
+def first_model(places: Iterable[str], *, code: bool = False) -> ModelSource | None:
+    """Return the first of some places where there is a model; None where there is none in any of them."""
+    for place in places:
+        try:
+            return resolve_model(place, code=code)
+        except ModelError:
+            # It was moved or is out of reach; another place may still lead to it.
+            continue
+    return None
 
 
 def open_model(

@@ -11,6 +11,7 @@ from typing import Any
 
 from editcli.formatting import number, plural
 from editcli.health.verdict import Thresholds, judge
+from editcli.records.record import BaseRef, Provenance
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
 from editcli.settings.setting import Setting, settings_of
@@ -21,10 +22,10 @@ _CARRIED = ("license", "license_name", "license_link", "language")
 
 
 def model_card(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], *, diagnostics: Mapping[str, float | None]
+    report: RunReport, recipe: Recipe, provenance: Provenance, *, diagnostics: Mapping[str, float | None]
 ) -> str:
     """Return the README.md of an edited model: what was done, with what, and what it measured."""
-    base = provenance["base"]
+    base = provenance.base
     title = f"# {public_name(base)}, with {plural(report.applied, 'edited fact')}"
     body = [title, "", *card_body(report, recipe, provenance, diagnostics)]
     return card_text(base, body, library="transformers")
@@ -45,32 +46,30 @@ def carried(folder: Path) -> dict[str, Any]:
     return {name: said[name] for name in _CARRIED if _is_public(said.get(name))}
 
 
-def card_text(base: Mapping[str, Any], body: Iterable[str], *, library: str, tags: tuple[str, ...] = ()) -> str:
+def card_text(base: BaseRef, body: Iterable[str], *, library: str, tags: tuple[str, ...] = ()) -> str:
     """Return a card: base model, licence, library and tags for programs, then the lines of ``body`` for people."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    said = base.get("card") or {}
     data = ModelCardData(
         # The hub refuses a card whose base_model is not a repository.
-        base_model=public_name(base) if base.get("commit") else None,
+        base_model=public_name(base) if base.commit else None,
         library_name=library,
         tags=["model-editing", "editcli", *tags],
-        **{name: said[name] for name in _CARRIED if _is_public(said.get(name))},
+        **{name: base.card[name] for name in _CARRIED if _is_public(base.card.get(name))},
     )
     front = data.to_yaml(line_break="\n")
     return str(ModelCard("\n".join(["---", front, "---", "", *body, ""])))
 
 
-def public_name(base: Mapping[str, Any]) -> str:
+def public_name(base: BaseRef) -> str:
     """Return the name of a recorded base for other people: a hub id, or the last part of a folder's path."""
-    name = str(base["name"])
-    if base.get("commit"):
-        return name
-    last = Path(name).name
-    return last if last not in ("", "..") else Path(str(base.get("folder") or name)).name or name
+    if base.commit:
+        return base.name
+    last = Path(base.name).name
+    return last if last not in ("", "..") else Path(base.folder or base.name).name or base.name
 
 
-def shareable(recipe: Recipe, base: Mapping[str, Any]) -> Recipe:
+def shareable(recipe: Recipe, base: BaseRef) -> Recipe:
     """Return a recipe for other people: names of files and folders in place of where they are on this machine."""
     files = {name: file_name(value) for name in _FILES if (value := getattr(recipe, name)) is not None}
     settings = {section: shareable_options(options) for section, options in recipe.settings.items()}
@@ -78,7 +77,7 @@ def shareable(recipe: Recipe, base: Mapping[str, Any]) -> Recipe:
     recipe = dataclasses.replace(recipe, **files, preset=shareable_preset(recipe.preset), settings=settings)
     if recipe.model is None:
         return recipe
-    return dataclasses.replace(recipe, model=public_name(base), revision=base.get("commit") or recipe.revision)
+    return dataclasses.replace(recipe, model=public_name(base), revision=base.commit or recipe.revision)
 
 
 def shareable_preset(preset: str | Mapping[str, Any] | None) -> str | dict[str, Any] | None:
@@ -144,22 +143,22 @@ def _arguments(setting: Setting, value: Any) -> list[str]:
     return [flag, str(value)]
 
 
-def _origin(base: Mapping[str, Any]) -> str:
+def _origin(base: BaseRef) -> str:
     """Say which model was edited, and under which licence it is."""
-    commit = f" at commit {base['commit']}" if base.get("commit") else ""
-    licence = (base.get("card") or {}).get("license_name") or (base.get("card") or {}).get("license")
+    commit = f" at commit {base.commit}" if base.commit else ""
+    licence = base.card.get("license_name") or base.card.get("license")
     said = f"Its licence, which holds for this copy as well: {licence}." if licence else "Its card names no licence."
     return f"The base model is `{public_name(base)}`{commit}. {said}"
 
 
 def card_body(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float | None]
+    report: RunReport, recipe: Recipe, provenance: Provenance, diagnostics: Mapping[str, float | None]
 ) -> Iterator[str]:
     """Yield the lines below a card's title."""
     method = " + ".join((report.editor, *report.stabilizers))
     yield f"Facts were rewritten inside the weights with [editcli](https://pypi.org/project/editcli/) ({method})."
-    yield _origin(provenance["base"])
-    command = command_line(shareable(recipe, provenance["base"]))
+    yield _origin(provenance.base)
+    command = command_line(shareable(recipe, provenance.base))
     yield from ("", "```", command, "```", "", "## Measured", "")
     yield from ("| figure | before | after |", "|---|---|---|")
     efficacy = report.efficacy
@@ -180,7 +179,7 @@ def card_body(
         yield from ("", "## Diagnostics of the last batch", "", "| figure | value |", "|---|---|")
         yield from (f"| {name} | {_figure(value)} |" for name, value in diagnostics.items())
     yield from ("", "## Options in force", "", "```json")
-    options = {"targets": provenance["targets"], **provenance["options"]}
+    options = {"targets": provenance.targets, **provenance.options}
     yield json.dumps({name: shareable_options(section) for name, section in options.items()}, indent=2)
     yield from ("```", "", "## Known limits", "")
     yield "The edits are associations at the subject's last token: paraphrases that name the subject otherwise, and"

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import msgspec
+
 from editcli.errors import EditError, OptionError, near_miss
 from editcli.models.chat_settings import ChatSettings
 from editcli.plugin.options import build
@@ -283,8 +285,10 @@ class Recipe(ChatLoading):
                 raise OptionError(f"a recipe has no setting {name!r}{near_miss(name, known)}")
         if "edits" not in record:
             raise OptionError("the recipe does not say which edits file to apply; add 'edits'")
-        values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in record.items()}
-        return cls(**values)
+        try:
+            return msgspec.convert(dict(record), cls)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise OptionError(f"the recipe cannot be used: {error}") from error
 
     def with_preset_read(self) -> Recipe:
         """Return the recipe with what its preset file holds, since the file may change or go while the run lasts."""

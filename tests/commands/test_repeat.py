@@ -158,7 +158,7 @@ def test_edits_or_a_recipe_are_needed(run: Run) -> None:
     ("section", "value", "said"),
     [
         ("status", "interrupted", "did not end"),
-        ("provenance", {}, "does not record 'weights'"),
+        ("provenance", {}, "provenance: Object missing required field `base`"),
         ("recipe", {"edits": "x", "editer": "y"}, "is not the record of a run"),
         ("recipe", [1], "is not the record of a run"),
         ("provenance", None, "is not the record of a run"),

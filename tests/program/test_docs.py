@@ -270,7 +270,7 @@ def test_a_link_to_a_file_leads_to_one(page: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["docs_commands", "docs_reference"])
+@pytest.mark.parametrize("tool", ["docs_commands", "docs_reference", "schemas"])
 def test_what_is_generated_is_current(tool: str) -> None:
     # In a process of its own, because click keeps what an earlier test asked of a command.
     check = [sys.executable, "-m", f"tools.{tool}", "--check"]
