@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.common import bundled, median, peak_memory, random_model, write_result
 from editcli.heap import keep_freed
-from editcli.models.forward import tapped
+from editcli.models.forward import hooked
 from editcli.models.loading import LoadedModel, bundled_folder
 from editcli.plugin.interfaces import Site
 from editcli.settings.core import StatisticsOptions
@@ -40,7 +40,7 @@ def plain(loaded: LoadedModel, sites: Sequence[Site], rows: Sequence[Sequence[in
             keys = entered.reshape(-1, width).double()
             sums[site].addmm_(keys.T, keys)
 
-        stack.enter_context(tapped(loaded.architecture.projection(site.layer), see))
+        stack.enter_context(hooked(loaded.architecture.projection(site.layer), see))
 
     with ExitStack() as stack:
         for site in sites:

@@ -27,11 +27,11 @@ from benchmarks.reference import plain_target
 from benchmarks.targets import last_layer, opened
 from editcli.editing import prompt_cache as past
 from editcli.editing import steering, targets
-from editcli.editing.effort import target_costs
 from editcli.editing.session import generate_prefixes
+from editcli.editing.targets import target_costs
 from editcli.heap import keep_freed
 from editcli.models import blocks, matmul
-from editcli.models.forward import run, tapped
+from editcli.models.forward import hooked, run
 from editcli.models.loading import LoadedModel
 from editcli.reporting import Silent
 from editcli.requests.schema import EditRequest
@@ -162,7 +162,7 @@ def _with_lower_layers() -> Iterator[None]:
 
 
 def _from_the_bottom(self: Any, chunk: Any, shift: Any, wanted: Any, real: Any = steering.Steering.logits) -> Any:
-    with torch.no_grad(), tapped(self.loaded.architecture.block(self.layer), lambda *seen: None, stop=True):
+    with torch.no_grad(), hooked(self.loaded.architecture.block(self.layer), lambda *seen: None, stop=True):
         run(self.loaded.model, chunk.ids, **chunk.options)
     return real(self, chunk, shift, wanted)
 

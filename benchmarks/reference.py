@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from editcli.models.forward import first, tapped, with_first
+from editcli.models.forward import first, hooked, with_first
 from editcli.models.loading import LoadedModel
 from editcli.models.tokens import Encoded
 from editcli.requests.schema import EditRequest
@@ -113,7 +113,7 @@ class _Steered:
         def see_mlp(module: object, entered: Tensor, output: object) -> None:
             seen["m"] = first(output).reshape(len(text.ids), -1)[text.lookup] * self.scale
 
-        with tapped(self.block, see_block), tapped(self.mlp, see_mlp):
+        with hooked(self.block, see_block), hooked(self.mlp, see_mlp):
             self._run([text])
         return seen["h"], seen["m"]
 
@@ -130,7 +130,7 @@ class _Steered:
         def see_head(module: object, entered: Tensor, output: object) -> None:
             read.append(entered)
 
-        with tapped(self.block, steer), tapped(self.head, see_head):
+        with hooked(self.block, steer), hooked(self.head, see_head):
             return self._run(texts), read[0]
 
     def _run(self, texts: Sequence[Encoded]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The program: load the plugins, run one command, turn what went wrong into one line and an exit code."""
+"""The program: load the plugins, run one command, report an error in one line with an exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 
 from editcli.cli import libraries
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.completion import VARIABLE
 from editcli.cli.main import build_cli
 from editcli.distributed.launch import Launch
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch = Launch.read(os.environ)
         app = App(load_plugins(), launch)
         group = build_cli(app.plugins)
-        # A shell that asks what fits has no place for warnings: they would be drawn into the line being typed.
+        # During completion a warning would be drawn into the line being typed.
         if launch.leads and VARIABLE not in os.environ:
             _warn_broken(app.plugins)
         code = group.main(args=_or_help(arguments), prog_name="editcli", obj=app, standalone_mode=False)
@@ -48,16 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        # Every process was given the same command line, and rank 0 says what is wrong with it.
+        # Every process has the same command line, so only rank 0 reports what is wrong with it.
         return _usage_error(error) if launch.leads else error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", INTERRUPTED) if launch.leads else INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone, as in `editcli plugins | head -1`; the flush at exit must not complain.
+        # The reader of our output has exited, as in `editcli plugins | head -1`; the flush at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except PermissionError as error:
-        # Any file or folder that is only looked for may lie in a folder that this user may not enter.
+        # Even a test whether a file exists fails in a folder that this user may not enter.
         if app is not None and app.verbosity > 0:
             traceback.print_exc()
         return _fail(f"there is no permission for {error.filename or error}; change it, or name another path", 1)
@@ -68,14 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _was_interrupted(error: BaseException) -> bool:
-    """Tell whether Ctrl-C is behind an error; a library that is interrupted while it is imported raises its own."""
-    found: BaseException | None = error
+    """Tell whether Ctrl-C caused an error; a library that is interrupted while it is imported raises its own."""
+    cause: BaseException | None = error
     seen: set[int] = set()
-    while found is not None and id(found) not in seen:
-        if isinstance(found, KeyboardInterrupt):
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, KeyboardInterrupt):
             return True
-        seen.add(id(found))
-        found = found.__cause__ or found.__context__
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
@@ -89,7 +89,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _usage_error(error: click.ClickException) -> int:
-    """Show a usage error in one line, with the file or variable that a bad value came from."""
+    """Show a usage error in one line, with the file or variable of a bad value."""
     context = getattr(error, "ctx", None)
     hint = ""
     if isinstance(context, click.Context):
@@ -122,7 +122,7 @@ def _warn_broken(plugins: Plugins) -> None:
 
 
 def _accept_any_text() -> None:
-    """Write what a stream cannot encode, such as a file name that is not UTF-8, as an escape instead of failing."""
+    """Escape text that stdout cannot encode, such as a file name that is not UTF-8, instead of failing."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

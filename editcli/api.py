@@ -19,6 +19,7 @@ from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.evaluation.generation import generate
 from editcli.models.fit import check_fit
 from editcli.plugin.manager import Plugins, load_plugins
+from editcli.records.journal import BatchRecord
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport, Silent
 from editcli.requests.reader import Collector, EditFile, refuse_deep
@@ -29,9 +30,9 @@ from editcli.runs.clock import Clock
 from editcli.runs.conversation import with_clock
 from editcli.runs.memory import MEMORY, HeldModel, Saved, Unsaved, borrowed, hold, put_back
 from editcli.runs.remarks import tell_conflicts
-from editcli.runs.stream import BatchReport
 from editcli.runs.stream import Stream as Journal
 from editcli.settings.recipe import Recipe, parse_layers
+from editcli.settings.setting import settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,7 +207,7 @@ class Stream:
         """The edits in force."""
         return tuple(self._opened()[1].position.requests)
 
-    def apply(self, batch: Sequence[EditRequest | Mapping[str, Any]]) -> BatchReport:
+    def apply(self, batch: Sequence[EditRequest | Mapping[str, Any]]) -> BatchRecord:
         """Write one batch of requests, or of objects of the edits schema; on an error the weights are as before.
 
         Raises :class:`editcli.RequestError` for an edit that cannot be used and :class:`editcli.GuardError` when a
@@ -240,9 +241,6 @@ Loadable: TypeAlias = "str | Path | PreTrainedModel | None"
 
 SOURCE = "<program>"
 """What stands where a run of the command line names its edits file."""
-
-_OF_LOADING = ("revision", "device", "device_map", "dtype", "trust_remote_code")
-_OF_FOLDERS = ("resume", "overwrite", "checkpoint_every")
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,11 +383,11 @@ def _with(recipe: Recipe, *, model: str | None) -> Recipe:
 
 def _refuse_idle(choices: Mapping[str, Any], *, named: bool, kept: bool) -> None:
     """Refuse settings that would do nothing: silence would look like consent."""
-    for name in _OF_LOADING:
-        if name in choices and not named:
+    declared = settings_of(Recipe)
+    for name in choices:
+        if name in declared and declared[name].loads and not named:
             raise OptionError(f"{name}= says how editcli loads a model, but this one is loaded already; leave it out")
-    for name in _OF_FOLDERS:
-        if name in choices and not (kept and named):
+        if name in declared and declared[name].folder and not (kept and named):
             raise OptionError(
                 f"{name}= belongs to a run folder, but this run has none; pass out= with a model's folder"
             )

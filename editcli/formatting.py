@@ -1,4 +1,4 @@
-"""Format times, sizes and rates for people, and text from files and plugins so that it is safe to show."""
+"""Format figures, counts, times and sizes for people, and make text from files and plugins safe to show."""
 
 from __future__ import annotations
 
@@ -21,13 +21,27 @@ def shorten(text: str, length: int = 120) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def number(value: float | None, form: str = ".4g", *, missing: str = "n/a") -> str:
+    """Return a figure in a format such as ``.3f``, ``missing`` for None; a figure that rounds to 0 has no sign."""
+    if value is None:
+        return missing
+    text = format(value, form)
+    return text if text.strip("-0.") else text.lstrip("-")
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun: ``1 edit``, ``2,000 edits``, ``2 batches``."""
+    ending = "" if count == 1 else "es" if noun.endswith(("ch", "s")) else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def duration(seconds: float) -> str:
-    """Return a time as one would say it: ``0.4 s``, ``42 s``, ``3 min 5 s``, ``2 h 7 min``."""
+    """Return a time such as ``0.4 s``, ``42 s``, ``3 min 5 s`` or ``2 h 7 min``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -39,7 +53,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as one would say it: ``11.5 MB``."""
+    """Return a number of bytes in decimal units, as disks and the hub count them: ``11.5 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -48,7 +62,7 @@ def size(count: float) -> str:
 
 
 def rate(speed: float) -> str:
-    """Return a number a second with three digits that matter."""
+    """Return a number per second with about three significant digits."""
     if speed >= 100:
         return f"{speed:,.0f}"
     return f"{speed:.1f}" if speed >= 10 else f"{speed:.2f}"

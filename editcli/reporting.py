@@ -6,7 +6,7 @@ users pass their own or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -55,8 +55,6 @@ class SiteReport:
     drift: float | None
     cast_loss: float = 0.0
     """||cast(W_n) - W_n|| / ||W_n||: what the file's dtype cannot hold."""
-    update_norm: float = 0.0
-    """||D||_F of the batch that this report belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,10 @@ class RunReport:
     """How many target values were ``optimised``, ``reached`` the stop loss, and ended ``clamped``; None without any."""
     already_true: tuple[str, ...] = ()
     """Edits whose target the model gave before anything was written."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    components: Mapping[str, Any] = field(default_factory=dict)
+    """What each editor and stabilizer recorded of itself."""
+    preset: Mapping[str, Any] | None = None
+    """Name, label and layers of the preset; of a preset file also its path and sha256."""
 
     @property
     def unchanged(self) -> bool:
@@ -132,5 +133,6 @@ class RunReport:
             "stopped_by": self.stopped_by,
             "verdict": self.verdict,
             "targets": self.targets,
-            **self.extra,
+            "components": self.components,
+            "preset": self.preset,
         }

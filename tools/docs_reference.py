@@ -14,19 +14,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import click
-
 import editcli
 import editcli.plugin
 from editcli import errors
 from editcli.cli.apply import apply
+from editcli.cli.options import OTHER, Option
 from editcli.errors import EditError
 from editcli.health.verdict import Thresholds
 from editcli.plugin import hookspecs
 from editcli.plugin.manager import Plugins, load_plugins
 from editcli.plugin.options import describe
 from editcli.presets.loader import all_presets
-from editcli.settings.config import COMMAND_LINE_ONLY
 from editcli.settings.core import CORE
 from tools.docs_blocks import DOCS, ROOT, finish, replaced
 
@@ -132,9 +130,10 @@ def _annotation(annotation: Any) -> str:
 
 
 def _members(owner: type) -> list[str]:
-    """Describe the public methods and properties that a class defines itself."""
+    """Describe the public methods and properties of a class and of the classes of ours that it extends."""
     rows = []
-    for name, member in vars(owner).items():
+    ours = [cls for cls in reversed(owner.__mro__) if cls.__module__.partition(".")[0] == "editcli"]
+    for name, member in {name: member for cls in ours for name, member in vars(cls).items()}.items():
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.isfunction(function) or not function.__doc__:
             continue
@@ -229,13 +228,13 @@ def _resolved(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 def _settings() -> str:
     lines = ["| command line | `editcli.toml` | variable | |", "|---|---|---|---|"]
-    for option in apply.params:
-        if not isinstance(option, click.Option) or not option.help:
+    for option in (parameter for parameter in apply.params if isinstance(parameter, Option)):
+        if getattr(option, "section", OTHER) == OTHER:
             continue
         flag = max(option.opts, key=len)
-        settable = option.envvar and option.name not in COMMAND_LINE_ONLY and flag != "--config"
+        settable = option.envvar and not option.cli_only
         key, variable = (f"`{flag[2:]}`" if settable else "", f"`{option.envvar}`" if option.envvar else "")
-        lines.append(f"| `{flag}` | {key} | {variable} | {_cell(option.help)} |")
+        lines.append(f"| `{flag}` | {key} | {variable} | {_cell(option.help or '')} |")
     return "\n".join(lines)
 
 

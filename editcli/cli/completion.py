@@ -5,17 +5,17 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from editcli.cli.common import Command
+from editcli.cli.app import App
+from editcli.cli.command import command
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE = "_EDITCLI_COMPLETE"
-"""What the script sets when it asks the program what fits."""
+"""The variable with which the script asks the program for completions."""
 
 
-@click.command(cls=Command)
+@command(json=False, config=False)
 @click.argument("shell", metavar="SHELL", type=click.Choice(SHELLS))
-@click.pass_context
-def completion(context: click.Context, /, shell: str) -> None:
+def completion(app: App, /, shell: str) -> None:
     """Print the script that lets SHELL complete editcli's commands, options, editors, stabilizers and models.
 
     SHELL is bash, zsh or fish.
@@ -25,9 +25,9 @@ def completion(context: click.Context, /, shell: str) -> None:
     zsh:  add to ~/.zshrc    eval "$(editcli completion zsh)"
     fish: run once           editcli completion fish > ~/.config/fish/completions/editcli.fish
     """
-    root = context.find_root()
-    found = get_completion_class(shell)
-    assert found is not None, "click brings these shells itself"
-    script = found(root.command, {}, root.info_name or "editcli", VARIABLE)
+    root = click.get_current_context().find_root()
+    shell_class = get_completion_class(shell)
+    assert shell_class is not None, "click supports these shells itself"
+    script = shell_class(root.command, {}, root.info_name or "editcli", VARIABLE)
     # Filled in here, because click's own source() starts a bash to ask for its version.
     click.echo(script.source_template % script.source_vars())

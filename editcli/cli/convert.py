@@ -6,45 +6,41 @@ from pathlib import Path
 
 import click
 
-from editcli.cli.common import App, Command, json_option, option, print_json
-from editcli.cli.settings import config_option
+from editcli.cli.app import App, print_json
+from editcli.cli.command import command
+from editcli.cli.options import argument, option, options_of
 from editcli.errors import EditError
 from editcli.requests.formats import find_format
-from editcli.settings.recipe import ON_ERROR
+from editcli.settings.recipe import Recipe
 
 
-@click.command(cls=Command)
-@click.argument("file", metavar="FILE")
-@option("--from", "form", env=False, metavar="FORMAT", section="Input", help="Format of FILE.  [default: look and see]")
-@option(
-    "--on-error",
-    type=click.Choice(ON_ERROR),
-    default="skip",
-    show_default=True,
-    section="Input",
-    help="What to do with a record that cannot be used: skip and name it, or stop.",
+@command()
+@argument("file", "FILE", "file")
+@option("--from", "form", env=False, value="format", section="Input", help="Format of FILE.  [default: auto-detect]")
+@options_of(
+    Recipe,
+    "on_error",
+    on_error={
+        "default": "skip",
+        "section": "Input",
+        "help": "Skip and name a record that cannot be used, or stop at it.",
+    },
 )
-@option("--out", env=False, metavar="FILE", section="Output", help="File to write.  [default: standard output]")
-@option("--overwrite", is_flag=True, env=False, section="Output", help="Replace OUT if it exists.")
-@json_option
-@config_option
-@click.pass_obj
-def convert(
-    app: App, /, file: str, form: str | None, on_error: str, out: str | None, overwrite: bool, as_json: bool
-) -> None:
+@option("--out", env=False, value="file", section="Output", help="File to write.  [default: standard output]")
+@option("--overwrite", is_flag=True, cli_only=True, section="Output", help="Replace FILE if it exists.")
+def convert(app: App, /, file: str, form: str | None, on_error: str, out: str | None, overwrite: bool) -> None:
     """Turn FILE (a JSON array or JSON lines; "-" is standard input) into an edits file.
 
-    'editcli plugins' lists the formats. apply, eval and check read lines of these formats as they stand.
+    'editcli plugins' lists the formats. apply, eval and check read lines of these formats directly.
     """
     from editcli.requests.convert import convert as run
 
     if out is not None and not overwrite and Path(out).exists():
         raise EditError(f"{out} exists; pass --overwrite to replace it")
-    if as_json and out is None:
+    if app.as_json and out is None:
         raise click.UsageError("--json prints a report on standard output; pass --out for the edits")
     formats = app.plugins.formats()
-    chosen = None if form is None else find_format(form, formats)
-    done = run(file, formats, form=chosen, skip_bad=on_error == "skip")
+    done = run(file, formats, form=None if form is None else find_format(form, formats), skip_bad=on_error == "skip")
     for text in (*done.edits.warnings, *(f"left out: {error}" for error in done.edits.rejected)):
         app.reporter.warn(text)
     if not done.edits.requests:
@@ -54,6 +50,6 @@ def convert(
             click.echo(line)
     else:
         done.write(Path(out))
-    if as_json:
+    if app.as_json:
         print_json({**done.to_json(), "out": out})
     app.reporter.note(done.summary())

@@ -1,4 +1,4 @@
-"""What the libraries below may say: nothing, unless the user asks with ``-v``; then each warning once."""
+"""Warnings of other libraries: hidden, unless the user asks with ``-v``; then each is shown once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _VERBOSITY = "TRANSFORMERS_VERBOSITY"
 
 
 def quieten() -> None:
-    """Keep other libraries' warnings off the terminal, unless the user has set them up otherwise."""
-    # Libraries read these when they are imported, which is later.
+    """Hide other libraries' warnings, unless the environment says otherwise."""
+    # Libraries read these variables when they are imported, which is later.
     os.environ.setdefault(_VERBOSITY, "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.warnoptions:
@@ -19,7 +19,7 @@ def quieten() -> None:
 
 
 def show() -> None:
-    """Let other libraries warn, each warning once."""
+    """Show other libraries' warnings, each once."""
     if os.environ.get(_VERBOSITY) == "error":
         os.environ[_VERBOSITY] = "warning"
     loaded = sys.modules.get("transformers")

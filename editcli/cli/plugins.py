@@ -1,13 +1,15 @@
-"""``editcli plugins``: what is installed, and how to begin a plugin of one's own."""
+"""``editcli plugins``: list plugins, and start a package for a new one."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import click
 
-from editcli.cli.common import App, Command, json_option, option, print_json
-from editcli.cli.group import with_verbosity
+from editcli.cli.app import App
+from editcli.cli.command import Command, command
+from editcli.cli.options import option
 from editcli.plugin.manager import catalogue
 from editcli.scaffold.package import KINDS, LICENSES, scaffold
 
@@ -15,86 +17,73 @@ package_option = partial(option, section="The package", env=False)
 
 
 class PluginsGroup(Command, click.Group):
-    """A group in which any word but a subcommand is the name of what is to be shown."""
+    """A group in which any word but a subcommand is the name of a component to show."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in sections, then the subcommands."""
         super().format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
 
-    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a subcommand that takes ``-v`` and ``-q`` as well."""
-        super().add_command(with_verbosity(cmd), name)
-
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Take the first word for a subcommand, else for a name that ``show`` explains."""
-        if args[0] in self.commands:
-            return super().resolve_command(ctx, args)
-        return show.name, with_verbosity(show), args
+        """Resolve the first word to a subcommand, else to ``show`` with that name."""
+        return super().resolve_command(ctx, args) if args[0] in self.commands else (show.name, show, args)
 
 
-@click.group(cls=PluginsGroup, invoke_without_command=True, subcommand_metavar="[NAME | new NAME]")
-@json_option
-@click.pass_context
-def plugins(context: click.Context, /, as_json: bool) -> None:
-    """Show what plugins bring: editors, stabilizers, diagnostics, formats.
+@command(cls=PluginsGroup, config=False, invoke_without_command=True, subcommand_metavar="[NAME | new NAME]")
+def plugins(app: App, /) -> None:
+    """Show the editors, stabilizers, diagnostics and formats of all plugins.
 
-    With NAME, show everything about one of them: its options with types and defaults, its paper, the distribution that
-    brought it. 'editcli plugins new NAME' writes a package for a plugin of your own.
+    With NAME, show everything about one of them: its options with types and defaults, its paper, and its distribution.
+    'editcli plugins new NAME' writes a package for a plugin of your own.
     """
-    if context.invoked_subcommand is None:
-        _show(context.ensure_object(App), None, as_json)
+    if click.get_current_context().invoked_subcommand is None:
+        app.emit({"plugins": catalogue(app.plugins), "broken": app.plugins.broken}, _table)
 
 
-@click.command(cls=Command, name="show")
+@command("show", config=False)
 @click.argument("name")
-@json_option
-@click.pass_context
-def show(context: click.Context, /, name: str, as_json: bool) -> None:
+def show(app: App, /, name: str) -> None:
     """Show everything about NAME."""
-    before = context.parent is not None and context.parent.params["as_json"]
-    _show(context.ensure_object(App), name, as_json or before)
+    app.emit({"plugins": catalogue(app.plugins, name), "broken": {}}, _detail)
 
 
-@plugins.command(cls=Command)
+@command("new", config=False)
 @click.argument("name")
 @package_option(
-    "--kind", type=click.Choice(list(KINDS)), metavar=f"[{'|'.join(KINDS)}]", required=True, help="What it brings."
+    "--kind", type=click.Choice(list(KINDS)), metavar=f"[{'|'.join(KINDS)}]", required=True, help="Kind of component."
 )
-@package_option("--out", metavar="DIR", help="Folder to write, new or empty.  [default: editcli-NAME]")
+@package_option("--out", value="folder", help="Folder to write, new or empty.  [default: editcli-NAME]")
 @package_option(
     "--license",
     type=click.Choice(LICENSES, case_sensitive=False),
     metavar=f"[{'|'.join(LICENSES)}]",
     default=LICENSES[0],
-    show_default=True,
     help="Licence of the package.",
 )
-@package_option("--author", help="Who the licence and pyproject.toml name.")
-@json_option
-@click.pass_obj
-def new(app: App, /, name: str, kind: str, out: str | None, license: str, author: str | None, as_json: bool) -> None:
+@package_option("--author", help="Author named in the licence and pyproject.toml.")
+def new(app: App, /, name: str, kind: str, out: str | None, license: str, author: str | None) -> None:
     """Write a package for a plugin called NAME, ready to publish.
 
-    It holds a method that works, of about 40 lines, to be replaced by yours; its tests, which pass; pyproject.toml,
-    README, licence and a CI workflow. A folder that holds anything is never written into.
+    It holds a working method of about 40 lines, to be replaced by yours; its tests, which pass; pyproject.toml, README,
+    licence and a CI workflow. A folder that is not empty is refused.
     """
-    made = scaffold(name, app.plugins, kind=kind, out=out, license=license, author=author)
-    if as_json:
-        print_json({**{field: getattr(made, field) for field in made.__slots__}, "folder": str(made.folder)})
-        return
     from editcli.render.plugins import scaffolded
 
-    app.show(scaffolded(made))
+    app.emit(scaffold(name, app.plugins, kind=kind, out=out, license=license, author=author), scaffolded)
 
 
-def _show(app: App, name: str | None, as_json: bool) -> None:
-    rows = catalogue(app.plugins, name)
-    if as_json:
-        print_json({"plugins": rows, "broken": app.plugins.broken if name is None else {}})
-        return
-    from editcli.render.plugins import plugin_detail, plugins_table
+def _table(report: dict[str, Any]) -> Any:
+    from editcli.render.plugins import plugins_table
 
-    app.show(plugins_table(rows, app.plugins.broken) if name is None else plugin_detail(rows))
+    return plugins_table(report["plugins"], report["broken"])
+
+
+def _detail(report: dict[str, Any]) -> Any:
+    from editcli.render.plugins import plugin_detail
+
+    return plugin_detail(report["plugins"])
+
+
+plugins.add_command(new)

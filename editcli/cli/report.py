@@ -1,81 +1,60 @@
-"""``editcli report``: one page that shows a run."""
+"""``editcli report``: write one page about a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from editcli.cli.apply_options import tau_option
-from editcli.cli.common import App, Command, option
-from editcli.cli.settings import config_option
+from editcli.cli.app import App
+from editcli.cli.command import command
+from editcli.cli.options import argument, option, options_of, tau_option, threshold_option
+from editcli.settings.recipe import Loading
 
 
-@click.command(cls=Command)
-@click.argument("run", metavar="RUN")
+@command(json=False)
+@argument("run", "RUN", "folder")
 @option(
-    "-o",
-    "--output",
+    "--out",
     type=click.Path(path_type=Path),
     default=Path("report.html"),
-    show_default=True,
     metavar="FILE",
+    env=False,
     section="Output",
     help="The page to write.",
 )
-@option("--base", metavar="MODEL", section="Figures", help="The model that was edited, if it has moved.")
+@option("--base", value="model", section="Figures", help="The model that was edited, if it has moved.")
 @option(
     "--spectra/--no-spectra",
     default=True,
-    show_default=True,
     section="Figures",
     help="Decompose the edited matrices; minutes for a model of several billion parameters.",
 )
-@tau_option("Figures")
-@option(
-    "--threshold",
-    "thresholds",
-    multiple=True,
-    metavar="NAME=VALUE",
-    section="Figures",
-    help="Where a site stops being fine; as for inspect.",
-)
-@option(
-    "--device", default="auto", show_default=True, metavar="DEVICE", section="Run", help="Where to decompose matrices."
-)
-@config_option
-@click.pass_obj
-def report(
-    app: App,
-    /,
-    run: str,
-    output: Path,
-    base: str | None,
-    spectra: bool,
-    tau: float,
-    thresholds: tuple[str, ...],
-    device: str,
-) -> None:
+@tau_option
+@threshold_option
+@options_of(Loading, "device", device={"section": "Run", "help": "Where to decompose matrices."})
+def report(app: App, /, run: str, out: Path, spectra: bool, tau: float, **values: Any) -> None:
     """Write one self-contained HTML page about RUN, the output of "editcli apply".
 
     It needs no network and no other file: curves, spectra, verdict, provenance, and every edit with its outcome.
     """
-    # Torch takes seconds to import, so it waits until the command line has been read.
+    # Torch takes seconds to import, so the command line is read first.
     from editcli.health.inspect import Wanted, inspect
     from editcli.health.verdict import parse_thresholds
     from editcli.models.loading import choose_device
     from editcli.pages.page import check_page, run_page, write_page
     from editcli.records.state import RunFolder
 
-    check_page(output)
+    check_page(out)
     RunFolder(Path(run)).require()
-    found = inspect(
+    inspection = inspect(
         run,
-        wanted=Wanted(norms=True, spectral=spectra, tau=tau, thresholds=parse_thresholds(thresholds)),
-        base=base,
-        device=choose_device(device),
+        wanted=Wanted(norms=True, spectral=spectra, tau=tau, thresholds=parse_thresholds(values["thresholds"])),
+        base=values["base"],
+        device=choose_device(values["device"]),
         families=app.plugins.families(),
         reporter=app.reporter,
     )
-    write_page(output, run_page(found))
-    app.reporter.note(f"Written to {output}")
+    write_page(out, run_page(inspection))
+    app.reporter.note(f"Written to {out}")

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
+from editcli.cli.app import App
 from editcli.cli.apply import EXIT_CODES
-from editcli.cli.common import App, Command, json_option, option, print_json
-from editcli.cli.settings import config_option
+from editcli.cli.command import command
+from editcli.cli.options import COUNT, argument, option
 
 
-@click.command(cls=Command)
-@click.argument("run", metavar="RUN")
-@option(
-    "--batches",
-    type=click.IntRange(min=1),
-    env=False,
-    section="What",
-    help="Take back the last N batches.  [default: 1]",
-)
+@command()
+@argument("run", "RUN", "folder")
+@option("--batches", type=COUNT, env=False, section="What", help="Take back the last N batches.  [default: 1]")
 @option(
     "--to",
     type=click.IntRange(min=0),
     env=False,
     metavar="STEP",
     section="What",
-    help="Go back to how it was after batch STEP; 0 is the base.",
+    help="Restore the weights after batch STEP; 0 is the base.",
 )
 @option(
     "--edit",
@@ -33,46 +30,24 @@ from editcli.cli.settings import config_option
     env=False,
     metavar="ID",
     section="What",
-    help="Take back this edit alone; repeat it.",
+    help="Take back only this edit; repeatable.",
 )
-@option("--dry-run", is_flag=True, env=False, section="Run", help="Say what it would do and cost; write nothing.")
-@json_option
-@config_option
-@click.pass_obj
-def undo(
-    app: App,
-    /,
-    run: str,
-    batches: int | None,
-    to: int | None,
-    edits: tuple[str, ...],
-    dry_run: bool,
-    as_json: bool,
-) -> int:
+@option("--dry-run", is_flag=True, cli_only=True, section="Run", help="Print the plan and its cost; write nothing.")
+def undo(app: App, /, dry_run: bool, **values: Any) -> int:
     """Take back the last batches of RUN, the output of "editcli apply", or single edits of it.
 
-    The weights are then bit by bit what they were before. Leaving out an edit in the middle computes again what came
-    after it. "editcli apply --resume" goes on from there; the journal keeps what was taken back.
+    The weights are then bit by bit those of before. Leaving out an edit in the middle recomputes all batches after it.
+    "editcli apply --resume" continues from there; the journal records the undo.
     """
-    # Torch takes seconds to import, so it waits until the command line has been read.
+    # Torch takes seconds to import, so the command line is read first.
+    from editcli.render.run import run_table, undo_table
     from editcli.runs.undo import Undo, plan_undo
     from editcli.runs.undo import undo as take_back
 
-    request = Undo(run=run, batches=batches, to=to, edits=edits)
+    request = Undo(**values)
     if dry_run:
-        plan = plan_undo(request)
-        if as_json:
-            print_json(plan.to_json())
-        else:
-            from editcli.render.run import undo_table
-
-            app.show(undo_table(plan))
+        app.emit(plan_undo(request), undo_table)
         return 0
     report = take_back(request, app.plugins, app.reporter)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        from editcli.render.run import run_table
-
-        app.show(run_table(report))
+    app.emit(report, run_table)
     return EXIT_CODES.get(report.status, 0)

@@ -17,15 +17,18 @@ from typing import Any
 from editcli.errors import NumericalError, OptionError, StateError
 from editcli.health.growth import Growth, fit_growth
 from editcli.plugin.manager import Plugins
-from editcli.records.edits import read_lines
-from editcli.records.history import Batch, History, read_history
+from editcli.records.edits import OutcomeLine, read_lines
+from editcli.records.history import History, read_history
+from editcli.records.journal import RETAINED, BatchRecord
+from editcli.records.record import ENDED, INTERRUPTED, RUNNING, read_record
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, Silent
-from editcli.runs.apply import DONE, INTERRUPTED, STOPPED, apply
+from editcli.runs.apply import apply
 from editcli.runs.conversation import with_clock
 from editcli.runs.planning import read_requested
 from editcli.runs.retention import METRICS
 from editcli.settings.recipe import Recipe
+from editcli.settings.setting import settings_of
 from editcli.storage.files import write_json
 
 COLLAPSE = 0.60
@@ -36,23 +39,6 @@ COHORTS = 4
 """Equal parts of the stream whose edits are compared at its end: were the early ones overwritten?"""
 FAILED = "failed"
 """Status of a stack whose linear algebra broke down."""
-_DECIDING = (
-    "edits",
-    "model",
-    "revision",
-    "batch_size",
-    "layers",
-    "preset",
-    "limit",
-    "seed",
-    "settings",
-    "dtype",
-    "eval_every",
-    "chat_template",
-    "system",
-    "template_args",
-)
-"""Settings that must be the same for an earlier run of a stack to count."""
 FIGURES = METRICS
 """Both forms of efficacy, generalization and specificity."""
 
@@ -160,10 +146,10 @@ def read_curve(stack: str, out: Path) -> Curve:
         return Curve(stack, FAILED, (), dict.fromkeys(COLLAPSING), {}, None, None, str(out))
     record, points = history.record, _points(history)
     done = sum(len(batch.edits) for batch in history.batches)
-    spent = sum(batch.seconds or 0.0 for batch in history.batches)
+    spent = sum(batch.duration or 0.0 for batch in history.batches)
     return Curve(
         stack=stack,
-        status=str(record.get("status", "running")),
+        status=record.status if record else RUNNING,
         points=points,
         collapse={name: collapse_point(points, name) for name in COLLAPSING},
         cohorts=_cohorts(history),
@@ -187,16 +173,15 @@ def _recipe_of(recipe: Recipe, names: Sequence[str]) -> Recipe:
 
 def _run(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> str:
     """Run or resume one stack; a stack that came to its end as this recipe says is not run again."""
-    record = RunFolder(recipe.folder).read_record()
-    status = str(record.get("status"))
-    if status not in (DONE, STOPPED):
+    record = read_record(recipe.folder)
+    if record is None or record.status not in ENDED:
         return apply(recipe, plugins, reporter).status
     asked = recipe.to_json()
-    made = record.get("recipe", {})
-    other = [name for name in _DECIDING if asked[name] != made.get(name)]
+    deciding = ["settings", *(name for name, setting in settings_of(Recipe).items() if setting.decides)]
+    other = [name for name in deciding if asked[name] != record.recipe.get(name)]
     if other:
         raise StateError(f"{recipe.folder} was made with other {', '.join(other)}; choose another --out")
-    return status
+    return record.status
 
 
 def collapse_point(points: Sequence[Point], figure: str) -> int | None:
@@ -208,40 +193,36 @@ def collapse_point(points: Sequence[Point], figure: str) -> int | None:
 def _points(history: History) -> tuple[Point, ...]:
     points = []
     for edits, batch in _counted(history):
-        retained = batch.metrics.get("retained")
+        retained = batch.measured(RETAINED)
         if retained:
-            points.append(Point(edits, _ratio(batch), {name: retained.get(name) for name in FIGURES}))
+            figures = {name: retained.get(name) for name in FIGURES}
+            points.append(Point(edits, batch.largest_ratio, figures))
     return tuple(points)
 
 
 def _growth(history: History) -> Growth | None:
     counted = _counted(history)
-    known = [(edits, ratio) for edits, batch in counted if (ratio := _ratio(batch)) is not None]
+    known = [(edits, ratio) for edits, batch in counted if (ratio := batch.largest_ratio) is not None]
     return fit_growth([edits for edits, _ in known], [ratio for _, ratio in known])
 
 
-def _counted(history: History) -> list[tuple[int, Batch]]:
+def _counted(history: History) -> list[tuple[int, BatchRecord]]:
     """Return the batches, each with the number of edits done after it."""
     return list(zip(accumulate(len(batch.edits) for batch in history.batches), history.batches, strict=True))
 
 
-def _ratio(batch: Batch) -> float | None:
-    """Return the largest R_n of a batch; None where every base is a matrix of zeros."""
-    return max((float(site["ratio"]) for site in batch.sites.values() if site["ratio"] is not None), default=None)
-
-
 def _cohorts(history: History) -> dict[str, tuple[float, ...]]:
     """Return both efficacies of each quarter of the stream, from the final evaluation; nothing without one."""
-    answers = {str(line["id"]): line["efficacy"][0] for line in read_lines(history.folder.outcomes)}
+    lines = read_lines(history.folder.outcomes, OutcomeLine)
+    answers = {line.id: line.efficacy[0] for line in lines if line.efficacy}
     ids = [name for batch in history.batches for name in batch.edits if name in answers]
     size = len(ids) // COHORTS
     if not size:
         return {}
     parts = [[answers[name] for name in ids[start * size : (start + 1) * size]] for start in range(COHORTS)]
-    fields = {"efficacy_success": "success", "efficacy_accuracy": "exact"}
+    cohorts = {"efficacy_accuracy": tuple(fmean(answer.exact for answer in part) for part in parts)}
     # An edit without a true answer has no success to be averaged.
-    return {
-        name: tuple(fmean(answer[field] for answer in part) for part in parts)
-        for name, field in fields.items()
-        if all(answer[field] is not None for part in parts for answer in part)
-    }
+    known = [[answer.success for answer in part if answer.success is not None] for part in parts]
+    if all(len(some) == size for some in known):
+        cohorts = {"efficacy_success": tuple(map(fmean, known)), **cohorts}
+    return cohorts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,75 +15,18 @@ from editcli.evaluation.admission import thinking_warning
 from editcli.evaluation.harness import HarnessResult, require_harness, run_harness
 from editcli.evaluation.locality import answer_locality
 from editcli.evaluation.metrics import Evaluation, evaluate
-from editcli.models.chat_settings import ChatSettings
-from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
+from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, first_model, open_model, resolve_model
 from editcli.records.history import read_history
 from editcli.reporting import Reporter, Silent
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.runs.conversation import clock_of
-from editcli.settings.recipe import check_chat
+from editcli.settings.recipes import OWN_BASE, EvalRecipe
 
 if TYPE_CHECKING:
     from editcli.models.architectures import Family
     from editcli.plugin.manager import Plugins
-
-OWN_BASE = "own"
-"""As ``base``: the model that a run folder of ours was made from."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalRecipe:
-    """Everything that decides what ``eval`` measures; raises :class:`OptionError` when it makes no sense."""
-
-    model: str
-    edits: str | None = None
-    """None measures the harness's tasks and the drift alone."""
-    base: str | None = None
-    """A folder, a hub id, or :data:`OWN_BASE`; adds the base's metrics and the drift of general ability."""
-    metrics: tuple[str, ...] = ()
-    """Protocols of :data:`editcli.evaluation.metrics.METRICS`; empty means what the records have fields for."""
-    sample: int | None = None
-    """Measure so many edits, chosen by ``seed``, instead of all."""
-    limit: int | None = None
-    text: str | None = None
-    """Text file for the drift; default: the bundled held-out text."""
-    harness: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness."""
-    harness_include: tuple[str, ...] = ()
-    """Folders with more of its tasks."""
-    out: str | None = None
-    """JSONL file for the raw numbers of every edit."""
-    on_error: str = "stop"
-    seed: int = 0
-    device: str = "auto"
-    device_map: str | None = None
-    dtype: str = "auto"
-    chat_template: bool = False
-    system: str | None = None
-    """The system message that stands before every prompt in the chat template."""
-    template_args: Mapping[str, Any] | None = None
-    """Variables of the chat template."""
-    template_clock: str | None = None
-    """Date and time that the chat template reads; None is what the model's run recorded, else now."""
-    trust_remote_code: bool = False
-
-    @property
-    def chat(self) -> bool | ChatSettings:
-        """What the chat template is given; False for plain prompts."""
-        return self.chat_template and ChatSettings(self.system, self.template_args or {}, self.template_clock)
-
-    def __post_init__(self) -> None:
-        check_chat(self.chat_template, self.system, self.template_args)
-        # Building them checks them.
-        self.chat  # noqa: B018
-        if self.harness_include and not self.harness:
-            raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
-        if self.text is not None and self.base is None:
-            raise OptionError("--text is what --base is measured on; pass both")
-        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
-            raise OptionError(f"the folder of --out {self.out} does not exist")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +178,11 @@ def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
     if recipe.base != OWN_BASE:
         return None if recipe.base is None else resolve_model(recipe.base, code=code)
     history = read_history(source.folder)
-    candidates = history.bases if history is not None else ()
-    for candidate in candidates:
-        try:
-            return resolve_model(candidate, code=code)
-        except ModelError:
-            continue
-    known = f"its base {candidates[0]} is not where it was" if candidates else "it records no base"
+    places = history.bases if history is not None else ()
+    base = first_model(places, code=code)
+    if base is not None:
+        return base
+    known = f"its base {places[0]} is not where it was" if places else "it records no base"
     raise ModelError(f"{source.name}: {known}; pass the base as --base=MODEL")
 
 
@@ -256,6 +197,6 @@ def general_text(file: str | None) -> Iterator[str]:
 
 
 def _write_raw(path: Path, evaluation: Evaluation) -> None:
-    from editcli.storage.files import write_bytes
+    from editcli.storage.files import write_lines
 
-    write_bytes(path, "".join(f"{line}\n" for line in evaluation.raw_lines()).encode())
+    write_lines(path, evaluation.raw())

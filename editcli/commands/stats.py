@@ -20,29 +20,8 @@ from editcli.models.loading import LoadedModel, load_config, load_tokens, open_m
 from editcli.plugin.interfaces import Site
 from editcli.presets.loader import load_preset
 from editcli.reporting import Reporter, Silent
-from editcli.settings.core import StatisticsOptions
+from editcli.settings.recipes import MomentsRecipe
 from editcli.statistics.moments import Identity, SecondMoments
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MomentsRecipe:
-    """Which second moments to compute, on what text, and where to put them besides the cache."""
-
-    model: str | None = None
-    revision: str | None = None
-    layers: tuple[int, ...] | None = None
-    """None takes the preset's."""
-    preset: str | None = None
-    """A preset file instead of the model's preset."""
-    corpus: str | None = None
-    options: StatisticsOptions | None = None
-    out: str | None = None
-    """A file for ``apply --stats``."""
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
-    seed: int = 0
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)

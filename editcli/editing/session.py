@@ -1,7 +1,7 @@
 """One model under edit: keys, residuals, values and weights, always (d_out, d_in).
 
-Edited weights live here as float32 masters. The model holds their cast to the dtype of the file that they will be saved
-to, so that what is evaluated is what is saved.
+Edited weights are float32 masters. The model holds their cast to the dtype in which they are saved, so that the
+evaluated weights are the saved ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from editcli.editing import gradients, targets
-from editcli.editing.activations import Activations, Tap
+from editcli.editing.activations import Activations, Hook
 from editcli.editing.sinks import begins, first_is_sink
 from editcli.errors import StatisticsError
 from editcli.models.generate import continue_rows
@@ -32,17 +32,17 @@ from editcli.statistics.decompositions import Decompositions
 from editcli.storage.checkpoint import file_digest
 
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
-"""What the generated prefixes start with, as in ROME's code."""
+"""First words of the generated prefixes, as in ROME's code."""
 
 LIKELY = 10
-"""How many of the likeliest tokens a prefix is sampled from: few enough to keep it readable."""
+"""Tokens of a prefix are sampled from this many likeliest ones: few, so that it stays readable."""
 
 SecondMoment = Callable[[Site], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class PilotSource:
-    """Edits to calibrate on, and one line on where they come from."""
+    """Edits to calibrate on, and one line on their origin."""
 
     requests: tuple[EditRequest, ...]
     origin: str
@@ -53,7 +53,7 @@ class PilotSource:
 
 
 class ModelSession:
-    """Implements :class:`editcli.plugin.interfaces.Session`, plus the writing that components may not do."""
+    """Implements :class:`editcli.plugin.interfaces.Session`, and writes weights, which components may not do."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class ModelSession:
             prefixes = generate_prefixes(loaded, self.options, seed=seed, reporter=self.reporter)
         self.prefixes = tuple(prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
-        # One cache for all, so that it is mentioned once when it cannot be written.
+        # One cache for all, so that a failure to write is reported once.
         self._files = cache if isinstance(cache, Cache) else Cache(cache, self.reporter)
         self._decompose = Decompositions(self._files, self.reporter)
         self._activations = Activations(loaded, batch_tokens=self.options.batch_tokens, reporter=self.reporter)
@@ -90,11 +90,11 @@ class ModelSession:
         self._baselines: dict[Site, Tensor] = {}
         self._masters: dict[Site, Tensor] = {site: self._loaded_weight(site) for site in self.sites}
         self.written = False
-        """True once anything was written: from then on nothing may be measured as if on the unedited model."""
+        """Whether any weight was written: from then on nothing may be measured as on the unedited model."""
 
     @property
     def device(self) -> torch.device:
-        """Where linear algebra belongs: the device chosen for it, else where the last edited layer lives."""
+        """The device for linear algebra: the chosen one, else that of the last edited layer."""
         return self._home(self.sites[-1])
 
     def weight(self, site: Site) -> Tensor:
@@ -105,7 +105,7 @@ class ModelSession:
         """Return W_0, (d_out, d_in) float32, from the base checkpoint's files."""
         if site not in self._baselines:
             stored = self.loaded.checkpoint.read(self.stored_name(site), device=self._home(site))
-            # Kept as stored, so that a half-precision baseline costs half of a master.
+            # In its stored dtype, so that a half-precision baseline costs half of a master.
             self._baselines[site] = stored.T.contiguous() if site.transposed else stored
         return self._baselines[site].float()
 
@@ -120,12 +120,12 @@ class ModelSession:
         if self._second_moment is None:
             raise StatisticsError(f"{site.module}: this session was opened without reference-text statistics")
         if site not in self._moments:
-            found = self._second_moment(site)
-            self._moments[site] = found if self._solve_device is None else found.to(self._solve_device)
+            moment = self._second_moment(site)
+            self._moments[site] = moment if self._solve_device is None else moment.to(self._solve_device)
         return self._moments[site]
 
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Return the ascending eigenvalues and the eigenvectors of C in float64, from the cache when it has them."""
+        """Return the ascending eigenvalues and the eigenvectors of C in float64, from the cache if it has them."""
         return self._decompose(self.second_moment(site), site, self._home(site))
 
     def forget_moments(self) -> None:
@@ -139,20 +139,20 @@ class ModelSession:
         return self._pilots.first(count), self._pilots.origin
 
     def calibrated(self, name: str, parts: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
-        """Return what ``measure`` returns on the unedited model; read from disk where it was measured before."""
+        """Return the result of ``measure`` on the unedited model, from disk if it was measured before."""
         key, identity = self._calibration(name, parts)
-        kept = self._files.read(key)
-        return self._measured(key, identity, measure) if kept is None else kept["calibration"]
+        cached = self._files.read(key)
+        return self._measured(key, identity, measure) if cached is None else cached["calibration"]
 
     def _calibration(self, name: str, parts: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Return the key of a calibration in the cache, and what the calibration depends on."""
+        """Return the key of a calibration in the cache, and the values that it depends on."""
         if self.written:
             raise StatisticsError(f"{name} is calibrated on the unedited model, but the model was edited already")
         checkpoint, tokenizer = self.loaded.checkpoint, self.loaded.source.folder / "tokenizer.json"
         conversation = self.loaded.tokens.conversation
         identity = {
             "component": name,
-            # A model that a program holds has no files, and its tensors are compared instead.
+            # A model in memory has no files, so its tensors are hashed instead.
             "model": checkpoint.fingerprint() or checkpoint.digest_of(checkpoint.names()),
             "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else "",
             "chat": None if conversation is None else conversation.identity,
@@ -164,9 +164,9 @@ class ModelSession:
         return f"{name}-{fingerprint(identity)}", identity
 
     def _measured(self, key: str, identity: Mapping[str, Any], measure: Callable[[], Tensor]) -> Tensor:
-        found = measure()
-        self._files.write(key, {"calibration": found}, identity)
-        return found
+        calibration = measure()
+        self._files.write(key, {"calibration": calibration}, identity)
+        return calibration
 
     def values(self, requests: Sequence[EditRequest], *, prefixed: bool = True) -> Values:
         """Optimise target values for a batch on the current model."""
@@ -187,7 +187,7 @@ class ModelSession:
         trial: Mapping[Site, Tensor] | None = None,
     ) -> Gradients:
         """Run one forward and backward pass of the targets' cross-entropy, on bare prompts; writes nothing."""
-        found = gradients.measure(
+        measured = gradients.measure(
             self.loaded,
             self.sites,
             requests,
@@ -195,7 +195,7 @@ class ModelSession:
             trial=trial or {},
             batch_tokens=self.options.batch_tokens,
         )
-        return found if self._solve_device is None else found.to(self._solve_device)
+        return measured if self._solve_device is None else measured.to(self._solve_device)
 
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
         """Return K, (d_in, n): mean of the bare prompt's key and the mean key of the prefixed prompts.
@@ -203,29 +203,29 @@ class ModelSession:
         The first prefixed prompt stands in for a bare one whose key is that of an attention sink.
         """
         mlp, projection = self.loaded.architecture.mlp(site.layer), self._projection(site)
-        tap = Tap(projection, output=False, within=None if mlp is projection else mlp)
-        (keys,) = self._activations.read(self._first_rows(requests), site.layer, [tap])
+        hook = Hook(projection, output=False, within=None if mlp is projection else mlp)
+        (keys,) = self._activations.read(self._first_rows(requests), site.layer, [hook])
         if self.prefixes:
-            (prefixed,) = self._activations.read(self._lookup_rows(requests, self.prefixes), site.layer, [tap])
+            (prefixed,) = self._activations.read(self._lookup_rows(requests, self.prefixes), site.layer, [hook])
             prefixed = prefixed.reshape(len(requests), len(self.prefixes), -1).mean(dim=1)
             keys = (keys + prefixed) / 2
         return keys.T.contiguous().to(self._home(site))
 
     def residual(self, requests: Sequence[EditRequest], site: Site, values: Values) -> Tensor:
-        """Return R, (d_out, n): what this site's output must gain, z minus h spread over the sites that remain."""
+        """Return R, (d_out, n), the change of this site's output: z minus h, spread over the remaining sites."""
         remaining = len(self.sites) - self.sites.index(site)
         architecture = self.loaded.architecture
-        taps = [
-            Tap(architecture.mlp(site.layer), output=True),
-            Tap(architecture.block(self.layers[-1]), output=True),
+        hooks = [
+            Hook(architecture.mlp(site.layer), output=True),
+            Hook(architecture.block(self.layers[-1]), output=True),
         ]
-        own, last = self._activations.read(self._first_rows(requests), site.layer, taps)
+        output, last = self._activations.read(self._first_rows(requests), site.layer, hooks)
         goal = values.initial - self._joined(values.written) + self._joined(values.contribution)
-        share = (goal - last.T.to(goal.device)) / remaining
-        return self._at_output(site, own.T.to(goal.device), share).to(self._masters[site].device)
+        change = (goal - last.T.to(goal.device)) / remaining
+        return self._at_output(site, output.T.to(goal.device), change).to(self._masters[site].device)
 
     def forget_reads(self) -> None:
-        """Free what reading a batch's keys and residuals left behind for its next site."""
+        """Free the hidden states and texts that reads of a batch have stored for its next site."""
         self._activations.forget()
         self._rows, self._sinks = ((), {}), None
 
@@ -257,7 +257,7 @@ class ModelSession:
 
     @contextmanager
     def read_out(self, stabilizers: Sequence[Stabilizer]) -> Iterator[Mapping[Site, Tensor]]:
-        """Hold the weights as they are saved, after every stabilizer's read-out; afterwards the stream's own again."""
+        """Hold the weights as they are saved, after every stabilizer's read-out; then restore the stream's weights."""
         before = self.masters()
         try:
             for site in self.sites:
@@ -282,13 +282,13 @@ class ModelSession:
         return self.loaded.architecture.projection(site.layer)
 
     def _home(self, site: Site) -> torch.device:
-        """Return where a site's master, its statistics and what is to be written at it are kept."""
+        """Return the device of a site's master, its statistics and its updates."""
         return self._solve_device or device_of(self._projection(site))
 
     def _loaded_weight(self, site: Site) -> Tensor:
         weight = read_weight(self._projection(site)).to(self._home(site))
         if weight.dtype.itemsize < self.loaded.checkpoint.dtype(self.stored_name(site)).itemsize:
-            # The file is more exact than what the model runs in, and the master is what will be saved.
+            # The file is more exact than the model's dtype, and the master is saved.
             return self.baseline(site).clone()
         return (weight.T if site.transposed else weight).float().clone(memory_format=torch.contiguous_format)
 
@@ -307,36 +307,38 @@ class ModelSession:
 
     def _lookup_rows(self, requests: Sequence[EditRequest], contexts: tuple[str, ...]) -> list[Encoded]:
         """Return each request in each context, cut after its lookup token; a batch is tokenised once for all sites."""
-        of, found = self._rows
-        if list(of) != list(requests):
-            self._rows, self._sinks = (tuple(requests), {}), None
-            of, found = self._rows
-        if contexts not in found:
+        batch, rows = self._rows
+        if list(batch) != list(requests):
+            self._rows = batch, rows = tuple(requests), {}
+            self._sinks = None
+        if contexts not in rows:
             tokens = self.loaded.tokens
             for request in requests:
                 if not request.has_subject:
                     raise request.refusal("the edit has no subject, so there is no token to read a key at")
             texts = [tokens.locate(request.in_context(context)) for request in requests for context in contexts]
-            found[contexts] = [text.up_to_lookup() for text in tokens.encode(texts)]
-        return found[contexts]
+            rows[contexts] = [text.up_to_lookup() for text in tokens.encode(texts)]
+        return rows[contexts]
 
     def _joined(self, outputs: Tensor) -> Tensor:
-        """Return what MLP outputs of the last layer, (d, n), add to the residual stream."""
+        """Return the contribution of MLP outputs of the last layer, (d, n), to the residual stream."""
         return _through(self.loaded.architecture.mlp_norm(self.layers[-1]), outputs)
 
-    def _at_output(self, site: Site, own: Tensor, wanted: Tensor) -> Tensor:
-        """Turn a change of the residual stream, (d, n), into a change of the projection's output ``own``.
+    def _at_output(self, site: Site, output: Tensor, change: Tensor) -> Tensor:
+        """Turn a change of the residual stream, (d, n), into a change of the projection's ``output``.
 
-        Behind a norm only the direction of the output counts: u* = (norm(u) + R) / gamma, brought to the size of u.
+        With a norm after it, only the direction of the output counts: u* = (norm(u) + R) / gamma, scaled to the size
+        of u.
         """
         architecture = self.loaded.architecture
         norm = architecture.mlp_norm(site.layer)
         if norm is None:
-            return wanted / architecture.residual_scale(site.layer)
-        gain = _through(norm, torch.ones_like(own[:, :1]))
-        # What the norm multiplies by zero joins no stream, so such a coordinate stays as it is.
-        direction = torch.where(gain == 0, own / own.square().mean(dim=0).sqrt(), (_through(norm, own) + wanted) / gain)
-        return direction * (own.norm(dim=0) / direction.norm(dim=0).clamp_min(1e-30)) - own
+            return change / architecture.residual_scale(site.layer)
+        gain = _through(norm, torch.ones_like(output[:, :1]))
+        # A coordinate with gain 0 never joins the stream, so it stays as it is.
+        unit = output / output.square().mean(dim=0).sqrt()
+        direction = torch.where(gain == 0, unit, (_through(norm, output) + change) / gain)
+        return direction * (output.norm(dim=0) / direction.norm(dim=0).clamp_min(1e-30)) - output
 
 
 def _through(norm: Any, columns: Tensor) -> Tensor:
@@ -351,12 +353,12 @@ def _through(norm: Any, columns: Tensor) -> Tensor:
 def generate_prefixes(
     loaded: LoadedModel, options: TargetOptions, *, seed: int, reporter: Reporter | None = None
 ) -> list[str]:
-    """Generate the prefixes of section "target values": a few sampled words that end in a full stop and a space."""
+    """Generate the prefixes of target values: a few sampled words that end in a full stop and a space."""
     starts = [PREFIX_STARTS[index % len(PREFIX_STARTS)] for index in range(options.prefixes)]
     rows = [tuple(loaded.tokens.tokenizer(start)["input_ids"]) for start in starts]
     loaded.tokens.refuse_rowless(token for row in rows for token in row)
     generator = torch.Generator().manual_seed(seed)
-    # All noise is drawn in the order of the prefixes, so that how they are batched does not change them.
+    # All noise is drawn in the order of the prefixes, so that batching does not change them.
     noise = torch.stack([_exponentials(options.prefix_tokens, generator) for _ in rows]) if rows else torch.empty(0)
     texts = [""] * len(rows)
     with (reporter or Silent()).phase("Writing prefixes", len(rows), "prefixes") as advance:
@@ -386,10 +388,9 @@ class _Likely:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the next token of each row; on the CPU it is the same on every device."""
-        # A special token would end the text, or vanish from it when it is decoded. Some tokenizers have more of them
-        # than the model has logits.
-        barred = torch.tensor([token for token in self.special if token < logits.shape[1]], dtype=torch.long)
-        plain = logits.float().cpu().index_fill(1, barred, -torch.inf)
+        # A special token would end the text, or vanish when the text is decoded. Some of them may have no logit.
+        excluded = torch.tensor([token for token in self.special if token < logits.shape[1]], dtype=torch.long)
+        plain = logits.float().cpu().index_fill(1, excluded, -torch.inf)
         best, tokens = torch.topk(plain, k=min(LIKELY, plain.shape[1]), dim=1)
         noise, self.step = self.noise[:, self.step, : best.shape[1]], self.step + 1
         return tokens.gather(1, (torch.softmax(best, dim=1) / noise).argmax(dim=1, keepdim=True))[:, 0]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from editcli.distributed.team import Team
-from editcli.editing.effort import target_costs
 from editcli.editing.session import ModelSession, generate_prefixes
+from editcli.editing.targets import target_costs
 from editcli.models.loading import LoadedModel
 from editcli.plugin.interfaces import Gradients, Site, SiteGradients, Values
 from editcli.requests.schema import EditRequest

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from editcli.editing.activations import Activations, Tap
+from editcli.editing.activations import Activations, Hook
 from editcli.models.loading import LoadedModel
 from editcli.models.tokens import Encoded
 from editcli.reporting import Silent
@@ -41,8 +41,8 @@ def first_is_sink(loaded: LoadedModel, layers: Sequence[int], *, batch_tokens: i
     tokenizer, architecture = loaded.tokens.tokenizer, loaded.architecture
     behind = [tuple(tokenizer(CONTEXT + word, add_special_tokens=False)["input_ids"]) for word in WORDS]
     rows = [Encoded(ids, len(ids) - 1, range(0)) for text in behind for ids in (text[-1:], text)]
-    taps = [Tap(architecture.projection(layer), output=False) for layer in layers]
-    read = Activations(loaded, batch_tokens=batch_tokens, reporter=Silent()).read(rows, layers[0], taps)
+    hooks = [Hook(architecture.projection(layer), output=False) for layer in layers]
+    read = Activations(loaded, batch_tokens=batch_tokens, reporter=Silent()).read(rows, layers[0], hooks)
     return any(spread(keys[0::2].T) < ALIKE * spread(keys[1::2].T) for keys in read)
 
 

@@ -1,9 +1,9 @@
-"""The texts of a batch, laid out so that only what an offset can change is computed again.
+"""The texts of a batch, laid out so that only the activations that an offset can change are computed again.
 
-Nothing below the last edited layer changes while its output is steered, and nothing before the lookup token. So the
-stored output of that layer stands in for everything below, and, with ``cached``, the keys and values that the tokens
-before the lookup token left in attention stand in for those tokens. Neither changes the result. Texts are computed in
-chunks of about equal length, so that little of the work is padding.
+An offset on the output of the last edited layer changes nothing below it, and nothing before the lookup token. So the
+stored output of that layer replaces everything below, and, with ``cached``, the keys and values of the tokens before
+the lookup token replace those tokens. Neither changes the result. Texts are computed in chunks of about equal length,
+so that little of the work is padding.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editcli.editing.prompt_cache import Kept, encode
-from editcli.models.blocks import Blocks, Call, Past
-from editcli.models.forward import first, run, tapped
+from editcli.editing.prompt_cache import KVCache, encode
+from editcli.models.blocks import Blocks, Call, FrozenCache
+from editcli.models.forward import first, hooked, run
 from editcli.models.kv_cache import cache_options
 from editcli.models.loading import LoadedModel
 from editcli.models.tokens import Encoded
 
 SETUP = 60e6
-"""Multiplications that the fixed cost of one call of a block is worth: chunks are joined where padding costs less."""
+"""Multiplications that cost as much as the overhead of one call of a block: chunks are joined if padding costs less."""
 CACHE_BYTES = 24 << 20
-"""Activations of one chunk in one block on a CPU: what its caches hold, and enough rows for fast products."""
+"""Activations of one chunk in one block on a CPU: they fit its caches, with enough rows for fast products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One text of one edit: ``edit`` is its index in the batch, ``weight`` the share of a target token in its loss."""
+    """One text of one edit: ``edit`` is its index in the batch, ``weight`` the factor of each position in its loss."""
 
     text: Encoded
     edit: int
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some rows as tensors, cut in front of what is computed once, and how the model calls its blocks on them."""
+    """Some rows as tensors, without the tokens that are computed once, and the model's calls of its blocks on them."""
 
     rows: Tensor
     """(k,) indices of the rows."""
@@ -54,7 +54,7 @@ class Chunk:
     lookup: Tensor
     """(k,) column of the lookup token."""
     options: dict[str, Any]
-    """What the model is given besides the ids."""
+    """The model's arguments besides the ids."""
     calls: tuple[Call, ...]
 
 
@@ -65,11 +65,11 @@ class Steering:
         self.loaded, self.rows, self.layer, self.budget = loaded, tuple(rows), layer, budget
         self._from_lookup = cached and self._cacheable()
         begun = [row.text.ids[: self._start(row)] for row in rows]
-        kept = encode(loaded, begun, [row.stems for row in rows], budget=self._tokens())
+        cache = encode(loaded, begun, [row.stems for row in rows], budget=self._tokens())
         self.width = [len(row.text.ids) - self._start(row) for row in rows]
         self._lookup = torch.tensor([row.text.lookup - self._start(row) for row in rows])
-        self.outputs, self._hidden, example = self._observe(kept)
-        self._kept = kept.above(layer)
+        self.outputs, self._hidden, example = self._observe(cache)
+        self._cache = cache.above(layer)
         self._blocks = Blocks(loaded, layer, example)
         self.whole = False
 
@@ -78,9 +78,9 @@ class Steering:
         everywhere = torch.arange(len(self.rows))
         return self._hidden[_on(self._hidden, everywhere, self._lookup)].float()
 
-    def columns(self, row: int, places: Sequence[int]) -> list[int]:
+    def columns(self, row: int, positions: Sequence[int]) -> list[int]:
         """Return a chunk's columns of token positions of a row."""
-        return [place - self._start(self.rows[row]) for place in places]
+        return [position - self._start(self.rows[row]) for position in positions]
 
     def chunks(self, rows: Sequence[int]) -> list[Chunk]:
         """Return the chunks in which ``rows`` are computed; the same for the same rows."""
@@ -92,31 +92,31 @@ class Steering:
         A narrower row joins a group while the padding that this costs is less work than another call of every block.
         """
         allowance, most = SETUP / self._block_size(), self._tokens()
-        found: list[list[int]] = []
+        groups: list[list[int]] = []
         wasted = 0
         for row in sorted(rows, key=lambda row: (-self.width[row], self._start(self.rows[row]), row)):
-            width = self.width[found[-1][0]] if found else 0
+            width = self.width[groups[-1][0]] if groups else 0
             wasted += width - self.width[row]
-            if not found or wasted > allowance or width * (len(found[-1]) + 1) > most:
-                found.append([])
+            if not groups or wasted > allowance or width * (len(groups[-1]) + 1) > most:
+                groups.append([])
                 wasted = 0
-            found[-1].append(row)
-        return found
+            groups[-1].append(row)
+        return groups
 
-    def logits(self, chunk: Chunk, shift: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
-        """Return float32 logits at ``wanted`` (rows, columns) with ``shift`` (rows, d) added at the lookup tokens."""
+    def logits(self, chunk: Chunk, shift: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+        """Return float32 logits at ``where`` (rows, columns) with ``shift`` (rows, d) added at the lookup tokens."""
         hidden = chunk.hidden.clone()
-        where = _on(hidden, torch.arange(len(hidden)), chunk.lookup)
-        hidden[where] = (hidden[where].float() + shift.to(hidden.device)).to(hidden.dtype)
+        lookup = _on(hidden, torch.arange(len(hidden)), chunk.lookup)
+        hidden[lookup] = (hidden[lookup].float() + shift.to(hidden.device)).to(hidden.dtype)
         if self.whole:
-            return self._blocks.whole_logits(chunk.ids, chunk.options, hidden, wanted)
-        return self._blocks.logits(chunk.calls, hidden, wanted)
+            return self._blocks.whole_logits(chunk.ids, chunk.options, hidden, where)
+        return self._blocks.logits(chunk.calls, hidden, where)
 
     @torch.no_grad()
-    def check(self, chunk: Chunk, wanted: tuple[Tensor, Tensor]) -> None:
-        """Leave the blocks to the model's own forward pass if it does more between them than call one by one."""
-        whole = self._blocks.whole_logits(chunk.ids, chunk.options, chunk.hidden, wanted)
-        alone = self._blocks.logits(chunk.calls, chunk.hidden, wanted)
+    def check(self, chunk: Chunk, where: tuple[Tensor, Tensor]) -> None:
+        """Use the model's own forward pass if it does more between the blocks than call one after the other."""
+        whole = self._blocks.whole_logits(chunk.ids, chunk.options, chunk.hidden, where)
+        alone = self._blocks.logits(chunk.calls, chunk.hidden, where)
         exact = chunk.hidden.dtype == torch.float32
         self.whole = not bool((whole - alone).abs().max() <= (1e-3 if exact else 5e-2) * whole.abs().max())
 
@@ -125,21 +125,21 @@ class Steering:
         return row.text.lookup if self._from_lookup else 0
 
     def _cacheable(self) -> bool:
-        """Tell whether keys and values can stand in for the tokens before the lookup tokens."""
+        """Tell whether keys and values can replace the tokens before the lookup tokens."""
         config = self.loaded.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
         # A window shorter than the texts hides old tokens from new ones by a rule that differs between cache classes.
         # Each level of shared beginnings is padded on its own.
         levels = len(self.rows[0].stems) + 1
         longest = max(row.text.lookup for row in self.rows) * levels + max(len(row.text.ids) for row in self.rows)
-        return (window is None or longest < window) and self.loaded.resumes
+        return (window is None or longest < window) and self.loaded.supports_kv_cache
 
     def _block_size(self) -> int:
         block = self.loaded.architecture.block(self.layer)
         return sum(parameter.numel() for parameter in block.parameters())
 
     def _tokens(self) -> int:
-        """Return the most tokens of a chunk: a CPU works best within its caches, an accelerator on all of them."""
+        """Return the most tokens of a chunk: a CPU is fastest within its caches, an accelerator with whole batches."""
         if torch.device(self.loaded.input_device).type != "cpu":
             return self.budget
         widest = max(self.loaded.architecture.shape(self.layer))
@@ -147,48 +147,48 @@ class Steering:
 
     def _chunk(self, rows: Sequence[int]) -> Chunk:
         index = torch.tensor(rows)
-        ids, options = self._input(self._kept, index)
+        ids, options = self._input(self._cache, index)
         hidden = self._hidden[_on(self._hidden, index)][:, : ids.shape[1]]
         return Chunk(index, ids, hidden, self._lookup[index], options, self._blocks.record(ids, options))
 
-    def _input(self, kept: Kept, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Return the ids that are computed again, padded on the right, and what the model is given besides them."""
+    def _input(self, cache: KVCache, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return the ids that are computed again, padded on the right, and the model's other arguments."""
         device = self.loaded.input_device
         texts = [self.rows[row].text.ids[self._start(self.rows[row]) :] for row in rows.tolist()]
         width = max(map(len, texts))
-        # What follows a token cannot change it, so padding behind needs no mask.
-        ids = torch.tensor([[*own, *[own[-1]] * (width - len(own))] for own in texts])
-        real = torch.tensor([[1] * len(own) + [0] * (width - len(own)) for own in texts])
-        past = kept.select(rows)
+        # A causal model cannot see later tokens, so padding on the right needs no mask.
+        ids = torch.tensor([[*text, *[text[-1]] * (width - len(text))] for text in texts])
+        real = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+        past = cache.select(rows)
         if not past.mask.shape[1]:
             return ids.to(device), {}
-        # Behind a past it is masked all the same, so that it gets no positions that the model may not have.
+        # With a cache it is masked all the same, so that it gets no position beyond the model's context.
         mask = torch.cat([past.mask, real], dim=1)
-        return ids.to(device), cache_options(self.loaded.model, mask, width, Past(past.layers), device)
+        return ids.to(device), cache_options(self.loaded.model, mask, width, FrozenCache(past.layers), device)
 
     @torch.no_grad()
-    def _observe(self, kept: Kept) -> tuple[Tensor, Tensor, Any]:
-        """Return the last edited layer's MLP output at each lookup token as it joins the stream, (rows, d) float32,
+    def _observe(self, cache: KVCache) -> tuple[Tensor, Tensor, Any]:
+        """Return the last edited layer's outputs: its MLP's, its block's, and one raw return value of the block.
 
-        its own output, (rows, columns, d), and an example of what a block returns.
+        The MLP's is (rows, d) float32 at each lookup token, as it joins the stream; the block's (rows, columns, d).
         """
         architecture = self.loaded.architecture
         seen: dict[str, Any] = {}
         hidden = outputs = torch.empty(0)
 
-        def see_mlp(module: Any, entered: Tensor, output: Any) -> None:
+        def record_mlp(module: Any, entered: Tensor, output: Any) -> None:
             # A copy, because some parallel blocks add the attention's output to this very tensor.
             seen["mlp"] = first(output).clone()
 
-        def see_block(module: Any, entered: Tensor, output: Any) -> None:
+        def record_block(module: Any, entered: Tensor, output: Any) -> None:
             seen["block"], seen["example"] = first(output), output
 
         for group in self.groups(range(len(self.rows))):
             rows = torch.tensor(group)
-            ids, options = self._input(kept, rows)
+            ids, options = self._input(cache, rows)
             with ExitStack() as stack:
-                stack.enter_context(tapped(architecture.mlp(self.layer), see_mlp))
-                stack.enter_context(tapped(architecture.block(self.layer), see_block, stop=True))
+                stack.enter_context(hooked(architecture.mlp(self.layer), record_mlp))
+                stack.enter_context(hooked(architecture.block(self.layer), record_block, stop=True))
                 run(self.loaded.model, ids, **options)
             part = seen["block"]
             if not len(hidden):

@@ -45,63 +45,63 @@ from editcli.requests.schema import EditRequest
 from editcli.settings.core import TargetOptions
 
 
-def cross_entropies(logits: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
-    """Return the cross-entropy of each row of ``logits`` (n, vocabulary), (n,) float32; the logits are used up.
+def cross_entropies(logits: Tensor, tokens: Tensor, distributions: Tensor) -> Tensor:
+    """Return the cross-entropy of each row of ``logits`` (n, vocabulary), (n,) float32; overwrites ``logits``.
 
-    The first rows are compared with ``tokens`` (t,), the others with the distributions ``wanted`` (n - t, vocabulary).
+    The targets of the first rows are ``tokens`` (t,), of the others ``distributions`` (n - t, vocabulary).
     """
-    return cast(Tensor, _CrossEntropies.apply(logits, tokens, wanted))
+    return cast(Tensor, _CrossEntropies.apply(logits, tokens, distributions))
 
 
 def greedy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Tell of each of the first rows of ``logits`` whether its token (t,) is the likeliest, (t,) bool.
 
-    The logits must not be used up yet.
+    Call it before :func:`cross_entropies`, which overwrites the logits.
     """
     return logits[: len(tokens)].argmax(dim=1) == tokens
 
 
 class _CrossEntropies(torch.autograd.Function):
-    """Log-sum-exp minus what was wanted; autograd refuses to go on if an earlier operation still needs the logits."""
+    """Log-sum-exp minus the target's logit; autograd raises if an earlier operation still needs the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, wanted: Tensor) -> Tensor:
-        told = len(tokens)
-        known = logits[:told].gather(1, tokens[:, None]).squeeze(1)
-        chosen = torch.cat([known, torch.linalg.vecdot(wanted, logits[told:])])
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, distributions: Tensor) -> Tensor:
+        num_targets = len(tokens)
+        at_tokens = logits[:num_targets].gather(1, tokens[:, None]).squeeze(1)
+        chosen = torch.cat([at_tokens, torch.linalg.vecdot(distributions, logits[num_targets:])])
         largest = logits.amax(dim=1, keepdim=True)
-        shares = logits.sub_(largest).exp_()
-        total = shares.sum(dim=1)
-        ctx.shares, ctx.total, ctx.tokens, ctx.wanted = shares.detach(), total, tokens, wanted
+        exponentials = logits.sub_(largest).exp_()
+        total = exponentials.sum(dim=1)
+        ctx.exponentials, ctx.total, ctx.tokens, ctx.distributions = exponentials.detach(), total, tokens, distributions
         return total.log() + largest.squeeze(1) - chosen
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        slope, told = slopes[0], len(ctx.tokens)
-        gradient = ctx.shares.mul_((slope / ctx.total)[:, None])
-        gradient[torch.arange(told, device=slope.device), ctx.tokens] -= slope[:told]
-        gradient[told:] -= slope[told:, None] * ctx.wanted
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        upstream, num_targets = gradients[0], len(ctx.tokens)
+        gradient = ctx.exponentials.mul_((upstream / ctx.total)[:, None])
+        gradient[torch.arange(num_targets, device=upstream.device), ctx.tokens] -= upstream[:num_targets]
+        gradient[num_targets:] -= upstream[num_targets:, None] * ctx.distributions
         return gradient, None, None
 
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
 AT_CLAMP = 1 - 1e-4
-"""Share of the clamp from which an offset counts as ended at it: projecting rounds."""
+"""Fraction of the clamp from which an offset counts as at the clamp: projecting rounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A chunk of rows and what its logits are compared with; edits have their numbers in the micro-batch."""
+    """A chunk of rows and the targets of its logits; edits have their numbers in the micro-batch."""
 
     chunk: Chunk
     edit: Tensor
     """(rows,) the edit of each row."""
     head: tuple[Tensor, Tensor]
-    """Where logits are needed: first at every target token's predecessor, then at the essences' lookup tokens."""
+    """Positions of the logits: first every target token's predecessor, then the essences' lookup tokens."""
     token: Tensor
     """(t,) the target tokens."""
     weight: Tensor
-    """(t + essences,) the share of each position in its edit's loss."""
+    """(t + essences,) the factor of each position in its edit's loss."""
     owner: Tensor
     """(t + essences,) the edit of each position."""
 
@@ -128,9 +128,9 @@ def optimise(
         pending, progress = _micro_batches(rows, options.batch_tokens)[::-1], _Progress(advance)
         while pending:
             edits = pending.pop()
-            progress.go_on_from(sum(len(own) for own, _ in parts))
+            progress.restart_at(sum(len(finished) for finished, _ in parts))
             try:
-                # Without a name, so that its caches are gone before those of the next micro-batch come.
+                # Not bound to a name, so that its caches are freed before the next micro-batch allocates its own.
                 parts.append((edits, _Optimiser(loaded, [rows[edit] for edit in edits], layer, options).run(progress)))
             except torch.OutOfMemoryError as error:
                 pending += _halves(edits, loaded, layer, reporter, error)
@@ -145,13 +145,13 @@ def optimise(
 def _halves(
     edits: list[int], loaded: LoadedModel, layer: int, reporter: Reporter, error: torch.OutOfMemoryError
 ) -> list[list[int]]:
-    """Split a micro-batch that did not fit; edits are independent, so the result stays the same."""
+    """Halve a micro-batch that did not fit; edits are independent, so the result stays the same."""
     if len(edits) == 1:
         site = loaded.architecture.site(layer).module
         raise ModelError(f"one edit does not fit the memory at {site}; use a smaller --dtype or --device") from error
     middle = len(edits) // 2
     reporter.note(
-        f"{len(edits)} edits at a time do not fit the memory: going on with {middle}; see targets.batch_tokens"
+        f"{len(edits)} edits at a time do not fit the memory: continuing with {middle}; see targets.batch_tokens"
     )
     return [edits[middle:], edits[:middle]]
 
@@ -168,9 +168,9 @@ def _check_finite(figures: Tensor, requests: Sequence[EditRequest], loaded: Load
 def _rows(
     loaded: LoadedModel, requests: Sequence[EditRequest], prefixes: Sequence[str], options: TargetOptions, *, sink: bool
 ) -> list[list[Row]]:
-    """Return the texts of each edit: its prompt bare and behind every prefix, then "{subject} is a".
+    """Return the texts of each edit: its prompt bare and after every prefix, then "{subject} is a".
 
-    The first row is where h is read. With ``sink``, it is behind the first prefix where the subject begins its text.
+    h is read at the first row. With ``sink``, that is the first prefix's where the subject begins its text.
     """
     tokens = loaded.tokens
     contexts = ("", *prefixes)
@@ -181,17 +181,17 @@ def _rows(
     closing = [text.up_to_lookup() for text in tokens.encode([tokens.locate(essence) for essence in opened])]
     rows = []
     for edit, (request, start) in enumerate(zip(requests, starts, strict=True)):
-        own = encoded[edit * len(contexts) + start : (edit + 1) * len(contexts)]
+        texts_of_edit = encoded[edit * len(contexts) + start : (edit + 1) * len(contexts)]
         prompts = [
-            Row(text, edit, 1.0 / (len(own) * len(text.target)), False, (context, (context, request.before)))
-            for context, text in zip(contexts[start:], own, strict=True)
+            Row(text, edit, 1.0 / (len(texts_of_edit) * len(text.target)), False, (context, (context, request.before)))
+            for context, text in zip(contexts[start:], texts_of_edit, strict=True)
         ]
         stems = (contexts[start], (contexts[start], "")) if start else (None, None)
         rows.append([*prompts, Row(closing[edit], edit, options.kl_factor, True, stems)])
         longest = max(len(row.text.ids) for row in rows[-1])
         if tokens.max_length is not None and longest > tokens.max_length:
             raise request.refusal(
-                f"behind a prefix the prompt and target have {longest} tokens, more than the model's context of "
+                f"after a prefix the prompt and target have {longest} tokens, more than the model's context of "
                 f"{tokens.max_length}; lower targets.prefix_tokens"
             )
     return rows
@@ -199,7 +199,7 @@ def _rows(
 
 def _micro_batches(rows: Sequence[Sequence[Row]], budget: int) -> list[list[int]]:
     """Group edits by length so that a group's padded rows stay within ``budget`` tokens."""
-    width = [max(len(row.text.ids) for row in own) for own in rows]
+    width = [max(len(row.text.ids) for row in texts) for texts in rows]
     groups: list[list[int]] = [[]]
     for edit in sorted(range(len(rows)), key=lambda index: (width[index], index)):
         if groups[-1] and width[edit] * len(rows[edit]) * (len(groups[-1]) + 1) > budget:
@@ -209,20 +209,20 @@ def _micro_batches(rows: Sequence[Sequence[Row]], budget: int) -> list[list[int]
 
 
 class _Progress:
-    """Tells how many edits are done, each once: those of a micro-batch that failed half-way are done again."""
+    """Reports each finished edit once, also those of a micro-batch that failed half-way and is repeated."""
 
     def __init__(self, advance: Callable[[int], None]):
-        self._advance, self._done, self._told = advance, 0, 0
+        self._advance, self._done, self._reported = advance, 0, 0
 
-    def go_on_from(self, done: int) -> None:
-        """Forget what was done beyond the first ``done`` edits; what was told of it is not told again."""
+    def restart_at(self, done: int) -> None:
+        """Set the number of finished edits; edits that were reported already are not reported again."""
         self._done = done
 
     def __call__(self, count: int) -> None:
         self._done += count
-        if self._done > self._told:
-            self._advance(self._done - self._told)
-            self._told = self._done
+        if self._done > self._reported:
+            self._advance(self._done - self._reported)
+            self._reported = self._done
 
 
 class _Optimiser:
@@ -231,19 +231,19 @@ class _Optimiser:
     def __init__(self, loaded: LoadedModel, rows: Sequence[Sequence[Row]], layer: int, options: TargetOptions):
         self.options = options
         self.norm = loaded.architecture.mlp_norm(layer)
-        self.rows = [replace(row, edit=edit) for edit, own in enumerate(rows) for row in own]
+        self.rows = [replace(row, edit=edit) for edit, texts in enumerate(rows) for row in texts]
         self.steering = Steering(loaded, self.rows, layer, cached=options.cached, budget=options.batch_tokens)
         first = [sum(map(len, rows[:edit])) for edit in range(len(rows))]
         self.initial, self.written = self.steering.at_lookup()[first], self.steering.outputs[first]
-        # Where a norm stands between delta and the stream, delta is measured against what it is added to.
+        # With a norm between delta and the stream, delta is measured against the MLP's output, to which it is added.
         self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
         self.bound = self.length * (options.clamp if self.norm is None else options.norm_clamp)
         absolute = options.lr_kind == "absolute" and self.norm is None
-        # In front of a norm the length of what delta is added to is arbitrary, so steps are taken relative to it.
+        # Before a norm the length of the MLP's output is arbitrary, so steps are relative to it.
         self.unit = torch.ones_like(self.length) if absolute else self.length / self.initial.shape[1] ** 0.5
         self.decay = options.v_weight_decay / self.length ** (2 if options.decay_kind == "absolute" else 1)
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        """Of each row that is an essence: its distribution at delta = 0, and that distribution's entropy."""
+        """For each essence row: its distribution at delta = 0 and that distribution's entropy."""
 
     def run(self, advance: Callable[[int], None]) -> tuple[Tensor, ...]:
         """Return (target, initial, written, loss, reached, clamped), the first three (n, d), the others (n,)."""
@@ -254,21 +254,21 @@ class _Optimiser:
         streak = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
         active = torch.arange(len(delta), device=delta.device)
         parts = self._gather(active)
-        (few,) = self.steering.chunks(parts[0].chunk.rows[:1].tolist())
-        self.steering.check(few, self._part(few).head)
+        (sample,) = self.steering.chunks(parts[0].chunk.rows[:1].tolist())
+        self.steering.check(sample, self._part(sample).head)
         for step in range(1, self.options.steps + 1):
             last = step == self.options.steps
-            found, gradient, missed = self._evaluate(parts, delta, slopes=not last)
-            loss[active] = found[active]
+            losses, gradient, missed = self._evaluate(parts, delta, with_gradient=not last)
+            loss[active] = losses[active]
             if self.options.stop == "greedy":
                 streak[active] = torch.where(missed[active] == 0, streak[active] + 1, 0)
-            going = (found[active] >= self.options.stop_loss) & (streak[active] <= self.options.stop_patience)
-            if last or not going.any():
+            unfinished = (losses[active] >= self.options.stop_loss) & (streak[active] <= self.options.stop_patience)
+            if last or not unfinished.any():
                 break
             # A finished edit keeps the delta at which its loss was measured.
-            if not going.all():
-                advance(int((~going).sum()))
-                active = active[going]
+            if not unfinished.all():
+                advance(int((~unfinished).sum()))
+                active = active[unfinished]
                 parts = self._gather(active)
             self._adam(delta, gradient[active], moments, active, step)
         advance(len(active))
@@ -280,7 +280,7 @@ class _Optimiser:
     def _adam(self, delta: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], active: Tensor, step: int) -> None:
         """Take one Adam step on the active rows of ``delta`` and project them into the ball of clamp * ||h||.
 
-        The step is one on u, delta = unit * u, so that the constant in Adam's denominator has no scale either.
+        The step is one on u, delta = unit * u, so that the constant in Adam's denominator is scale-free too.
         """
         unit = self.unit[active][:, None]
         gradient = gradient * unit
@@ -294,18 +294,17 @@ class _Optimiser:
 
     def _gather(self, active: Tensor) -> list[_Part]:
         """Return the rows of the active edits in chunks."""
-        left = set(active.tolist())
-        return [
-            self._part(chunk) for chunk in self.steering.chunks([i for i, r in enumerate(self.rows) if r.edit in left])
-        ]
+        edits = set(active.tolist())
+        rows = [index for index, row in enumerate(self.rows) if row.edit in edits]
+        return [self._part(chunk) for chunk in self.steering.chunks(rows)]
 
     def _part(self, chunk: Chunk) -> _Part:
         index, device = chunk.rows.tolist(), self.initial.device
         rows = [self.rows[row] for row in index]
-        places = [(place, row.text.predicting, row) for place, row in enumerate(rows) if not row.is_essence]
-        places += [(place, [row.text.lookup], row) for place, row in enumerate(rows) if row.is_essence]
-        heads = [(place, c) for place, at, _ in places for c in self.steering.columns(index[place], at)]
-        owners = [row for _, at, row in places for _ in at]
+        spans = [(number, row.text.predicting, row) for number, row in enumerate(rows) if not row.is_essence]
+        spans += [(number, [row.text.lookup], row) for number, row in enumerate(rows) if row.is_essence]
+        heads = [(number, column) for number, at, _ in spans for column in self.steering.columns(index[number], at)]
+        owners = [row for _, at, row in spans for _ in at]
         return _Part(
             chunk=chunk,
             edit=torch.tensor([row.edit for row in rows], device=device),
@@ -316,46 +315,45 @@ class _Optimiser:
         )
 
     @torch.enable_grad()
-    def _evaluate(self, parts: Sequence[_Part], delta: Tensor, *, slopes: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each edit's loss, (n,), with ``slopes`` its gradient, (n, d), and how many target tokens it missed.
+    def _evaluate(self, parts: Sequence[_Part], delta: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each edit's loss, (n,), its gradient, (n, d), if ``with_gradient``, and its misses, (n,).
 
-        A token is missed where another one is likelier, (n,), counted where that matters. Edits without rows get no
-        sense.
+        A miss is a target token that is not the greedy answer; they are counted if ``targets.stop`` is greedy. Rows of
+        edits that are not in ``parts`` are undefined.
         """
-        own = delta.clone().requires_grad_(True)
-        shift = self._shift(own)
-        slope, loss = torch.zeros_like(delta), torch.zeros_like(self.length)
+        variable = delta.clone().requires_grad_(True)
+        shift = self._shift(variable)
+        upstream, loss = torch.zeros_like(delta), torch.zeros_like(self.length)
         missed = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
         for part in parts:
-            # Each chunk is differentiated on its own, so that no more than one chunk's activations are held.
-            offset = shift.detach()[part.edit].requires_grad_(slopes)
-            surprise, missing = self._surprise(part, offset)
-            each = surprise * part.weight
+            # One backward pass per chunk, so that the activations of only one chunk are held.
+            offset = shift.detach()[part.edit].requires_grad_(with_gradient)
+            nll, misses = self._nll(part, offset)
+            each = nll * part.weight
             loss.index_add_(0, part.owner, each.detach())
-            missed.index_add_(0, part.owner[: len(missing)], missing)
-            if slopes:
-                slope.index_add_(0, part.edit, torch.autograd.grad(each.sum(), offset)[0])
-        decay = self.decay * own.norm(dim=1)
-        (gradient,) = torch.autograd.grad((shift * slope).sum() + decay.sum(), own)
+            missed.index_add_(0, part.owner[: len(misses)], misses)
+            if with_gradient:
+                upstream.index_add_(0, part.edit, torch.autograd.grad(each.sum(), offset)[0])
+        decay = self.decay * variable.norm(dim=1)
+        (gradient,) = torch.autograd.grad((shift * upstream).sum() + decay.sum(), variable)
         return loss + decay.detach(), gradient, missed
 
-    def _surprise(self, part: _Part, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cross-entropies of target tokens and divergences of essences, (t + essences,), and what was missed.
+    def _nll(self, part: _Part, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cross-entropies of target tokens and divergences of essences, (t + essences,), and the misses.
 
-        Of each target token, (t,), 1 where another one is likelier; nothing where that stops no edit.
+        Misses, (t,), are 1 where another token is likelier than the target; empty unless ``targets.stop`` is greedy.
         """
         logits = self.steering.logits(part.chunk, offset, part.head).to(offset.device)
-        told, essences = len(part.token), self._essences(part)
-        asked = part.token[: told if self.options.stop == "greedy" else 0]
-        missing = (~greedy(logits.detach(), asked)).long()
+        num_targets, essences = len(part.token), self._essences(part)
+        checked = part.token[: num_targets if self.options.stop == "greedy" else 0]
+        misses = (~greedy(logits.detach(), checked)).long()
         if any(row not in self.before for row in essences):
-            self._remember(essences, logits.detach()[told:])
-        wanted = (
-            torch.stack([self.before[row][0] for row in essences]) if essences else logits.new_zeros(0, logits.shape[1])
-        )
-        found = cross_entropies(logits, part.token, wanted)
-        known = [self.before[row][1] for row in essences]
-        return (torch.cat([found[:told], found[told:] - torch.stack(known)]) if known else found), missing
+            self._remember(essences, logits.detach()[num_targets:])
+        if not essences:
+            return cross_entropies(logits, part.token, logits.new_zeros(0, logits.shape[1])), misses
+        probs, entropies = (torch.stack(values) for values in zip(*(self.before[row] for row in essences), strict=True))
+        nll = cross_entropies(logits, part.token, probs)
+        return torch.cat([nll[:num_targets], nll[num_targets:] - entropies]), misses
 
     def _essences(self, part: _Part) -> list[int]:
         return [row for row in part.chunk.rows.tolist() if self.rows[row].is_essence]
@@ -363,18 +361,45 @@ class _Optimiser:
     def _remember(self, essences: Sequence[int], logits: Tensor) -> None:
         """Keep the distributions at delta = 0, where the first step is."""
         logs = logits.log_softmax(dim=1)
-        shares = logs.exp()
-        entropy = torch.logsumexp(logits, dim=1) - torch.linalg.vecdot(shares, logits)
-        for row, share, own in zip(essences, shares, entropy, strict=True):
-            self.before[row] = share, own
+        probs = logs.exp()
+        entropies = torch.logsumexp(logits, dim=1) - torch.linalg.vecdot(probs, logits)
+        for row, distribution, entropy in zip(essences, probs, entropies, strict=True):
+            self.before[row] = distribution, entropy
 
     def _shift(self, delta: Tensor) -> Tensor:
-        """Return what delta adds to the residual stream, (n, d).
+        """Return the change of the residual stream by delta, (n, d).
 
-        Where a family norms the MLP's output before it joins the stream, only what that norm can produce can be
-        written, so delta is added in front of the norm.
+        If a family norms the MLP's output before it joins the stream, only outputs of that norm can be written, so
+        delta is added before the norm.
         """
         if self.norm is None:
             return delta
         kind = next(self.norm.parameters()).dtype
         return self.norm((self.written + delta).to(kind)).float() - self.norm(self.written.to(kind)).float()
+
+
+def target_costs(
+    loaded: LoadedModel, requests: Sequence[EditRequest], contexts: int, layer: int, options: TargetOptions
+) -> list[int]:
+    """Estimate the multiplications with weights for each request's target value, to share a batch out evenly.
+
+    A request has ``contexts`` texts. Every step runs the tokens from the lookup token on through the blocks above
+    ``layer``, and the head at the target's positions, forward and backward: twice the multiplications, since weights
+    have no gradients. The tokens before the lookup token run once through all blocks. The estimate assumes that every
+    edit needs all steps and that a batch shares no work between its edits.
+    """
+    architecture = loaded.architecture
+    block = sum(parameter.numel() for parameter in architecture.block(layer).parameters())
+    head = sum(parameter.numel() for parameter in architecture.head.parameters())
+    above = (architecture.layers - 1 - layer) * block
+    tokens = loaded.tokens
+    texts = tokens.encode([tokens.locate(request, request.target_new) for request in requests])
+    cached = options.cached and loaded.supports_kv_cache
+    behind = 0 if cached else (contexts - 1) * options.prefix_tokens
+    costs = []
+    for text in texts:
+        again = contexts * (len(text.ids) - 1 - (text.lookup if cached else 0)) + behind
+        # Of "{subject} is a" only the tokens up to its lookup token are needed.
+        step = (again + 1) * above + (contexts * len(text.target) + 1) * head
+        costs.append(2 * options.steps * step + contexts * text.lookup * architecture.layers * block)
+    return costs

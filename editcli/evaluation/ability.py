@@ -1,4 +1,4 @@
-"""How much of a model's general ability edits took: perplexity, and divergence from the base, on ordinary text."""
+"""The effect of edits on a model's general ability: perplexity, and divergence from the base, on ordinary text."""
 
 from __future__ import annotations
 
@@ -65,9 +65,11 @@ def general_drift(
     team = team or Team()
     batches = [[rows[index] for index in chunk] for chunk in chunks(rows, budget=batch_tokens)]
     predicted = [sum(len(row.ids) - 1 for row in batch) for batch in batches]
-    own = team.share(predicted)
-    with (reporter or Silent()).phase("Comparing with the base", sum(predicted[n] for n in own), "tokens") as advance:
-        for number in own:
+    assigned = team.share(predicted)
+    with (reporter or Silent()).phase(
+        "Comparing with the base", sum(predicted[n] for n in assigned), "tokens"
+    ) as advance:
+        for number in assigned:
             sums += _batch_sums(edited, base, batches[number])
             advance(predicted[number])
     team.total("sums of the drift", [sums])
@@ -75,9 +77,9 @@ def general_drift(
 
 
 class TextBaseline:
-    """A model's logits on a text, kept so that many edited versions of it can be compared with it.
+    """A model's logits on a text, for comparing many edited versions of the model with it.
 
-    They are held on the CPU in float32: ``max_tokens`` times the vocabulary times 4 bytes, 80 MB for a vocabulary of
+    They are stored on the CPU in float32: ``max_tokens`` times the vocabulary times 4 bytes, 80 MB for a vocabulary of
     50,000. Raises :class:`ModelError` when there is no text.
     """
 
@@ -87,7 +89,7 @@ class TextBaseline:
         self._batches = [(batch, _logits(loaded, batch).cpu()) for batch in chosen]
 
     def drift(self, loaded: LoadedModel) -> Drift:
-        """Compare a model, edited by now, with what it was."""
+        """Compare the edited model with the stored logits."""
         sums = torch.zeros(3, dtype=torch.float64)
         tokens = 0
         for batch, before in self._batches:
@@ -96,13 +98,13 @@ class TextBaseline:
         return _drift_of(sums, tokens)
 
 
-def compare_logits(edited: Tensor, base: Tensor, wanted: Tensor) -> Tensor:
+def compare_logits(edited: Tensor, base: Tensor, targets: Tensor) -> Tensor:
     """Return the sums over n tokens of (NLL edited, NLL base, KL(base || edited)), nats, float64 on the CPU.
 
-    ``edited`` and ``base`` are (n, vocabulary) logits that predict ``wanted``, (n,).
+    ``edited`` and ``base`` are (n, vocabulary) logits that predict ``targets``, (n,).
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    for rows in zip(edited.split(_FLOAT_ROWS), base.split(_FLOAT_ROWS), wanted.split(_FLOAT_ROWS), strict=True):
+    for rows in zip(edited.split(_FLOAT_ROWS), base.split(_FLOAT_ROWS), targets.split(_FLOAT_ROWS), strict=True):
         ours, theirs = (logits.to(edited.device).float().log_softmax(dim=1) for logits in rows[:2])
         chosen = rows[2].to(edited.device)[:, None]
         kl = (theirs.exp() * (theirs - ours)).sum()
@@ -113,7 +115,7 @@ def compare_logits(edited: Tensor, base: Tensor, wanted: Tensor) -> Tensor:
 def _drift_of(sums: Tensor, tokens: int) -> Drift:
     """Return the means of the sums of :func:`compare_logits` over all tokens."""
     nll, nll_base, kl = (sums / tokens).tolist()
-    # Rounding may leave a model that equals its base a hair below zero.
+    # Rounding may give a model that equals its base a tiny negative divergence.
     return Drift(math.exp(nll), math.exp(nll_base), max(kl, 0.0), tokens)
 
 
@@ -124,15 +126,15 @@ def _batch_sums(edited: LoadedModel, base: LoadedModel, batch: Sequence[Encoded]
 def _logits(loaded: LoadedModel, batch: Sequence[Encoded]) -> Tensor:
     """Return the logits that predict every token of a batch but the first of each row, (n, vocabulary)."""
     ids = loaded.tokens.pad(batch, loaded.input_device)
-    return logits_at(loaded, ids, *positions(_places(batch), ids.device))
+    return logits_at(loaded, ids, *positions(_positions(batch), ids.device))
 
 
 def _predicted(batch: Sequence[Encoded]) -> Tensor:
     """Return the tokens that :func:`_logits` predicts, (n,)."""
-    return torch.tensor([batch[r].ids[c + 1] for r, c in _places(batch)])
+    return torch.tensor([batch[r].ids[c + 1] for r, c in _positions(batch)])
 
 
-def _places(batch: Sequence[Encoded]) -> list[tuple[int, int]]:
+def _positions(batch: Sequence[Encoded]) -> list[tuple[int, int]]:
     return [(r, c) for r, row in enumerate(batch) for c in range(len(row.ids) - 1)]
 
 

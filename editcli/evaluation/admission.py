@@ -1,4 +1,4 @@
-"""Which edits a run can take: the one judgement that ``check`` shows and ``apply`` goes by."""
+"""Which edits a run accepts: the same rules for ``check`` and ``apply``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOM = 4
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What an edit has to hold for one tokenizer and one editor."""
+    """The conditions that an edit must meet for one tokenizer and one editor."""
 
     tokens: Tokens
     editor: type[Editor]
@@ -27,7 +27,7 @@ class Gate:
     without_subject: tuple[str, ...] = ()
     """Installed editors that need no subject."""
     measured: bool = True
-    """Whether the edit's prompts are asked of the model as well."""
+    """Whether the edit's prompts are measured as well."""
 
     def admit(self, request: EditRequest) -> Encoded:
         """Return the edit's tokens; raise :class:`RequestError` at its line when it cannot be written or measured."""
@@ -48,14 +48,14 @@ class Gate:
         )
 
     def _refuse_long(self, request: EditRequest, encoded: Encoded) -> None:
-        """Refuse an edit that fits the context alone and not behind the prefixes that its target is optimised with."""
+        """Refuse an edit that is too long for the context once the prefixes of the optimisation are added."""
         limit = self.tokens.max_length
         if limit is None or not self.editor.needs_values or not self.targets.prefixes:
             return
         longest = len(encoded.ids) + self.targets.prefix_tokens + ROOM
         if longest > limit:
             raise request.refusal(
-                f"behind a prefix the prompt and target may have {longest} tokens, more than the model's context of "
+                f"after a prefix the prompt and target may have {longest} tokens, more than the model's context of "
                 f"{limit}; lower targets.prefix_tokens or shorten the prompt"
             )
 

@@ -1,7 +1,7 @@
-"""Let a model write, and measure how it writes: fluency and consistency.
+"""Generate text with a model and measure its fluency and consistency.
 
-Prompts of one token length are generated together, so nothing is padded and every family's own positions are right;
-the randomness of a prompt's text is its own, so neither order nor batching changes what is written.
+Prompts of one token length are generated together, so nothing is padded and the positions of every family are right.
+Every prompt has its own random generator, so neither order nor batching changes the texts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel
 
 TOKENS = 100
-"""Tokens written per prompt."""
+"""Tokens generated per prompt."""
 TOP_K = 5
 """Sampling among the five most probable tokens, as in ROME's evaluation (arXiv:2202.05262)."""
 
@@ -38,7 +38,7 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What a model wrote after a prompt."""
+    """The text that a model generated after a prompt."""
 
     prompt: str
     text: str
@@ -58,35 +58,35 @@ def generate(
 ) -> dict[str, Generation]:
     """Continue each prompt by ``tokens`` tokens, or as many as the context holds; ``top_k=1`` is greedy.
 
-    With ``to_end`` a text stops where the model ends it; else it goes on, as where fluency is measured. The batches are
-    shared out over ``team``, whose ranks all get all texts.
+    With ``to_end`` a text stops at the model's end of text; else it continues, as the measure of fluency requires. The
+    batches are shared out over ``team``, and every rank gets all texts.
     """
     team = team or Team()
     unique = list(dict.fromkeys(prompts))
     rows = loaded.tokens.encode([loaded.tokens.open_prompt(prompt) for prompt in unique])
     batches = list(_same_length(rows, max(1, batch_tokens // (tokens + 1))))
-    # Whole batches: what is sampled hangs on the last digits of the logits, and those on what else is in a batch.
-    own = [batches[number] for number in team.share([len(batch) for batch in batches])]
+    # Share whole batches: sampling depends on low-order bits of the logits, which depend on batch composition.
+    assigned = [batches[number] for number in team.share([len(batch) for batch in batches])]
     written: dict[str, Generation] = {}
     end = loaded.tokens.tokenizer.eos_token_id
-    with (reporter or Silent()).phase("Generating", sum(map(len, own)), "texts") as advance:
-        for batch in own:
+    with (reporter or Silent()).phase("Generating", sum(map(len, assigned)), "texts") as advance:
+        for batch in assigned:
             names = [unique[index] for index in batch]
             sources = [_generator(prompt, seed) for prompt in names]
             count = min(tokens, (loaded.tokens.max_length or math.inf) - len(rows[batch[0]].ids))
             begin = torch.tensor([rows[index].ids for index in batch])
             ids = continue_rows(loaded, begin, partial(_sample, sources=sources, top_k=top_k), count=int(count))
             for prompt, row in zip(names, ids.tolist(), strict=True):
-                kept = list(takewhile(lambda token: token != end, row)) if to_end else row
-                written[prompt] = Generation(prompt, loaded.tokens.decode(kept))
+                text = list(takewhile(lambda token: token != end, row)) if to_end else row
+                written[prompt] = Generation(prompt, loaded.tokens.decode(text))
             advance(len(batch))
     return written if team.parts == 1 else _of_all(written, [unique[i] for b in batches for i in b], team)
 
 
 def _of_all(written: Mapping[str, Generation], order: Sequence[str], team: Team) -> dict[str, Generation]:
-    """Return what all ranks wrote, in the order in which one would have written it."""
+    """Return the texts of all ranks, in the order of a single process."""
     texts: dict[str, str] = {}
-    for part in team.exchange("texts", {prompt: found.text for prompt, found in written.items()}):
+    for part in team.exchange("texts", {prompt: generation.text for prompt, generation in written.items()}):
         texts |= part
     return {prompt: Generation(prompt, texts[prompt]) for prompt in order}
 

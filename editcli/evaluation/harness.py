@@ -1,7 +1,7 @@
 """General ability on established benchmarks: lm-evaluation-harness on a loaded model.
 
-A thin layer: tasks, metrics and their names are the harness's own, so figures can be laid beside anybody's. It is an
-extra, ``editcli[harness]``. A task's YAML file may bring code of its own, which then runs.
+A thin layer: tasks, metrics and their names are the harness's own, so figures are comparable with published ones. It
+is an extra, ``editcli[harness]``. A task's YAML file may bring code of its own, which then runs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 BATCH = 8
 """Requests that go through the model together."""
 _DESCRIPTIONS = ("alias", "name", "sample_len", "sample_count")
-"""What the harness keeps among a task's metrics and is none."""
+"""Entries among a task's metrics that are no metrics."""
 
 
 @dataclass(frozen=True, slots=True)
 class HarnessResult:
-    """What lm-evaluation-harness found, under its own names."""
+    """Results of lm-evaluation-harness, under its own names."""
 
     version: str
     """Of lm-evaluation-harness; its tasks change between versions."""
@@ -79,7 +79,7 @@ def run_harness(
     try:
         # Tasks and metrics may write to stdout, where our own JSON goes.
         with contextlib.redirect_stdout(sys.stderr):
-            found = simple_evaluate(
+            results = simple_evaluate(
                 model,
                 tasks=names,
                 task_manager=manager,
@@ -93,7 +93,7 @@ def run_harness(
             )
     except OSError as error:
         raise OptionError(f"the data of {', '.join(names)} cannot be read: {error}") from error
-    return _result(found, lm_eval.__version__)
+    return _result(results, lm_eval.__version__)
 
 
 def _find(tasks: Sequence[str], include: Sequence[str]) -> tuple[Any, list[str]]:
@@ -103,32 +103,32 @@ def _find(tasks: Sequence[str], include: Sequence[str]) -> tuple[Any, list[str]]
     # Reading the harness's own thousands of tasks takes a while, so it waits until one of them is asked for.
     for everything in (False, True):
         manager = TaskManager(include_path=list(include) or None, include_defaults=everything)
-        found = [_matching(manager, wanted) for wanted in tasks]
-        if all(found):
-            return manager, [name for names in found for name in names]
-    wanted = next(wanted for wanted, names in zip(tasks, found, strict=True) if not names)
-    raise OptionError(f"lm-evaluation-harness knows no task {wanted!r}; {_hint(wanted, manager)}")
+        matches = [_matching(manager, task) for task in tasks]
+        if all(matches):
+            return manager, [name for names in matches for name in names]
+    unknown = next(task for task, names in zip(tasks, matches, strict=True) if not names)
+    raise OptionError(f"lm-evaluation-harness knows no task {unknown!r}; {_hint(unknown, manager)}")
 
 
-def _matching(manager: Any, wanted: str) -> list[str]:
-    if Path(wanted).suffix not in (".yaml", ".yml"):
-        return sorted(manager.match_tasks([wanted]))
-    if not Path(wanted).is_file():
-        raise OptionError(f"there is no task file {wanted}")
-    return [wanted]
+def _matching(manager: Any, task: str) -> list[str]:
+    if Path(task).suffix not in (".yaml", ".yml"):
+        return sorted(manager.match_tasks([task]))
+    if not Path(task).is_file():
+        raise OptionError(f"there is no task file {task}")
+    return [task]
 
 
-def _hint(wanted: str, manager: Any) -> str:
-    close = difflib.get_close_matches(wanted, manager.task_index, n=1)
+def _hint(task: str, manager: Any) -> str:
+    close = difflib.get_close_matches(task, manager.task_index, n=1)
     return f"did you mean {close[0]!r}?" if close else "pass the folder of its YAML file with --harness-include"
 
 
-def _result(found: Mapping[str, Any], version: str) -> HarnessResult:
+def _result(results: Mapping[str, Any], version: str) -> HarnessResult:
     tasks = {
         str(task): {name: _number(value) for name, value in figures.items() if name.strip() not in _DESCRIPTIONS}
-        for task, figures in found["results"].items()
+        for task, figures in results["results"].items()
     }
-    samples = {str(task): int(counts["effective"]) for task, counts in found["n-samples"].items()}
+    samples = {str(task): int(counts["effective"]) for task, counts in results["n-samples"].items()}
     return HarnessResult(version, tasks, samples)
 
 

@@ -1,4 +1,4 @@
-"""Locality where no answer is given: the base model's own answer is the one that must stay."""
+"""Locality prompts without an answer: the base model's answer is the one that must stay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel
 
 TOKENS = 5
-"""Tokens of the base model's greedy answer that count."""
+"""Tokens of the base model's greedy answer."""
 
 
 def answer_locality(
@@ -36,9 +36,9 @@ def answer_locality(
     if not prompts:
         return tuple(requests)
     written = generate(base, prompts, tokens=TOKENS, top_k=1, to_end=True, reporter=reporter, team=team)
-    probes = [Probe(prompt, text) for prompt, found in written.items() if (text := found.text.strip())]
+    probes = [Probe(prompt, text) for prompt, generation in written.items() if (text := generation.text.strip())]
     scores = score(base, probes, reporter=reporter, team=team)
-    answers = {probe.prompt: probe.target for probe, found in zip(probes, scores, strict=True) if found.exact}
+    answers = {probe.prompt: probe.target for probe, result in zip(probes, scores, strict=True) if result.exact}
     if len(answers) < len(prompts):
         reporter.warn(f"{len(prompts) - len(answers)} locality prompts left out: the base model's answer is no text")
     return tuple(replace(request, locality=_answered(request.locality, answers)) for request in requests)

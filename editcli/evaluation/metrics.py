@@ -19,7 +19,6 @@ that metric's mean. :mod:`editcli.evaluation.scoring` does the scoring.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,12 +39,12 @@ if TYPE_CHECKING:
 __all__ = ["METRICS", "Answer", "Evaluation", "Outcome", "Probe", "ProbeScore", "evaluate", "score"]
 
 METRICS = ("counterfact", "zsre", "knowedit", "fluency", "consistency")
-"""What can be asked for: three scoring protocols and two that need generated text."""
+"""The metrics: three scoring protocols, and two that need generated text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How probable the wanted answer of one prompt is, and its rival."""
+    """The probability of the right answer to one prompt, and of its rival."""
 
     prompt: str
     target: str
@@ -59,7 +58,7 @@ class Answer:
 
     @property
     def success(self) -> bool | None:
-        """True when the wanted answer is more probable than its rival; None without a rival."""
+        """True if the right answer is more probable than its rival; None without a rival."""
         return None if self.rival_logprob is None else self.logprob > self.rival_logprob
 
 
@@ -110,10 +109,9 @@ class Evaluation:
         """Return the metrics and counts, without the outcomes of single edits."""
         return {name: getattr(self, name) for name in self.__slots__ if name != "outcomes"}
 
-    def raw_lines(self) -> Iterator[str]:
-        """Yield one JSON line of raw numbers for each edit."""
-        for outcome in self.outcomes:
-            yield json.dumps(outcome.to_json(), ensure_ascii=False)
+    def raw(self) -> Iterator[dict[str, Any]]:
+        """Yield the raw numbers of each edit as a JSON object."""
+        return (outcome.to_json() for outcome in self.outcomes)
 
 
 def evaluate(
@@ -198,7 +196,7 @@ _GROUPS = ("efficacy", "paraphrases", "neighbors", "locality", "portability")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One prompt of an edit, with the answer that is wanted and the one that is not."""
+    """One prompt of an edit, with its right answer and the rival answer."""
 
     group: str
     prompt: str
@@ -206,7 +204,7 @@ class Question:
     rival: str | None = None
     axis: str | None = None
     between: str | None = None
-    """What stands between prompt and answer; None leaves it to the writing system of both."""
+    """The text between prompt and answer; by default it depends on the writing system of both."""
 
     @property
     def probes(self) -> Iterator[Probe]:
@@ -226,9 +224,9 @@ def _choose(metrics: Collection[str] | None, requests: Sequence[EditRequest]) ->
 
 
 def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
-    """Return what ``metrics`` ask of a model about one edit."""
+    """Return the questions of ``metrics`` about one edit."""
     new = request.target_new
-    # A target that is the true answer has no rival that it could lose against.
+    # A target that equals the true answer has no rival.
     true = None if request.target_true == new else request.target_true
     join = request.join
     plan = [Question("efficacy", request.prompt, new, true, between=join)]
@@ -243,9 +241,9 @@ def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
 
 
 def _neutral(group: str, prompts: Iterable[Neighbor], rival: str | None, between: str | None = None) -> list[Question]:
-    """Return the questions whose wanted answer is recorded with them; one without an answer cannot be scored.
+    """Return the questions of prompts that come with their right answer; one without an answer cannot be scored.
 
-    Where the wanted answer happens to be the edit's new one, it has no rival that it could lose against.
+    A right answer that equals the edit's new target has no rival.
     """
     return [
         Question(group, near.prompt, near.target, None if near.target == rival else rival, near.axis, between)
@@ -290,5 +288,5 @@ def _mean(outcomes: Iterable[Outcome], group: str, figure: str) -> float | None:
 
 def _references(requests: Iterable[EditRequest]) -> dict[str, list[str]]:
     """Return each edit's ``reference_texts``: texts about things of which the new fact is true."""
-    found = {request.id: request.extra.get("reference_texts") for request in requests}
-    return {key: [t for t in texts if isinstance(t, str)] for key, texts in found.items() if isinstance(texts, list)}
+    given = {request.id: request.extra.get("reference_texts") for request in requests}
+    return {key: [t for t in texts if isinstance(t, str)] for key, texts in given.items() if isinstance(texts, list)}

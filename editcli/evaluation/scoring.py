@@ -1,6 +1,6 @@
-"""Score how probable a model finds given answers: one forward pass a batch, the head only where an answer stands.
+"""Score the probability of given answers: one forward pass per batch, the head only at the answers' tokens.
 
-Nothing here depends on the order of the probes or on how they were batched: rows are padded on the right, where a
+Neither the order of the probes nor the batches change the scores: rows are padded on the right, where a
 causal model cannot see them, and log-probabilities are taken in float32.
 """
 
@@ -37,7 +37,7 @@ class Probe:
     prompt: str
     target: str
     between: str | None = None
-    """What stands between them; None leaves it to the writing system of both."""
+    """The text between them; by default it depends on the writing system of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class ProbeScore:
     exact: bool
     """True when greedy decoding yields the target."""
     accuracy: float
-    """Share of target tokens that are the most probable one after the true tokens before them."""
+    """Fraction of target tokens that are the most probable one after the true tokens before them."""
 
 
 def score(
@@ -67,17 +67,17 @@ def score(
     unique = list(dict.fromkeys(probes))
     rows = encode_probes(loaded.tokens, unique)
 
-    def work(own: Sequence[int]) -> tuple[Tensor]:
-        return (_score_rows(loaded, [rows[item] for item in own], batch_tokens, reporter or Silent()),)
+    def work(assigned: Sequence[int]) -> tuple[Tensor]:
+        return (_score_rows(loaded, [rows[item] for item in assigned], batch_tokens, reporter or Silent()),)
 
     (table,) = (team or Team()).spread("scores", [len(row.ids) for row in rows], work)
-    found = (ProbeScore(logprob, bool(exact), accuracy) for logprob, exact, accuracy in table.tolist())
-    results = dict(zip(unique, found, strict=True))
-    return [results[probe] for probe in probes]
+    scores = (ProbeScore(logprob, bool(exact), accuracy) for logprob, exact, accuracy in table.tolist())
+    by_probe = dict(zip(unique, scores, strict=True))
+    return [by_probe[probe] for probe in probes]
 
 
 def encode_probes(tokens: Tokens, probes: Sequence[Probe]) -> list[Encoded]:
-    """Tokenise ``probes``; raise :class:`RequestError` for one that the model cannot read or that asks for nothing."""
+    """Tokenise ``probes``; raise :class:`RequestError` for one that the model cannot read or whose answer is empty."""
     try:
         rows = tokens.encode(
             [tokens.continue_with(probe.prompt, probe.target, between=probe.between) for probe in probes]
@@ -100,10 +100,10 @@ def logits_at(loaded: LoadedModel, ids: Tensor, rows: Tensor, columns: Tensor) -
         return run(loaded.model, ids).logits[0]
 
 
-def compare(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each wanted token's log-probability and whether it is the most probable one, (n,) each, on the CPU."""
+def compare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each target token's log-probability and whether it is the most probable one, (n,) each, on the CPU."""
     logprobs, hits = [], []
-    for part, token in zip(logits.split(_FLOAT_ROWS), wanted.split(_FLOAT_ROWS), strict=True):
+    for part, token in zip(logits.split(_FLOAT_ROWS), targets.split(_FLOAT_ROWS), strict=True):
         part = part.float()
         logprobs.append(part.gather(1, token[:, None])[:, 0] - part.logsumexp(dim=1))
         hits.append(part.argmax(dim=1) == token)

@@ -6,19 +6,28 @@ that servers which know one alpha for the whole adapter scale no module by anyth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from editcli.errors import ModelError
 from editcli.export.changes import SiteChange
+from editcli.records.decoding import UnreadableError, convert, read_json
 from editcli.storage.files import write_json, write_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """What is read of an adapter's configuration."""
+
+    target_modules: tuple[str, ...]
 
 
 def write_adapter(folder: Path, changes: Sequence[SiteChange], *, base: str, revision: str | None) -> None:
@@ -59,12 +68,16 @@ def adapter_config(changes: Sequence[SiteChange], *, base: str, revision: str | 
 
 def read_adapter(folder: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
     """Return ``{module: (B, A)}`` of an adapter that :func:`write_adapter` wrote, (d_out, r) and (r, d_in)."""
-    modules = json.loads((folder / CONFIG).read_text("utf-8"))["target_modules"]
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return {
-            module: tuple(file.get_tensor(f"{_PREFIX}{module}.lora_{side}.weight") for side in "BA")
-            for module in modules
-        }
+    path = folder / CONFIG
+    try:
+        modules = convert(read_json(path), _Config).target_modules
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {
+                module: tuple(file.get_tensor(f"{_PREFIX}{module}.lora_{side}.weight") for side in "BA")
+                for module in modules
+            }
+    except (OSError, SafetensorError, UnreadableError) as error:
+        raise ModelError(f"the adapter in {folder} cannot be read: {error}; export it again") from error
 
 
 def _tail(module: str) -> str:

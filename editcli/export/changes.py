@@ -105,6 +105,8 @@ def _master(edited: Edited, site: Site, name: str) -> Tensor | None:
     try:
         with safe_open(path, framework="pt") as file:
             master = file.get_tensor(key)
+        if master.ndim != 2 or not master.is_floating_point():
+            return None
         cast = to_stored(master, after.entries[name], after.dtype(name), transposed=site.transposed)
     except (SafetensorError, OSError, ModelError):
         # An exported folder has no state, and a damaged one is of no use here: what was saved tells enough.
@@ -139,10 +141,14 @@ def _compressed(left: Tensor, right: Tensor) -> _Triplets:
 def _factors(segments: Sequence[Path], site: Site, delta: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return all recorded factors of a site side by side; None when they are missing or too many to save work."""
     lefts, rights, width = [], [], 0
+    rows, columns = delta.shape
     try:
         for path in segments:
             with safe_open(path, framework="pt") as file:
-                width += file.get_slice(f"{site.module}.left").get_shape()[1]
+                left, right = (file.get_slice(f"{site.module}.{side}").get_shape() for side in ("left", "right"))
+                if len(left) != 2 or (left[0], right) != (rows, [columns, left[1]]):
+                    return None
+                width += left[1]
                 if width > min(delta.shape) // 2:
                     return None
                 lefts.append(file.get_tensor(f"{site.module}.left"))

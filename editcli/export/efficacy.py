@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from editcli.commands.evaluate import sample
 from editcli.errors import StateError
@@ -47,8 +45,8 @@ def measure_adapter(
     )
     put_on(loaded, adapter)
     found = evaluate(loaded, asked, metrics=("counterfact",), reporter=reporter)
-    recorded: Mapping[str, Any] = edited.run.record.get("efficacy") or {}
-    return Measured(len(asked), len(requests), efficacy(found), recorded.get("retained"))
+    recorded = edited.run.record.efficacy
+    return Measured(len(asked), len(requests), efficacy(found), recorded and recorded.retained)
 
 
 def put_on(loaded: LoadedModel, adapter: Path) -> None:
@@ -70,7 +68,7 @@ def _applied(edited: Edited, reporter: Reporter) -> list[EditRequest]:
         return [
             request
             for batch in history.batches
-            for request in history.folder.read_requests(batch.entry)
+            for request in history.folder.read_requests(batch)
             if request.id not in batch.dropped
         ]
     except StateError as error:

@@ -1,6 +1,6 @@
-"""Send a folder to the hub as one commit, with the login that the hub's own client keeps.
+"""Push a folder to the hub as one commit, with the login of the hub's own client.
 
-The token is never read here beyond asking whether there is one; the client puts it into its requests itself.
+Only the client reads the token; this module asks no more than whether there is one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from editcli.errors import EditError, ModelError
-from editcli.export.report import Pushed, listed
+from editcli.export.report import Pushed
 from editcli.models.hub import without_bars
 from editcli.reporting import Reporter
 
@@ -32,8 +32,8 @@ class Destination:
 def check_destination(repo: str, *, private: bool, revision: str | None) -> Destination:
     """Ask the hub whether ``repo`` may be written to; raise :class:`ModelError` with one sentence if not.
 
-    A repository that exists is refused unless ``revision`` names the branch to write to, and, where ``private`` is
-    wanted, when everybody can read it.
+    An existing repository is refused unless ``revision`` names the branch to write to. With ``private`` a public one
+    is refused as well.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -56,19 +56,17 @@ def check_destination(repo: str, *, private: bool, revision: str | None) -> Dest
 
 
 def push(folder: Path, to: Destination, message: str, reporter: Reporter) -> Pushed:
-    """Create the repository or branch if it is not there, and commit every file of ``folder`` at once."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    """Create the repository or branch if it is missing, and commit every file of ``folder`` at once."""
+    from huggingface_hub import HfApi
 
     api = HfApi()
-    files = listed(folder)
-    operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=folder / file.name) for file in files]
     with _asking(to.repo, folder), without_bars(), reporter.phase("Pushing", 1) as advance:
         if not to.exists:
             # None leaves the choice to the settings of the owner.
             api.create_repo(to.repo, private=to.private or None)
         if to.revision not in (None, MAIN):
             api.create_branch(to.repo, branch=str(to.revision), exist_ok=True)
-        commit = api.create_commit(to.repo, operations, commit_message=message, revision=to.revision)
+        commit = api.upload_folder(repo_id=to.repo, folder_path=folder, commit_message=message, revision=to.revision)
         advance(1)
     return Pushed(to.repo, to.revision or MAIN, commit.oid, commit.commit_url)
 
@@ -78,23 +76,23 @@ def _asking(repo: str, folder: Path | None = None) -> Iterator[None]:
     """Turn what the hub and its client raise into one sentence."""
     from huggingface_hub.utils import HfHubHTTPError, HFValidationError
 
-    kept = "" if folder is None else f"; the result is in {folder}"
+    where = "" if folder is None else f"; the result is in {folder}"
     try:
         yield
     except (EditError, TypeError, AttributeError, NameError):
-        # The last three are errors in this program.
+        # The last three indicate a bug in editcli, so they propagate.
         raise
     except HFValidationError as error:
         raise ModelError(f"{repo!r} cannot be a repository of the hub; write OWNER/NAME") from error
-    # Which HTTP library the client uses, and so what it raises without a network, depends on its version.
+    # The client's HTTP library, and so its errors without a network, depend on its version.
     except Exception as error:
-        # What uploads a file wraps the hub's answer into an error of its own.
+        # A failed upload of a file wraps the hub's answer into another error.
         answer = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         if isinstance(answer, HfHubHTTPError):
-            raise ModelError(f"{_refusal(answer, repo)}{kept}") from error
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise ModelError(f"{_refusal(answer, repo)}{where}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ModelError(
-            f"the hub cannot be reached to push to {repo} ({said}); check your connection{kept}"
+            f"the hub cannot be reached to push to {repo} ({reason}); check your connection{where}"
         ) from error
 
 

@@ -5,7 +5,6 @@ Applying it to that base gives the edited folder byte for byte. Nothing but the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.export.source import Edited
+from editcli.records.decoding import Count, UnreadableError, convert, encode, read_json
+from editcli.records.record import RunRecord
 from editcli.runs.output import side_files
 from editcli.storage.checkpoint import DTYPES, Checkpoint, file_digest
 from editcli.storage.files import tensor_digest, write_json, write_safetensors
@@ -25,56 +26,80 @@ FORMAT = 1
 MANIFEST, WEIGHTS = "manifest.json", "patch.safetensors"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PatchedTensor:
     """One changed tensor; hashes are sha256 over its bytes as they lie in the file."""
 
     name: str
+    shape: tuple[Count, ...]
     dtype: str
     base_dtype: str
-    shape: tuple[int, ...]
     base_sha256: str
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What ``manifest.json`` says, checked."""
-
-    base: Mapping[str, Any]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchBase:
     """Name, revision, commit and fingerprint of the base."""
-    tensors: tuple[PatchedTensor, ...]
+
+    name: str
+    revision: str | None
+    commit: str | None
+    fingerprint: str
+
+    def __str__(self) -> str:
+        revision = self.commit or self.revision
+        return f"{self.name} at {revision}" if revision else self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchFile:
+    """The file with the tensors."""
+
+    file: str
     sha256: str
-    """Of the file with the tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What ``manifest.json`` says."""
+
+    format: int = FORMAT
+    editcli: str
+    """The version that made it."""
+    base: PatchBase
+    patch: PatchFile
+    tensors: tuple[PatchedTensor, ...]
     files: Mapping[str, str]
     """Every file of the edited model with its sha256."""
+    recipe: Mapping[str, Any]
+    """The recipe of the run."""
 
 
-def write_patch(folder: Path, edited: Edited, record: Mapping[str, Any]) -> None:
+def write_patch(folder: Path, edited: Edited, record: RunRecord) -> None:
     """Write the changed tensors and the manifest; ``record`` is the portable record of the run."""
-    before, after = edited.before, edited.run.after
+    before, after, base = edited.before, edited.run.after, record.provenance.base
     tensors = {name: after.read(name) for name in edited.changed}
     digest = write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    manifest = {
-        "format": FORMAT,
-        "editcli": version("editcli"),
-        "base": {key: record["provenance"]["base"].get(key) for key in ("name", "revision", "commit", "fingerprint")},
-        "patch": {"file": WEIGHTS, "sha256": digest},
-        "tensors": [
-            {
-                "name": name,
-                "shape": list(tensor.shape),
-                "dtype": after.entries[name].dtype,
-                "base_dtype": before.entries[name].dtype,
-                "base_sha256": tensor_digest(before.read(name)),
-                "sha256": tensor_digest(tensor),
-            }
+    manifest = Manifest(
+        editcli=version("editcli"),
+        base=PatchBase(name=base.name, revision=base.revision, commit=base.commit, fingerprint=base.fingerprint),
+        patch=PatchFile(file=WEIGHTS, sha256=digest),
+        tensors=tuple(
+            PatchedTensor(
+                name=name,
+                shape=tuple(tensor.shape),
+                dtype=after.entries[name].dtype,
+                base_dtype=before.entries[name].dtype,
+                base_sha256=tensor_digest(before.read(name)),
+                sha256=tensor_digest(tensor),
+            )
             for name, tensor in tensors.items()
-        ],
-        "files": model_files(after),
-        "recipe": record["recipe"],
-    }
-    write_json(folder / MANIFEST, manifest)
+        ),
+        files=model_files(after),
+        recipe=record.recipe,
+    )
+    write_json(folder / MANIFEST, encode(manifest))
 
 
 def model_files(checkpoint: Checkpoint) -> dict[str, str]:
@@ -88,23 +113,19 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a manifest; raise :class:`ModelError` when it is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
-        fields = json.loads(path.read_text("utf-8"))
-        if fields["format"] != FORMAT:
+        value = read_json(path)
+        made = value if isinstance(value, dict) else {}
+        if made.get("format", FORMAT) != FORMAT:
             raise ModelError(
-                f"{path} has format {fields['format']!r}, this editcli reads format {FORMAT}; use the version that "
-                f"made it ({fields.get('editcli')})"
+                f"{path} has format {made['format']!r}, this editcli reads format {FORMAT}; use the version that "
+                f"made it ({made.get('editcli')})"
             )
-        return Manifest(
-            base=dict(fields["base"]),
-            tensors=tuple(_tensor(one) for one in fields["tensors"]),
-            sha256=str(fields["patch"]["sha256"]),
-            files={str(name): str(digest) for name, digest in fields["files"].items()},
-        )
+        return convert(value, Manifest)
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder} is no patch: it has no {MANIFEST}; pass a folder of 'editcli export --format patch'"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, UnreadableError) as error:
         raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
 
 
@@ -113,7 +134,7 @@ def read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     damaged = f"{path} is not what {MANIFEST} says; download or copy the patch again"
     try:
-        if file_digest(path) != manifest.sha256:
+        if file_digest(path) != manifest.patch.sha256:
             raise ModelError(damaged)
         with safe_open(path, framework="pt") as file:
             tensors = {one.name: file.get_tensor(one.name) for one in manifest.tensors}
@@ -126,34 +147,21 @@ def read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 
 def refuse_other_base(base: Checkpoint, name: str, manifest: Manifest) -> None:
     """Raise :class:`ModelError` unless every tensor that the patch replaces is the one that it was made for."""
-    wanted = _named(manifest.base)
     for tensor in manifest.tensors:
         entry = base.entries.get(tensor.name)
         if entry is None or (entry.dtype, entry.shape) != (tensor.base_dtype, tensor.shape):
-            found = "has no such tensor" if entry is None else f"has {entry.dtype} {list(entry.shape)} there"
+            has = "has no such tensor" if entry is None else f"has {entry.dtype} {list(entry.shape)} there"
             raise ModelError(
-                f"the patch changes {tensor.name}, {tensor.base_dtype} {list(tensor.shape)}, but {name} {found}; "
-                f"apply it to {wanted}"
+                f"the patch changes {tensor.name}, {tensor.base_dtype} {list(tensor.shape)}, but {name} {has}; "
+                f"apply it to {manifest.base}"
             )
         if tensor_digest(base.read(tensor.name)) != tensor.base_sha256:
             raise ModelError(
                 f"{tensor.name} of {name} is not the one that the patch was made for: this is another model or another "
-                f"revision of it; apply it to {wanted}"
+                f"revision of it; apply it to {manifest.base}"
             )
-
-
-def _tensor(fields: Mapping[str, Any]) -> PatchedTensor:
-    texts = {key: value for key, value in fields.items() if key != "shape"}
-    if not all(isinstance(value, str) for value in texts.values()):
-        raise ValueError("a name, type or hash is not a text")
-    return PatchedTensor(**texts, shape=tuple(map(int, fields["shape"])))
 
 
 def _is(tensor: Tensor, said: PatchedTensor) -> bool:
     kind = (DTYPES.get(said.dtype), said.shape, said.sha256)
     return (tensor.dtype, tuple(tensor.shape), tensor_digest(tensor)) == kind
-
-
-def _named(base: Mapping[str, Any]) -> str:
-    revision = base.get("commit") or base.get("revision")
-    return f"{base.get('name')} at {revision}" if revision else str(base.get("name"))

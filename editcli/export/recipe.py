@@ -5,49 +5,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from editcli.errors import OptionError, near_miss
+from editcli.errors import OptionError
+from editcli.settings.recipe import Loading, Recipe
+from editcli.settings.setting import like, setting
 
 LORA, PATCH, FULL = "lora", "patch", "full"
 FORMATS = (LORA, PATCH, FULL)
+WHAT, MEASURE, HUB = "What", "Measure", "Hub"
+"""Sections of ``--help``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRecipe:
-    """What to make of which run; raises :class:`OptionError` when it makes no sense."""
+class ExportRecipe(Loading):
+    """What to export from which run; raises :class:`OptionError` when it makes no sense."""
 
     run: str
-    format: str = LORA
-    out: str = ""
-    """The folder to write; empty means ``<run>-<format>`` in the working folder."""
-    rank: int | None = None
-    """Largest rank of an adapter's pair of matrices; None chooses what loses nothing, up to a share of the matrix."""
-    base: str | None = None
-    """Where the base is now, if it is not where the run found it."""
-    evaluate: bool = True
-    """Whether to measure an adapter on the edits of the run."""
-    sample: int = 100
-    """How many of the edits to measure."""
-    seed: int = 0
-    device: str = "auto"
-    device_map: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    push: str | None = None
-    """A repository of the hub to send the result to."""
-    private: bool = False
-    revision: str | None = None
-    """The branch to send it to; needed where the repository exists already."""
+    format: str = setting(
+        LORA,
+        "lora: a PEFT adapter; patch: the changed tensors, for apply-patch; full: the model without the run's state.",
+        section=WHAT,
+        flags=("-f",),
+        env=False,
+        choices=FORMATS,
+    )
+    rank: int | None = setting(
+        None,
+        "Largest rank of the adapter, per matrix.  [default: what loses nothing, up to half a matrix's size]",
+        section=WHAT,
+        env=False,
+        metavar="R",
+        least=1,
+    )
+    base: str | None = setting(
+        None, "The base, if it is not where the run recorded it.", section=WHAT, env=False, value="model"
+    )
+    evaluate: bool = like(Recipe, "evaluate", section=MEASURE, help="Evaluate the adapter on the run's edits.")
+    sample: int = setting(100, "Evaluate N edits.", section=MEASURE, least=1)
+    seed: int = like(Loading, "seed", section=MEASURE)
+    out: str = setting("", "A new folder.  [default: <run>-<format>]", section="Output", env=False, value="folder")
+    push: str | None = setting(
+        None, "Send the result to a new repository of the hub.", section=HUB, env=False, metavar="REPO"
+    )
+    private: bool = setting(False, "Let only its owner see the new repository.", section=HUB, env=False)
+    revision: str | None = setting(
+        None, "Branch to push to; needed where the repository exists already.", section=HUB, env=False, metavar="BRANCH"
+    )
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            known = ", ".join(FORMATS)
-            raise OptionError(f"--format must be one of {known}, not {self.format!r}{near_miss(self.format, FORMATS)}")
+        Loading.__post_init__(self)
         if self.rank is not None and self.format != LORA:
             raise OptionError(f"--rank is the rank of an adapter; a {self.format} has none: leave it out")
-        if self.rank is not None and self.rank < 1:
-            raise OptionError("--rank must be at least 1")
-        if self.sample < 1:
-            raise OptionError("--sample must be at least 1")
         if self.push is None and (self.private or self.revision is not None):
             raise OptionError("--private and --revision say how to --push; add --push REPO")
         if not self.out:
@@ -68,9 +75,8 @@ class PatchRecipe:
     """A folder or a hub id."""
     patch: str
     """A folder or a hub id."""
-    out: str = ""
-    """The folder to write; empty means ``<patch>-applied`` in the working folder."""
-    trust_remote_code: bool = False
+    out: str = setting("", "A new folder.  [default: <patch>-applied]", section="Output", env=False, value="folder")
+    trust_remote_code: bool = like(Loading, "trust_remote_code")
 
     def __post_init__(self) -> None:
         if not self.out:

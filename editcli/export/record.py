@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from editcli.errors import EditError, ModelError
+from editcli.errors import EditError, ModelError, StateError
 from editcli.export.recipe import FULL, LORA, PATCH
 from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
-from editcli.reporting import Rejection, RunReport, SiteReport
+from editcli.formatting import plural
+from editcli.records.decoding import UnreadableError, to_text
+from editcli.records.record import RECORD, BaseRef, FileRef, PilotsRef, RunRecord
+from editcli.records.record import read_record as read_any
 from editcli.runs.card import (
     card_body,
-    counted,
+    card_text,
     file_name,
-    front_matter,
     model_card,
     public_name,
     shareable_options,
@@ -25,86 +26,99 @@ from editcli.runs.card import (
 )
 from editcli.runs.output import CARD
 from editcli.settings.recipe import Recipe
-from editcli.storage.files import write_bytes, write_json
+from editcli.storage.files import write_bytes
 
-RECORD = "editcli/run.json"
+F = TypeVar("F", FileRef, PilotsRef)
+
 _FILES = ("edits", "corpus", "stats", "out")
 """Settings of a recipe that are paths."""
 
 
-def portable(run: FinishedRun) -> dict[str, Any]:
+def portable(run: FinishedRun) -> RunRecord:
     """Return a run's record with the names of files and folders in place of where they are on this machine."""
-    record = copy.deepcopy(dict(run.record))
-    recipe, provenance = record["recipe"], record["provenance"]
-    for name in _FILES:
-        if recipe.get(name):
-            recipe[name] = file_name(recipe[name])
-    recipe["preset"] = shareable_preset(recipe.get("preset"))
-    for sections in filter(None, (recipe.get("settings"), provenance.get("options"), record.get("components"))):
-        for name, options in sections.items():
-            sections[name] = shareable_options(options)
-    base = provenance["base"]
-    base["name"] = public_name(base)
-    base.pop("folder", None)
-    record["model"] = base["name"]
-    if recipe.get("model"):
-        recipe["model"] = base["name"]
-    named = (*(provenance.get(name) for name in ("edits", "pilots", "reference")), record.get("preset"))
-    for section in named:
-        if section and section.get("file"):
-            section["file"] = file_name(section["file"])
-    record["out"] = file_name(record.get("out") or run.path)
-    return record
+    record, provenance = run.record, run.record.provenance
+    base = replace(provenance.base, name=public_name(provenance.base), folder=None)
+    preset, reference, pilots = record.preset, provenance.reference, provenance.pilots
+    return replace(
+        record,
+        model=base.name,
+        out=file_name(record.out or run.path),
+        components=None if record.components is None else _shareable(record.components),
+        preset=replace(preset, file=file_name(preset.file)) if preset and preset.file else preset,
+        recipe=_portable_recipe(record.recipe, base),
+        provenance=replace(
+            provenance,
+            base=base,
+            edits=_named(provenance.edits),
+            options=_shareable(provenance.options),
+            pilots=None if pilots is None else _named(pilots),
+            reference=replace(reference, file=file_name(reference.file)) if reference and reference.file else reference,
+        ),
+    )
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+def _portable_recipe(settings: Mapping[str, Any], base: BaseRef) -> dict[str, Any]:
+    """Return the settings of a recorded recipe without a path of this machine."""
+    # Checked as a recipe, so that every setting that is there is of its kind.
+    recipe = Recipe.from_json(settings)
+    named = {name: file_name(value) for name in _FILES if (value := getattr(recipe, name)) and name in settings}
+    named |= {"model": base.name} if recipe.model else {}
+    options = {"settings": _shareable(recipe.settings)} if recipe.settings else {}
+    return {**settings, **named, **options, "preset": shareable_preset(recipe.preset)}
+
+
+def _shareable(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: shareable_options(options) for name, options in sections.items()}
+
+
+def _named(file: F) -> F:
+    return replace(file, file=file_name(file.file)) if file.file else file
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
     """Write ``editcli/run.json``: every result carries the record of its run."""
     path = folder / RECORD
     path.parent.mkdir()
-    write_json(path, record)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read what :func:`write_record` wrote; raise :class:`ModelError` when it cannot be read."""
-    path = folder / RECORD
     try:
-        record = json.loads(path.read_text("utf-8"))
-        # What cannot be written now would fail after the model was.
-        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
-        _card(FULL, record).encode()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
+        write_bytes(path, to_text(record.to_json(), RunRecord.from_json).encode())
+    except UnreadableError as error:
+        raise StateError(f"the record of the run cannot be written: {error}; restore it from a backup") from error
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read what :func:`write_record` wrote; raise :class:`ModelError` when it cannot be read."""
+    try:
+        record = read_any(folder)
+    except StateError as error:
+        raise ModelError(f"{error}, or download or copy the patch again") from error
+    if record is None or record.edits is None:
+        raise ModelError(f"{folder / RECORD} is not the record of a run that ended; download or copy the patch again")
+    # What no card can be made of would fail after the model was written.
+    _card(FULL, record)
     return record
 
 
-def write_card(folder: Path, kind: str, record: Mapping[str, Any], sites: Sequence[SiteExport] = ()) -> None:
+def write_card(folder: Path, kind: str, record: RunRecord, sites: Sequence[SiteExport] = ()) -> None:
     """Write the card of a result: how to use it, and what was edited."""
     write_bytes(folder / CARD, _card(kind, record, sites).encode())
 
 
-def _card(kind: str, record: Mapping[str, Any], sites: Sequence[SiteExport] = ()) -> str:
-    report, recipe, provenance = report_of(record), recipe_of(record), record["provenance"]
+def _card(kind: str, record: RunRecord, sites: Sequence[SiteExport] = ()) -> str:
+    report, recipe, provenance = record.report, recipe_of(record), record.provenance
     if kind == FULL:
         return model_card(report, recipe, provenance, diagnostics={})
-    lines = [*_front(kind, record), *_usage(kind, record), *_rendered(sites), "", "# The edits", ""]
-    return "\n".join([*lines, *card_body(report, recipe, provenance, {})]) + "\n"
+    edits = card_body(report, recipe, provenance, {})
+    body = [*_usage(kind, record), *_rendered(sites), "", "# The edits", "", *edits]
+    library, tags = ("peft", ("lora",)) if kind == LORA else ("editcli", ())
+    return card_text(provenance.base, body, library=library, tags=tags)
 
 
-def _front(kind: str, record: Mapping[str, Any]) -> list[str]:
-    base = record["provenance"]["base"]
-    if kind == LORA:
-        return front_matter(base, library="peft", tags=("lora",))
-    return front_matter(base, library="editcli", tags=())
-
-
-def _usage(kind: str, record: Mapping[str, Any]) -> list[str]:
-    base, count = record["provenance"]["base"], record["edits"]["applied"]
+def _usage(kind: str, record: RunRecord) -> list[str]:
+    base, count = record.provenance.base, record.report.applied
     title = {LORA: "A LoRA adapter", PATCH: "A patch"}[kind]
-    lines = [f"# {title} for {base['name']}: {counted(int(count))}", ""]
+    lines = [f"# {title} for {base.name}: {plural(count, 'edited fact')}", ""]
     if kind == LORA:
-        place = (
-            f'"{base["name"]}", revision="{base["commit"]}"' if base.get("commit") else f'"FOLDER OF {base["name"]}"'
-        )
+        place = f'"{base.name}", revision="{base.commit}"' if base.commit else f'"FOLDER OF {base.name}"'
         return [
             *lines,
             "```python",
@@ -115,7 +129,7 @@ def _usage(kind: str, record: Mapping[str, Any]) -> list[str]:
             'model = PeftModel.from_pretrained(base, "PATH OR ID OF THIS ADAPTER")',
             "```",
         ]
-    command = f"editcli apply-patch {base['name']} THIS_FOLDER --out edited"
+    command = f"editcli apply-patch {base.name} THIS_FOLDER --out edited"
     return [*lines, "The changed tensors only; the base is checked before they replace its own.", "", f"    {command}"]
 
 
@@ -126,32 +140,10 @@ def _rendered(sites: Sequence[SiteExport]) -> list[str]:
     return [*head, *(f"| `{s.module}` | {s.rank} | {s.relative_error:.1e} |" for s in sites)]
 
 
-def recipe_of(record: Mapping[str, Any]) -> Recipe:
+def recipe_of(record: RunRecord) -> Recipe:
     """Return the recipe of a record; one of another version is reduced to what this version knows."""
     try:
-        return Recipe.from_json(record["recipe"])
+        return Recipe.from_json(record.recipe)
     except EditError:
-        return Recipe(edits=str(record["recipe"]["edits"]))
-
-
-def report_of(record: Mapping[str, Any]) -> RunReport:
-    """Return the report that a record was written from."""
-    return RunReport(
-        status=str(record["status"]),
-        model=str(record["model"]),
-        editor=str(record["editor"]),
-        stabilizers=tuple(record["stabilizers"]),
-        read=int(record["edits"]["read"]),
-        applied=int(record["edits"]["applied"]),
-        rejected=tuple(Rejection(r["id"], r["reason"], r["line"], r.get("superseded_by")) for r in record["rejected"]),
-        efficacy=dict(record["efficacy"]),
-        generalization=record["generalization"],
-        specificity=record["specificity"],
-        sites=tuple(
-            SiteReport(s["module"], s["layer"], s["ratio"], s["drift"], s["cast_loss"]) for s in record["sites"]
-        ),
-        seconds=dict(record["seconds"]),
-        out=str(record["out"]),
-        stopped_by=record.get("stopped_by", record.get("verdict")),
-        already_true=tuple(record.get("already_true", ())),
-    )
+        edits = record.recipe.get("edits")
+        return Recipe(edits=edits if isinstance(edits, str) else record.provenance.edits.file)

@@ -15,13 +15,14 @@ from editcli.export.recipe import FULL, LORA, PATCH, ExportRecipe, PatchRecipe
 from editcli.export.record import portable, read_record, write_card, write_record
 from editcli.export.report import ExportReport, Measured, PatchReport, SiteExport, listed
 from editcli.export.source import Edited, FinishedRun, open_run, with_base
-from editcli.linalg import spectra
+from editcli.linalg.precision import double_device
 from editcli.models.architectures import Family
 from editcli.models.hub import fetch_patch
 from editcli.models.loading import choose_device, refuse_unopenable, resolve_model
 from editcli.plugin.manager import Plugins
+from editcli.records.record import STOPPED
 from editcli.reporting import Reporter, Silent
-from editcli.runs.apply import STOPPED, writing
+from editcli.runs.apply import writing
 from editcli.runs.output import needed_bytes, verify, write_model
 from editcli.runs.planning import check_disk
 from editcli.storage.checkpoint import Checkpoint
@@ -44,7 +45,7 @@ def export(recipe: ExportRecipe, plugins: Plugins, reporter: Reporter | None = N
         run.refuse_changed()
     if to is None:
         return report
-    message = f"{report.status.capitalize()}: {run.record['edits']['applied']} edits as {recipe.format}"
+    message = f"{report.status.capitalize()}: {run.record.report.applied} edits as {recipe.format}"
     return replace(report, pushed=push(recipe.folder, to, message, reporter))
 
 
@@ -55,7 +56,7 @@ def apply_patch(recipe: PatchRecipe, reporter: Reporter | None = None) -> PatchR
     patch = _patch_folder(recipe.patch)
     manifest, record = read_manifest(patch), read_record(patch)
     source = resolve_model(recipe.base, code=recipe.trust_remote_code)
-    base = Checkpoint(source.folder)
+    base = source.checkpoint
     with reporter.phase("Checking", 2, "steps") as advance:
         refuse_other_base(base, source.name, manifest)
         advance(1)
@@ -116,7 +117,7 @@ class _Export:
             run=self.recipe.run,
             status=self.run.status,
             out=str(self.recipe.folder),
-            base=str(self.record["provenance"]["base"]["name"]),
+            base=self.record.provenance.base.name,
             files=listed(self.folder),
             tensors=tensors,
             sites=self.sites,
@@ -138,7 +139,7 @@ class _Export:
         return edited.changed
 
     def _changes(self, edited: Edited) -> list[SiteChange]:
-        device = spectra.capable(choose_device(self.recipe.device))
+        device = double_device(choose_device(self.recipe.device))
         layers, found = self.run.history.layers, []
         with self.reporter.phase("Factoring", len(layers), "sites") as advance:
             for layer in layers:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from editcli.errors import ModelError, StateError
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
-from editcli.models.loading import ModelSource, load_config, resolve_model
+from editcli.models.loading import ModelSource, first_model, load_config, resolve_model
 from editcli.records.history import History, read_history
+from editcli.records.record import ENDED, RunRecord
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter
-from editcli.runs.apply import DONE, STOPPED
 from editcli.runs.output import same_bytes
 from editcli.storage.checkpoint import Checkpoint
 from editcli.storage.files import tensor_digest
@@ -29,14 +28,15 @@ class FinishedRun:
     history: History
 
     @property
-    def record(self) -> Mapping[str, Any]:
+    def record(self) -> RunRecord:
         """What is in its ``run.json``."""
+        assert self.history.record is not None, "it was opened"
         return self.history.record
 
     @property
     def status(self) -> str:
         """How it ended."""
-        return str(self.record["status"])
+        return self.record.status
 
     @cached_property
     def after(self) -> Checkpoint:
@@ -46,8 +46,7 @@ class FinishedRun:
     @cached_property
     def segments(self) -> tuple[Path, ...]:
         """The files of factors of the batches in force; empty where they are not all there."""
-        names = [batch.entry.segment for batch in self.history.batches]
-        paths = tuple(self.history.folder.updates / str(name) for name in names)
+        paths = tuple(self.history.folder.updates / batch.segment for batch in self.history.batches)
         return paths if all(path.is_file() for path in paths) else ()
 
     def refuse_changed(self) -> None:
@@ -70,12 +69,12 @@ class Edited:
     @cached_property
     def before(self) -> Checkpoint:
         """The unedited weights."""
-        return Checkpoint(self.source.folder)
+        return self.source.checkpoint
 
     @property
     def name(self) -> str:
         """The base's name as the run has it."""
-        return str(self.run.record["provenance"]["base"]["name"])
+        return self.run.record.provenance.base.name
 
 
 def open_run(path: str) -> FinishedRun:
@@ -83,16 +82,15 @@ def open_run(path: str) -> FinishedRun:
     RunFolder(Path(path)).require()
     history = read_history(Path(path))
     assert history is not None, "it is a run"
-    if history.problem is not None and not history.record:
+    record = history.record
+    if history.problem is not None and record is None:
         raise StateError(history.problem)
-    status = history.record.get("status")
-    if status not in (DONE, STOPPED):
+    if record is None or record.status not in ENDED:
         raise StateError(
-            f"the run in {path} is {status or 'not finished'}, so its model folder is not its result yet; finish it "
-            "with 'editcli apply --resume'"
+            f"the run in {path} is {record.status if record else 'not finished'}, so its model folder is not its "
+            "result yet; finish it with 'editcli apply --resume'"
         )
-    provenance, recipe = (history.record.get(key) or {} for key in ("provenance", "recipe"))
-    if not (provenance.get("base") or {}).get("name") or "edits" not in recipe:
+    if not (record.ended and record.provenance.base.name and "edits" in record.recipe):
         raise StateError(f"{history.folder.record} does not say how the run was made; restore it from a backup")
     run = FinishedRun(path, history)
     _refuse_other_weights(run)
@@ -109,9 +107,9 @@ def with_base(
 ) -> Edited:
     """Find the base of a run and what was changed; raise an :class:`EditError` when it is not the run's base."""
     source = _find(run, base, code=trust_remote_code)
-    before = Checkpoint(source.folder)
+    before = source.checkpoint
     with reporter.phase("Checking the base", 1) as advance:
-        if before.fingerprint() != run.record["provenance"]["base"].get("fingerprint"):
+        if before.fingerprint() != run.record.provenance.base.fingerprint:
             raise StateError(
                 f"{source.name} in {source.folder} is not the model that {run.path} was made from: its files have "
                 "changed; pass the right one as --base MODEL"
@@ -126,7 +124,7 @@ def with_base(
 
 def _refuse_other_weights(run: FinishedRun) -> None:
     """Raise :class:`StateError` when an edited tensor is not the one that the run wrote."""
-    for name, digest in (run.record["provenance"].get("weights") or {}).items():
+    for name, digest in (run.record.provenance.weights or {}).items():
         if name not in run.after.entries or tensor_digest(run.after.read(name)) != digest:
             raise StateError(
                 f"{name} in {run.path} is not what the run wrote: the folder was changed since; restore it, or publish "
@@ -137,11 +135,9 @@ def _refuse_other_weights(run: FinishedRun) -> None:
 def _find(run: FinishedRun, base: str | None, *, code: bool) -> ModelSource:
     if base is not None:
         return resolve_model(base, code=code)
-    for candidate in run.history.bases:
-        try:
-            return resolve_model(candidate, code=code)
-        except ModelError:
-            continue
+    source = first_model(run.history.bases, code=code)
+    if source is not None:
+        return source
     known = ", ".join(run.history.bases)
     raise ModelError(f"the base of {run.path} is not where it was ({known}); pass it as --base MODEL")
 

@@ -128,7 +128,7 @@ def diff(
 
 def _checked(source: ModelSource, reporter: Reporter) -> Checkpoint:
     """Return a checkpoint; tell what keeps it from being the whole model, as comparing may be how one finds out why."""
-    checkpoint = Checkpoint(source.folder)
+    checkpoint = source.checkpoint
     try:
         bare = skeleton(load_config(source))
     except ModelError:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, linear_regression
 
+LARGEST = 1e100
+"""R_n beyond which no law is fitted: squares of it would not be finite."""
+
 _Function = Callable[[float], float]
 
 
@@ -22,14 +25,19 @@ def _square(value: float) -> float:
     return value * value
 
 
+def _exp(value: float) -> float:
+    """Return e^value; a line that leaves the range of R_n far behind predicts the largest one."""
+    return math.exp(min(value, math.log(LARGEST)))
+
+
 def _root(value: float) -> float:
     return math.sqrt(max(value, 0.0))
 
 
 LAWS: Mapping[str, tuple[_Function, _Function, _Function]] = {
-    "exponential": (_same, math.log, math.exp),
+    "exponential": (_same, math.log, _exp),
     "linear": (_same, _same, _same),
-    "power": (math.log, math.log, math.exp),
+    "power": (math.log, math.log, _exp),
     "square root": (_same, _square, _root),
 }
 """For each law how edits and R_n are changed into a straight line, and back: ln R = a + b n, R = a + b n,
@@ -62,7 +70,7 @@ class Growth:
 
 def fit_growth(edits: Sequence[int], ratios: Sequence[float]) -> Growth | None:
     """Fit every law to R_n after so many edits; None for too few points, or where R_n is constant or not a number."""
-    usable = all(count > 0 for count in edits) and all(math.isfinite(ratio) and ratio > 0 for ratio in ratios)
+    usable = all(count > 0 for count in edits) and all(1 / LARGEST < ratio < LARGEST for ratio in ratios)
     if not usable or len(edits) < _LEAST or min(ratios) == max(ratios):
         return None
     lines = {name: _fit(edits, ratios, *law) for name, law in LAWS.items()}

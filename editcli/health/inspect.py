@@ -18,13 +18,12 @@ from editcli.linalg.ratios import ratio
 from editcli.linalg.spectra import Method, Similarity
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.fit import check_fit
-from editcli.models.loading import ModelSource, load_config, resolve_model
+from editcli.models.loading import ModelSource, first_model, load_config, resolve_model
 from editcli.plugin.interfaces import Site
 from editcli.presets.loader import load_preset
 from editcli.presets.record import Preset
 from editcli.records.history import History, TopEdit, read_history
 from editcli.reporting import Reporter, Silent
-from editcli.storage.checkpoint import Checkpoint
 
 BASE_TOLERANCE = 0.02
 """Relative difference of R_n, recorded against measured, above which the base must be another model."""
@@ -168,7 +167,7 @@ def inspect(
         reporter.warn(f"the history of this run cannot be shown: {history.problem}")
     config = load_config(source)
     architecture = resolve(skeleton(config), families)
-    check_fit(Checkpoint(source.folder), architecture.model, reporter)
+    check_fit(source.checkpoint, architecture.model, reporter)
     chosen = load_preset(config, architecture, preset)
     before = _base_source(base, history, reporter) if wanted.norms or wanted.spectral else None
     reader = _Reader(source, before, architecture, wanted, device)
@@ -208,7 +207,7 @@ class _Reader:
     def site(self, layer: int, *, in_preset: bool) -> SiteInspection:
         """Return one site with the figures that are wanted."""
         site, shape = self.architecture.site(layer), self.architecture.shape(layer)
-        checkpoint = Checkpoint(self.source.folder)
+        checkpoint = self.source.checkpoint
         dtype = str(checkpoint.dtype(checkpoint.tensor_for(f"{site.module}.weight"))).removeprefix("torch.")
         bare = SiteInspection(site, shape, dtype, in_preset)
         if not (self.wanted.norms or self.wanted.spectral):
@@ -256,7 +255,7 @@ class _Reader:
 
 def read_site(source: ModelSource, site: Site, shape: tuple[int, int]) -> Tensor:
     """Read one editable matrix as stored, turned to (d_out, d_in); raise :class:`ModelError` on another shape."""
-    checkpoint = Checkpoint(source.folder)
+    checkpoint = source.checkpoint
     weight = checkpoint.read(checkpoint.tensor_for(f"{site.module}.weight"))
     weight = weight.T if site.transposed else weight
     if tuple(weight.shape) != shape:
@@ -272,14 +271,10 @@ def _base_source(base: str | Path | None, history: History | None, reporter: Rep
     if base is not None:
         return resolve_model(base)
     known = history.bases if history else ()
-    for place in known:
-        try:
-            return resolve_model(place)
-        except ModelError:  # It was moved or is out of reach; the name may still lead to it.
-            continue
-    if known:
+    source = first_model(known)
+    if source is None and known:
         reporter.warn(f"the base of this run, {known[-1]}, is not where it was; pass --base to compare with it")
-    return None
+    return source
 
 
 def _warn_of_other_base(

@@ -16,7 +16,7 @@ from editcli.errors import OptionError
 from editcli.plugin.options import build, option
 
 if TYPE_CHECKING:
-    from editcli.records.history import Batch
+    from editcli.records.journal import BatchRecord
 
 FINE, DRIFTING, COLLAPSING = "fine", "drifting", "collapsing"
 ORDER = (FINE, DRIFTING, COLLAPSING)
@@ -85,12 +85,12 @@ def judge(
     return Verdict(word, tuple(reason for found, reason in findings if found == word and found != FINE))
 
 
-def since(batches: Sequence[Batch], module: str, thresholds: Thresholds) -> Batch | None:
+def since(batches: Sequence[BatchRecord], module: str, thresholds: Thresholds) -> BatchRecord | None:
     """Return the batch from which on a site is no longer fine by its R_n and drift; None when it is, or unknown."""
     first = None
     for batch in reversed(batches):
-        figures = batch.sites.get(module, {})
-        if judge(thresholds, ratio=figures.get("ratio"), drift=figures.get("drift")).word in (None, FINE):
+        site = batch.site(module)
+        if site is None or judge(thresholds, ratio=site.ratio, drift=site.drift).word in (None, FINE):
             break
         first = batch
     return first

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 16
-"""Extra directions in a subspace iteration; they make the wanted ones converge."""
-
+"""Extra directions in a subspace iteration; with them the leading ones converge."""
 
 _CONFIDENCE = 2.4
 """Standard errors in a stated error: 95 % of Student's t for eight probes."""
@@ -55,20 +54,20 @@ def estimate_largest(matrix: Tensor, *, probes: int = 2, steps: int = 128, seed:
 
 
 def estimate_sums(matrix: Tensor, top: Leading, *, probes: int = 8, steps: int = 48, seed: int = 0) -> Sums:
-    """Estimate the nuclear norm and the entropy of ``matrix``; what ``top`` holds is counted exactly.
+    """Estimate the nuclear norm and the entropy of ``matrix``; the triplets of ``top`` count exactly.
 
-    Only the rest is sampled, which takes the large values, and with them most of the scatter, out of the estimate.
+    Only the rest is sampled: without the large values most of the scatter is gone.
     """
     known = top.left if matrix.shape[0] < matrix.shape[1] else top.right
     starts = _starts(matrix, probes, seed)
     starts = starts - known @ (known.T @ starts)
-    share = (starts.norm(dim=0) ** 2).double().cpu()
+    squares = (starts.norm(dim=0) ** 2).double().cpu()
     nodes, vectors, _ = _ritz(matrix, starts, steps, known=known)
     sigma = nodes.clamp_min(0).sqrt()
     weights = vectors[:, 0, :] ** 2
-    nuclear = float(top.values.sum()) + share * (weights * sigma).sum(1)
+    nuclear = float(top.values.sum()) + squares * (weights * sigma).sum(1)
     logs = torch.special.xlogy(top.values, top.values).sum().cpu()
-    logs = logs + share * (weights * torch.special.xlogy(sigma, sigma)).sum(1)
+    logs = logs + squares * (weights * torch.special.xlogy(sigma, sigma)).sum(1)
     # The entropy of the means, not the mean of the entropies: the second is biased by the scatter of the first.
     mean = float(nuclear.mean())
     if mean <= 0:
@@ -85,17 +84,17 @@ def leading(matrix: Tensor, count: int, *, rounds: int = 6, tolerance: float = 1
         return Leading(turned.right, turned.values, turned.left, turned.error)
     width = min(count + max(OVERSAMPLING, count // 2), matrix.shape[1])
     basis = _random(matrix, width, seed)
-    found = _project(matrix, torch.linalg.qr(basis).Q, count)
+    triplets = _project(matrix, torch.linalg.qr(basis).Q, count)
     for _ in range(rounds):
-        if found.error <= tolerance:
+        if triplets.error <= tolerance:
             break
         basis = torch.linalg.qr(matrix.T @ (matrix @ basis)).Q
-        found = _project(matrix, basis, count)
-    return found
+        triplets = _project(matrix, basis, count)
+    return triplets
 
 
 def _project(matrix: Tensor, basis: Tensor, count: int) -> Leading:
-    """Return the ``count`` leading triplets that the span of ``basis`` holds."""
+    """Return the ``count`` leading triplets within the span of ``basis``."""
     left, values, rotation = torch.linalg.svd(matrix @ basis, full_matrices=False)
     left, values, right = left[:, :count], values[:count], (basis @ rotation.T)[:, :count]
     residual = (matrix.T @ left - right * values).norm(dim=0).max()
@@ -108,33 +107,34 @@ def _ritz(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one Lanczos recurrence per column of ``starts`` on the smaller Gram matrix, side by side.
 
-    ``known`` (orthonormal columns) is kept out; it ends early once the largest value is ``settled``, relative. Returns
-    Ritz values (probes, steps), ascending, their vectors in the Lanczos basis, and the last couplings; float64, CPU.
+    Directions of ``known`` (orthonormal columns) stay out. The recurrence ends early once the relative error of the
+    largest value is below ``settled``. Returns Ritz values (probes, steps), ascending, their vectors in the Lanczos
+    basis, and the last couplings; float64 on the CPU.
     """
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T
     vector = starts / starts.norm(dim=0).clamp_min(1e-30)
     history: list[Tensor] = []
     diagonal: list[Tensor] = []
-    beside: list[Tensor] = []
+    off_diagonal: list[Tensor] = []
     for step in range(1, min(steps, matrix.shape[1]) + 1):
         history.append(vector)
         image = matrix.T @ (matrix @ vector)
         diagonal.append((vector * image).sum(0))
         image = _orthogonalise(image, history, known)
         length = image.norm(dim=0)
-        # Below rounding the space is exhausted: a zero vector ends this probe and leaves the others going.
+        # Below rounding the space is exhausted: a zero vector ends this probe and the others continue.
         alive = length > torch.finfo(matrix.dtype).eps * 10 * diagonal[0].abs().clamp_min(1e-30)
-        beside.append(torch.where(alive, length, torch.zeros_like(length)))
+        off_diagonal.append(torch.where(alive, length, torch.zeros_like(length)))
         vector = torch.where(alive, image / length.clamp_min(1e-30), torch.zeros_like(image))
-        if settled and step % 8 == 0 and _is_settled(*_solve(diagonal, beside), settled):
+        if settled and step % 8 == 0 and _is_settled(*_solve(diagonal, off_diagonal), settled):
             break
-    return _solve(diagonal, beside)
+    return _solve(diagonal, off_diagonal)
 
 
-def _solve(diagonal: list[Tensor], beside: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(diagonal: list[Tensor], off_diagonal: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the eigenvalues and vectors of the tridiagonal matrices, and the couplings to the next step."""
-    couplings = torch.stack(beside, 1).double().cpu()
+    couplings = torch.stack(off_diagonal, 1).double().cpu()
     off = couplings[:, :-1]
     tridiagonal = torch.diag_embed(torch.stack(diagonal, 1).double().cpu())
     nodes, vectors = torch.linalg.eigh(tridiagonal + torch.diag_embed(off, 1) + torch.diag_embed(off, -1))
@@ -142,7 +142,7 @@ def _solve(diagonal: list[Tensor], beside: list[Tensor]) -> tuple[Tensor, Tensor
 
 
 def _is_settled(nodes: Tensor, vectors: Tensor, last: Tensor, tolerance: float) -> bool:
-    """Say whether the largest value that any recurrence found is within ``tolerance``, by its residual."""
+    """Tell whether the largest Ritz value of all recurrences is within ``tolerance``, by its residual."""
     best = int(nodes[:, -1].argmax())
     return bool(last[best] * vectors[best, -1, -1].abs() <= 2 * tolerance * nodes[best, -1])
 

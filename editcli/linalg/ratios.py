@@ -15,9 +15,3 @@ def ratio(part: float, whole: float) -> float | None:
 def jump(before: float | None, after: float | None) -> float | None:
     """Return by how much a ratio changed, |``after`` - ``before``|; None where either is not known."""
     return None if before is None or after is None else abs(after - before)
-
-
-def shown(figure: float | None, form: str) -> str:
-    """Return a figure in a format such as ``.3f``, or ``n/a`` where there is none; what rounds to 0 has no sign."""
-    text = "n/a" if figure is None else format(figure, form)
-    return text if text.strip("-0.") else text.lstrip("-")

@@ -1,4 +1,5 @@
-"""Norms and spectra of single matrices: what tells a healthy edited weight from a collapsing one.
+"""Norms and spectra of single matrices: the figures that tell a healthy edited weight from a
+collapsing one.
 
 Everything here takes torch tensors of shape (d_out, d_in) and works in float64. Small matrices are decomposed exactly,
 large ones estimated with the error stated (:mod:`editcli.linalg.krylov`). LS and SS are defined as inferred from how
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from editcli.linalg import krylov
+from editcli.linalg.precision import double, double_device
 
 Method = Literal["auto", "exact", "randomized"]
 
@@ -67,7 +69,7 @@ class Spectrum:
         return (self.frobenius / self.spectral) ** 2 if self.spectral > 0 else 0.0
 
     def k(self, tau: float) -> int:
-        """Return the smallest k whose leading values hold the share ``tau`` of the sum of sigma (arXiv:2601.11042)."""
+        """Return the smallest k whose leading values sum to ``tau`` times the sum of sigma (arXiv:2601.11042)."""
         return _leading_count(self.values, self.nuclear, tau)
 
 
@@ -105,7 +107,7 @@ def spectral_norm(
     matrix: Tensor, *, method: Method = "auto", device: torch.device | None = None
 ) -> tuple[float, float]:
     """Return sigma_1 and its relative error."""
-    device = capable(device)
+    device = double_device(device)
     if method == "exact" or (method == "auto" and min(matrix.shape) <= NORM_LIMIT):
         values = singular_values(matrix, device=device)
         return (float(values[0]) if len(values) else 0.0), 0.0
@@ -114,7 +116,7 @@ def spectral_norm(
 
 def singular_values(matrix: Tensor, *, device: torch.device | None = None) -> Tensor:
     """Return all singular values, descending, float64 on the CPU; exact, whatever the size."""
-    return _values(matrix.to(capable(device), torch.float64)).cpu()
+    return _values(double(matrix, device)).cpu()
 
 
 def spectrum(
@@ -126,17 +128,17 @@ def spectrum(
     device: torch.device | None = None,
 ) -> Spectrum:
     """Decompose ``matrix``; keep the leading k(``tau``) singular vectors, and at least ``vectors`` of them."""
-    device = capable(device)
+    device = double_device(device)
     norm = frobenius(matrix)
     if not is_exact(matrix, method=method, device=device):
         return _estimate(matrix.to(device, torch.float32), norm, tau, vectors)
-    wide = matrix.to(device, torch.float64)
+    wide = double(matrix, device)
     values, left, right = _decompose(
         wide, lambda values: max(vectors, _leading_count(values, float(values.sum()), tau))
     )
     nuclear = float(values.sum())
-    shares = values / nuclear if nuclear > 0 else values
-    entropy = float(torch.special.entr(shares).sum())
+    fractions = values / nuclear if nuclear > 0 else values
+    entropy = float(torch.special.entr(fractions).sum())
     return Spectrum(norm, values.cpu(), nuclear, entropy, left.cpu(), right.cpu(), exact=True, error=0.0)
 
 
@@ -169,14 +171,14 @@ def principal_angles(first: Tensor, second: Tensor) -> tuple[float, ...]:
 
 
 def is_exact(matrix: Tensor, *, method: Method, device: torch.device) -> bool:
-    """Say whether ``matrix`` is decomposed exactly under ``method``."""
+    """Tell whether ``method`` decomposes ``matrix`` exactly."""
     if method != "auto":
         return method == "exact"
     return min(matrix.shape) <= (EXACT_LIMIT if device.type == "cpu" else EXACT_LIMIT_ACCELERATED)
 
 
 def _decompose(matrix: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return all singular values of a float64 matrix, and as many vectors of each side as ``count`` says of them.
+    """Return all singular values of a float64 matrix, and ``count(values)`` singular vectors of each side.
 
     The small Gram matrix is used where that is safe: it costs a fraction of a full decomposition.
     """
@@ -185,12 +187,12 @@ def _decompose(matrix: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, 
     squares, basis = torch.linalg.eigh(gram)
     safe = len(squares) > 0 and bool(squares[0] > _GRAM_LIMIT * squares[-1])
     values = squares.sqrt().flip(0) if safe else torch.linalg.svdvals(matrix)
-    wanted = count(values)
+    size = count(values)
     # Squaring costs the small values and their vectors their digits, and the leading ones nothing.
-    if not safe and (wanted == 0 or values[wanted - 1] ** 2 <= _GRAM_LIMIT * values[0] ** 2):
+    if not safe and (size == 0 or values[size - 1] ** 2 <= _GRAM_LIMIT * values[0] ** 2):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return values, left[:, :wanted], right.T[:, :wanted]
-    small = basis.flip(1)[:, :wanted]
+        return values, left[:, :size], right.T[:, :size]
+    small = basis.flip(1)[:, :size]
     large = (matrix if tall else matrix.T) @ small / values[: small.shape[1]]
     return (values, large, small) if tall else (values, small, large)
 
@@ -209,7 +211,7 @@ def _leading_count(values: Tensor, nuclear: float, tau: float) -> int:
 
 
 def _estimate(matrix: Tensor, norm: float, tau: float, vectors: int) -> Spectrum:
-    """Estimate the spectrum of a large float32 matrix; the leading part grows until it holds the share ``tau``."""
+    """Estimate the spectrum of a large float32 matrix; the leading part grows until it holds the fraction ``tau``."""
     size = min(matrix.shape)
     count = min(size, max(vectors, 1 + size // 64))
     top = krylov.leading(matrix, count)
@@ -218,22 +220,11 @@ def _estimate(matrix: Tensor, norm: float, tau: float, vectors: int) -> Spectrum
         count = min(size, 2 * count)
         top = krylov.leading(matrix, count)
     values = top.values.cpu()
-    kept = max(vectors, _leading_count(values, sums.nuclear, tau))
-    # Cloned, so that the rest of the iteration's storage can go.
-    left, right = (side[:, :kept].cpu().clone() for side in (top.left, top.right))
+    vectors = max(vectors, _leading_count(values, sums.nuclear, tau))
+    # Cloned, so that the rest of the iteration's storage is freed.
+    left, right = (side[:, :vectors].cpu().clone() for side in (top.left, top.right))
     error = max(top.error, sums.error)
     return Spectrum(norm, values, sums.nuclear, sums.entropy, left, right, exact=False, error=error)
-
-
-def capable(device: torch.device | None) -> torch.device:
-    """Return ``device`` when it computes in float64, else the CPU."""
-    if device is None:
-        return torch.device("cpu")
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError):  # Some accelerators have no float64 and say so in either way.
-        return torch.device("cpu")
-    return device
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

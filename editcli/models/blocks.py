@@ -1,8 +1,8 @@
 """Call a model's decoder blocks one by one, as the model itself calls them, whatever family it is.
 
-How a model calls its blocks (masks, rotary embeddings, position ids) is recorded once for some texts; from then on the
-blocks run on other hidden states of the same texts without the rest of the model. What stands behind the last block -
-norm, head, scaling, soft-capping - works on each position alone, so it runs on the positions that are asked for.
+The arguments of the blocks (masks, rotary embeddings, position ids) are recorded once for some texts; from then on the
+blocks run on other hidden states of the same texts without the rest of the model. The norm, head, scaling and
+soft-capping after the last block work on each position alone, so they run only at the positions that need logits.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from editcli.models.forward import first, head_only_at, positions, replaced_forw
 from editcli.models.loading import LoadedModel
 
 
-class Past(DynamicCache):
-    """An attention cache that shows each layer its past and what is new, and forgets what is new."""
+class FrozenCache(DynamicCache):
+    """An attention cache that stays as it is: a layer sees its stored keys and values before the new ones."""
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]):
         super().__init__()
@@ -38,7 +38,7 @@ class Past(DynamicCache):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """How a model called one block, without the hidden states."""
+    """The arguments of one call of a block, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -64,7 +64,7 @@ class Blocks:
         """Return how the model calls the upper blocks on ``ids``, (rows, columns); computes nothing in them."""
         calls: list[Call] = []
 
-        def keep(*args: Any, **kwargs: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
             if args:
                 calls.append(Call(args[1:], kwargs, None))
                 return with_first(self.example, args[0])
@@ -74,34 +74,34 @@ class Blocks:
 
         with ExitStack() as stack:
             self._stand_in(stack, range(self.layer + 1), self._pass_through)
-            self._stand_in(stack, range(self.layer + 1, self.last + 1), keep)
+            self._stand_in(stack, range(self.layer + 1, self.last + 1), record)
             stack.enter_context(head_only_at(self.architecture.head, *positions([(0, 0)], ids.device)))
             run(self.loaded.model, ids, **options)
         return tuple(calls)
 
-    def logits(self, calls: Sequence[Call], hidden: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
-        """Return float32 logits at ``wanted`` (rows, columns) from the output of :attr:`layer`, (rows, columns, d)."""
-        rows, columns = (index.to(hidden.device) for index in wanted)
-        places = rows * hidden.shape[1] + columns
+    def logits(self, calls: Sequence[Call], hidden: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+        """Return float32 logits at ``where`` (rows, columns) from the output of :attr:`layer`, (rows, columns, d)."""
+        rows, columns = (index.to(hidden.device) for index in where)
+        flat = rows * hidden.shape[1] + columns
         with ExitStack() as stack:
             for layer, call in enumerate(calls, start=self.layer + 1):
                 if layer == self.last:
                     mlp = self.architecture.mlp(layer)
-                    stack.enter_context(replaced_forward(mlp, _only_at(mlp.forward, places)))
+                    stack.enter_context(replaced_forward(mlp, _only_at(mlp.forward, flat)))
                 hidden = call(self.architecture.block(layer), hidden)
-        return self._behind(hidden.flatten(0, 1)[places.to(hidden.device)])
+        return self._after_blocks(hidden.flatten(0, 1)[flat.to(hidden.device)])
 
-    def whole_logits(self, ids: Tensor, options: dict[str, Any], hidden: Tensor, wanted: tuple[Tensor, Tensor]) -> Any:
-        """Return what :meth:`logits` does, through the model's own forward pass."""
+    def whole_logits(self, ids: Tensor, options: dict[str, Any], hidden: Tensor, where: tuple[Tensor, Tensor]) -> Any:
+        """Return the result of :meth:`logits`, by the model's own forward pass."""
         steered = with_first(self.example, hidden)
         with ExitStack() as stack:
             self._stand_in(stack, range(self.layer), self._pass_through)
             self._stand_in(stack, [self.layer], lambda *args, **kwargs: steered)
-            stack.enter_context(head_only_at(self.architecture.head, *wanted))
+            stack.enter_context(head_only_at(self.architecture.head, *where))
             return run(self.loaded.model, ids, **options).logits[0].float()
 
-    def _behind(self, hidden: Tensor) -> Tensor:
-        """Run what stands behind the last block on hidden states (n, d), each as a text of one token."""
+    def _after_blocks(self, hidden: Tensor) -> Tensor:
+        """Run the modules after the last block on hidden states (n, d), each as a text of one token."""
         answer = with_first(self.example, hidden[:, None])
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.loaded.input_device)
         with ExitStack() as stack:
@@ -116,15 +116,15 @@ class Blocks:
         return with_first(self.example, args[0] if args else next(iter(kwargs.values())))
 
 
-def _only_at(forward: Callable[..., Any], places: Tensor) -> Callable[..., Any]:
-    """Return an MLP's forward that leaves every position but ``places`` zero: nothing reads the others."""
+def _only_at(forward: Callable[..., Any], positions: Tensor) -> Callable[..., Any]:
+    """Return an MLP's forward that computes the flat ``positions`` and leaves the others zero: nothing reads them."""
 
     def pruned(hidden: Tensor, *others: Any, **more: Any) -> Any:
         if others or more:
-            # What else an MLP is given may have to be cut as well, in a way that only its family knows.
+            # Other arguments may have to be cut as well, in a way that depends on the family.
             return forward(hidden, *others, **more)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        where = places.to(flat.device)
+        where = positions.to(flat.device)
         # Some families flatten (rows, tokens) in front of their MLP; it gets the shape that it knows.
         output = forward(flat[where] if hidden.ndim == 2 else flat[where][None])
         wide = output.new_zeros(len(flat), output.shape[-1])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from editcli.errors import ModelError
-from editcli.models.forward import first, run, tapped, with_first
+from editcli.models.forward import first, hooked, run, with_first
 
 _ADVICE = "describe the family in a plugin with the editcli_architectures hook"
 
@@ -128,7 +128,7 @@ def _prove(model: PreTrainedModel, block: nn.Module, mlp: nn.Module) -> None:
         shifted[..., -1, :] += offset
         return with_first(output, shifted)
 
-    with tapped(mlp, shift):
+    with hooked(mlp, shift):
         moved = _block_output(model, block) - before
     error = float((moved[0, -1] - offset).float().norm() / offset.float().norm())
     if not error < 0.05:
@@ -147,7 +147,7 @@ def _block_output(model: PreTrainedModel, block: nn.Module) -> Tensor:
     training = model.training
     tokens = torch.arange(3, device=cast(Tensor, model.get_input_embeddings().weight).device)
     try:
-        with torch.no_grad(), tapped(block, record, stop=True):
+        with torch.no_grad(), hooked(block, record, stop=True):
             run(model.eval(), tokens[None])
     # Whatever else such a model needs, it is not a language model that text alone can be written into.
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:

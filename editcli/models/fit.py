@@ -1,8 +1,8 @@
-"""Whether a checkpoint holds what its architecture needs, known from its headers before any weight is read.
+"""Whether a checkpoint holds the tensors of its architecture, from its headers, and whether its weights are finite.
 
-A tensor that is missing is no error to transformers: it fills the parameter with random numbers, others at every load.
-What is missing depends on its renaming of old names, on prefixes and on tied weights, so transformers itself is asked:
-it loads a checkpoint of the same names and shapes whose tensors take no memory, and reports what it did.
+A missing tensor is no error in transformers: it fills the parameter with new random numbers at every load. Which ones
+are missing depends on its renaming of old names, on prefixes and on tied weights, so the check lets transformers load
+a checkpoint of the same names and shapes whose tensors take no memory, and reads its report.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from editcli.errors import ModelError
+from editcli.models.offload import read_offloaded
+from editcli.models.sharded import is_split
 from editcli.reporting import Reporter
 from editcli.storage.checkpoint import DTYPES, Checkpoint, TensorEntry
 from editcli.storage.choice import CONFIG, listed
@@ -178,3 +181,52 @@ def _shapes(name: str, checkpoint: Checkpoint, model: PreTrainedModel) -> str:
         # It was renamed since it was stored, and only transformers knows how.
         return f"{name} should be {needed} and is stored in another shape"
     return f"{name} should be {needed} and is stored as {' x '.join(map(str, stored))}"
+
+
+def refuse_nonfinite(model: Any, checkpoint: Checkpoint) -> None:
+    """Raise :class:`ModelError` naming the first parameter that holds a NaN or an infinite number.
+
+    One NaN makes every later activation NaN, and the first error of such a run would not name the cause. The check is
+    one pass over the weights in memory and allocates nothing.
+    """
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            # A tied matrix is one parameter under two names.
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if not _is_finite(_value(module, name, parameter)):
+                raise _refusal(f"{path}.{name}".lstrip("."), parameter, checkpoint)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Tell whether all numbers of a tensor are finite, in memory for two numbers only."""
+    if values.numel() == 0 or not values.is_floating_point():
+        return True
+    # The extremes of numbers with a NaN among them are NaN.
+    lowest, highest = torch.aminmax(values)
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
+
+
+def _value(module: torch.nn.Module, name: str, parameter: Tensor) -> Tensor:
+    if is_split(parameter):
+        split: Any = parameter
+        return split.to_local()
+    return read_offloaded(module, name) if parameter.is_meta else parameter
+
+
+def _refusal(name: str, parameter: Tensor, checkpoint: Checkpoint) -> ModelError:
+    """Return the error for a parameter; a value that is finite in its file has overflowed in the model's dtype."""
+    try:
+        stored = checkpoint.tensor_for(name)
+        overflowed = _is_finite(checkpoint.read(stored))
+    except ModelError:
+        stored, overflowed = name, False
+    if overflowed:
+        kind = str(parameter.dtype).removeprefix("torch.")
+        return ModelError(f"{stored} of {checkpoint.folder} overflows in {kind}; use --dtype bfloat16 or float32")
+    return ModelError(
+        f"{stored} of {checkpoint.folder} holds numbers that are not finite (NaN or infinite), so the model computes "
+        "nothing; download it again or choose another checkpoint"
+    )

@@ -1,4 +1,4 @@
-"""Run a model and read or steer what happens inside it, whatever family it is.
+"""Run a model and read or steer its hidden states, whatever family it is.
 
 Hooks are put on modules by the caller, so nothing here knows a family's names. Decoder blocks return a tensor in some
 versions of transformers and a tuple in others; both are accepted everywhere.
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from editcli.models.tokens import Encoded
 
 CPU_TOKENS = 1024
-"""Most tokens of one pass on a CPU: what does not fit its caches is slower, whatever the memory."""
+"""Most tokens of one pass on a CPU: a pass that exceeds its caches is slower, whatever the memory."""
 
 
 class _Stop(Exception):
-    """Ends a forward pass once everything that was asked for has been seen."""
+    """Ends a forward pass once every hook has run."""
 
 
 def first(output: Any) -> Tensor:
@@ -34,20 +34,20 @@ def with_first(output: Any, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def tapped(module: nn.Module, see: Callable[[Any, Tensor, Any], Any], *, stop: bool = False) -> Iterator[None]:
-    """Call ``see(module, input, output)`` after the module ran; optionally end the forward pass there.
+def hooked(module: nn.Module, hook: Callable[[Any, Tensor, Any], Any], *, stop: bool = False) -> Iterator[None]:
+    """Call ``hook(module, input, output)`` after the module ran; with ``stop`` end the forward pass there.
 
-    What ``see`` returns replaces the output unless it is None.
+    The value that ``hook`` returns replaces the output unless it is None.
     """
 
-    def hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         entered = args[0] if args else next(iter(kwargs.values()))
-        replaced = see(owner, entered, output)
+        replaced = hook(owner, entered, output)
         if stop:
             raise _Stop
         return replaced
 
-    handle = module.register_forward_hook(hook, with_kwargs=True)
+    handle = module.register_forward_hook(after, with_kwargs=True)
     try:
         yield
     finally:
@@ -57,20 +57,20 @@ def tapped(module: nn.Module, see: Callable[[Any, Tensor, Any], Any], *, stop: b
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Run ``forward`` instead of the module's own, for as long as the context lasts."""
-    own = module.__dict__.get("forward")
+    attribute = module.__dict__.get("forward")
     module.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         # An instance attribute set by accelerate must come back; otherwise the class's method shows again.
-        if own is None:
+        if attribute is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = attribute
 
 
 def run(model: nn.Module, ids: Tensor, **options: Any) -> Any:
-    """Run the model, without a cache unless ``options`` ask for one; a pass that a tap ended returns None."""
+    """Run the model, without a cache unless ``options`` ask for one; a pass that a hook ended returns None."""
     try:
         return model(input_ids=ids, **{"use_cache": False, **options})
     except _Stop:
@@ -81,7 +81,7 @@ def run(model: nn.Module, ids: Tensor, **options: Any) -> Any:
 def head_only_at(head: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
     """Make the model compute logits only at the positions (rows, columns), as (1, positions, vocabulary).
 
-    Selecting in front of the head leaves whatever a family does after it (soft-capping, scaling) in force.
+    Selecting in front of the head keeps the operations of a family after it (soft-capping, scaling).
     """
 
     def select(owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

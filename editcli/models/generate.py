@@ -1,4 +1,4 @@
-"""Let a model continue texts token by token, going on from the keys and values of what it has read."""
+"""Continue texts token by token, from the cached keys and values of earlier tokens: the one text generator."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from editcli.models.kv_cache import cache_of, with_cache
 from editcli.models.loading import LoadedModel
 
 Choose = Callable[[Tensor], Tensor]
-"""Turns logits (rows, vocabulary), in the model's dtype and on its device, into the next token of each row, (rows,)."""
+"""Picks the next token of each row, (rows,), from logits (rows, vocabulary) in the model's dtype and on its device."""
 
 
 @torch.no_grad()
 def continue_rows(loaded: LoadedModel, begin: Tensor, choose: Choose, *, count: int, end: int | None = None) -> Tensor:
-    """Return up to ``count`` token ids behind each row of ``begin``, (rows, columns), as ``choose`` picks them.
+    """Return up to ``count`` token ids after each row of ``begin``, (rows, columns) int64 on the CPU.
 
-    ``begin`` (rows, length) holds texts of one length, so nothing is padded and every family's own positions are right.
-    Writing stops early once every row has chosen ``end``; what stands behind a row's ``end`` means nothing. The result
-    is int64 on the CPU.
+    ``choose`` picks them. ``begin`` (rows, length) holds texts of one length, so nothing is padded and the positions of
+    every family are right. Generation stops early once every row has an ``end``; ignore the tokens after it.
     """
     step = begin.to(loaded.input_device)
-    going = torch.ones(len(begin), dtype=torch.bool)
+    unfinished = torch.ones(len(begin), dtype=torch.bool)
     written: list[Tensor] = []
     cache: Any = None
     for _ in range(count):
@@ -32,8 +31,8 @@ def continue_rows(loaded: LoadedModel, begin: Tensor, choose: Choose, *, count: 
         cache = cache_of(output)
         chosen = choose(output.logits[:, -1])
         written.append(chosen.cpu())
-        going &= written[-1] != end
-        if not going.any():
+        unfinished &= written[-1] != end
+        if not unfinished.any():
             break
         column = chosen[:, None].to(loaded.input_device)
         # A model without a cache reads its text again from the first token.

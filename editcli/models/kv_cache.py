@@ -1,7 +1,7 @@
-"""How a model goes on from the keys and values of earlier tokens, and whether they are all that it needs of them.
+"""How a model continues from the keys and values of earlier tokens, and whether they are all that it needs.
 
 A model that also carries convolutions or recurrent states along, or counts the columns of a padded cache as distances,
-has to read its texts from the first token. No list of families says which ones do: it is tried on a few tokens.
+has to read its texts from the first token. No list of families names them: a few tokens are tried.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import DynamicCache
 from editcli.models.forward import run
 
 SPELLINGS = ("cache", "past_key_values")
-"""What families and versions of transformers call the keys and values of earlier tokens; 5.24 renamed the second."""
+"""Names of the cache argument in families and versions of transformers; 5.24 renamed the second."""
 
 HALF = 12
-"""Columns of each half of the texts that are tried; the shorter text has ``FEW`` tokens in each and a gap behind."""
+"""Columns of each half of the two texts of the trial; the shorter text has ``FEW`` tokens in each and a gap behind."""
 FEW = 2
 
 
@@ -53,14 +53,14 @@ def cache_of(output: Any) -> Any:
 def cache_options(
     model: Any, mask: Tensor, width: int, cache: DynamicCache, device: torch.device | str
 ) -> dict[str, Any]:
-    """Return the arguments that continue from ``cache``; ``mask`` (rows, past + width) is 0 where nothing stands."""
-    places = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -width:]
-    return {"attention_mask": mask.to(device), "position_ids": places.to(device), **with_cache(model, cache)}
+    """Return the arguments that continue from ``cache``; ``mask`` (rows, past + width) is 0 at padding."""
+    position_ids = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -width:]
+    return {"attention_mask": mask.to(device), "position_ids": position_ids.to(device), **with_cache(model, cache)}
 
 
 @torch.no_grad()
-def resumes(model: Any, device: torch.device | str) -> bool:
-    """Tell whether ``model`` goes on from the keys and values of padded texts as if it had read the texts."""
+def supports_kv_cache(model: Any, device: torch.device | str) -> bool:
+    """Tell whether ``model`` continues from cached keys and values of padded texts as if it had read the texts."""
     if cache_argument(type(model)) is None:
         return False
     size = len(model.get_input_embeddings().weight)
@@ -74,10 +74,10 @@ def resumes(model: Any, device: torch.device | str) -> bool:
     try:
         run(model, rows[:, :HALF].to(device), **cache_options(model, real[:, :HALF], HALF, cache, device))
         logits = run(model, rows[:, HALF:].to(device), **cache_options(model, real, HALF, cache, device)).logits
-    # A family that cannot work with such a cache says so in its own way, and is then run without one.
+    # Families that cannot use such a cache raise different errors; they run without one.
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
         return False
-    found = torch.stack([logits[0, -1], logits[1, FEW - 1]]).float()
-    wanted = torch.stack(plain).to(found.device)
+    cached = torch.stack([logits[0, -1], logits[1, FEW - 1]]).float()
+    reference = torch.stack(plain).to(cached.device)
     exact = logits.dtype == torch.float32
-    return bool((found - wanted).abs().max() <= (1e-3 if exact else 5e-2) * wanted.abs().max())
+    return bool((cached - reference).abs().max() <= (1e-3 if exact else 5e-2) * reference.abs().max())

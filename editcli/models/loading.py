@@ -10,7 +10,7 @@ import importlib.resources
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,10 +23,18 @@ import transformers
 from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.chat_settings import ChatSettings
-from editcli.models.finite import refuse_nonfinite
-from editcli.models.fit import COMPUTED, examine, fit_of, is_ordinary, quiet, refuse_misfit, remarks
+from editcli.models.fit import (
+    COMPUTED,
+    examine,
+    fit_of,
+    is_ordinary,
+    quiet,
+    refuse_misfit,
+    refuse_nonfinite,
+    remarks,
+)
 from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page, repository_of
-from editcli.models.kv_cache import resumes
+from editcli.models.kv_cache import supports_kv_cache
 from editcli.models.offload import device_of
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
@@ -44,9 +52,9 @@ _REVISION = re.compile(r"^[\w./-]+$")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies on this disk, and what the user called it."""
+    """A model folder on this disk, and the name that the user gave for it."""
 
     name: str
     folder: Path
@@ -57,6 +65,11 @@ class ModelSource:
     def commit(self) -> str | None:
         """The commit of a hub repository that this is a copy of."""
         return self.folder.name if is_hub_copy(self.folder) else None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model's files; their headers are read once."""
+        return Checkpoint(self.folder)
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class LoadedModel:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The files that the model was loaded from."""
-        return Checkpoint(self.source.folder)
+        return self.source.checkpoint
 
     @cached_property
     def input_device(self) -> torch.device:
@@ -79,9 +92,9 @@ class LoadedModel:
         return device_of(self.model.get_input_embeddings())
 
     @cached_property
-    def resumes(self) -> bool:
-        """Whether the model can go on from keys and values of earlier tokens; tried once."""
-        return resumes(self.model, self.input_device)
+    def supports_kv_cache(self) -> bool:
+        """Whether the model can continue from keys and values of earlier tokens; tried once."""
+        return supports_kv_cache(self.model, self.input_device)
 
 
 def bundled_folder() -> Path:
@@ -124,6 +137,17 @@ def resolve_model(
     return ModelSource(id, fetch(id, revision, weights=weights, code=code), revision)
 
 
+def first_model(places: Iterable[str], *, code: bool = False) -> ModelSource | None:
+    """Return the first of some places where there is a model; None where there is none in any of them."""
+    for place in places:
+        try:
+            return resolve_model(place, code=code)
+        except ModelError:
+            # It was moved or is out of reach; another place may still lead to it.
+            continue
+    return None
+
+
 def open_model(
     source: ModelSource,
     *,
@@ -142,7 +166,7 @@ def open_model(
     about it is told to ``reporter``. With ``split`` the model is spread over all processes of torch's process group, by
     its family's own plan.
     """
-    checkpoint = Checkpoint(source.folder)
+    checkpoint = source.checkpoint
     checkpoint.entries  # noqa: B018 - damaged or pickled weights are refused before anything is built.
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
@@ -209,11 +233,11 @@ def refuse_unopenable(folder: Path, *, trust_remote_code: bool = False) -> None:
     Config, code, tokenizer and the choice of the weights' files are those of ``from_pretrained(folder)``; of the
     weights only names and shapes are read.
     """
-    source, checkpoint = ModelSource(str(folder), folder), Checkpoint(folder)
+    source = ModelSource(str(folder), folder)
     config = load_config(source, trust_remote_code=trust_remote_code)
     load_tokens(source, config, trust_remote_code=trust_remote_code)
     bare = skeleton(config, trust_remote_code)
-    refuse_misfit(examine(checkpoint, bare), checkpoint, bare)
+    refuse_misfit(examine(source.checkpoint, bare), source.checkpoint, bare)
 
 
 def _own(model: Any) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from editcli.health.inspect import Figures, Inspection, SiteInspection
-from editcli.records.history import Batch, History
+from editcli.records.history import History
+from editcli.records.journal import IMMEDIATE, RETAINED, BatchRecord
 
+Figure = Literal["ratio", "drift", "update_norm"]
 MAX_POINTS = 400
 """Points of one curve that are drawn; a page for thousands of batches must stay small."""
 
@@ -56,7 +59,7 @@ def history_charts(history: History) -> list[Chart]:
             "Time per batch",
             "edits",
             "seconds",
-            (_curve("seconds", history, edits, lambda b: b.seconds),),
+            (_curve("seconds", history, edits, lambda b: b.duration),),
             limits=(0, None),
         ),
         *_diagnostic_charts(history, edits),
@@ -106,7 +109,7 @@ def _by_layer(label: str, found: Inspection, figure: Callable[[SiteInspection], 
     return Series(label, _known((site.site.layer, figure(site)) for site in found.sites))
 
 
-def _per_site(history: History, figure: str, edits: Sequence[int]) -> tuple[Series, ...]:
+def _per_site(history: History, figure: Figure, edits: Sequence[int]) -> tuple[Series, ...]:
     return tuple(
         Series(f"layer {layer}", _thin(_known(zip(edits, history.series(module, figure), strict=True))))
         for module, layer in sorted(history.sites.items(), key=lambda site: site[1])
@@ -114,10 +117,10 @@ def _per_site(history: History, figure: str, edits: Sequence[int]) -> tuple[Seri
 
 
 def _efficacies(history: History, edits: Sequence[int]) -> Iterator[Series]:
-    for when in ("immediate", "retained"):
+    for when in (IMMEDIATE, RETAINED):
         for figure in ("efficacy_accuracy", "efficacy_success"):
             label = f"{when}, {figure.removeprefix('efficacy_')}"
-            series = _curve(label, history, edits, lambda b, w=when, f=figure: (b.metrics.get(w) or {}).get(f))
+            series = _curve(label, history, edits, lambda b, w=when, f=figure: b.measured(w).get(f))
             if series.points:
                 yield series
 
@@ -135,11 +138,11 @@ def _diagnostic_charts(history: History, edits: Sequence[int]) -> Iterator[Chart
         yield Chart(group.replace("_", " ").capitalize(), "edits", group.replace("_", " "), tuple(series))
 
 
-def _curve(label: str, history: History, edits: Sequence[int], figure: Callable[[Batch], float | None]) -> Series:
+def _curve(label: str, history: History, edits: Sequence[int], figure: Callable[[BatchRecord], float | None]) -> Series:
     return Series(label, _thin(_known(zip(edits, map(figure, history.batches), strict=True))))
 
 
-def _edits_so_far(batches: Sequence[Batch]) -> list[int]:
+def _edits_so_far(batches: Sequence[BatchRecord]) -> list[int]:
     total, counts = 0, []
     for batch in batches:
         total += len(batch.edits)

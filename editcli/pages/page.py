@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from editcli.errors import OptionError, StateError
 from editcli.health.inspect import Inspection
 from editcli.pages.charts import Chart, history_charts, norm_charts, spectrum_charts
 from editcli.pages.plots import COLOURS, inline_svg, require_matplotlib
+from editcli.records.decoding import encode
 from editcli.records.edits import MEANINGS, edit_rows
-from editcli.records.history import History
+from editcli.records.record import RunRecord
 from editcli.runs.card import command_line
 from editcli.settings.recipe import Recipe
 
@@ -55,22 +56,23 @@ def run_page(found: Inspection) -> str:
         raise StateError(
             f"{found.model} is no output of editcli apply (it has no editcli/run.json); give a run's folder"
         )
-    history = found.history
+    history, record = found.history, found.history.record
     rows = list(edit_rows(history))
     counts = {word: sum(row.outcome == word for row in rows) for word in MEANINGS}
     return _render(
         "run.html.j2",
-        title=f"{Path(history.record.get('model') or found.model).name}, edited",
+        title=f"{Path((record and record.model) or found.model).name}, edited",
         found=found,
-        record=history.record,
-        tiles=_tiles(history.record),
+        record=record,
+        methods=[name for name in (record.editor, *(record.stabilizers or ())) if name] if record else [],
+        tiles=_tiles(record),
         charts=[_figure(chart) for chart in history_charts(history)],
         spectra=[_figure(chart) for chart in (*_level_charts(found), *spectrum_charts(found))],
         rows=rows[:MAX_ROWS],
         hidden=max(0, len(rows) - MAX_ROWS),
         counts={word: count for word, count in counts.items() if count},
         meanings=MEANINGS,
-        provenance=_provenance(history),
+        provenance=_provenance(record),
     )
 
 
@@ -128,49 +130,50 @@ def _level_charts(found: Inspection) -> list[Chart]:
     return [chart for chart in norm_charts(found) if len(chart.series) > 1]
 
 
-def _tiles(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(record: RunRecord | None) -> list[tuple[str, str, str]]:
     """Return the summary as (name, value, remark)."""
-    edits, efficacy = record.get("edits") or {}, record.get("efficacy") or {}
-    tiles = [("edits written", _number(edits.get("applied")), f"{_number(edits.get('rejected'))} rejected")]
-    for when in ("before", "immediate", "retained"):
-        figures = efficacy.get(when) or {}
+    if record is None:
+        return []
+    edits, tiles = record.edits, []
+    if edits is not None:
+        tiles.append(("edits written", _number(edits.applied), f"{_number(edits.rejected)} rejected"))
+    efficacy = encode(record.efficacy) or {}
+    for when, figures in efficacy.items():
         if figures:
             remark = f"success {_number(figures.get('efficacy_success'))}"
             tiles.append((f"efficacy {when}", _number(figures.get("efficacy_accuracy")), remark))
-    for name in ("generalization", "specificity"):
-        figures = record.get(name) or {}
-        accuracy = figures.get("accuracy") or {}
-        if figures:
-            tiles.append((name, _number(accuracy.get("after")), f"before {_number(accuracy.get('before'))}"))
-    total = (record.get("seconds") or {}).get("total")
-    tiles.append(("time", f"{_number(total)} s", str(record.get("status", "unknown"))))
+    for name, pair in (("generalization", record.generalization), ("specificity", record.specificity)):
+        if pair is not None:
+            tiles.append((name, _number(pair.accuracy.after), f"before {_number(pair.accuracy.before)}"))
+    total = (record.seconds or {}).get("total")
+    tiles.append(("time", f"{_number(total)} s", record.status))
     return tiles
 
 
-def _provenance(history: History) -> list[tuple[str, str]]:
+def _provenance(record: RunRecord | None) -> list[tuple[str, str]]:
     """Return where the run came from as (name, text)."""
-    record = history.record
-    found = record.get("provenance") or {}
-    base, edits = found.get("base") or {}, found.get("edits") or {}
+    if record is None:
+        return []
+    made = record.provenance
     rows = [
         ("command", _command(record)),
-        ("base", " ".join(str(base[key]) for key in ("name", "revision") if base.get(key))),
-        ("base fingerprint", str(base.get("fingerprint", ""))),
-        ("edits file", str(edits.get("file", ""))),
-        ("edits sha256", str(edits.get("sha256", ""))),
-        ("plugins", ", ".join(f"{p['name']} ({p['distribution']} {p['version']})" for p in found.get("plugins", ()))),
-        ("versions", ", ".join(f"{name} {value}" for name, value in (found.get("versions") or {}).items())),
-        ("device", str(found.get("device", ""))),
-        ("written", str(found.get("written", ""))),
-        ("options", json.dumps({"targets": found.get("targets"), **(found.get("options") or {})}, indent=1)),
+        ("base", f"{made.base.name} {made.base.revision or ''}".strip()),
+        ("base fingerprint", made.base.fingerprint),
+        ("edits file", made.edits.file),
+        ("edits sha256", made.edits.sha256),
+        ("plugins", ", ".join(f"{part.name} ({part.distribution} {part.version})" for part in made.plugins)),
+        ("versions", ", ".join(f"{name} {value}" for name, value in made.versions.items())),
+        ("device", made.device),
+        ("written", made.written),
+        ("options", json.dumps({"targets": made.targets, **made.options}, indent=1)),
     ]
     return [(name, text) for name, text in rows if text]
 
 
-def _command(record: Mapping[str, Any]) -> str:
+def _command(record: RunRecord) -> str:
     try:
-        return command_line(Recipe.from_json(record["recipe"]))
-    except (KeyError, TypeError, OptionError):  # A record of another version; the page does without its command.
+        return command_line(Recipe.from_json(record.recipe))
+    except OptionError:  # A record of another version; the page does without its command.
         return ""
 
 

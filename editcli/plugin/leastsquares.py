@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from editcli.errors import NumericalError
+from editcli.linalg.precision import double, working_dtype
 from editcli.plugin.interfaces import LowRank
 from editcli.reporting import Reporter, Silent
 
@@ -183,19 +184,6 @@ def symmetrise(matrix: Tensor, *, block: int = 1024) -> Tensor:
             upper.copy_(mean)
             lower.copy_(mean.T)
     return matrix
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision of the (d_in, d_in) matrices on ``device``: float64 on a CPU, float32 elsewhere."""
-    return torch.float64 if device.type == "cpu" else torch.float32
-
-
-def double(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return ``tensor`` in float64 on ``device``, or on the CPU where ``device`` has no float64."""
-    try:
-        return tensor.to(device=device, dtype=torch.float64)
-    except (TypeError, RuntimeError):  # Which of the two a device without float64 raises depends on its backend.
-        return tensor.to(device="cpu", dtype=torch.float64)
 
 
 def _pivots(factor: Tensor) -> float:

@@ -54,8 +54,8 @@ _GUESSED = "guess"
 def load_preset(config: Any, architecture: Architecture, given: str | Mapping[str, Any] | None = None) -> Preset:
     """Return the preset for a model with this transformers ``config``, or a guess labelled as one.
 
-    ``given`` is a preset file, or the record of one, and replaces what is known about the model; raises
-    :class:`OptionError` where it does not fit the model.
+    ``given`` is a preset file, or the record of one, and replaces the known presets; raises :class:`OptionError` where
+    it does not fit the model.
     """
     sizes = sizes_of(config, architecture)
     guessed = guess(sizes, behind_norm=architecture.mlp_norm(0) is not None)
@@ -66,7 +66,7 @@ def load_preset(config: Any, architecture: Architecture, given: str | Mapping[st
         fitting = [preset for preset in all_presets() if preset.match is not None and preset.match.fits(sizes)]
         if not fitting:
             return guessed
-        # The one that also names the vocabulary is the more specific one.
+        # A preset that also names the vocabulary is more specific.
         best = min(fitting, key=lambda preset: preset.match is None or preset.match.vocab is None)
     # A preset that names its editor gives that editor's layers.
     others = {name: layers for name, layers in guessed.editor_layers.items() if name != best.editor}
@@ -74,7 +74,7 @@ def load_preset(config: Any, architecture: Architecture, given: str | Mapping[st
 
 
 def sizes_of(config: Any, architecture: Architecture) -> Sizes:
-    """Return what a model's preset is matched by."""
+    """Return the sizes by which a model's preset is matched."""
     rows, columns = architecture.shape(0)
     return Sizes(config.model_type, architecture.layers, rows, columns, getattr(config, "vocab_size", None))
 
@@ -103,7 +103,7 @@ def guess(sizes: Sizes, *, behind_norm: bool = False) -> Preset:
 
 
 def _within(count: int, *, first_share: float, last_share: float, most: int) -> tuple[int, ...]:
-    """Return at most ``most`` layers between two shares of the depth; the very last layer only if there is no other."""
+    """Return at most ``most`` layers between two fractions of the depth; the very last only if there is no other."""
     last = min(int(last_share * count), max(count - 2, 0))
     first = max(last + 1 - most, min(int(first_share * count), last))
     return tuple(range(first, last + 1))
@@ -114,7 +114,7 @@ def _scaled(settings: Settings, factor: float) -> dict[str, dict[str, Any]]:
 
 
 def _rows(table: Mapping[str, Any]) -> Iterator[Preset]:
-    """Yield the presets of the table of models: what a row says itself wins over its profile."""
+    """Yield the presets of the table of models: a row's values override those of its profile."""
     for row in table["models"]:
         facts = {name: value for name, value in row.items() if name not in ("profile", "behind_norm")}
         if row["profile"] == _GUESSED:

@@ -1,4 +1,4 @@
-"""What a preset is, and how it is read from TOML, from a user's file or from a run's record; never imports torch."""
+"""A preset, and how it is read from TOML, from a user's file or from a run's record; never imports torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from editcli.errors import OptionError, near_miss
 Settings = Mapping[str, Mapping[str, Any]]
 
 FACTS = ("name", "label", "source", "layers", "layers_for", "layers_behind_norm", "behind_norm", "match", "editor")
-"""Keys of a record that are no section of settings."""
+"""Keys of a record that are not sections of settings."""
 LABELS = ("tuned", "published", "guessed")
 _FROM_FILE = ("file", "sha256")
 """Keys that only the record of a run has, on a preset that came from a file."""
@@ -25,7 +25,7 @@ _FROM_FILE = ("file", "sha256")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a preset is matched by; ``vocab`` None matches every vocabulary, since users add tokens of their own."""
+    """Facts by which a preset is matched; ``vocab`` None matches every vocabulary, since users add tokens."""
 
     model_type: str
     layers: int
@@ -55,14 +55,14 @@ class Preset:
     layers: tuple[int, ...]
     editor: str | None = None
     editor_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Layers for editors that want others than :attr:`layers`."""
+    """Layers for editors that write other layers than :attr:`layers`."""
     settings: Settings = field(default_factory=dict)
-    """``{component: {option: value}}``; sections of components that are not in use say nothing about the run."""
+    """``{component: {option: value}}``; sections of components that are not in use have no effect."""
     source: str = ""
     """Where the figures come from."""
     match: Sizes | None = None
     file: str | None = None
-    """The file that a user passed; None for what ships with the package."""
+    """The file that a user passed; None for a preset of the package."""
     sha256: str | None = None
     """Digest of that file's content."""
 
@@ -93,7 +93,7 @@ def sections(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_preset(record: Mapping[str, Any], *, origin: str) -> Preset:
-    """Build a preset from its record; raise :class:`OptionError` that names ``origin`` and the key that is wrong."""
+    """Build a preset from its record; raise :class:`OptionError` that names ``origin`` and the wrong key."""
     for name, section in sections(record).items():
         if not isinstance(section, Mapping):
             raise OptionError(f"{origin}: there is no key {name!r} in a preset{near_miss(name, FACTS)}")
@@ -160,12 +160,12 @@ def given_preset(given: str | Mapping[str, Any]) -> Preset:
 
 
 def recorded_preset(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return what a run records of the preset file that it was given: all of it, since files change and move."""
+    """Return the record of a run's preset file: its whole content, since files change and move."""
     return None if given is None else given_preset(given).to_record()
 
 
 def read_preset(file: Path) -> Preset:
-    """Read a preset file; raises :class:`OptionError` that names the file and what is wrong with it."""
+    """Read a preset file; raises :class:`OptionError` that names the file and the mistake."""
     try:
         content = file.expanduser().read_bytes()
         record = tomli.loads(content.decode("utf-8-sig"))
@@ -178,13 +178,13 @@ def read_preset(file: Path) -> Preset:
 
 
 def refuse_misfit(preset: Preset, model: Sizes) -> None:
-    """Raise :class:`OptionError` where a preset was made for a model of another type or other sizes."""
+    """Raise :class:`OptionError` for a preset that was made for a model of another type or other sizes."""
     origin = preset.file or preset.name
     key = None if preset.match is None else preset.match.misfit(model)
     if key is not None:
         other = "pass the model it was made for, or tune this one: editcli tune MODEL"
-        asked = getattr(preset.match, key)
-        raise OptionError(f"{origin}: match.{key} is {asked}, but the model's is {getattr(model, key)}; {other}")
+        expected = getattr(preset.match, key)
+        raise OptionError(f"{origin}: match.{key} is {expected}, but the model's is {getattr(model, key)}; {other}")
     for name, layers in {"layers": preset.layers, **preset.editor_layers}.items():
         if layers[-1] >= model.layers:
             where = name if name == "layers" else f"layers_for.{name}"
@@ -204,10 +204,10 @@ def preset_text(preset: Preset, *, comment: str = "") -> str:
 
 
 def _pairs(table: Mapping[str, Any]) -> Iterator[str]:
-    # TOML has no word for "no value", and an option that is left out has none.
+    # TOML has no null: an option without a value is left out.
     return (f"{key} = {_value(value)}" for key, value in table.items() if value is not None)
 
 
 def _value(value: Any) -> str:
-    """Return a text, a number, a truth value or a list of these as TOML writes it, which is how JSON does."""
+    """Return a text, a number, a truth value or a list of these as TOML writes it, which is as JSON does."""
     return json.dumps(value, ensure_ascii=False)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from editcli.records.decoding import MAX_JOURNAL, Count, UnreadableError, decode, read_bytes
 from editcli.records.history import History
 from editcli.reporting import Rejection
+from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import Superseded
-from editcli.storage.files import write_bytes
+from editcli.storage.files import write_lines
 
 if TYPE_CHECKING:
     from editcli.records.state import RunFolder
+
+T = TypeVar("T")
 
 
 class Rejections:
@@ -40,28 +44,52 @@ class Rejections:
     @property
     def all(self) -> tuple[Rejection, ...]:
         """The unusable edits of this file and of those that the run read before."""
-        earlier = (
-            Rejection(line["id"], line["reason"], line["line"], line.get("superseded_by")) for line in self._earlier
-        )
+        earlier = (Rejection(line.id or "", line.reason, line.line, line.superseded_by) for line in self._earlier)
         return (*earlier, *self._here)
 
     def write(self, rejected: Sequence[Rejection] = ()) -> None:
         """Write the file; ``rejected`` are the run's, those that a stabilizer gave up among them."""
         known = set(self.all)
         dropped = [_line(one, None) for one in rejected if one not in known]
-        lines = [*self._earlier, *(_line(one, self._file) for one in self._here), *dropped]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_bytes(self._folder.rejected, text.encode())
+        lines = [*map(_to_json, self._earlier), *(_line(one, self._file) for one in self._here), *dropped]
+        write_lines(self._folder.rejected, lines)
 
-    def _of_other_files(self) -> list[dict[str, Any]]:
+    def _of_other_files(self) -> list[RejectedLine]:
         """Read the lines of other files; one that is damaged costs its own line of a table."""
-        try:
-            texts = self._folder.rejected.read_text("utf-8", errors="replace").splitlines()
-        except OSError:
-            return []
-        found = [line for text in texts if (line := _parsed(text)) is not None]
         # An edit that was read and given up has no file: the stream itself tells about it.
-        return [line for line in found if line["file"] not in (None, self._file)]
+        return [line for line in read_lines(self._folder.rejected, RejectedLine) if line.file not in (None, self._file)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RejectedLine:
+    """A line of ``rejected.jsonl``."""
+
+    id: str | None
+    """None of a line that names none."""
+    line: Count | None
+    reason: str
+    file: str | None = None
+    """None of an edit that was read and then given up."""
+    superseded_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerLine:
+    """How the edited model answered one prompt."""
+
+    exact: bool
+    success: bool | None = None
+    """None without a true answer to compare with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomeLine:
+    """A line of ``outcomes.jsonl``: the answers of one edit."""
+
+    id: str
+    efficacy: tuple[AnswerLine, ...] = ()
+    paraphrases: tuple[AnswerLine, ...] = ()
+    neighbors: tuple[AnswerLine, ...] = ()
 
 
 def superseded(one: Superseded) -> Rejection:
@@ -73,13 +101,8 @@ def _line(one: Rejection, file: str | None) -> dict[str, Any]:
     return {**one.to_json(), "file": file}
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-        later = {name: line[name] for name in ("superseded_by",) if line.get(name) is not None}
-        return {name: line[name] for name in ("id", "line", "reason", "file")} | later
-    except (ValueError, KeyError, TypeError):
-        return None
+def _to_json(line: RejectedLine) -> dict[str, Any]:
+    return {**_line(Rejection("", line.reason, line.line, line.superseded_by), line.file), "id": line.id}
 
 
 ANSWERED, LIKELIER, MISSED, WRITTEN, REJECTED = "answered", "likelier", "missed", "written", "rejected"
@@ -109,50 +132,47 @@ class EditRow:
 
 def edit_rows(history: History) -> Iterator[EditRow]:
     """Yield every edit in the order in which it was written, then those that were not."""
-    rejected = read_lines(history.folder.rejected)
+    rejected = read_lines(history.folder.rejected, RejectedLine)
     # A line without a file tells of an edit that was read and then given up; an unusable line of a file is no edit,
     # and its id may be the very id that made it unusable.
-    refused = {str(line.get("id")): line for line in rejected if line.get("file") is None}
-    answers = {str(line.get("id")): line for line in read_lines(history.folder.outcomes)}
+    refused = {line.id: line for line in rejected if line.file is None}
+    answers = {line.id: line for line in read_lines(history.folder.outcomes, OutcomeLine)}
     norms = {edit.id: edit.norm for edit in history.top_edits(None)}
-    records = history.requests()
+    requests = history.requests()
     for batch in history.batches:
         for name in batch.edits:
-            refusal = refused.pop(name, {"reason": batch.dropped[name]} if name in batch.dropped else None)
-            outcome = REJECTED if refusal else _outcome(answers.get(name))
-            note = str(refusal["reason"]) if refusal else _note(answers.get(name))
-            yield _row(name, records.get(name, {}), batch.step, norms.get(name), outcome, note)
-    for line in (*refused.values(), *(line for line in rejected if line.get("file") is not None)):
-        place = ":".join(str(line[key]) for key in ("file", "line") if line.get(key) is not None)
-        note = f"{place}: {line.get('reason', '')}" if place else str(line.get("reason", ""))
-        yield _row(str(line.get("id") or ""), {}, None, None, REJECTED, note)
+            refusal = refused.pop(name, None)
+            reason = batch.dropped.get(name) if refusal is None else refusal.reason
+            outcome = REJECTED if reason is not None else _outcome(answers.get(name))
+            note = _note(answers.get(name)) if reason is None else reason
+            yield _row(name, requests.get(name), batch.step, norms.get(name), outcome, note)
+    for line in (*refused.values(), *(line for line in rejected if line.file is not None)):
+        place = ":".join(str(part) for part in (line.file, line.line) if part is not None)
+        yield _row(line.id or "", None, None, None, REJECTED, f"{place}: {line.reason}" if place else line.reason)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSONL file; a missing file has none, and a line that is no object is left out."""
+def read_lines(path: Path, kind: type[T]) -> list[T]:
+    """Return the lines of a JSONL file as ``kind``; a missing file has none, and one that does not fit is left out."""
     try:
-        texts = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        texts = read_bytes(path, MAX_JOURNAL).splitlines()
+    except (OSError, UnreadableError):
         return []
-    found = []
+    lines: list[T] = []
     for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:  # A torn line costs one row of a table.
-            continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
+        # A torn or damaged line costs one row of a table.
+        with suppress(UnreadableError):
+            lines.append(decode(text, kind))
+    return lines
 
 
 def _row(
-    name: str, record: Mapping[str, Any], step: int | None, norm: float | None, outcome: str, note: str
+    name: str, request: EditRequest | None, step: int | None, norm: float | None, outcome: str, note: str
 ) -> EditRow:
     return EditRow(
         id=name,
-        prompt=str(record.get("prompt", "")).replace("{}", str(record.get("subject", "")), 1),
-        target=str(record.get("target_new", "")),
-        true=str(record.get("target_true") or ""),
+        prompt=request.prompt if request else "",
+        target=request.target_new if request else "",
+        true=(request.target_true or "") if request else "",
         step=step,
         norm=norm,
         outcome=outcome,
@@ -160,20 +180,18 @@ def _row(
     )
 
 
-def _outcome(answer: Mapping[str, Any] | None) -> str:
-    answers = list((answer or {}).get("efficacy") or ())
+def _outcome(line: OutcomeLine | None) -> str:
+    answers = line.efficacy if line else ()
     if not answers:
         return WRITTEN
-    if all(one.get("exact") for one in answers):
+    if all(one.exact for one in answers):
         return ANSWERED
-    return LIKELIER if all(one.get("success") for one in answers) else MISSED
+    return LIKELIER if all(one.success for one in answers) else MISSED
 
 
-def _note(answer: Mapping[str, Any] | None) -> str:
+def _note(line: OutcomeLine | None) -> str:
     """Say how many paraphrases are answered and how many neighbours kept."""
-    parts = []
-    for group, word in (("paraphrases", "paraphrases answered"), ("neighbors", "neighbours kept")):
-        answers = list((answer or {}).get(group) or ())
-        if answers:
-            parts.append(f"{sum(bool(one.get('exact')) for one in answers)}/{len(answers)} {word}")
-    return ", ".join(parts)
+    if line is None:
+        return ""
+    groups = ((line.paraphrases, "paraphrases answered"), (line.neighbors, "neighbours kept"))
+    return ", ".join(f"{sum(one.exact for one in group)}/{len(group)} {word}" for group, word in groups if group)

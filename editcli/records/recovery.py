@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from editcli.errors import StateError
-from editcli.records.state import START, Entry, RunFolder, Snapshot, consume
+from editcli.records.journal import START, BatchRecord, Entry, UndoRecord, consume, live_batches, removed_edits
+from editcli.records.state import RunFolder, Snapshot
 from editcli.requests.reader import EditFile
 from editcli.requests.schema import EditRequest
-
-BATCH, UNDO = "batch", "undo"
-"""Kinds of journal lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +30,13 @@ class Recovered:
     """Journal lines after the snapshot: batches that have to be done again."""
     requests: tuple[EditRequest, ...]
     """The edits in force, in order."""
-    waiting: tuple[Entry, ...]
+    waiting: tuple[BatchRecord, ...]
     """Batches that an undo took out of the way and that were not written again yet."""
     redo: tuple[tuple[EditRequest, ...], ...]
     """What is left to be written of each of them."""
 
     @property
-    def live(self) -> list[Entry]:
+    def live(self) -> list[BatchRecord]:
         """The batches in force."""
         return live_batches(self.entries)
 
@@ -51,8 +49,8 @@ class Recovered:
 def recover(folder: RunFolder) -> Recovered:
     """Read a stream; raise :class:`StateError` when snapshot, journal and segments do not fit together."""
     snapshot = folder.read_snapshot()
-    found = folder.journal_bytes()
-    kept = found[: snapshot.sequence]
+    lines = folder.journal_bytes()
+    kept = lines[: snapshot.sequence]
     if snapshot.sequence and len(kept) >= snapshot.sequence - 1:
         # The crash came between the snapshot and its line, or the line was damaged: the snapshot carries it.
         kept = [*kept[: snapshot.sequence - 1], snapshot.line.encode()]
@@ -64,6 +62,8 @@ def recover(folder: RunFolder) -> Recovered:
     checked = folder.check_lines(kept)
     entries = tuple(entry for entry, _ in checked)
     requests = tuple(request for entry in live_batches(entries) for request in folder.read_requests(entry))
+    if len(live_batches(entries)) != snapshot.step:
+        raise StateError(f"{folder.journal} and {folder.state} count other batches; restore both from a backup")
     if consume(START, requests) != snapshot.consumed:
         raise StateError(f"{folder.updates} does not hold the edits that the snapshot counts; restore it from a backup")
     waiting = tuple(_pending(entries))
@@ -71,27 +71,11 @@ def recover(folder: RunFolder) -> Recovered:
         snapshot=snapshot,
         entries=entries,
         lines=tuple(text for _, text in checked),
-        lost=max(len(found) - len(kept), 0),
+        lost=max(len(lines) - len(kept), 0),
         requests=requests,
         waiting=waiting,
         redo=tuple(_rest(folder, entry, removed_edits(entries)) for entry in waiting),
     )
-
-
-def live_batches(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the batches that are in force: an undo line takes back what came after its step."""
-    live: list[Entry] = []
-    for entry in entries:
-        if entry.kind == BATCH:
-            live.append(entry)
-        elif entry.kind == UNDO:
-            live = [batch for batch in live if batch.step <= entry.step]
-    return live
-
-
-def removed_edits(entries: Sequence[Entry]) -> dict[str, str]:
-    """Return the edits that undo lines took back one by one, id to digest; they are not written again."""
-    return {id: digest for entry in entries if entry.kind == UNDO for id, digest in entry.body["removed"].items()}
 
 
 def remaining(recovered: Recovered, requests: Sequence[EditRequest]) -> list[EditRequest]:
@@ -157,14 +141,14 @@ def _with_file(request: EditRequest) -> str:
     return f"{Path(request.file).stem.strip('<>')}:{request.id}"
 
 
-def _pending(entries: Sequence[Entry]) -> list[Entry]:
+def _pending(entries: Sequence[Entry]) -> list[BatchRecord]:
     """Return the batches that the last undo line says are to be written again, less those that were."""
-    last = next((index for index in reversed(range(len(entries))) if entries[index].kind == UNDO), None)
-    if last is None:
-        return []
-    wanted = entries[last].body.get("redo", [])
-    return [entries[sequence - 1] for sequence in wanted[len(entries) - last - 1 :]]
+    for count, entry in enumerate(reversed(entries)):
+        if isinstance(entry, UndoRecord):
+            batches = {batch.sequence: batch for batch in entries if isinstance(batch, BatchRecord)}
+            return [batches[line] for line in entry.redo[count:]]
+    return []
 
 
-def _rest(folder: RunFolder, entry: Entry, removed: Mapping[str, str]) -> tuple[EditRequest, ...]:
+def _rest(folder: RunFolder, entry: BatchRecord, removed: Mapping[str, str]) -> tuple[EditRequest, ...]:
     return tuple(r for r in folder.read_requests(entry) if removed.get(r.id) != r.digest)

@@ -1,13 +1,11 @@
 """The files of a run: a snapshot to go on from, a journal of what was done, and a segment of factors per batch.
 
-The journal is a chain: each line holds the sha256 of the line before it and of its own segment, so a torn tail is
-recognised and cut and a flipped bit is refused, never trusted. The snapshot of a step is written before that step's
-journal line, and carries the line, so that a crash between the two loses nothing.
+The snapshot of a step is written before that step's journal line, and carries the line, so that a crash between the two
+loses nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,31 +17,41 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from editcli.errors import RequestError, StateError
-from editcli.formatting import shorten
-from editcli.plugin.interfaces import Problem, Site, Update
+from editcli.plugin.interfaces import Dense, LowRank, Problem, Site, Update
+from editcli.records.decoding import (
+    MAX_JOURNAL,
+    Count,
+    Options,
+    UnreadableError,
+    convert,
+    encode,
+    later,
+    optional,
+    parse,
+    read_bytes,
+    to_text,
+)
+from editcli.records.journal import BatchRecord, Entry, read_lines
+from editcli.records.record import RunRecord, read_record
 from editcli.requests.schema import EditRequest, from_record
 from editcli.storage.checkpoint import file_digest
-from editcli.storage.choice import is_plain_name
 from editcli.storage.files import (
     is_leftover,
     read_metadata,
     read_safetensors,
     sync_folder,
-    tensor_bytes,
+    tensors_digest,
     write_bytes,
-    write_json,
     write_safetensors,
 )
 
 FORMAT = 1
 _ROWS, _MIX = 256, 0x9E3779B97F4A7C15 - 2**64
 """Rows that are summed at once, and the increment of SplitMix64."""
-START = "0" * 64
-"""What the first journal line names as its predecessor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +72,103 @@ class Snapshot:
     json: Mapping[str, Any] = field(default_factory=dict)
     """What components keep beside their tensors, by ``component/<name>``."""
 
+    def master(self, module: str, shape: Sequence[int]) -> Tensor:
+        """Return the float32 weight of a module; raise :class:`StateError` unless it is one of ``shape``."""
+        return _matrix(self.tensors, f"master/{module}", shape, "the snapshot")
+
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of the journal."""
+class Segment:
+    """One batch as its file holds it: of every matrix the update and, if the editor had targets, the problem."""
 
-    sequence: int
-    kind: str
-    step: int
-    edits: tuple[str, ...] = ()
-    segment: str | None = None
-    sha256: str | None = None
-    consumed: str = ""
-    body: Mapping[str, Any] = field(default_factory=dict)
+    name: str
+    requests: tuple[EditRequest, ...]
+    tensors: Mapping[str, Tensor]
+
+    def update(self, module: str, shape: Sequence[int]) -> Update:
+        """Return the update of a (d_out, d_in) matrix; raise :class:`StateError` where it does not fit."""
+        if f"{module}.dense" in self.tensors:
+            return Dense(_matrix(self.tensors, f"{module}.dense", shape, self.name))
+        return LowRank(*self._pair(module, ("left", "right"), shape))
+
+    def problem(self, site: Site, shape: Sequence[int]) -> Problem:
+        """Return the problem of a site with a (d_out, d_in) matrix; raise :class:`StateError` where it does not fit."""
+        residual, keys = self._pair(site.module, ("residual", "keys"), shape)
+        return Problem(site, keys, residual)
+
+    def _pair(self, module: str, parts: Sequence[str], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        outer, inner = (
+            _matrix(self.tensors, f"{module}.{part}", (size, None), self.name)
+            for part, size in zip(parts, shape, strict=True)
+        )
+        if outer.shape[1] != inner.shape[1]:
+            raise StateError(f"the factors of {module} in {self.name} do not fit together; restore it from a backup")
+        return outer, inner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SnapshotMetadata:
+    """The metadata of ``state.safetensors``."""
+
+    step: Count
+    sequence: Count
+    consumed: str
+    settings: str
+    line: str
+    components: str = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SegmentMetadata:
+    """The metadata of a segment: the edits of the batch and the file and line of each, both as JSON."""
+
+    edits: str
+    places: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceSettings:
+    """What the second moments depend on besides the model: a file by its hash, or a text and how it is read."""
+
+    file: str | None = optional()
+    corpus: str | None = optional()
+    options: Mapping[str, Any] | None = optional()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSettings:
+    """What must be the same for a resumed stream to be the same stream; how many processes work is not."""
+
+    base: str
+    """Fingerprint of the base."""
+    editor: str
+    stabilizers: tuple[str, ...]
+    options: Options
+    """Every option of the components."""
+    targets: Mapping[str, Any]
+    layers: tuple[Count, ...]
+    seed: int
+    tokenizer: str
+    """Hash of the tokenizer."""
+    reference: ReferenceSettings
+    save_dtype: str
+    dtype: str
+    chat_template: bool = later(False)
+    chat: Mapping[str, Any] | None = later()
+    """The chat template by its hash, with its settings."""
+    prefixes: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any], file: Path) -> StreamSettings:
+        """Decode the settings of a snapshot; raise :class:`StateError`."""
+        try:
+            return convert(dict(saved), cls)
+        except UnreadableError as error:
+            raise StateError(f"the settings in {file} are damaged ({error}); restore it from a backup") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that a snapshot holds."""
+        return encode(self)
 
 
 class RunFolder:
@@ -166,30 +258,31 @@ class RunFolder:
         }
         if snapshot.json:
             metadata["components"] = json.dumps(snapshot.json, sort_keys=True, allow_nan=False)
-        write_safetensors(self.state, snapshot.tensors, {**metadata, "sha256": _digest(snapshot.tensors, metadata)})
+        write_safetensors(
+            self.state, snapshot.tensors, {**metadata, "sha256": snapshot_digest(snapshot.tensors, metadata)}
+        )
 
     def read_snapshot(self) -> Snapshot:
         """Read the snapshot; raise :class:`StateError` when it is missing, damaged or of another format."""
         tensors, metadata = self._read_state(read_safetensors)
         stated = metadata.pop("sha256", "")
-        if stated != _digest(tensors, metadata):
+        if stated != snapshot_digest(tensors, metadata):
             raise StateError(f"{self.state} is damaged: its content does not match its hash; {self._advice}")
-        return Snapshot(
-            step=int(metadata["step"]),
-            sequence=int(metadata["sequence"]),
-            consumed=metadata["consumed"],
-            tensors=tensors,
-            settings=json.loads(metadata["settings"]),
-            line=metadata["line"],
-            json=json.loads(metadata.get("components", "{}")),
-        )
+        known, settings, components = self._metadata(metadata)
+        return Snapshot(known.step, known.sequence, known.consumed, tensors, settings, known.line, components)
 
     def read_settings(self) -> dict[str, Any]:
         """Return the settings of the snapshot without reading its tensors; raises as :meth:`read_snapshot` does."""
-        _, metadata = self._read_state(lambda path: ({}, read_metadata(path)))
+        return self._metadata(self._read_state(lambda path: ({}, read_metadata(path)))[1])[1]
+
+    def _metadata(
+        self, metadata: Mapping[str, str]
+    ) -> tuple[_SnapshotMetadata, dict[str, Any], dict[str, dict[str, Any]]]:
         try:
-            return dict(json.loads(metadata["settings"]))
-        except (ValueError, KeyError, TypeError) as error:
+            known = convert(dict(metadata), _SnapshotMetadata, texts=True)
+            settings = convert(parse(known.settings), dict[str, Any])
+            return known, settings, convert(parse(known.components), dict[str, dict[str, Any]])
+        except UnreadableError as error:
             raise StateError(f"{self.state} is damaged ({error}); {self._advice}") from error
 
     def _read_state(
@@ -212,7 +305,7 @@ class RunFolder:
     @property
     def _advice(self) -> str:
         """What to do about a lost snapshot: the model beside it is whole, but the stream cannot go on from it."""
-        again = f"editcli apply --recipe {self.record}"
+        again = f"editcli apply --repeat {self.record}"
         return f"the model in {self.out} is not concerned; restore a backup, or repeat a run that had ended: {again}"
 
     def write_segment(
@@ -238,33 +331,39 @@ class RunFolder:
         }
         return name, write_safetensors(self.updates / name, tensors, metadata)
 
-    def read_segment(self, entry: Entry) -> tuple[list[EditRequest], dict[str, Tensor]]:
+    def read_segment(self, entry: BatchRecord) -> Segment:
         """Read one batch's edits and factors; raise :class:`StateError` unless it is what the journal says."""
-        path = self._checked_segment(entry)
-        try:
-            tensors, metadata = read_safetensors(path)
-            return _requests(metadata), tensors
-        except (SafetensorError, OSError, ValueError, KeyError, RequestError) as error:
-            raise StateError(f"{path} cannot be read: {error}") from error
+        tensors, metadata = self._read_segment(entry, read_safetensors)
+        return Segment(entry.segment, self._requests(entry, metadata), tensors)
 
-    def read_requests(self, entry: Entry) -> list[EditRequest]:
+    def read_requests(self, entry: BatchRecord) -> tuple[EditRequest, ...]:
         """Read one batch's edits without its factors; raise as :meth:`read_segment` does."""
-        path = self._checked_segment(entry)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return _requests(dict(file.metadata() or {}))
-        except (SafetensorError, OSError, ValueError, KeyError, RequestError) as error:
-            raise StateError(f"{path} cannot be read: {error}") from error
+        return self._requests(entry, self._read_segment(entry, lambda path: ({}, read_metadata(path)))[1])
 
-    def _checked_segment(self, entry: Entry) -> Path:
-        path = self.updates / str(entry.segment)
+    def _read_segment(
+        self, entry: BatchRecord, read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        path = self.updates / entry.segment
         try:
-            found = file_digest(path)
+            digest = file_digest(path)
         except OSError as error:
             raise StateError(f"cannot read {path}, which the journal names: {error.strerror or error}") from error
-        if found != entry.sha256:
+        if digest != entry.sha256:
             raise StateError(f"{path} is damaged: its content does not match the journal; restore it from a backup")
-        return path
+        try:
+            return read(path)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise StateError(f"{path} cannot be read: {error}; restore it from a backup") from error
+
+    def _requests(self, entry: BatchRecord, metadata: Mapping[str, str]) -> tuple[EditRequest, ...]:
+        path = self.updates / entry.segment
+        try:
+            requests = requests_of(metadata)
+        except UnreadableError as error:
+            raise StateError(f"{path} cannot be read: {error}; restore it from a backup") from error
+        if tuple(request.id for request in requests) != entry.edits:
+            raise StateError(f"{path} holds other edits than the journal says; restore it from a backup")
+        return requests
 
     def append(self, line: str) -> None:
         """Append one line to the journal and make it durable; a line that does not fit is taken back."""
@@ -287,7 +386,12 @@ class RunFolder:
 
     def journal_bytes(self) -> list[bytes]:
         """Return the journal's complete lines, unchecked: what follows the last line feed is the tear of a crash."""
-        return self.journal.read_bytes().split(b"\n")[:-1] if self.journal.is_file() else []
+        if not self.journal.is_file():
+            return []
+        try:
+            return read_bytes(self.journal, MAX_JOURNAL).split(b"\n")[:-1]
+        except (OSError, UnreadableError) as error:
+            raise StateError(f"{self.journal} cannot be read: {error}; restore it from a backup") from error
 
     def read_journal(self) -> list[tuple[Entry, str]]:
         """Return the journal's lines with their text; a torn last line is left out.
@@ -298,7 +402,7 @@ class RunFolder:
 
     def check_lines(self, lines: Sequence[bytes]) -> list[tuple[Entry, str]]:
         """Parse journal lines and check their chain; raises as :meth:`read_journal` does."""
-        return list(_chain(lines, self.journal))
+        return list(read_lines(lines, self.journal))
 
     def cut_journal(self, keep: Sequence[str]) -> None:
         """Rewrite the journal with the given lines only, unless it holds just these."""
@@ -314,64 +418,16 @@ class RunFolder:
                 path.unlink()
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Write run.json."""
-        write_json(self.record, record)
-
-    def read_record(self) -> dict[str, Any]:
-        """Read run.json; empty when a crash came before it was first written."""
+        """Write run.json; raise :class:`StateError` before the first byte where it could not be read again."""
         try:
-            return json.loads(self.record.read_text("utf-8")) if self.record.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise StateError(f"{self.record} cannot be read: {error}") from error
+            text = to_text(record, RunRecord.from_json)
+        except UnreadableError as error:
+            raise StateError(f"{self.record} would not be readable: {error}; report it with the command") from error
+        write_bytes(self.record, text.encode())
 
-
-def journal_line(entry: Entry, previous: str) -> str:
-    """Return the text of a journal line that follows the line ``previous`` (empty for the first)."""
-    fields: dict[str, Any] = {"sequence": entry.sequence, "kind": entry.kind, "step": entry.step}
-    fields |= {"edits": list(entry.edits), "segment": entry.segment, "sha256": entry.sha256}
-    fields |= {"consumed": entry.consumed, **entry.body, "previous": _line_digest(previous)}
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False)
-
-
-def consume(digest: str, requests: Sequence[EditRequest]) -> str:
-    """Advance the rolling hash over the edits of a stream."""
-    for request in requests:
-        digest = hashlib.sha256(f"{digest}{request.digest}".encode()).hexdigest()
-    return digest
-
-
-def _chain(lines: Sequence[bytes], path: Path) -> Iterator[tuple[Entry, str]]:
-    previous = ""
-    for number, raw in enumerate(lines, start=1):
-        try:
-            text = raw.decode("utf-8")
-            fields = json.loads(text)
-            entry = Entry(
-                sequence=int(fields.pop("sequence")),
-                kind=str(fields.pop("kind")),
-                step=int(fields.pop("step")),
-                edits=tuple(fields.pop("edits")),
-                segment=fields.pop("segment"),
-                sha256=fields.pop("sha256"),
-                consumed=fields.pop("consumed"),
-                body=fields,
-            )
-            linked = fields.pop("previous") == _line_digest(previous)
-        except (ValueError, KeyError, TypeError) as error:
-            raise StateError(f"{path}:{number} is damaged ({error}); restore it from a backup") from error
-        if entry.segment is not None and not is_plain_name(entry.segment):
-            name = shorten(repr(entry.segment))
-            raise StateError(f"{path}:{number} names the segment {name}, which is not a plain file name; refused")
-        if entry.sequence != number:
-            raise StateError(f"{path}:{number} is damaged: it is numbered {entry.sequence}; restore it from a backup")
-        if not linked:
-            raise StateError(f"{path}:{number} does not follow the line before it: the journal was changed; restore it")
-        yield entry, text
-        previous = text
-
-
-def _line_digest(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest() if line else START
+    def read_record(self) -> RunRecord | None:
+        """Read run.json; None when a crash came before it was first written. Raises :class:`StateError`."""
+        return read_record(self.out)
 
 
 def weights_digest(weights: Iterable[Tensor]) -> str:
@@ -402,20 +458,41 @@ def _scattered(numbers: Tensor) -> Tensor:
     return (numbers ^ (numbers >> 31)) | 1
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+def snapshot_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the hash over the tensors and the metadata of a snapshot, that of the hash itself left out."""
+    return tensors_digest(sorted(tensors.items()), salt=json.dumps(dict(metadata), sort_keys=True))
 
 
-def _requests(metadata: Mapping[str, str]) -> list[EditRequest]:
+def requests_of(metadata: Mapping[str, str]) -> tuple[EditRequest, ...]:
+    """Return the edits that the metadata of a segment hold; raise :class:`UnreadableError`."""
     if metadata.get("format") != str(FORMAT):
-        raise ValueError(f"it has format {metadata.get('format')!r}, this editcli reads format {FORMAT}")
-    records, places = json.loads(metadata["edits"]), json.loads(metadata["places"])
-    return [from_record(record, file=file, line=line) for record, (file, line) in zip(records, places, strict=True)]
+        raise UnreadableError(f"it has format {metadata.get('format')!r}, this editcli reads format {FORMAT}")
+    known = convert(dict(metadata), _SegmentMetadata)
+    records = convert(parse(known.edits), list[dict[str, Any]])
+    places = convert(parse(known.places), list[tuple[str, Count | None]])
+    if len(records) != len(places):
+        raise UnreadableError(f"it has {len(records)} edits and {len(places)} places")
+    try:
+        return tuple(from_record(r, file=file, line=line) for r, (file, line) in zip(records, places, strict=True))
+    except RequestError as error:
+        raise UnreadableError(str(error)) from error
+
+
+def _matrix(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int | None], where: str) -> Tensor:
+    """Return a matrix of finite numbers; ``shape`` is its size, None where any will do."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise StateError(f"{name} is not in {where}; restore it from a backup")
+    fits = tensor.ndim == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
+    if not fits or not tensor.is_floating_point():
+        asked = " x ".join("n" if size is None else str(size) for size in shape)
+        raise StateError(
+            f"{name} in {where} is {tensor.dtype} {tuple(tensor.shape)} in place of numbers {asked}; restore it from a "
+            "backup"
+        )
+    if not bool(tensor.isfinite().all()):
+        raise StateError(f"{name} in {where} holds numbers that are not finite; restore it from a backup")
+    return tensor
 
 
 def _kept(folder: Path) -> Iterator[Path]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from editcli.commands.bench import BenchReport, Curve, Point
 from editcli.errors import OptionError
-from editcli.linalg.ratios import shown
+from editcli.formatting import number
 from editcli.pages.charts import Chart, Series
+from editcli.render.tables import percent, table
 from editcli.reporting import Reporter
 from editcli.storage.files import write_bytes
 
@@ -21,7 +21,7 @@ _PAIRS = (("efficacy", "efficacy"), ("general.", "generalization"), ("specif.", 
 _ENDS = (("early", 0), ("late", -1))
 _SHORT = {"exponential": "exp.", "linear": "linear", "power": "power", "square root": "root"}
 _LEGEND = (
-    "Retained at the end on a fixed sample of the stream, in percent: success/accuracy. success: the wanted answer is "
+    "Retained at the end on a fixed sample of the stream, in percent: success/accuracy. success: the right answer is "
     "more probable than its rival; accuracy: the greedy answer is right. CP@60: edits when efficacy was first below "
     "60 %. early, late: efficacy of the first and the last quarter's edits. R_n: the largest of any site; doubling: "
     "edits in which it doubles by the straight line through ln R_n; exp., linear, power, root: share of R_n's variance "
@@ -31,8 +31,8 @@ _LEGEND = (
 
 def bench_table(report: BenchReport) -> RenderableType:
     """Draw what every stack retains, and below it what it does to the norms."""
-    retained = _table("edits", *(short for short, _ in _PAIRS), "CP@60", *(short for short, _ in _ENDS))
-    norms = _table("R_n", "doubling", *_SHORT.values(), "s")
+    retained = _stacks("edits", *(short for short, _ in _PAIRS), "CP@60", *(short for short, _ in _ENDS))
+    norms = _stacks("R_n", "doubling", *_SHORT.values(), "s")
     for curve in report.curves:
         retained.add_row(curve.stack, *_retained(curve))
         norms.add_row(curve.stack, *_norms(curve))
@@ -49,8 +49,8 @@ def bench_charts(report: BenchReport) -> list[Chart]:
         "Exact neighbours": "specificity_accuracy",
         "Paraphrases": "generalization_success",
     }
-    shares = (-0.03, 1.03)
-    charts = [Chart(title, "edits", name, _series(report, name), limits=shares) for title, name in figures.items()]
+    whole = (-0.03, 1.03)
+    charts = [Chart(title, "edits", name, _series(report, name), limits=whole) for title, name in figures.items()]
     ratios = _all(report, lambda point: point.ratio)
     # A figure whose fields the edits do not have is left out; the norms are always known.
     known = [chart for chart in charts if not chart.empty]
@@ -72,12 +72,12 @@ def plot_bench(report: BenchReport, path: Path, reporter: Reporter) -> bool:
     return True
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("stack", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+def _stacks(*figures: str) -> Table:
+    """Return a table of one line per stack, which a narrow terminal cuts instead of wrapping it."""
+    stacks = table("stack", *figures, right=figures)
+    for column in stacks.columns:
+        column.no_wrap = True
+    return stacks
 
 
 def _retained(curve: Curve) -> Sequence[str]:
@@ -88,27 +88,22 @@ def _retained(curve: Curve) -> Sequence[str]:
         f"{last.edits:,}",
         *(_pair(last.figures, name) for _, name in _PAIRS),
         "/".join("-" if edits is None else f"{edits:,}" for edits in curve.collapse.values()),
-        *(_pair({name: shares[place] for name, shares in curve.cohorts.items()}, "efficacy") for _, place in _ENDS),
+        *(_pair({name: quarters[end] for name, quarters in curve.cohorts.items()}, "efficacy") for _, end in _ENDS),
     )
 
 
 def _norms(curve: Curve) -> Sequence[str | Text]:
     growth, last, spent = curve.growth, curve.last, curve.seconds_per_edit
-    ratio = shown(last and last.ratio, ".2f")
-    seconds = "n/a" if spent is None else f"{spent:.2f}"
+    ratio, seconds = number(last and last.ratio, ".2f"), number(spent, ".2f")
     if growth is None:
         return (ratio, *["n/a"] * (len(_SHORT) + 1), seconds)
-    doubling = "-" if growth.doubling is None else f"{growth.doubling:,.0f}"
-    shares = (Text(f"{growth.r2[law]:.3f}", style="bold" if law == growth.law else "") for law in _SHORT)
-    return (ratio, doubling, *shares, seconds)
+    doubling = number(growth.doubling, ",.0f", missing="-")
+    explained = (Text(f"{growth.r2[law]:.3f}", style="bold" if law == growth.law else "") for law in _SHORT)
+    return (ratio, doubling, *explained, seconds)
 
 
 def _pair(figures: Mapping[str, float | None], name: str) -> str:
-    return "/".join(_percent(figures.get(f"{name}_{form}")) for form in ("success", "accuracy"))
-
-
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.0f}"
+    return "/".join(percent(figures.get(f"{name}_{form}")) for form in ("success", "accuracy"))
 
 
 def _series(report: BenchReport, figure: str) -> tuple[Series, ...]:
@@ -116,8 +111,8 @@ def _series(report: BenchReport, figure: str) -> tuple[Series, ...]:
 
 
 def _all(report: BenchReport, value: Callable[[Point], float | None]) -> tuple[Series, ...]:
-    found = []
+    series = []
     for curve in report.curves:
         points = [(float(point.edits), value(point)) for point in curve.points]
-        found.append(Series(curve.stack, tuple((x, y) for x, y in points if y is not None)))
-    return tuple(found)
+        series.append(Series(curve.stack, tuple((x, y) for x, y in points if y is not None)))
+    return tuple(series)

@@ -30,11 +30,11 @@ from rich.text import Text
 from editcli.formatting import duration, printable, rate
 
 FIRST, EVERY = 1.0, 10.0
-"""Seconds until a phase counts as one that lasts and is announced, and between its later lines."""
+"""Seconds until the first line about a phase, and between its later lines."""
 ENOUGH = 0.05
-"""Share of a phase that must be done before its end is estimated: edits of one batch end together."""
+"""Share of a phase that must be done before its remaining time is estimated: edits of one batch end together."""
 LOOK = 0.25
-"""Seconds between looks at what is due."""
+"""Seconds between checks whether a line is due."""
 
 
 @dataclass(slots=True)
@@ -46,24 +46,24 @@ class _Phase:
     unit: str
     started: float
     done: int = 0
-    said: float | None = None
+    reported: float | None = None
     """When its last line was written; None before the first."""
-    said_done: int = 0
+    reported_done: int = 0
 
     def line(self, now: float) -> str:
-        """Return where the phase stands: done, total, rate and remaining time."""
+        """Return the progress of the phase: done, total, rate and remaining time."""
         spent = now - self.started
         text = self._with(self._count() if self.total > 1 else "")
         if self.done and self.total > 1:
             text = f"{text}, {rate(self.done / spent)}/s"
             left = spent / self.done * max(0, self.total - self.done)
             return f"{text}, {duration(left)} left" if self.done >= ENOUGH * self.total else text
-        return text if self.said is None else f"{text} after {duration(spent)}"
+        return text if self.reported is None else f"{text} after {duration(spent)}"
 
     def ending(self, now: float) -> str:
-        """Return what the phase came to."""
-        whole = f"{self.done:,} {self.unit}".rstrip() if self.done == self.total else self._count()
-        return f"{self._with(whole if self.total > 1 else 'done')} in {duration(now - self.started)}"
+        """Return the last line of the phase: units done and seconds spent."""
+        count = f"{self.done:,} {self.unit}".rstrip() if self.done == self.total else self._count()
+        return f"{self._with(count if self.total > 1 else 'done')} in {duration(now - self.started)}"
 
     def _count(self) -> str:
         return f"{self.done:,}/{self.total:,} {self.unit}".rstrip()
@@ -73,10 +73,10 @@ class _Phase:
 
 
 class PlainProgress:
-    """Writes a line when a phase turns out to last, every ten seconds from then on, and at its end.
+    """Writes a line one second into a phase, every ten seconds from then on, and at its end.
 
-    A thread of its own looks at the clock, since a phase may be busy for minutes before anything in it is done. Of
-    nested phases the innermost speaks; those around it speak when they have advanced.
+    A thread watches the clock, since a phase may be busy for minutes before its first unit is done. Of nested phases
+    the innermost reports; an outer one reports only after it has advanced.
     """
 
     def __init__(self, write: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic):
@@ -87,21 +87,21 @@ class PlainProgress:
     @contextmanager
     def phase(self, name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
         """Follow a phase of ``total`` units."""
-        own = _Phase(name, total, unit, self._clock())
+        phase = _Phase(name, total, unit, self._clock())
 
         def advance(count: int) -> None:
-            own.done += count
+            phase.done += count
 
         with self._lock:
-            self._phases.append(own)
+            self._phases.append(phase)
         with self._watched():
             try:
                 yield advance
             finally:
                 with self._lock:
-                    self._phases.remove(own)
-        if own.said is not None:
-            self._write(own.ending(self._clock()))
+                    self._phases.remove(phase)
+        if phase.reported is not None:
+            self._write(phase.ending(self._clock()))
 
     def look(self) -> None:
         """Write the lines that are due now."""
@@ -110,16 +110,16 @@ class PlainProgress:
             for phase in self._phases:
                 if self._is_due(phase, now):
                     self._write(phase.line(now))
-                    phase.said, phase.said_done = now, phase.done
+                    phase.reported, phase.reported_done = now, phase.done
 
     def _is_due(self, phase: _Phase, now: float) -> bool:
-        if phase is not self._phases[-1] and phase.done == phase.said_done:
+        if phase is not self._phases[-1] and phase.done == phase.reported_done:
             return False
-        return now - phase.started >= FIRST if phase.said is None else now - phase.said >= EVERY
+        return now - phase.started >= FIRST if phase.reported is None else now - phase.reported >= EVERY
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Have a thread look at the clock while the outermost phase lasts."""
+        """Run the thread that watches the clock while the outermost phase lasts."""
         if len(self._phases) > 1:
             yield
             return
@@ -139,19 +139,19 @@ class PlainProgress:
 
 
 class PlainConsole(Console):
-    """A console that shows text from files and plugins as it is: neither markup nor what a terminal would obey."""
+    """A console that shows text from files and plugins literally: no markup, no control characters."""
 
     def __init__(self, **settings: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield segments; what rich itself tells the terminal to do comes in segments of a kind of their own."""
+        """Yield segments; rich's own control codes come in separate segments."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def stdout() -> Console:
-    """Return a console for results; rich leaves colours out when it is no terminal or ``NO_COLOR`` is set."""
+    """Return a console for results; rich omits colours without a terminal or when ``NO_COLOR`` is set."""
     return PlainConsole(file=sys.stdout, soft_wrap=False)
 
 
@@ -161,7 +161,7 @@ def stderr() -> Console:
 
 
 class RichReporter:
-    """A reporter that draws progress bars on a terminal; all else, and progress elsewhere, it writes as plain lines."""
+    """A reporter that draws progress bars on a terminal, and writes plain lines for everything else."""
 
     def __init__(self, *, verbosity: Callable[[], int] = lambda: 0, console: Console | None = None):
         self.console = console or stderr()
@@ -174,7 +174,7 @@ class RichReporter:
     def phase(self, name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
         """Show one bar for a phase of ``total`` units; phases may be nested, each has its own bar.
 
-        Without a terminal a phase that lasts writes a line now and then; when quiet, nothing.
+        Without a terminal a long phase writes a line now and then; when quiet, nothing.
         """
         if self._verbosity() < 0:
             yield lambda count: None
@@ -191,16 +191,16 @@ class RichReporter:
             self._leave(progress, task)
 
     def note(self, text: str) -> None:
-        """Tell something worth knowing, unless quiet."""
+        """Write a note, unless quiet."""
         if self._verbosity() >= 0:
             self._line(Text(text, style="dim"))
 
     def warn(self, text: str) -> None:
-        """Tell something that may be wrong, even when quiet."""
+        """Write a warning, even when quiet."""
         self._line(Text.assemble(("warning: ", "yellow"), text))
 
     def _line(self, text: Text) -> None:
-        # Soft wrapping leaves a redirected line whole, so that it can be searched for.
+        # Soft wrapping keeps a redirected line whole, for grep.
         self.console.print(text, soft_wrap=True)
 
     def _enter(self) -> Progress:
@@ -212,7 +212,7 @@ class RichReporter:
         return progress
 
     def _leave(self, progress: Progress, task: TaskID) -> None:
-        # Drawn once more, so that even the shortest phase is seen as done and not as never begun.
+        # Draw once more, so that even the shortest phase is shown as done.
         progress.refresh()
         progress.remove_task(task)
         self._open -= 1
@@ -237,7 +237,7 @@ def _progress(console: Console) -> Progress:
 
 
 class _Done(ProgressColumn):
-    """How much is done, for instance ``120/2,000 edits``."""
+    """Units done, for instance ``120/2,000 edits``."""
 
     def render(self, task: Task) -> Text:
         unit = task.fields.get("unit", "")
@@ -245,7 +245,7 @@ class _Done(ProgressColumn):
 
 
 class _Rate(ProgressColumn):
-    """How fast it goes, for instance ``12.3/s``."""
+    """Units per second, for instance ``12.3/s``."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{rate(task.speed)}/s", style="cyan")

@@ -1,19 +1,18 @@
-"""Draw what ``eval`` and ``check`` found."""
+"""Draw the results of ``eval`` and ``check``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from editcli.commands.check import CheckedEdit, CheckReport
 from editcli.commands.evaluate import Measurement
 from editcli.evaluation.harness import HarnessResult
 from editcli.evaluation.metrics import Evaluation
+from editcli.formatting import number, plural
+from editcli.render.tables import table
 
 _FLAT = (
     "efficacy_accuracy",
@@ -28,18 +27,15 @@ _FLAT = (
 
 def evaluation_table(found: Measurement) -> RenderableType:
     """Draw one row for each metric, the base beside the model where it was measured."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric")
-    if found.base_evaluation is not None:
-        table.add_column("base", justify="right")
-    table.add_column("model", justify="right")
-    table.add_column("over", justify="right", style="dim")
+    figures = ("model", "over") if found.base_evaluation is None else ("base", "model", "over")
+    rows = table("metric", *figures, right=figures, padding=(0, 1))
+    rows.columns[-1].style = "dim"
     base = None if found.base_evaluation is None else _rows(found.base_evaluation, found.base_harness)
     for name, (value, over) in _rows(found.evaluation, found.harness).items():
-        cells = [] if base is None else [_number(base[name][0] if name in base else None)]
-        table.add_row(name, *cells, _number(value), over)
-    title = f"{found.edits:,} edits of {found.edits_file} on {found.model}" if found.edits_file else found.model
-    shown = [table] if table.row_count else []
+        cells = [] if base is None else [_figure(base[name][0] if name in base else None)]
+        rows.add_row(name, *cells, _figure(value), over)
+    title = f"{plural(found.edits, 'edit')} of {found.edits_file} on {found.model}" if found.edits_file else found.model
+    shown = [rows] if rows.row_count else []
     return Group(Text(title, style="bold"), *shown, *_drift_lines(found), *_legends(found))
 
 
@@ -75,26 +71,24 @@ def metric_rows(evaluation: Evaluation) -> Iterator[tuple[str, float | None]]:
 
 def check_table(report: CheckReport) -> RenderableType:
     """Draw one row for each usable edit, then refusals and warnings, then the verdict."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("line", "prompt", "lookup token", "joint", "target tokens", "tokens"):
-        table.add_column(heading, overflow="fold")
+    rows = table("line", "prompt", "lookup token", "joint", "target tokens", "tokens", padding=(0, 1))
     for edit in report.edits:
         target = Text(" ").join(Text(repr(token), style="green") for token in edit.target)
         position = Text(f" @{edit.position}", style="dim")
         lookup = Text(repr(edit.lookup)) + position if edit.subject else Text("none", style="dim")
-        table.add_row(str(edit.line), _prompt(edit), lookup, repr(edit.joint), target, str(edit.length))
+        rows.add_row(str(edit.line), _prompt(edit), lookup, repr(edit.joint), target, str(edit.length))
     doubts = [f"line {edit.line}: {text}" for edit in report.edits for text in edit.warnings]
     lines = [Text.assemble(("warning: ", "yellow"), text) for text in (*report.warnings, *doubts)]
     lines += [Text.assemble(("refused: ", "red"), str(error)) for error in report.rejected]
     warnings = len(lines) - len(report.rejected)
-    counts = f"{len(report.edits):,} usable, {len(report.rejected):,} refused, {warnings:,} warnings"
+    counts = f"{len(report.edits):,} usable, {len(report.rejected):,} refused, {plural(warnings, 'warning')}"
     verdict = Text(f"{report.source} with the tokenizer of {report.model}: {counts}", style="bold")
-    return Group(*([table] if report.edits else []), *lines, verdict)
+    return Group(*([rows] if report.edits else []), *lines, verdict)
 
 
 _LEGEND = (
-    "accuracy: the greedy answer is right; success: the wanted answer is more probable than its rival; "
-    "-: the records have no field for it."
+    "accuracy: the greedy answer is right; success: the right answer is more probable than its rival; "
+    "-: the records lack its fields."
 )
 
 
@@ -122,5 +116,5 @@ def _drift_lines(found: Measurement) -> Iterator[Text]:
         )
 
 
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _figure(value: float | None) -> str:
+    return number(value, ".4f", missing="-")

@@ -1,18 +1,19 @@
-"""Draw what ``inspect`` found."""
+"""Draw the result of ``inspect``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from editcli.formatting import size
 from editcli.health.inspect import Figures, Inspection, SiteInspection
 from editcli.records.history import TopEdit
 from editcli.render.run import STYLES
+from editcli.render.tables import table
 
 SPARK_WIDTH = 16
 _BARS = "▁▂▃▄▅▆▇█"
@@ -27,17 +28,17 @@ class _Column:
     right: bool = True
 
 
-def inspection_view(found: Inspection) -> Group:
-    """Return the head, the tables of sites, and what a run's journal adds."""
-    parts: list[RenderableType] = [_head(found)]
-    if found.wanted.norms or found.wanted.spectral:
-        parts += [_sites(found, [*_NORMS, _curve_column(found)]), *_spectral_table(found)]
+def inspection_view(inspection: Inspection) -> Group:
+    """Return the head, the tables of sites, and the figures of a run's journal."""
+    parts: list[RenderableType] = [_head(inspection)]
+    if inspection.wanted.norms or inspection.wanted.spectral:
+        parts += [_sites(inspection, [*_NORMS, _curve_column(inspection)]), *_spectral_table(inspection)]
     else:
-        parts.append(_sites(found, _BARE))
-    parts += [_reasons(site) for site in found.sites if site.verdict.reasons]
-    if found.top_edits:
-        parts.append(_top_table(found.top_edits))
-    parts += [Text(note, style="dim") for note in _notes(found)]
+        parts.append(_sites(inspection, _BARE))
+    parts += [_reasons(site) for site in inspection.sites if site.verdict.reasons]
+    if inspection.top_edits:
+        parts.append(_top_table(inspection.top_edits))
+    parts += [Text(note, style="dim") for note in _notes(inspection)]
     return Group(*parts)
 
 
@@ -79,6 +80,7 @@ def _verdict(site: SiteInspection) -> Text | None:
 
 
 def _number(value: float | None, form: str = ".4g") -> str | None:
+    """Return a figure, or None: a column without any figure is left out."""
     return None if value is None else format(value, form)
 
 
@@ -123,8 +125,8 @@ _SPECTRAL = (
 )
 
 
-def _curve_column(found: Inspection) -> _Column:
-    history = found.history
+def _curve_column(inspection: Inspection) -> _Column:
+    history = inspection.history
 
     def cell(site: SiteInspection) -> str | None:
         return (sparkline(history.series(site.site.module, "ratio")) or None) if history else None
@@ -132,37 +134,32 @@ def _curve_column(found: Inspection) -> _Column:
     return _Column("R_n over the run", cell, right=False)
 
 
-def _spectral_table(found: Inspection) -> Iterator[Table]:
-    if found.wanted.spectral:
-        yield _sites(found, _SPECTRAL)
+def _spectral_table(inspection: Inspection) -> Iterator[Table]:
+    if inspection.wanted.spectral:
+        yield _sites(inspection, _SPECTRAL)
 
 
-def _sites(found: Inspection, columns: Sequence[_Column]) -> Table:
+def _sites(inspection: Inspection, columns: Sequence[_Column]) -> Table:
     """Return one row per site, with the columns for which there is any figure."""
-    cells = [(column, [column.cell(site) for site in found.sites]) for column in columns]
-    kept = [(column, values) for column, values in cells if any(value is not None for value in values)]
-    table = _table()
-    for column, _ in kept:
-        table.add_column(column.title, justify="right" if column.right else "left", overflow="fold")
-    for row in zip(*(values for _, values in kept), strict=True):
-        table.add_row(*("-" if value is None else value for value in row))
-    return table
+    cells = [(column, [column.cell(site) for site in inspection.sites]) for column in columns]
+    known = [(column, values) for column, values in cells if any(value is not None for value in values)]
+    rows = table(*(c.title for c, _ in known), right=[c.title for c, _ in known if c.right])
+    for row in zip(*(values for _, values in known), strict=True):
+        rows.add_row(*("-" if value is None else value for value in row))
+    return rows
 
 
-def _table(title: str | None = None) -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
-
-
-def _head(found: Inspection) -> Text:
-    text = Text.assemble((found.model, "bold"), f": {found.family}, {found.layers} layers, ")
-    text.append("tied embeddings" if found.tied else "embeddings not tied")
-    text.append(f"\npreset {found.preset.name} ({found.preset.label}): layers {layer_ranges(found.preset.layers)} (*)")
-    if found.statistics_bytes:
-        text.append(f", {_size(found.statistics_bytes)} for their statistics")
-    if found.base:
-        text.append(f"\ncompared with {found.base}")
-    if found.verdict:
-        text.append("\nverdict: ").append(found.verdict, style=STYLES[found.verdict])
+def _head(inspection: Inspection) -> Text:
+    text = Text.assemble((inspection.model, "bold"), f": {inspection.family}, {inspection.layers} layers, ")
+    text.append("tied embeddings" if inspection.tied else "embeddings not tied")
+    preset = inspection.preset
+    text.append(f"\npreset {preset.name} ({preset.label}): layers {layer_ranges(preset.layers)} (*)")
+    if inspection.statistics_bytes:
+        text.append(f", {size(inspection.statistics_bytes)} for their statistics")
+    if inspection.base:
+        text.append(f"\ncompared with {inspection.base}")
+    if inspection.verdict:
+        text.append("\nverdict: ").append(inspection.verdict, style=STYLES[inspection.verdict])
     return text
 
 
@@ -171,29 +168,22 @@ def _reasons(site: SiteInspection) -> Text:
     return Text(text + (f"; no longer fine since batch {site.since[0]} (edit {site.since[1]})" if site.since else ""))
 
 
-def _notes(found: Inspection) -> Iterator[str]:
-    errors = [site.now.error for site in found.sites if site.now and site.now.error > 0]
+def _notes(inspection: Inspection) -> Iterator[str]:
+    errors = [site.now.error for site in inspection.sites if site.now and site.now.error > 0]
     if errors:
         yield f"Large matrices are estimated; relative error up to {max(errors):.1e}."
-    if found.wanted.spectral:
-        where = f"k(tau) at tau = {found.wanted.tau:g}"
-        if found.base:
+    if inspection.wanted.spectral:
+        where = f"k(tau) at tau = {inspection.wanted.tau:g}"
+        if inspection.base:
             where += ", and for the base's k: LS and SS (inferred formulas), the largest principal angle in degrees"
         yield f"{where}."
-    if (found.wanted.norms or found.wanted.spectral) and found.base is None:
+    if (inspection.wanted.norms or inspection.wanted.spectral) and inspection.base is None:
         yield "Without a base there is no ratio, drift or verdict; pass --base MODEL."
 
 
 def _top_table(edits: Sequence[TopEdit]) -> Table:
-    table = _table("Edits that wrote most")
-    table.add_column("edit", overflow="fold")
-    table.add_column("batch", justify="right")
-    table.add_column("||D||_F", justify="right")
-    table.add_column("fact", overflow="fold")
+    figures, title = ("batch", "||D||_F"), "Edits that wrote most"
+    rows = table("edit", *figures, "fact", right=figures, title=title, title_justify="left")
     for edit in edits:
-        table.add_row(Text(edit.id), str(edit.step), f"{edit.norm:.4g}", Text(f"{edit.prompt} -> {edit.target}"))
-    return table
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+        rows.add_row(Text(edit.id), str(edit.step), f"{edit.norm:.4g}", Text(f"{edit.prompt} -> {edit.target}"))
+    return rows

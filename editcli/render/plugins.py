@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from editcli.formatting import plural
+from editcli.render.tables import table
 
 if TYPE_CHECKING:
     from editcli.scaffold.package import Scaffolded
@@ -17,22 +18,22 @@ if TYPE_CHECKING:
 
 def plugins_table(rows: Sequence[Mapping[str, Any]], broken: Mapping[str, str]) -> RenderableType:
     """Draw one line for each component, then the plugins that could not be loaded."""
-    table = _table("name", "kind", "from", "paper", "options")
+    components = table("name", "kind", "from", "paper", "options")
     for row in rows:
         options = ", ".join(option["name"] for option in row["options"])
         origin = f"{row['distribution']} {row['version']}".strip()
-        table.add_row(Text(row["name"], style="bold"), row["kind"], origin, Text(row["paper"]), Text(options))
+        components.add_row(Text(row["name"], style="bold"), row["kind"], origin, Text(row["paper"]), Text(options))
     hint = Text("'editcli plugins NAME' explains the options; set one with -o NAME.KEY=VALUE.", style="dim")
-    return Group(table, _broken(broken), hint)
+    return Group(components, _broken(broken), hint)
 
 
 def plugin_detail(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Draw everything that is known about the components of one name."""
+    """Draw all details of the components of one name."""
     return Group(*(_detail(row) for row in rows))
 
 
 def scaffolded(made: Scaffolded) -> RenderableType:
-    """Draw what was written and the commands to go on with."""
+    """Draw the files that were written and the next commands."""
     method = next(path for path in made.files if path.endswith(f"/{made.kind}.py"))
     commands = (
         f"cd {shlex.quote(str(made.folder))}",
@@ -40,7 +41,8 @@ def scaffolded(made: Scaffolded) -> RenderableType:
         f"editcli plugins {made.name}",
         made.usage,
     )
-    lines = [f"Wrote {made.folder}: {len(made.files)} files, {made.kind} {made.name!r}, which works as it is.", ""]
+    files = plural(len(made.files), "file")
+    lines = [f"Wrote {made.folder}: {files}, {made.kind} {made.name!r}, which works as it is.", ""]
     lines += [f"  {command}" for command in commands]
     lines += ["", f"Replace the method in {method} by yours."]
     # A command that is broken into two lines cannot be copied.
@@ -53,20 +55,13 @@ def _detail(row: Mapping[str, Any]) -> RenderableType:
     heading = Text.assemble((row["name"], "bold"), f", {origin}", (f", plugin interface {row['api']}", "dim"))
     lines: list[RenderableType] = [heading, Text(row["summary"] + paper)]
     if row["options"]:
-        table = _table("option", "type", "default", "what it does")
+        options = table("option", "type", "default", "what it does")
         for option in row["options"]:
-            table.add_row(*(Text(_shown(option[key])) for key in ("name", "type", "default", "help")))
-        lines.append(table)
+            options.add_row(*(Text(_shown(option[key])) for key in ("name", "type", "default", "help")))
+        lines.append(options)
     else:
         lines.append(Text("It has no options.", style="dim"))
     return Group(*lines)
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
 
 
 def _broken(broken: Mapping[str, str]) -> RenderableType:
@@ -75,7 +70,7 @@ def _broken(broken: Mapping[str, str]) -> RenderableType:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as one would write it after ``-o NAME.KEY=``."""
+    """Return a value as it is written after ``-o NAME.KEY=``."""
     if value is None:
         return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from editcli.formatting import duration, size
+from editcli.formatting import duration, number, plural, size
 from editcli.health.verdict import Thresholds, judge
-from editcli.linalg.ratios import shown
+from editcli.render.tables import facts, table
 from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.runs.undo import UndoPlan
 
@@ -40,28 +39,25 @@ def run_table(report: RunReport) -> RenderableType:
 def plan_table(plan: Plan) -> RenderableType:
     """Draw what a run would do."""
     method = " + ".join((plan.editor, *plan.stabilizers))
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="dim")
-    facts.add_column(overflow="fold")
-    for name, value in (
+    batches = f"{plural(plan.batches, 'batch')} of {plan.batch_size:,}"
+    rows = (
         ("model", f"{plan.model}, preset {plan.preset} ({plan.label})"),
         ("method", method),
-        ("edits", f"{plan.edits:,} in {plan.batches:,} batches of {plan.batch_size:,}; {plan.tokens:,} tokens"),
+        ("edits", f"{plan.edits:,} in {batches}; {plural(plan.tokens, 'token')}"),
         ("memory", plan.memory),
         ("disk", f"{size(plan.bytes['disk'])} in {plan.out}"),
         ("time", "not measured" if plan.seconds is None else f"about {duration(plan.seconds)} for the targets"),
-    ):
-        facts.add_row(name, Text(value))
-    sites = _table("site", "shape")
+    )
+    sites = table("site", "shape")
     for site in plan.sites:
-        sites.add_row(Text(site["module"]), " x ".join(str(size) for size in site["shape"]))
+        sites.add_row(Text(site["module"]), " x ".join(map(str, site["shape"])))
     ending = Text("Nothing was written: this is a dry run.", style="dim")
-    return Group(facts, *_rejections(plan.rejected), sites, ending)
+    return Group(facts(rows), *_rejections(plan.rejected), sites, ending)
 
 
 def _headline(report: RunReport) -> Text:
     method = " + ".join((report.editor, *report.stabilizers))
-    count = f"{report.applied:,} of {report.read:,} edits applied"
+    count = f"{report.applied:,} of {plural(report.read, 'edit')} applied"
     text = Text.assemble((count, "bold"), f" to {report.model} with {method}")
     if report.status != "done":
         text.append(f", {report.status}", style="bold yellow")
@@ -94,27 +90,24 @@ def _read(figures: Mapping[str, Any] | None, name: str) -> float | None:
 
 
 def _figures_table(figures: Sequence[tuple[str, float | None, float | None, float | None]]) -> Table:
-    table = _table("", "before", "immediate", "retained")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    moments = ("before", "immediate", "retained")
+    rows = table("", *moments, right=moments)
     for name, before, immediate, after in figures:
         row = (_percent(before), _percent(immediate), Text(_percent(after), style="bold"))
-        # A figure that no record has the fields for is left out instead of standing there as a row of dashes.
+        # No edit has the fields for this figure: a row of dashes would say nothing.
         if (before, immediate, after) != (None, None, None):
-            table.add_row(name, *row)
-    return table
+            rows.add_row(name, *row)
+    return rows
 
 
 def _sites_table(sites: Sequence[SiteReport]) -> Table:
-    table = _table("site", "R_n", "drift", "lost by the cast", "verdict")
-    for column in table.columns[1:4]:
-        column.justify = "right"
+    rows = table("site", "R_n", "drift", "lost by the cast", "verdict", right=("R_n", "drift", "lost by the cast"))
     for site in sites:
         word = judge(Thresholds(), ratio=site.ratio, drift=site.drift).word or ""
         loss = f"{site.cast_loss:.1e}" if site.cast_loss else "nothing"
         verdict = Text(word, style=STYLES.get(word, ""))
-        table.add_row(Text(site.module), shown(site.ratio, ".3f"), shown(site.drift, ".3f"), loss, verdict)
-    return table
+        rows.add_row(Text(site.module), number(site.ratio, ".3f"), number(site.drift, ".3f"), loss, verdict)
+    return rows
 
 
 def _targets(counts: Mapping[str, int] | None) -> Iterator[Text]:
@@ -136,13 +129,6 @@ def _ending(report: RunReport) -> Iterator[RenderableType]:
     elif not report.applied:
         holds = " holds no edit; editcli/ has the record of this run"
     yield Text.assemble((f"{report.out}/", "bold"), holds)
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
 
 
 def _percent(value: float | None) -> str:
@@ -182,16 +168,12 @@ SHOWN_EDITS = 8
 
 def undo_table(plan: UndoPlan) -> RenderableType:
     """Draw what an undo would take back, keep and compute again."""
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="dim")
-    facts.add_column(overflow="fold")
     more = "" if len(plan.edits) <= SHOWN_EDITS else f" and {len(plan.edits) - SHOWN_EDITS:,} more"
-    again = f"{plan.redone_edits:,} edits in {len(plan.redo):,} batches, about {duration(plan.seconds)}"
-    for name, value in (
+    again = f"{plural(plan.redone_edits, 'edit')} in {plural(len(plan.redo), 'batch')}, about {duration(plan.seconds)}"
+    rows = (
         ("run", plan.out),
-        ("taken back", f"{len(plan.edits):,} edits: {', '.join(plan.edits[:SHOWN_EDITS])}{more}"),
-        ("stays", f"{plan.step:,} batches, replayed from their factors"),
+        ("taken back", f"{plural(len(plan.edits), 'edit')}: {', '.join(plan.edits[:SHOWN_EDITS])}{more}"),
+        ("stays", f"{plural(plan.step, 'batch')}, replayed from their factors"),
         ("computed again", again if plan.redo else "nothing"),
-    ):
-        facts.add_row(name, Text(value))
-    return Group(facts, Text("Nothing was written: this is a dry run.", style="dim"))
+    )
+    return Group(facts(rows), Text("Nothing was written: this is a dry run.", style="dim"))

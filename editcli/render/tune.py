@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from editcli.errors import OptionError
-from editcli.formatting import duration
-from editcli.linalg.ratios import shown
+from editcli.formatting import duration, number, plural
 from editcli.pages.charts import Chart, Series
+from editcli.render.tables import percent, table
 from editcli.reporting import Reporter
 from editcli.storage.files import write_bytes
 from editcli.tuning.objective import SCORE, Figures
@@ -34,7 +33,7 @@ _LEGEND = (
 
 
 def tune_view(report: TuneReport) -> RenderableType:
-    """Draw what a search came to."""
+    """Draw the result of a search."""
     listed = _listed(report)
     parts: list[RenderableType] = [_headline(report), _trade_off(report, listed), _settings(listed)]
     if report.held_out is not None:
@@ -80,8 +79,8 @@ def plot_search(report: TuneReport, path: Path, reporter: Reporter) -> bool:
 def _headline(report: TuneReport) -> Text:
     method = "+".join((report.editor, *report.stabilizers))
     early = sum(trial.state == PRUNED for trial in report.trials)
-    done = sum(trial.state == DONE for trial in report.trials)
-    text = Text.assemble((f"{done} trials done", "bold"), f" and {early} ended early, {method} on {report.model}")
+    done = plural(sum(trial.state == DONE for trial in report.trials), "trial")
+    text = Text.assemble((f"{done} done", "bold"), f" and {early} ended early, {method} on {report.model}")
     if report.status != "done":
         text.append(f", {report.status}", style="bold yellow")
     return text
@@ -95,36 +94,36 @@ def _listed(report: TuneReport) -> list[Record]:
 
 
 def _trade_off(report: TuneReport, listed: Sequence[Record]) -> Table:
-    table = _table("trial", "score", *_FIGURES, "s")
+    rows = _trials("trial", "score", *_FIGURES, "s")
     for trial in listed:
         name = f"{trial.number} (guess)" if report.guess is not None and trial.number == report.guess.number else ""
         style = "bold" if report.best is not None and trial.number == report.best.number else ""
         cells = _cells(trial.figures)
-        table.add_row(name or str(trial.number), shown(trial.score, SCORE), *cells, f"{trial.seconds:.0f}", style=style)
-    table.add_section()
-    table.add_row("unedited", "", *_cells(report.base), "", style="dim")
-    return table
+        rows.add_row(name or str(trial.number), number(trial.score, SCORE), *cells, f"{trial.seconds:.0f}", style=style)
+    rows.add_section()
+    rows.add_row("unedited", "", *_cells(report.base), "", style="dim")
+    return rows
 
 
 def _settings(listed: Sequence[Record]) -> Table:
     names = [(name, key) for name, section in listed[0].settings.items() for key in section] if listed else []
-    table = _table("trial", "layers", *(key for _, key in names))
+    rows = _trials("trial", "layers", *(key for _, key in names))
     for trial in listed:
         values = (f"{trial.settings[name][key]:.4g}" for name, key in names)
-        table.add_row(str(trial.number), _layers(trial.layers), *values)
-    return table
+        rows.add_row(str(trial.number), _layers(trial.layers), *values)
+    return rows
 
 
 def _comparison(report: TuneReport) -> Table:
     comparison = report.held_out
     assert comparison is not None, "only a comparison that was made is drawn"
-    table = _table("held out", "score", *_FIGURES)
+    rows = _trials("held out", "score", *_FIGURES)
     for name, score, figures in (
         ("guess", comparison.guess_score, comparison.guess),
         ("best trial", comparison.best_score, comparison.best),
     ):
-        table.add_row(name, shown(score, SCORE), *_cells(figures))
-    return table
+        rows.add_row(name, number(score, SCORE), *_cells(figures))
+    return rows
 
 
 def _ending(report: TuneReport) -> Iterator[Text]:
@@ -147,9 +146,8 @@ def _ending(report: TuneReport) -> Iterator[Text]:
 def _cells(figures: Figures | None) -> tuple[str, ...]:
     if figures is None:
         return ("n/a",) * len(_FIGURES)
-    shares = (figures.efficacy, figures.generalization, figures.specificity)
-    known = ("n/a" if value is None else f"{100 * value:.0f}" for value in shares)
-    return (*known, shown(figures.kl, ".4f"), "" if figures.ratio is None else f"{figures.ratio:.3f}")
+    fractions = map(percent, (figures.efficacy, figures.generalization, figures.specificity))
+    return (*fractions, number(figures.kl, ".4f"), number(figures.ratio, ".3f", missing=""))
 
 
 def _layers(layers: Sequence[int]) -> str:
@@ -162,9 +160,7 @@ def _points(trials: Sequence[Record], value: Callable[[Figures], float | None]) 
     return tuple((float(number), y) for number, y in values if y is not None)
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(headings[0], no_wrap=True)
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
-    return table
+def _trials(first: str, *figures: str) -> Table:
+    rows = table(first, *figures, right=figures)
+    rows.columns[0].no_wrap = True
+    return rows

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from editcli.errors import RequestError, StateError
+from editcli.formatting import plural
 from editcli.requests.formats import Format
-from editcli.requests.reader import Collector, EditFile, is_array, parse_object, refuse_deep
-from editcli.storage.lines import Lines, finite_float, no_constant, opened
+from editcli.requests.reader import Collector, EditFile, is_array, read_objects, refuse_deep
+from editcli.storage.lines import Lines, opened, strict_json
 
 MAX_ARRAY_BYTES = 1 << 30
 """One JSON array is read whole; a larger file has to be written one record a line."""
@@ -19,7 +21,7 @@ MAX_ARRAY_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What became of a foreign file."""
+    """The result of converting a file."""
 
     records: int
     """Records read, usable or not."""
@@ -34,19 +36,20 @@ class Conversion:
 
     def write(self, path: Path) -> None:
         """Write the edits file, whole or not at all; raise :class:`StateError` when that is not possible."""
-        # Writing safely is shared with tensors, and importing torch takes longer than most conversions.
-        from editcli.storage.files import write_bytes
+        # This module writes tensors as well, and importing torch takes longer than most conversions.
+        from editcli.storage.files import write_lines
 
         try:
-            write_bytes(path, "".join(f"{line}\n" for line in self.lines()).encode())
+            write_lines(path, (request.to_json() for request in self.edits.requests))
         except OSError as error:
             raise StateError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
 
     def summary(self) -> str:
-        """Return one sentence on what became of the records."""
+        """Return one sentence with the counts."""
         left_out = f", {len(self.edits.rejected):,} refused" if self.edits.rejected else ""
         repeated = f"; {self.repeated:,} of them repeat an earlier edit" if self.repeated else ""
-        return f"{self.records:,} records became {len(self.edits.requests):,} edits{left_out}{repeated}"
+        edits = plural(len(self.edits.requests), "edit")
+        return f"{plural(self.records, 'record')} became {edits}{left_out}{repeated}"
 
     def to_json(self) -> dict[str, Any]:
         """Return counts, refusals and warnings as a JSON object."""
@@ -84,14 +87,14 @@ def convert(
 
 
 def _records(lines: Lines, name: str) -> Iterator[tuple[Callable[[], Mapping[str, Any]], str, int | None]]:
-    """Yield how to load each record, with the file and line to blame."""
+    """Yield a function that loads each record, with its file and line for error messages."""
     if not is_array(lines.head):
-        for line, raw in lines:
-            yield (lambda raw=raw, line=line: parse_object(raw, file=name, line=line)), name, line
+        for line, load in read_objects(lines, name):
+            yield load, name, line
         return
     for index, record in enumerate(_array(lines, name)):
         place = f"{name}[{index}]"
-        yield (lambda record=record, place=place, index=index: _numbered(record, place, index)), place, None
+        yield partial(_numbered, record, place, index), place, None
 
 
 def _array(lines: Lines, name: str) -> list[Any]:
@@ -100,7 +103,7 @@ def _array(lines: Lines, name: str) -> list[Any]:
         reason = f"the array is larger than {MAX_ARRAY_BYTES:,} bytes; write its records one a line"
         raise RequestError(reason, file=name)
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=no_constant, parse_float=finite_float)
+        return strict_json(data.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise RequestError(f"not valid JSON: {error.msg}", file=name, line=error.lineno, column=error.colno) from error
     except (ValueError, RecursionError) as error:
@@ -111,5 +114,5 @@ def _numbered(record: Any, place: str, index: int) -> Mapping[str, Any]:
     if not isinstance(record, dict):
         raise RequestError("a record is a JSON object", file=place)
     refuse_deep(record, file=place, line=None)
-    # Without a number of its own, a record is known by its place, which is the same in every run.
+    # A record without an id is named by its index, which is the same in every run.
     return record if record.keys() & {"id", "case_id"} else {**record, "id": f"record-{index}"}

@@ -9,13 +9,16 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jsonlines
 
 from editcli.errors import RequestError
 from editcli.requests.schema import EditRequest, Neighbor, from_record, kind_of
 from editcli.requests.superseding import supersede
-from editcli.storage.lines import MAX_DEPTH, MAX_LINE_BYTES, finite_float, is_deep, no_constant, opened
+from editcli.storage.lines import MAX_DEPTH, MAX_LINE_BYTES, Lines, is_deep, opened, strict_json
 
 if TYPE_CHECKING:
     from editcli.requests.formats import Format
@@ -28,7 +31,6 @@ __all__ = [
     "Neighbor",
     "conflicts",
     "from_record",
-    "parse_line",
     "read_edits",
 ]
 
@@ -65,10 +67,8 @@ def read_edits(
         if is_array(lines.head):
             hint = "'editcli convert' turns it into an edits file"
             raise RequestError(f"this is one JSON array, not one JSON object a line; {hint}", file=name, line=1)
-        for number, raw in lines:
-            collected.add(
-                lambda raw=raw, number=number: parse_object(raw, file=name, line=number), file=name, line=number
-            )
+        for number, load in read_objects(lines, name):
+            collected.add(load, file=name, line=number)
             if collected.full:
                 break
         digest = lines.sha256()
@@ -160,29 +160,41 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"its fields have another shape ({error})"
 
 
-def parse_line(raw: bytes, *, file: str, line: int) -> EditRequest:
-    """Parse one line of an edits file; raise :class:`RequestError` with its place and the reason."""
-    return from_record(parse_object(raw, file=file, line=line), file=file, line=line)
+def read_objects(lines: Lines, name: str) -> Iterator[tuple[int, Callable[[], Mapping[str, Any]]]]:
+    """Yield the number of each line and a function that returns its JSON object.
+
+    The function raises :class:`RequestError` with the place and the reason where the line holds none.
+    """
+    reader = jsonlines.Reader(lines, loads=strict_json)  # pyright: ignore[reportCallIssue] - attrs drops the underscore.
+    while True:
+        try:
+            value = reader.read(allow_none=True)
+        except EOFError:
+            return
+        except (RequestError, jsonlines.InvalidLineError, RecursionError) as error:
+            yield lines.number, partial(_refuse_line, error, file=name, line=lines.number)
+        else:
+            yield lines.number, partial(_object, value, file=name, line=lines.number)
 
 
-def parse_object(raw: bytes, *, file: str, line: int) -> dict[str, Any]:
-    """Parse one JSON object; raise :class:`RequestError` with its place and the reason."""
-    if len(raw) > MAX_LINE_BYTES:
-        raise RequestError(f"the line is longer than {MAX_LINE_BYTES:,} bytes", file=file, line=line)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        reason = "the line is not UTF-8 text; save the file as UTF-8"
-        raise RequestError(reason, file=file, line=line, column=error.start + 1) from error
-    try:
-        record = json.loads(text, parse_constant=no_constant, parse_float=finite_float)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"not valid JSON: {error.msg}", file=file, line=line, column=error.colno) from error
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"not valid JSON: {error}", file=file, line=line) from error
-    if not isinstance(record, dict):
-        raise RequestError(f"an edit is a JSON object, not {kind_of(record)}", file=file, line=line)
-    return refuse_deep(record, file=file, line=line)
+def _object(value: Any, *, file: str, line: int) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RequestError(f"an edit is a JSON object, not {kind_of(value)}", file=file, line=line)
+    return refuse_deep(value, file=file, line=line)
+
+
+def _refuse_line(error: Exception, *, file: str, line: int) -> NoReturn:
+    """Raise :class:`RequestError` for an error of the line's reader."""
+    if isinstance(error, RequestError):
+        raise error
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        reason, column = "the line is not UTF-8 text; save the file as UTF-8", cause.start + 1
+    elif isinstance(cause, json.JSONDecodeError):
+        reason, column = f"not valid JSON: {cause.msg}", cause.colno
+    else:
+        reason, column = f"not valid JSON: {cause}", None
+    raise RequestError(reason, file=file, line=line, column=column) from cause
 
 
 def refuse_deep(record: dict[str, Any], *, file: str, line: int | None) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from editcli.evaluation.metrics import Evaluation, evaluate
 from editcli.models.loading import choose_device, refuse_unopenable
 from editcli.plugin.interfaces import Site
 from editcli.plugin.manager import Plugins
+from editcli.records.decoding import encode
 from editcli.records.edits import Rejections
+from editcli.records.record import DONE, INTERRUPTED, RUNNING, STOPPED, PilotsRef, Reference, RunRecord
 from editcli.records.recovery import Recovered, recover, remaining
-from editcli.records.state import RunFolder
+from editcli.records.state import RunFolder, StreamSettings
 from editcli.reporting import Reporter, RunReport, Silent
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
@@ -43,9 +45,7 @@ from editcli.settings.guards import needs_retained
 from editcli.settings.recipe import Recipe
 from editcli.statistics.moments import SecondMoments
 from editcli.storage.checkpoint import Checkpoint
-from editcli.storage.files import tensor_digest, write_bytes
-
-RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
+from editcli.storage.files import tensor_digest, write_bytes, write_lines
 
 
 def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *, team: Team | None = None) -> RunReport:
@@ -101,6 +101,7 @@ class Run:
         self.recipe, self.reporter, self.clock = planned.recipe, reporter, clock
         self.team = team or Team()
         self.status, self.stopped_by = DONE, None
+        self.prefixes: Sequence[str] | None = None
         self.read = 0
         # The lock is taken before anybody reads, and everybody has read before anything is changed.
         self.team.exchange("the lock")
@@ -157,7 +158,7 @@ class Run:
             advance(1)
             self.provenance = provenance(self.planned, self.plugins, self.loaded)
             advance(1)
-        agree_on_models(self.team, [self.provenance["base"]["fingerprint"]], self.provenance["plugins"])
+        agree_on_models(self.team, [self.provenance.base.fingerprint], encode(self.provenance.plugins))
 
     def todo(self) -> list[Sequence[EditRequest]]:
         """Return the batches to write: what an undo left to be written again, then what was not read yet."""
@@ -185,23 +186,27 @@ class Run:
 
     def mark_running(self) -> None:
         """Say in the run's record that its model folder is not up to date; keep its figures so far."""
-        record = self._old_record() if self.recovered else {}
-        began = {**self.provenance["edits"], "limit": self.recipe.limit}
-        earlier = record.get("provenance", {})
-        self.provenance["pilots"] = earlier.get("pilots", began)
-        if "reference" in earlier:
-            # An editor that keeps what it made of the reference text does not read it again.
-            self.provenance["reference"] = earlier["reference"]
+        record = self._old_record() if self.recovered else None
+        earlier = record.provenance if record else None
+        edits = self.provenance.edits
+        began = PilotsRef(file=edits.file, sha256=edits.sha256, limit=self.recipe.limit)
+        # An editor that keeps what it made of the reference text does not read it again.
+        pilots, reference = (earlier.pilots, earlier.reference) if earlier else (None, None)
+        self.provenance = replace(self.provenance, pilots=pilots or began, reference=reference)
         self._note_reference()
-        running = {"status": RUNNING, "recipe": self._portable_recipe(), "provenance": self.provenance}
+        recipe = self._portable_recipe()
+        running = RunRecord(status=RUNNING, recipe=recipe, provenance=self.provenance)
+        if record is not None:
+            running = replace(record, status=RUNNING, recipe=recipe, provenance=self.provenance)
         if self.team.leads:
-            self.folder.write_record({**record, **running})
+            self.folder.write_record(running.to_json())
             self.rejections.write()
 
     def _note_reference(self) -> None:
         """Record the reference text once a component has asked for second moments, which only some do."""
-        if self.moments.asked and "reference" not in self.provenance:
-            self.provenance["reference"] = self.moments.record(self.planned.sites)
+        if self.moments.asked and self.provenance.reference is None:
+            reference = Reference(**self.moments.record(self.planned.sites))
+            self.provenance = replace(self.provenance, reference=reference)
 
     def _portable_recipe(self) -> dict[str, Any]:
         """Return the recipe with the files that an undo or a repetition needs named from the root.
@@ -216,27 +221,33 @@ class Run:
         """Read the stream that is to be gone on with; None for a new one."""
         if self.recipe.resume and self.folder.is_run:
             recovered = recover(self.folder)
-            settings = completed(recovered.snapshot.settings, self.plugins)
-            return replace(recovered, snapshot=replace(recovered.snapshot, settings=settings))
+            snapshot = recovered.snapshot
+            settings = completed(StreamSettings.from_json(snapshot.settings, self.folder.state), self.plugins)
+            self.prefixes = settings.prefixes
+            # What this version does not know is compared as it was saved.
+            return replace(recovered, snapshot=replace(snapshot, settings={**snapshot.settings, **settings.to_json()}))
         if self.folder.is_run and not self.recipe.overwrite:
             raise StateError(f"another process has made a run in {self.folder.out} meanwhile; choose another --out")
         return None
 
-    def _old_record(self) -> dict[str, Any]:
+    def _old_record(self) -> RunRecord | None:
         try:
             return self.folder.read_record()
         except StateError as error:
             # Nothing that a stream needs is in this file alone, and the end of the run writes it anew.
             self.reporter.warn(f"{error}; it is written anew")
-            return {}
+            return None
 
     def compare_versions(self) -> None:
         """Tell what changed since the stream was begun: what may round differently, and the size of batches."""
-        old = self._old_record().get("provenance", {})
-        for text in rounded_differently(old, self.provenance):
+        record = self._old_record()
+        if record is None:
+            return
+        for text in rounded_differently(record.provenance, self.provenance):
             self.reporter.warn(text)
-        if old.get("batch_size", self.planned.batch_size) != self.planned.batch_size:
-            self.reporter.note(f"Batches of {self.planned.batch_size} from here on; they were of {old['batch_size']}")
+        before, now = record.provenance.batch_size, self.planned.batch_size
+        if before not in (None, now):
+            self.reporter.note(f"Batches of {now} from here on; they were of {before}")
 
     def _announce(self) -> None:
         planned = self.planned
@@ -275,7 +286,7 @@ class Run:
             planned.layers,
             team=self.team,
             options=planned.targets,
-            prefixes=self.recovered.snapshot.settings["prefixes"] if self.recovered else None,
+            prefixes=self.prefixes,
             second_moment=moments,
             cache=moments.files,
             pilots=self.pilots(),
@@ -284,7 +295,7 @@ class Run:
             seed=recipe.seed,
             solve_device=None if recipe.solve_device is None else choose_device(recipe.solve_device),
         )
-        settings = stream_settings(planned, session, moments, self.provenance)
+        settings = stream_settings(planned, session, moments, self.provenance).to_json()
         self.team.agree("settings", settings, remedy="start them with the same command and files")
         diagnostics = planning.diagnostics(recipe, self.plugins)
         return Stream(
@@ -354,11 +365,11 @@ class Run:
         """Write what goes beside the weights: refused edits, outcomes, the card and, last, the record."""
         self.rejections.write(report.rejected)
         if after is not None:
-            write_bytes(self.folder.outcomes, "".join(f"{line}\n" for line in after.raw_lines()).encode())
-        seen = stream.reports[-1].metrics.get("diagnostics", {}) if stream.reports else {}
+            write_lines(self.folder.outcomes, after.raw())
+        seen = stream.reports[-1].diagnostics if stream.reports else {}
         card = model_card(report, self.recipe, self.provenance, diagnostics=seen)
         write_bytes(self.folder.out / CARD, card.encode())
-        self.provenance["consumed"] = stream.position.consumed
+        self.provenance = replace(self.provenance, consumed=stream.position.consumed)
         self._write_record(report)
 
     def save(
@@ -367,7 +378,8 @@ class Run:
         """Write the model folder, verify it, and remember the hashes; ``idle`` if nothing was asked that changes it."""
         base = self.loaded.checkpoint
         tensors = stored_tensors(session, weights)
-        self.provenance["weights"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        self.provenance = replace(self.provenance, weights=digests)
         with self.reporter.phase("Saving", 3, "steps") as advance:
             write_model(base, self.folder.out, tensors)
             advance(1)
@@ -425,5 +437,5 @@ class Run:
 
     def _write_record(self, report: RunReport) -> None:
         self._note_reference()
-        record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance}
+        record = {**report.to_json(), "recipe": self._portable_recipe(), "provenance": self.provenance.to_json()}
         self.folder.write_record(record)

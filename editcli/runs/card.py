@@ -5,28 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from editcli.formatting import number, plural
 from editcli.health.verdict import Thresholds, judge
-from editcli.linalg.ratios import shown
+from editcli.records.record import BaseRef, Provenance
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
+from editcli.settings.setting import Setting, settings_of
 
-_NOT_REPEATED = ("edits", "settings", "out", "overwrite", "template_clock")
-"""Settings that say where a run is and not what it does. A resumed run shows --resume: it continued a stream."""
 _FILES = ("edits", "stats", "corpus")
 _CARRIED = ("license", "license_name", "license_link", "language")
 """What a base model's card says that holds for its edited copy as well."""
-_FLAGS = {"stabilizers": "stabilizer", "evaluate": "no-eval"}
 
 
 def model_card(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], *, diagnostics: Mapping[str, float | None]
+    report: RunReport, recipe: Recipe, provenance: Provenance, *, diagnostics: Mapping[str, float | None]
 ) -> str:
     """Return the README.md of an edited model: what was done, with what, and what it measured."""
-    return "\n".join(_lines(report, recipe, provenance, diagnostics)) + "\n"
+    base = provenance.base
+    title = f"# {public_name(base)}, with {plural(report.applied, 'edited fact')}"
+    body = [title, "", *card_body(report, recipe, provenance, diagnostics)]
+    return card_text(base, body, library="transformers")
 
 
 def carried(folder: Path) -> dict[str, Any]:
@@ -44,31 +46,30 @@ def carried(folder: Path) -> dict[str, Any]:
     return {name: said[name] for name in _CARRIED if _is_public(said.get(name))}
 
 
-def front_matter(base: Mapping[str, Any], *, library: str, tags: tuple[str, ...]) -> list[str]:
-    """Return the lines of a card that programs read: base model, licence, library and tags."""
-    from huggingface_hub import ModelCardData
+def card_text(base: BaseRef, body: Iterable[str], *, library: str, tags: tuple[str, ...] = ()) -> str:
+    """Return a card: base model, licence, library and tags for programs, then the lines of ``body`` for people."""
+    from huggingface_hub import ModelCard, ModelCardData
 
-    said = base.get("card") or {}
     data = ModelCardData(
         # The hub refuses a card whose base_model is not a repository.
-        base_model=public_name(base) if base.get("commit") else None,
+        base_model=public_name(base) if base.commit else None,
         library_name=library,
         tags=["model-editing", "editcli", *tags],
-        **{name: said[name] for name in _CARRIED if _is_public(said.get(name))},
+        **{name: base.card[name] for name in _CARRIED if _is_public(base.card.get(name))},
     )
-    return ["---", *data.to_yaml(line_break="\n").splitlines(), "---", ""]
+    front = data.to_yaml(line_break="\n")
+    return str(ModelCard("\n".join(["---", front, "---", "", *body, ""])))
 
 
-def public_name(base: Mapping[str, Any]) -> str:
+def public_name(base: BaseRef) -> str:
     """Return the name of a recorded base for other people: a hub id, or the last part of a folder's path."""
-    name = str(base["name"])
-    if base.get("commit"):
-        return name
-    last = Path(name).name
-    return last if last not in ("", "..") else Path(str(base.get("folder") or name)).name or name
+    if base.commit:
+        return base.name
+    last = Path(base.name).name
+    return last if last not in ("", "..") else Path(base.folder or base.name).name or base.name
 
 
-def shareable(recipe: Recipe, base: Mapping[str, Any]) -> Recipe:
+def shareable(recipe: Recipe, base: BaseRef) -> Recipe:
     """Return a recipe for other people: names of files and folders in place of where they are on this machine."""
     files = {name: file_name(value) for name in _FILES if (value := getattr(recipe, name)) is not None}
     settings = {section: shareable_options(options) for section, options in recipe.settings.items()}
@@ -76,7 +77,7 @@ def shareable(recipe: Recipe, base: Mapping[str, Any]) -> Recipe:
     recipe = dataclasses.replace(recipe, **files, preset=shareable_preset(recipe.preset), settings=settings)
     if recipe.model is None:
         return recipe
-    return dataclasses.replace(recipe, model=public_name(base), revision=base.get("commit") or recipe.revision)
+    return dataclasses.replace(recipe, model=public_name(base), revision=base.commit or recipe.revision)
 
 
 def shareable_preset(preset: str | Mapping[str, Any] | None) -> str | dict[str, Any] | None:
@@ -109,21 +110,25 @@ def _is_public(value: Any) -> bool:
 
 
 def command_line(recipe: Recipe) -> str:
-    """Return the command that repeats a run, with every setting that is not the default."""
+    """Return the command that repeats a run elsewhere, with every setting that is not the default.
+
+    A resumed run shows ``--resume``: it continued a stream.
+    """
     parts = ["editcli", "apply", recipe.edits]
-    for setting in dataclasses.fields(Recipe):
-        value = getattr(recipe, setting.name)
-        if setting.name not in _NOT_REPEATED and value != setting.default:
-            parts += _arguments(setting.name, value)
+    for name, setting in settings_of(Recipe).items():
+        value = getattr(recipe, name)
+        elsewhere = setting.place and setting.folder
+        if setting.default is not ... and value != setting.default and not elsewhere:
+            parts += _arguments(setting, value)
     for section, settings in recipe.settings.items():
         for key, value in settings.items():
             parts += ["-o", f"{section}.{key}={value}"]
     return shlex.join(parts)
 
 
-def _arguments(name: str, value: Any) -> list[str]:
+def _arguments(setting: Setting, value: Any) -> list[str]:
     """Return one setting as it is written on the command line."""
-    flag = "--" + _FLAGS.get(name, name).replace("_", "-")
+    name, flag = setting.name, setting.flag
     if name == "preset" and isinstance(value, Mapping):
         # A recipe that was read from a record holds the preset itself; its file may be gone.
         value = value.get("file") or value.get("name")
@@ -133,40 +138,27 @@ def _arguments(name: str, value: Any) -> list[str]:
         return [flag, ",".join(map(str, value))]
     if isinstance(value, tuple):
         return [text for one in value for text in (flag, str(one))]
-    return [flag] if isinstance(value, bool) else [flag, str(value)]
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, str(value)]
 
 
-def _lines(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float | None]
-) -> Iterator[str]:
-    base = provenance["base"]
-    yield from front_matter(base, library="transformers", tags=())
-    yield f"# {public_name(base)}, with {counted(report.applied)}"
-    yield ""
-    yield from card_body(report, recipe, provenance, diagnostics)
-
-
-def counted(applied: int) -> str:
-    """Return a number of edits in words."""
-    return f"{applied:,} edited fact{'' if applied == 1 else 's'}"
-
-
-def _origin(base: Mapping[str, Any]) -> str:
+def _origin(base: BaseRef) -> str:
     """Say which model was edited, and under which licence it is."""
-    commit = f" at commit {base['commit']}" if base.get("commit") else ""
-    licence = (base.get("card") or {}).get("license_name") or (base.get("card") or {}).get("license")
+    commit = f" at commit {base.commit}" if base.commit else ""
+    licence = base.card.get("license_name") or base.card.get("license")
     said = f"Its licence, which holds for this copy as well: {licence}." if licence else "Its card names no licence."
     return f"The base model is `{public_name(base)}`{commit}. {said}"
 
 
 def card_body(
-    report: RunReport, recipe: Recipe, provenance: Mapping[str, Any], diagnostics: Mapping[str, float | None]
+    report: RunReport, recipe: Recipe, provenance: Provenance, diagnostics: Mapping[str, float | None]
 ) -> Iterator[str]:
     """Yield the lines below a card's title."""
     method = " + ".join((report.editor, *report.stabilizers))
     yield f"Facts were rewritten inside the weights with [editcli](https://pypi.org/project/editcli/) ({method})."
-    yield _origin(provenance["base"])
-    command = command_line(shareable(recipe, provenance["base"]))
+    yield _origin(provenance.base)
+    command = command_line(shareable(recipe, provenance.base))
     yield from ("", "```", command, "```", "", "## Measured", "")
     yield from ("| figure | before | after |", "|---|---|---|")
     efficacy = report.efficacy
@@ -181,13 +173,13 @@ def card_body(
     yield from ("| module | R_n | drift | lost by the cast | verdict |", "|---|---|---|---|---|")
     for site in report.sites:
         word = judge(Thresholds(), ratio=site.ratio, drift=site.drift).word or "n/a"
-        figures = " | ".join((shown(site.ratio, ".4f"), shown(site.drift, ".4f"), f"{site.cast_loss:.1e}"))
+        figures = " | ".join((number(site.ratio, ".4f"), number(site.drift, ".4f"), f"{site.cast_loss:.1e}"))
         yield f"| `{site.module}` | {figures} | {word} |"
     if diagnostics:
         yield from ("", "## Diagnostics of the last batch", "", "| figure | value |", "|---|---|")
         yield from (f"| {name} | {_figure(value)} |" for name, value in diagnostics.items())
     yield from ("", "## Options in force", "", "```json")
-    options = {"targets": provenance["targets"], **provenance["options"]}
+    options = {"targets": provenance.targets, **provenance.options}
     yield json.dumps({name: shareable_options(section) for name, section in options.items()}, indent=2)
     yield from ("```", "", "## Known limits", "")
     yield "The edits are associations at the subject's last token: paraphrases that name the subject otherwise, and"

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from editcli.distributed.team import Team
-from editcli.errors import StateError
 from editcli.records.state import RunFolder
+from editcli.runs.resuming import recorded_recipe
 from editcli.settings.recipe import Recipe
 
 
@@ -32,13 +31,6 @@ def clock_of(places: Iterable[Path], team: Team) -> str:
 
 def _recorded_clock(folder: Path) -> str | None:
     """Return the time that a run's chat template read; None where there is no run or no such time."""
-    run = RunFolder(folder)
-    if not run.is_run:
-        return None
-    try:
-        recipe: Any = run.read_record().get("recipe")
-    except StateError:
-        # A damaged record is written anew; if a time was lost with it, going on is refused by the stream's settings.
-        return None
-    clock = recipe.get("template_clock") if isinstance(recipe, dict) else None
-    return clock if isinstance(clock, str) else None
+    recipe = recorded_recipe(RunFolder(folder))
+    # Where a time was lost with a damaged record, going on is refused by the stream's settings.
+    return None if recipe is None else recipe.template_clock

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from editcli.editing import targets
-from editcli.editing.effort import target_costs
-from editcli.formatting import duration
+from editcli.editing.targets import target_costs
+from editcli.formatting import duration, plural
 from editcli.models.loading import LoadedModel
 from editcli.reporting import Reporter, Silent
 from editcli.requests.schema import EditRequest
@@ -43,8 +43,7 @@ def warn_of_long_work(
         advance(1)
     if ahead is not None:
         shorter = [f"up to {duration(seconds)} with -o {setting}" for setting, seconds in ahead.remedies]
-        edits = f"{len(requests):,} edit{'' if len(requests) == 1 else 's'}"
-        what = f"the targets of {edits} take up to {duration(ahead.seconds)} on this CPU"
+        what = f"the targets of {plural(len(requests), 'edit')} take up to {duration(ahead.seconds)} on this CPU"
         reporter.warn("; ".join([what, *shorter]))
 
 
@@ -53,7 +52,7 @@ def foresee(
 ) -> Foresight | None:
     """Predict the time of optimising targets, shared by ``parts`` processes; None where it is short.
 
-    The work is that of :func:`editcli.editing.effort.target_costs`, in which every edit takes all steps, and the speed
+    The work is that of :func:`editcli.editing.targets.target_costs`, in which every edit takes all steps, and the speed
     is measured on a few edits and steps; so edits that stop early need less.
     """
 

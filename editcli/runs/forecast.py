@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from editcli.errors import ModelError
+from editcli.formatting import size
+from editcli.linalg.precision import working_dtype
 from editcli.models.loading import LoadedModel, choose_device, choose_dtype
 from editcli.models.memory import free_bytes
 from editcli.plugin.editors import InverseGramEditor
-from editcli.plugin.leastsquares import working_dtype
 from editcli.reporting import Reporter
 from editcli.storage.checkpoint import Checkpoint, torch_dtype
 
@@ -71,8 +72,8 @@ class Footprint:
 
     def summary(self) -> str:
         """Say in a few words how much is needed of what is there."""
-        free = "" if self.free is None else f" of the {_size(self.free)} free"
-        return f"about {_size(self.expected)}{free} on {self.device}"
+        free = "" if self.free is None else f" of the {size(self.free)} free"
+        return f"about {size(self.expected)}{free} on {self.device}"
 
     def sentence(self) -> str:
         """Say what is needed, and what for, in one line."""
@@ -84,7 +85,7 @@ class Footprint:
             (self.activations, "activations"),
             (self.state, "base matrices"),
         )
-        listed = ", ".join(f"{_size(count)} {name}" for count, name in parts if count)
+        listed = ", ".join(f"{size(count)} {name}" for count, name in parts if count)
         return f"{self.summary()}: {listed}"
 
 
@@ -123,7 +124,7 @@ def check_memory(planned: Planned, base: LoadedModel, reporter: Reporter) -> Foo
         return found
     sentence = (
         f"the model in {planned.source.name} cannot fit: weights, float32 masters of {len(planned.sites)} matrices and "
-        f"the editor's own take {_size(found.needed)} on {found.device}, which has {_size(found.free)} free; use a "
+        f"the editor's own take {size(found.needed)} on {found.device}, which has {size(found.free)} free; use a "
         f"smaller --dtype, fewer --layers, another --device or --device-map auto ({UNCHECKED}=1 tries it all the same)"
     )
     if not os.environ.get(UNCHECKED):
@@ -160,7 +161,3 @@ def _activations(planned: Planned, base: LoadedModel, itemsize: int) -> int:
     layers = base.architecture.layers - planned.layers[-1] - 1
     through = tokens * layers * (8 * outer + 3 * inner) * itemsize
     return int(through + 3 * _SINGLE * rows * config.vocab_size)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError
 from editcli.models.loading import LoadedModel
+from editcli.records.record import Provenance
+from editcli.records.state import ReferenceSettings, StreamSettings
 from editcli.runs.planning import Planned
 from editcli.statistics.moments import SecondMoments
 from editcli.storage.checkpoint import file_digest
@@ -27,25 +28,25 @@ def plan_parts(planned: Planned) -> dict[str, Any]:
 
 
 def stream_settings(
-    planned: Planned, session: ModelSession, moments: SecondMoments, provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what must be the same for a resumed stream to be the same stream; how many processes work is not."""
-    return {
-        "base": provenance["base"]["fingerprint"],
-        "editor": planned.editor.name,
-        "stabilizers": [part.name for part in planned.stabilizers],
-        "options": provenance["options"],
-        "targets": provenance["targets"],
-        "layers": list(planned.layers),
-        "seed": planned.recipe.seed,
-        "tokenizer": _tokenizer_digest(session.loaded),
-        "reference": _reference(moments),
-        "save_dtype": planned.recipe.save_dtype,
-        "dtype": str(next(session.loaded.model.parameters()).dtype),
-        "chat_template": planned.recipe.chat_template,
-        "chat": _chat(planned),
-        "prefixes": list(session.prefixes),
-    }
+    planned: Planned, session: ModelSession, moments: SecondMoments, provenance: Provenance
+) -> StreamSettings:
+    """Return the settings of a run's stream."""
+    return StreamSettings(
+        base=provenance.base.fingerprint,
+        editor=planned.editor.name,
+        stabilizers=tuple(part.name for part in planned.stabilizers),
+        options=provenance.options,
+        targets=provenance.targets,
+        layers=tuple(planned.layers),
+        seed=planned.recipe.seed,
+        tokenizer=_tokenizer_digest(session.loaded),
+        reference=_reference(moments),
+        save_dtype=planned.recipe.save_dtype,
+        dtype=str(next(session.loaded.model.parameters()).dtype),
+        chat_template=planned.recipe.chat_template,
+        chat=_chat(planned),
+        prefixes=tuple(session.prefixes),
+    )
 
 
 def statistics_file(text: str) -> Path:
@@ -67,8 +68,7 @@ def _tokenizer_digest(loaded: LoadedModel) -> str:
     return file_digest(path) if path.is_file() else ""
 
 
-def _reference(moments: SecondMoments) -> dict[str, Any]:
-    """Return what the second moments depend on besides the model."""
+def _reference(moments: SecondMoments) -> ReferenceSettings:
     if moments.file is not None:
-        return {"file": file_digest(moments.file)}
-    return {"corpus": moments.corpus.identity, "options": asdict(moments.options)}
+        return ReferenceSettings(file=file_digest(moments.file))
+    return ReferenceSettings(corpus=moments.corpus.identity, options=asdict(moments.options))

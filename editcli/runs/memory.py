@@ -5,7 +5,6 @@ They take the same path as runs into a folder; only what would be written is not
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,7 +36,7 @@ from editcli.runs.output import Verified, stored_tensors, verify, write_model
 from editcli.runs.planning import Planned
 from editcli.runs.stream import Stream
 from editcli.storage.checkpoint import DTYPES, Checkpoint, TensorEntry
-from editcli.storage.files import tensor_bytes
+from editcli.storage.files import tensors_digest
 from editcli.storage.folders import new_folder
 
 MEMORY = "(memory)"
@@ -80,12 +79,8 @@ class HeldWeights(Checkpoint):
 
     def digest_of(self, names: Iterable[str]) -> str:
         """Return a sha256 over the named tensors and the tokenizer, on which cached statistics depend."""
-        digest = hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode())
-        for name in sorted(names):
-            tensor = self.read(name)
-            digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor_bytes(tensor))
-        return digest.hexdigest()
+        named = ((name, self.read(name)) for name in sorted(names))
+        return tensors_digest(named, salt=self._tokenizer.backend_tokenizer.to_str())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from editcli.plugin.interfaces import Site
 from editcli.plugin.manager import Plugins
 from editcli.plugin.plain import recorded
 from editcli.records.edits import superseded
-from editcli.records.requirements import requirements
+from editcli.records.journal import IMMEDIATE
+from editcli.records.record import BaseRef, FileRef, Provenance, Requirement
 from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.requests.superseding import supersede
 from editcli.runs.card import carried
@@ -59,7 +60,7 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
     unwritten = [
         Rejection(edit, f"superseded by the edit {by!r}, which gives the same prompt another target", None, by)
         for report in stream.reports
-        for edit, by in report.superseded.items()
+        for edit, by in (report.superseded or {}).items()
     ]
     before, after = ending.before, ending.after
     return RunReport(
@@ -82,50 +83,48 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         out=ending.out,
         stopped_by=ending.stopped_by,
         targets=_targets(stream),
-        already_true=tuple(edit for report in stream.reports for edit in report.already_true),
-        extra={
-            "components": {part.name: recorded(part, stream.session.reporter) for part in planned.components},
-            "preset": {
-                "name": planned.preset.name,
-                "label": planned.preset.label,
-                "layers": list(planned.layers),
-                "file": planned.preset.file,
-                "sha256": planned.preset.sha256,
-            },
+        already_true=tuple(edit for report in stream.reports for edit in report.already_true or ()),
+        components={part.name: recorded(part, stream.session.reporter) for part in planned.components},
+        preset={
+            "name": planned.preset.name,
+            "label": planned.preset.label,
+            "layers": list(planned.layers),
+            "file": planned.preset.file,
+            "sha256": planned.preset.sha256,
         },
     )
 
 
-def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> dict[str, Any]:
+def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> Provenance:
     """Return where a run's model came from: base, edits, plugins, options, versions, machine."""
     brought = [plugins.find("editor", planned.editor.name)]
     brought += [plugins.find("stabilizer", part.name) for part in planned.stabilizers]
     source = planned.source
-    return {
-        "base": {
-            "name": source.name,
-            "folder": str(source.folder),
-            "revision": source.revision,
-            "commit": source.commit,
-            "fingerprint": loaded.checkpoint.fingerprint(),
-            "card": carried(source.folder),
-        },
-        "edits": {"file": planned.file.source, "sha256": planned.file.sha256},
-        "plugins": [{"name": b.name, "distribution": b.distribution, "version": b.version} for b in brought],
-        "options": {part.name: dataclasses.asdict(part.options) for part in planned.components},
-        "targets": dataclasses.asdict(planned.targets),
-        "statistics": dataclasses.asdict(planned.statistics),
-        "layers": list(planned.layers),
-        "batch_size": planned.batch_size,
-        "versions": versions(),
-        "device": str(loaded.input_device),
-        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    return Provenance(
+        base=BaseRef(
+            name=source.name,
+            folder=str(source.folder),
+            revision=source.revision,
+            commit=source.commit,
+            fingerprint=loaded.checkpoint.fingerprint(),
+            card=carried(source.folder),
+        ),
+        edits=FileRef(file=planned.file.source, sha256=planned.file.sha256),
+        plugins=tuple(Requirement(name=b.name, distribution=b.distribution, version=b.version) for b in brought),
+        options={part.name: dataclasses.asdict(part.options) for part in planned.components},
+        targets=dataclasses.asdict(planned.targets),
+        statistics=dataclasses.asdict(planned.statistics),
+        layers=tuple(planned.layers),
+        batch_size=planned.batch_size,
+        versions=versions(),
+        device=str(loaded.input_device),
+        dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
 
 
-def rounded_differently(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+def rounded_differently(old: Provenance, new: Provenance) -> Iterator[str]:
     """Yield a warning for everything in two provenances that may make the same arithmetic round differently."""
     before = _arithmetic(old)
     for what, parts in _arithmetic(new).items():
@@ -139,14 +138,12 @@ def rounded_differently(old: Mapping[str, Any], new: Mapping[str, Any]) -> Itera
             )
 
 
-def _arithmetic(provenance: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return what rounding hangs on, by kind and name; a record that says nothing usable of a kind has none of it."""
-    versions, device = provenance.get("versions"), provenance.get("device")
-    brought = requirements({"provenance": provenance})
+def _arithmetic(provenance: Provenance) -> dict[str, Mapping[str, str]]:
+    """Return what decides how the arithmetic rounds, by kind and name."""
     return {
-        "versions": dict(versions) if isinstance(versions, Mapping) else {},
-        "plugins": {part.name: f"{part.distribution} {part.version}".strip() for part in brought},
-        "device": {"": device} if isinstance(device, str) else {},
+        "versions": provenance.versions,
+        "plugins": {part.name: f"{part.distribution} {part.version}".strip() for part in provenance.plugins},
+        "device": {"": provenance.device} if provenance.device else {},
     }
 
 
@@ -158,7 +155,7 @@ def efficacy(evaluation: Evaluation) -> dict[str, float | None]:
 def _targets(stream: Stream) -> dict[str, int] | None:
     """Return how the optimisation of targets ended over all batches in force; None where nothing was counted."""
     counted = [report.targets for report in stream.reports if report.targets]
-    return {name: sum(counts[name] for counts in counted) for name in counted[0]} if counted else None
+    return {name: sum(counts.get(name, 0) for counts in counted) for name in counted[0]} if counted else None
 
 
 def missed_targets(counts: Mapping[str, int] | None, targets: TargetOptions) -> str | None:
@@ -183,8 +180,10 @@ def missed_targets(counts: Mapping[str, int] | None, targets: TargetOptions) -> 
 
 def _immediate(stream: Stream) -> dict[str, float | None] | None:
     """Return the mean over edits of what was measured right after each edit's own batch."""
-    measured = [(len(r.edits), r.metrics["immediate"]) for r in stream.reports if "immediate" in r.metrics]
-    return {name: _mean([(n, found.get(name)) for n, found in measured]) for name in EFFICACY} if measured else None
+    measured = [(len(r.edits), figures) for r in stream.reports if (figures := r.measured(IMMEDIATE))]
+    if not measured:
+        return None
+    return {name: _mean([(edits, figures.get(name)) for edits, figures in measured]) for name in EFFICACY}
 
 
 def _mean(weighted: Sequence[tuple[int, float | None]]) -> float | None:

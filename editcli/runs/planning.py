@@ -13,6 +13,7 @@ from typing import Any, cast
 from editcli.editing.session import PilotSource
 from editcli.errors import OptionError, RequestError, StateError
 from editcli.evaluation.admission import Gate, thinking_warning, without_subject
+from editcli.formatting import size
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.fit import check_fit
 from editcli.models.loading import (
@@ -360,8 +361,7 @@ def check_disk(out: Path, needed: int) -> None:
     """Refuse to start when the output cannot fit."""
     free = shutil.disk_usage(_existing(out)).free
     if free < needed:
-        sizes = f"{needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free"
-        raise StateError(f"{out} needs about {sizes}; choose another --out")
+        raise StateError(f"{out} needs about {size(needed)}, but its disk has {size(free)} free; choose another --out")
 
 
 def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:

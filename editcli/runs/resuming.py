@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from editcli.errors import StateError
+from editcli.errors import EditError
 from editcli.plugin.manager import Plugins
 from editcli.plugin.options import merge
 from editcli.presets.record import Preset, Settings
-from editcli.records.state import RunFolder
+from editcli.records.state import RunFolder, StreamSettings
 from editcli.settings.core import CORE
 from editcli.settings.recipe import Recipe
 from editcli.statistics.corpus import SELF
@@ -52,32 +52,41 @@ def made(recipe: Recipe, plugins: Plugins) -> Made | None:
     folder = RunFolder(recipe.folder)
     if not (recipe.resume and folder.is_run):
         return None
-    saved = completed(folder.read_settings(), plugins)
-    reference = saved["reference"]
-    settings = {**saved["options"], "targets": saved["targets"]}
-    if "options" in reference:
-        settings["statistics"] = reference["options"]
-    asked = _asked(folder)
-    corpus = asked.get("corpus")
-    if corpus is None and str(reference.get("corpus", "")).startswith(f"{SELF}:"):
+    saved = completed(StreamSettings.from_json(folder.read_settings(), folder.state), plugins)
+    settings: dict[str, Any] = {**saved.options, "targets": saved.targets}
+    if saved.reference.options is not None:
+        settings["statistics"] = saved.reference.options
+    asked = recorded_recipe(folder)
+    corpus = asked.corpus if asked else None
+    if corpus is None and (saved.reference.corpus or "").startswith(f"{SELF}:"):
         # The text that the model writes was the default once.
         corpus = SELF
-    return Made(saved["editor"], tuple(saved["layers"]), settings, corpus, asked.get("stats"))
+    return Made(saved.editor, saved.layers, settings, corpus, asked.stats if asked else None)
 
 
-def completed(saved: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
+def completed(saved: StreamSettings, plugins: Plugins) -> StreamSettings:
     """Return a stream's saved settings with the options that were added since, at what was done before them."""
-    options = {name: _with_defaults(values, _options(name, plugins)) for name, values in saved["options"].items()}
-    reference = dict(saved["reference"])
-    if "options" in reference:
-        reference["options"] = _with_defaults(reference["options"], CORE["statistics"])
-    targets = _with_defaults({**_targets_before(saved["targets"]), **saved["targets"]}, CORE["targets"])
-    return {**saved, "options": options, "targets": targets, "reference": reference}
+    options = {name: _with_defaults(values, _options(name, plugins)) for name, values in saved.options.items()}
+    reference = saved.reference
+    if reference.options is not None:
+        reference = replace(reference, options=_with_defaults(reference.options, CORE["statistics"]))
+    targets = _with_defaults({**_targets_before(saved.targets), **saved.targets}, CORE["targets"])
+    return replace(saved, options=options, targets=targets, reference=reference)
+
+
+def recorded_recipe(folder: RunFolder) -> Recipe | None:
+    """Return the recipe of a run; None where its record is damaged or of another version, which the run itself says."""
+    try:
+        record = folder.read_record()
+        return None if record is None else Recipe.from_json(record.recipe)
+    except EditError:
+        return None
 
 
 def _targets_before(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the target options of the time when steps had one unit and one clamp held for every family."""
-    return {"lr_kind": "absolute", "decay_kind": "absolute", "norm_clamp": values["clamp"]}
+    clamp = {"norm_clamp": values["clamp"]} if "clamp" in values else {}
+    return {"lr_kind": "absolute", "decay_kind": "absolute", **clamp}
 
 
 def _with_defaults(values: Mapping[str, Any], options: type[Any] | None) -> dict[str, Any]:
@@ -88,12 +97,3 @@ def _options(name: str, plugins: Plugins) -> type[Any] | None:
     """Return the options of a component; None where it is not installed, which is refused with its own sentence."""
     known = (plugins.all(kind).get(name) for kind in plugins.kinds)
     return next((brought.component.Options for brought in known if brought is not None), None)
-
-
-def _asked(folder: RunFolder) -> Mapping[str, Any]:
-    """Return the recipe of a run's record; empty where the record is damaged, which the run itself tells."""
-    try:
-        recipe = folder.read_record().get("recipe")
-    except StateError:
-        return {}
-    return recipe if isinstance(recipe, Mapping) else {}

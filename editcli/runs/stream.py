@@ -13,11 +13,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from editcli.distributed.team import Team
 from editcli.editing.pipeline import Written, commit, edit_batch
@@ -37,71 +36,12 @@ from editcli.plugin.interfaces import (
     update_of,
 )
 from editcli.plugin.plain import plain
-from editcli.records.recovery import BATCH, UNDO, Recovered, recover
-from editcli.records.state import START, Entry, RunFolder, Snapshot, consume, journal_line, weights_digest
-from editcli.reporting import SiteReport
+from editcli.records.journal import START, BatchRecord, SiteFigures, UndoRecord, consume, journal_line
+from editcli.records.recovery import Recovered, recover
+from editcli.records.state import RunFolder, Segment, Snapshot, weights_digest
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.settings.guards import Guard, refuse_nonfinite, with_default
-
-
-@dataclass(frozen=True, slots=True)
-class BatchReport:
-    """One batch that was kept."""
-
-    step: int
-    edits: tuple[str, ...]
-    dropped: Mapping[str, str]
-    sites: tuple[SiteReport, ...]
-    metrics: Mapping[str, Any]
-    seconds: Mapping[str, float]
-    targets: Mapping[str, int] = field(default_factory=dict)
-    """How many targets were ``optimised``, ``reached`` the stop loss, and ended ``clamped``; empty if not counted."""
-    superseded: Mapping[str, str] = field(default_factory=dict)
-    """Edits of the batch that were not written, each with the later edit that contradicts it."""
-    already_true: tuple[str, ...] = ()
-    """Edits whose target the model gave before the batch was written."""
-
-    @property
-    def idle(self) -> bool:
-        """Whether the batch asked for nothing that the model did not do already."""
-        return set(self.edits) <= set(self.already_true)
-
-
-def body_of(report: BatchReport) -> dict[str, Any]:
-    """Return a batch's figures as its journal line holds them."""
-    sites = [
-        {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "update_norm": s.update_norm}
-        for s in report.sites
-    ]
-    body: dict[str, Any] = {
-        "sites": sites,
-        "metrics": report.metrics,
-        "dropped": report.dropped,
-        "targets": dict(report.targets),
-    }
-    if report.superseded:
-        body["superseded"] = dict(report.superseded)
-    if report.already_true:
-        body["already_true"] = list(report.already_true)
-    return {**body, "seconds": {name: round(value, 6) for name, value in report.seconds.items()}}
-
-
-def report_of(entry: Entry) -> BatchReport:
-    """Return the report that a journal line holds."""
-    body = entry.body
-    sites = tuple(SiteReport(**site) for site in body.get("sites", ()))
-    return BatchReport(
-        step=entry.step,
-        edits=entry.edits,
-        dropped=body.get("dropped", {}),
-        sites=sites,
-        metrics=body.get("metrics", {}),
-        seconds=body.get("seconds", {}),
-        targets=body.get("targets", {}),
-        superseded=body.get("superseded", {}),
-        already_true=tuple(body.get("already_true", ())),
-    )
 
 
 def finite(value: Any) -> Any:
@@ -177,8 +117,13 @@ class Stack:
             # A diagnostic that was installed after the snapshot has no state in it.
             if part in afresh or (isinstance(part, Diagnostic) and not any(state)):
                 part.prepare(session)
-            else:
+                continue
+            try:
                 part.load_state(session, state)
+            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+                raise StateError(
+                    f"{name} cannot take its state from the snapshot ({error}); restore it from a backup"
+                ) from error
         self.settle(session)
         session.forget_moments()
 
@@ -237,7 +182,7 @@ class Stream:
         self.measure, self.retained, self.retained_every = measure, retained, retained_every
         self.checkpoint_every = checkpoint_every
         self.position = Position()
-        self.reports: list[BatchReport] = []
+        self.reports: list[BatchRecord] = []
         self._ids: set[str] = set()
         self._base_norms = {site: float(session.baseline(site).norm()) for site in session.sites}
         self.whole = True
@@ -249,7 +194,7 @@ class Stream:
     @property
     def taken(self) -> int:
         """How many edits the batches in force were given, with those that were superseded inside their batch."""
-        return len(self.position.requests) + sum(len(report.superseded) for report in self.reports)
+        return len(self.position.requests) + sum(len(report.superseded or {}) for report in self.reports)
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -272,7 +217,7 @@ class Stream:
         self.folder.create()
         self.save()
 
-    def apply(self, requests: Sequence[EditRequest]) -> BatchReport:
+    def apply(self, requests: Sequence[EditRequest]) -> BatchRecord:
         """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is kept.
 
         Of edits that contradict each other only the last one is written.
@@ -285,7 +230,7 @@ class Stream:
             self.session.reporter.warn(f"{one.request.place}: the edit {one.request.id!r} is {one.reason}")
         before = self.session.masters()
         step = self.position.step + 1
-        reports: dict[Site, SiteReport] = {}
+        reports: dict[Site, SiteFigures] = {}
 
         def check(site: Site, update: Update) -> None:
             where = _where(site.module, requests)
@@ -308,18 +253,19 @@ class Stream:
                 # An evaluation or a snapshot may come next, and has better use for the memory.
                 self.session.forget_reads()
                 give_back()
-                report = BatchReport(
+                report = BatchRecord(
+                    sequence=self.position.sequence + 1,
                     step=step,
                     edits=tuple(request.id for request in requests),
                     dropped=written.dropped,
                     sites=tuple(reports.values()),
                     metrics=finite({**metrics, **self._observe(written)}),
-                    seconds=written.seconds,
+                    seconds={name: round(seconds, 6) for name, seconds in written.seconds.items()},
                     targets=written.targets,
-                    superseded={one.request.id: one.by.id for one in replaced},
-                    already_true=written.already_true,
+                    superseded={one.request.id: one.by.id for one in replaced} or None,
+                    already_true=written.already_true or None,
                 )
-                self._record(requests, written, report)
+                report = self._record(requests, written, report)
             except BaseException:
                 self.session.restore(before)
                 raise
@@ -344,9 +290,10 @@ class Stream:
         # Components may measure the unedited model again, so the weights come last.
         self.stack.load_state(self.session, State(snapshot.tensors, snapshot.json))
         for site in self.session.sites:
-            master = snapshot.tensors[f"master/{site.module}"].to(self.session.weight(site).device)
+            weight = self.session.weight(site)
+            master = snapshot.master(site.module, weight.shape).to(weight.device)
             # A weight that was never written stays as it was loaded, not as it would be saved.
-            if not torch.equal(master, self.session.weight(site)):
+            if not torch.equal(master, weight):
                 self.session.set_weight(site, master)
         self._take(recovered.live, recovered.requests)
         self.position = Position(
@@ -370,14 +317,21 @@ class Stream:
         requests: list[EditRequest] = []
         with self.session.reporter.phase("Replaying", len(live), "batches") as advance:
             for entry in live:
-                batch, tensors = self.folder.read_segment(entry)
-                self._replay(entry.step, batch, tensors)
-                exact &= entry.body["weights"] == weights_digest(self.session.masters().values())
-                requests += batch
+                segment = self.folder.read_segment(entry)
+                self._replay(entry.step, segment)
+                exact &= entry.weights == weights_digest(self.session.masters().values())
+                requests += segment.requests
                 advance(1)
         sequence, consumed = recovered.snapshot.sequence + 1, consume(START, requests)
-        body = {"removed": dict(removed), "redo": list(redo), "undone": len(recovered.live) - step}
-        entry = Entry(sequence, UNDO, step, tuple(removed), None, None, consumed, body)
+        entry = UndoRecord(
+            sequence=sequence,
+            step=step,
+            edits=tuple(removed),
+            consumed=consumed,
+            removed=removed,
+            redo=tuple(redo),
+            undone=len(recovered.live) - step,
+        )
         line = journal_line(entry, recovered.snapshot.line)
         self.position = Position(step, sequence, consumed, line, requests)
         self._take(live, requests)
@@ -385,9 +339,9 @@ class Stream:
         self.folder.append(line)
         return exact
 
-    def _replay(self, step: int, requests: Sequence[EditRequest], tensors: Mapping[str, Tensor]) -> None:
+    def _replay(self, step: int, segment: Segment) -> None:
         """Write a recorded batch again, with the same operations on the same numbers as the first time."""
-        editor, session = self.stack.editor, self.session
+        editor, session, requests = self.stack.editor, self.session, segment.requests
         problems: list[Problem] = []
         updates: dict[Site, Update] = {}
         with self._seeded(step):
@@ -395,13 +349,14 @@ class Stream:
                 # Such an editor remembers its measurement of the batch.
                 editor.begin(session, requests)
             for site in session.sites:
-                prefix, device = f"{site.module}.", session.weight(site).device
-                parts = {k.removeprefix(prefix): t.to(device) for k, t in tensors.items() if k.startswith(prefix)}
-                updates[site] = update_of(parts)
+                shape, device = session.weight(site).shape, session.weight(site).device
+                parts = segment.update(site.module, shape).parts
+                updates[site] = update_of({name: tensor.to(device) for name, tensor in parts.items()})
                 session.write(site, updates[site])
                 # Earlier versions recorded the change of an editor without target values as a problem too.
                 if editor.needs_values:
-                    problems.append(Problem(site, parts["keys"], parts["residual"]))
+                    problem = segment.problem(site, shape)
+                    problems.append(Problem(site, problem.keys.to(device), problem.residual.to(device)))
             if editor.remembers:
                 editor.remember(session, requests, problems)
             for stabilizer in self.stack.remembering:
@@ -431,10 +386,10 @@ class Stream:
         """Make the folder hold what was recovered and nothing else."""
         self.folder.create()
         self.folder.cut_journal(recovered.lines)
-        self.folder.drop_unnamed_segments(str(entry.segment) for entry in recovered.entries)
+        self.folder.drop_unnamed_segments(entry.segment or "" for entry in recovered.entries)
 
-    def _take(self, live: Sequence[Entry], requests: Sequence[EditRequest]) -> None:
-        self.reports = [report_of(entry) for entry in live]
+    def _take(self, live: Sequence[BatchRecord], requests: Sequence[EditRequest]) -> None:
+        self.reports = list(live)
         self._ids = {request.id for request in requests}
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
@@ -473,7 +428,7 @@ class Stream:
             figures.update(diagnostic.observe(self.session, written.updates))
         return {"diagnostics": figures} if figures else {}
 
-    def _site_report(self, site: Site, update: Update, *, where: str) -> SiteReport:
+    def _site_report(self, site: Site, update: Update, *, where: str) -> SiteFigures:
         """Return what a site's figures will be once ``update`` is written; raises when a weight is not finite."""
         weight = self.session.weight(site)
         weight = update.added_to(weight)
@@ -481,7 +436,7 @@ class Stream:
         refuse_nonfinite("the weight", [weight.to(self.session.save_dtype(site))], where=where)
         change = weight - self.session.baseline(site)
         base = self._base_norms[site]
-        return SiteReport(
+        return SiteFigures(
             module=site.module,
             layer=site.layer,
             ratio=ratio(float(weight.norm()), base),
@@ -489,26 +444,26 @@ class Stream:
             update_norm=update.norm(),
         )
 
-    def _record(self, requests: Sequence[EditRequest], written: Written, report: BatchReport) -> None:
-        sequence = self.position.sequence + 1
+    def _record(self, requests: Sequence[EditRequest], written: Written, report: BatchRecord) -> BatchRecord:
+        """Make one batch durable; return it as its journal line holds it."""
         weights = weights_digest(self.session.masters().values())
         self.team.agree(
             f"after batch {report.step}, the edited weights",
             weights,
             remedy="the state before it is kept; use devices and versions of one kind and go on with --resume",
         )
-        segment, digest = self.folder.write_segment(sequence, requests, written.problems, written.updates)
+        segment, digest = self.folder.write_segment(report.sequence, requests, written.problems, written.updates)
         consumed = consume(self.position.consumed, requests)
-        body = {**body_of(report), "weights": weights}
-        entry = Entry(sequence, BATCH, report.step, report.edits, segment, digest, consumed, body)
+        entry = replace(report, segment=segment, sha256=digest, consumed=consumed, weights=weights)
         line = journal_line(entry, self.position.line)
-        position = Position(report.step, sequence, consumed, line, [*self.position.requests, *requests])
+        position = Position(entry.step, entry.sequence, consumed, line, [*self.position.requests, *requests])
         if self._due(report.step):
             self._snapshot(position)
         self.folder.append(line)
         self.position = position
-        self.reports.append(report)
-        self._ids.update(report.edits)
+        self.reports.append(entry)
+        self._ids.update(entry.edits)
+        return entry
 
     def _due(self, step: int) -> bool:
         if self.checkpoint_every is not None:

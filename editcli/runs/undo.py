@@ -14,8 +14,10 @@ from typing import Any
 from editcli.editing.session import PilotSource
 from editcli.errors import EditError, OptionError, StateError, near_miss
 from editcli.plugin.manager import Plugins
+from editcli.records.journal import BatchRecord
+from editcli.records.record import PilotsRef, RunRecord
 from editcli.records.recovery import Recovered, recover
-from editcli.records.state import Entry, RunFolder
+from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport, Silent
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
@@ -102,7 +104,7 @@ class _Rewind(Run):
         reporter: Reporter,
         *,
         plan: UndoPlan,
-        record: dict[str, Any],
+        record: RunRecord,
     ):
         super().__init__(planned, folder, plugins, reporter, Clock())
         self.plan, self.record = plan, record
@@ -131,16 +133,17 @@ class _Rewind(Run):
 
     def pilots(self) -> PilotSource:
         """Return what the run calibrated on when it began, where it can still be read."""
-        pilots = self.record.get("provenance", {}).get("pilots", {})
+        made = self.record.provenance
+        pilots = made.pilots or PilotsRef(file=made.edits.file, sha256=made.edits.sha256)
         try:
-            file = read_edits(pilots["file"], skip_bad=True, limit=pilots["limit"], formats=self.plugins.formats())
-            if file.sha256 == pilots["sha256"]:
+            file = read_edits(pilots.file, skip_bad=True, limit=pilots.limit, formats=self.plugins.formats())
+            if file.sha256 == pilots.sha256:
                 usable = planning.usable(file, self.planned.gate, skip_bad=True)[0]
                 return planning.pilot_source(usable)
-        except (EditError, KeyError):
+        except EditError:
             # The file is gone or was changed; only a component that needs it minds.
             pass
-        return _LostPilots((), str(pilots.get("file")))
+        return _LostPilots((), pilots.file)
 
     def _stored(self) -> Recovered:
         assert self.recovered is not None, "the recipe of an undo always resumes"
@@ -184,11 +187,11 @@ def _plan(request: Undo, recovered: Recovered) -> UndoPlan:
         removed={edit: digests[edit] for edit in request.edits},
         redo=tuple(entry.sequence for entry in again),
         redone_edits=sum(len(_left(entry, recovered, request.edits)) for entry in again),
-        seconds=sum(sum(entry.body["seconds"].values()) for entry in again),
+        seconds=sum(entry.duration or 0.0 for entry in again),
     )
 
 
-def _first(edits: Sequence[str], batches: Sequence[Entry], run: str) -> int:
+def _first(edits: Sequence[str], batches: Sequence[BatchRecord], run: str) -> int:
     """Return the number, from 1, of the first batch that holds one of ``edits``; all must be in some batch."""
     places = {edit: number for number, entry in reversed([*enumerate(batches, start=1)]) for edit in entry.edits}
     for edit in edits:
@@ -197,7 +200,7 @@ def _first(edits: Sequence[str], batches: Sequence[Entry], run: str) -> int:
     return min(places[edit] for edit in edits)
 
 
-def _left(entry: Entry, recovered: Recovered, edits: Sequence[str]) -> list[str]:
+def _left(entry: BatchRecord, recovered: Recovered, edits: Sequence[str]) -> list[str]:
     gone = {*edits, *recovered.removed}
     return [edit for edit in entry.edits if edit not in gone]
 
@@ -208,24 +211,23 @@ def _kept(recovered: Recovered, plan: UndoPlan) -> Sequence[EditRequest]:
 
 def _again(folder: RunFolder, recovered: Recovered, plan: UndoPlan) -> list[Sequence[EditRequest]]:
     gone = {**recovered.removed, **plan.removed}
-    batches = (folder.read_requests(recovered.entries[sequence - 1]) for sequence in plan.redo)
+    known = {entry.sequence: entry for entry in (*recovered.live, *recovered.waiting)}
+    batches = (folder.read_requests(known[sequence]) for sequence in plan.redo)
     return [[request for request in batch if gone.get(request.id) != request.digest] for batch in batches]
 
 
 def _planned(
     folder: RunFolder, recovered: Recovered, plan: UndoPlan, plugins: Plugins, reporter: Reporter
-) -> tuple[Planned, dict[str, Any]]:
+) -> tuple[Planned, RunRecord]:
     """Plan with the run's own recipe, on the edits that its segments hold."""
     record = folder.read_record()
-    try:
-        recipe, base = Recipe.from_json(record["recipe"]), record["provenance"]["base"]
-        edits = record["provenance"]["edits"]
-    except KeyError as error:
-        raise StateError(f"{folder.record} does not say how the run was made ({error}); restore a backup") from error
-    if recipe.model is not None and Path(base["folder"]).is_dir():
-        recipe = replace(recipe, model=base["folder"])
+    if record is None:
+        raise StateError(f"{folder.record} is gone, which says how the run was made; restore it from a backup")
+    recipe, base, edits = Recipe.from_json(record.recipe), record.provenance.base, record.provenance.edits
+    if recipe.model is not None and base.folder is not None and Path(base.folder).is_dir():
+        recipe = replace(recipe, model=base.folder)
     recipe = replace(recipe, out=str(folder.out), resume=True, overwrite=False, parallel="data")
     again = (request for batch in _again(folder, recovered, plan) for request in batch)
-    file = EditFile(edits["file"], edits["sha256"], (*_kept(recovered, plan), *again), (), ())
+    file = EditFile(edits.file, edits.sha256, (*_kept(recovered, plan), *again), (), ())
     planned = planning.check(recipe, plugins, reporter, file=file)
-    return replace(planned, source=replace(planned.source, name=base["name"])), record
+    return replace(planned, source=replace(planned.source, name=base.name)), record

@@ -1,7 +1,7 @@
 """Settings from ``editcli.toml`` and from ``EDITCLI_*`` variables.
 
-Weakest first: defaults, preset, ``editcli.toml``, variables, command line. A key of the file that nothing reads is an
-error, because a mistyped setting that is silently ignored gives a wrong result without a trace.
+Weakest first: defaults, preset, ``editcli.toml``, variables, command line. An unknown key of the file is an error,
+because a mistyped setting that is silently ignored gives a wrong result without a trace.
 """
 
 from __future__ import annotations
@@ -22,19 +22,6 @@ from editcli.plugin.options import parse_assignments
 FILE_NAME = "editcli.toml"
 OPTIONS_VARIABLE = "EDITCLI_OPTIONS"
 
-COMMAND_LINE_ONLY = (
-    "overwrite",
-    "resume",
-    "dry_run",
-    "trust_remote_code",
-    "as_json",
-    "json",
-    "config",
-    "recipe",
-    "repeated",
-)
-"""Settings that a file in the working folder must not decide: they delete, or run a stranger's code."""
-
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -44,10 +31,13 @@ class Config:
     values: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def check(self, *, options: Collection[str], tables: Collection[str]) -> None:
-        """Raise :class:`OptionError` for the first key or table that is not known, naming the file."""
+    def check(self, *, options: Collection[str], tables: Collection[str], cli_only: Collection[str]) -> None:
+        """Raise :class:`OptionError` for the first key or table that is not known, naming the file.
+
+        A file must not set the options in ``cli_only``: they delete, or run a stranger's code.
+        """
         for key in self.values:
-            if key in COMMAND_LINE_ONLY:
+            if key in cli_only:
                 flag = key.replace("_", "-").removeprefix("as-")
                 raise OptionError(f"{self.source}: --{flag} is only taken from the command line; remove {key!r}")
             if key not in options:
@@ -77,7 +67,7 @@ def load_config(path: Path | None = None) -> Config:
 
 
 def _refuse_infinite(table: Mapping[str, Any], file: Path) -> None:
-    """Raise :class:`OptionError` for a number that is not finite: TOML has them, no setting does."""
+    """Raise :class:`OptionError` for NaN and infinity: TOML has them, no setting does."""
     for key, value in table.items():
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):

@@ -1,4 +1,4 @@
-"""The options that belong to the core and to no plugin; never imports torch, so that a shell can ask for them."""
+"""Options of the core, which no plugin owns; never imports torch, so that a shell can complete them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TargetOptions:
         "relative", "relative: in units of ||h|| / sqrt(d), which no model's scale changes; absolute: as published"
     )
     clamp: float = option(0.75, "largest ||delta|| as a share of ||h|| (published: clamp_norm_factor)")
-    norm_clamp: float = option(5.0, "the same where a norm stands behind the MLP, so that only direction counts")
+    norm_clamp: float = option(5.0, "the same where a norm follows the MLP, so that only direction counts")
     v_weight_decay: float = option(0.0, "weight of the size of delta in the loss")
     decay_kind: Literal["absolute", "relative"] = option(
         "relative", "absolute: the size is ||delta|| / ||h||^2; relative: ||delta|| / ||h||, which no scale changes"

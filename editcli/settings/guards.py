@@ -2,8 +2,8 @@
 
 A condition is ``NAME>NUMBER`` or ``NAME<NUMBER`` over the figures of a batch: ``ratio``, ``drift`` and ``jump`` (the
 worst site), ``efficacy`` (of the batch just edited) and ``retained`` (of all edits so far). ``nonfinite`` is always on.
-An editor may bring a limit on ``jump``, the change of R_n = ||W_n|| / ||W_0|| by one batch, which holds unless the user
-gives another: AlphaEdit brings 0.5 where its null space is less than half of the directions. A batch beyond it has
+An editor may set a limit on ``jump``, the change of R_n = ||W_n|| / ||W_0|| by one batch, which holds unless the user
+sets another: AlphaEdit sets 0.5 where its null space is less than half of the directions. A batch beyond it has
 destroyed the layer, whatever its own edits score; streams that keep their edits change R_n by less than 0.1 in a batch
 of a hundred.
 """
@@ -46,7 +46,7 @@ class Guard:
         return f"{self.figure}{self.relation}{self.limit:g}"
 
     def check(self, figure: str, value: float, *, where: str, remedy: str = "") -> None:
-        """Raise :class:`GuardError` when ``value`` of ``figure`` meets the condition, or is no number at all.
+        """Raise :class:`GuardError` when ``value`` of ``figure`` meets the condition, or is NaN.
 
         ``remedy`` names the settings that make a batch change a weight less; it belongs to ``jump`` alone.
         """
@@ -62,12 +62,12 @@ _JUMPED = "; one batch may not change R_n by so much: {remedy}, or allow it with
 
 
 def parse_guards(conditions: Sequence[str]) -> tuple[Guard, ...]:
-    """Read conditions such as ``ratio>2.5``; raise :class:`OptionError` on one that cannot be read."""
+    """Read conditions such as ``ratio>2.5``; raise :class:`OptionError` on an unreadable one."""
     return tuple(_parse(text) for text in conditions if text.strip() != NONFINITE)
 
 
 def with_default(guards: Sequence[Guard], largest_jump: float | None) -> tuple[Guard, ...]:
-    """Return ``guards`` and, unless one of them watches ``jump``, the limit that the editor brings."""
+    """Return ``guards`` and, unless one of them watches ``jump``, the editor's limit."""
     if largest_jump is None or any(guard.figure == "jump" for guard in guards):
         return tuple(guards)
     return (*guards, Guard("jump", ">", largest_jump))
@@ -97,5 +97,5 @@ def refuse_nonfinite(what: str, tensors: Iterable[Tensor], *, where: str) -> Non
 
 
 def needs_retained(guards: Sequence[Guard]) -> bool:
-    """Tell whether a guard looks at retained efficacy, which has to be measured after every batch then."""
+    """Tell whether a guard watches retained efficacy, which must then be measured after every batch."""
     return any(guard.figure == "retained" for guard in guards)

@@ -1,4 +1,4 @@
-"""Everything that decides what ``apply`` does, as one frozen value that is checked when it is made."""
+"""The settings of ``apply``, and of loading a model, as frozen values that are checked when they are made."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import msgspec
+
 from editcli.errors import EditError, OptionError, near_miss
 from editcli.models.chat_settings import ChatSettings
 from editcli.plugin.options import build
 from editcli.presets.record import Preset, given_preset, recorded_preset
 from editcli.settings.core import CORE
 from editcli.settings.guards import parse_guards
+from editcli.settings.setting import check_values, setting
 
 if TYPE_CHECKING:
     from editcli.plugin.manager import Plugins
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ON_ERROR = ("stop", "skip")
 PARALLEL = ("data", "tensor")
+MODEL, METHOD, OUTPUT = "Model", "Method", "Output"
+"""Sections of ``--help``."""
 MAX_LAYER = 9_999
 """No model has more layers; a mistyped range must not fill the memory."""
 
@@ -61,85 +66,203 @@ class Choices(TypedDict, total=False):
     trust_remote_code: bool
 
 
-_COUNTS = ("batch_size", "limit", "checkpoint_every", "eval_every", "diagnose_every")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How a model is loaded, where to compute, and the seed; raises :class:`OptionError` for an unusable value."""
+
+    device: str = setting(
+        "auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", section=MODEL, value="device", place=True, loads=True
+    )
+    device_map: str | None = setting(
+        None,
+        "Spread the model over devices: auto, balanced, sequential (needs accelerate).",
+        section=MODEL,
+        value="device_map",
+        place=True,
+        loads=True,
+    )
+    dtype: str = setting(
+        "auto",
+        "Type to compute in; auto is float32 on a CPU, else the checkpoint's. Edited matrices are always float32.",
+        section=MODEL,
+        choices=DTYPES,
+        decides=True,
+        loads=True,
+    )
+    trust_remote_code: bool = setting(
+        False,
+        "Run the code that comes with the model. It can do anything you can.",
+        section=MODEL,
+        cli_only=True,
+        place=True,
+        loads=True,
+    )
+    seed: int = setting(0, "Random seed.", section=METHOD, least=0, decides=True)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, "--seed must be a whole number from 0 to 2**63 - 1")
+        check_values(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class ChatLoading(Loading):
+    """The same, and whether and how the model's chat template wraps the prompts."""
+
+    chat_template: bool = setting(
+        False, "Apply the model's chat template to every prompt.", section=MODEL, decides=True
+    )
+    system: str | None = setting(
+        None, "System message of the chat template.", section=MODEL, metavar="TEXT", decides=True
+    )
+    template_args: Mapping[str, Any] | None = setting(
+        None,
+        "Variables of the chat template, such as '{\"enable_thinking\": false}'.",
+        section=MODEL,
+        value="json",
+        decides=True,
+    )
+    template_clock: str | None = None
+    """Date and time that the chat template reads; None is when the command begins, or what the model's run recorded."""
+
+    def __post_init__(self) -> None:
+        # A dataclass with slots is built twice, and super() would name the first of the two.
+        Loading.__post_init__(self)
+        _require(self.chat_template or self.system is None, "--system goes into the chat template; add --chat-template")
+        _require(
+            self.chat_template or not self.template_args,
+            "--template-args goes into the chat template; add --chat-template",
+        )
+        # Building them checks them.
+        self.chat  # noqa: B018
+
+    @property
+    def chat(self) -> bool | ChatSettings:
+        """The settings of the chat template; False for plain prompts."""
+        return self.chat_template and ChatSettings(self.system, self.template_args or {}, self.template_clock)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe(ChatLoading):
     """What to write into which model, how, and where the result goes; raises :class:`OptionError` when impossible.
 
     ``None`` leaves a choice to the preset or to the program. ``settings`` holds component options as
     ``{component: {option: value}}``, for instance ``{"memit": {"remember": True}}``.
     """
 
-    edits: str
-    """The edits file; ``-`` is standard input."""
-    model: str | None = None
-    """A folder or a hub id; None is the bundled model."""
-    revision: str | None = None
-    editor: str | None = None
-    stabilizers: tuple[str, ...] = ()
-    """Stabilizers in the order in which they act."""
-    out: str = ""
-    """The folder to write; empty means ``<edits stem>-edited`` in the working folder."""
-    batch_size: int | None = None
-    layers: tuple[int, ...] | None = None
-    preset: str | Mapping[str, Any] | None = None
-    """A preset file instead of the model's preset, or the record of one, as ``run.json`` holds it."""
+    edits: str = setting(..., "Edits file; - is standard input.", value="file", place=True, decides=True)
+    model: str | None = setting(
+        None,
+        "Folder or hub id.  [default: the bundled model]",
+        section=MODEL,
+        flags=("-m",),
+        value="model",
+        place=True,
+        decides=True,
+    )
+    revision: str | None = setting(
+        None,
+        "Branch, tag or commit of a hub id.",
+        section=MODEL,
+        metavar="REVISION",
+        place=True,
+        decides=True,
+        loads=True,
+    )
+    parallel: str = setting(
+        "data",
+        "Divide over the processes of torchrun: data, the edits; tensor, the matrices of a model too large for one "
+        "device.",
+        section=MODEL,
+        choices=PARALLEL,
+        place=True,
+    )
+    editor: str | None = setting(
+        None,
+        "Method that turns facts into weight updates.  [default: the preset's, or rlsedit]",
+        section=METHOD,
+        flags=("-e",),
+        value="editor",
+    )
+    stabilizers: tuple[str, ...] = setting(
+        (),
+        "Method that protects the model in a stream of edits; repeatable, applied in the order given.",
+        section=METHOD,
+        flags=("--stabilizer", "-s"),
+        value="stabilizer",
+    )
+    preset: str | Mapping[str, Any] | None = setting(
+        None,
+        "Preset file with layers and settings, as tune writes it.  [default: the model's own preset]",
+        section=METHOD,
+        value="file",
+        decides=True,
+    )
+    """A recipe that was read from ``run.json`` holds the record of a preset instead of a file's name."""
+    layers: tuple[int, ...] | None = setting(
+        None,
+        "Layers to edit, such as 4-8 or 4-8,10.  [default: the preset's]",
+        section=METHOD,
+        value="layers",
+        decides=True,
+    )
+    batch_size: int | None = setting(
+        None, "Edits written at once.  [default: 100; 1 for rome]", section=METHOD, flags=("-b",), least=1, decides=True
+    )
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    device: str = "auto"
-    device_map: str | None = None
-    solve_device: str | None = None
-    """Where masters, statistics and solves live; None is where the edited layers are."""
-    parallel: str = "data"
-    """What several processes share: edits (``data``), or the matrices of one model (``tensor``)."""
-    dtype: str = "auto"
-    save_dtype: str = "auto"
-    resume: bool = False
-    overwrite: bool = False
-    limit: int | None = None
-    on_error: str = "stop"
-    checkpoint_every: int | None = None
-    stop_if: tuple[str, ...] = ()
-    evaluate: bool = True
-    eval_every: int | None = None
-    diagnose_every: int | None = None
-    seed: int = 0
-    stats: str | None = None
-    corpus: str | None = None
-    chat_template: bool = False
-    system: str | None = None
-    """The system message that stands before every prompt in the chat template."""
-    template_args: Mapping[str, Any] | None = None
-    """Variables of the chat template, for instance ``{"enable_thinking": False}``."""
-    template_clock: str | None = None
-    """Date and time that the chat template reads; None is when the run begins, and its record then says when."""
-    trust_remote_code: bool = False
+    stats: str | None = setting(
+        None, "Statistics file to use instead of computing or looking one up.", section=METHOD, value="file", place=True
+    )
+    solve_device: str | None = setting(
+        None,
+        "Device for the edited matrices and their solves.  [default: where the edited layers are]",
+        section=METHOD,
+        value="device",
+        place=True,
+    )
+    corpus: str | None = setting(
+        None,
+        "Text for the statistics: english, a file, hf:ID[:CONFIG], or self, which the model writes.",
+        section=METHOD,
+        value="corpus",
+        place=True,
+    )
+    out: str = setting(
+        "", "Folder to write.  [default: <edits stem>-edited]", section=OUTPUT, value="folder", place=True, folder=True
+    )
+    overwrite: bool = setting(
+        False, "Replace DIR if an earlier run wrote it.", section=OUTPUT, cli_only=True, place=True, folder=True
+    )
+    resume: bool = setting(
+        False, "Continue the run in DIR, with the same edits or more.", section=OUTPUT, cli_only=True, folder=True
+    )
+    save_dtype: str = setting(
+        "auto", "Type of the edited tensors in the file; auto is the checkpoint's own.", section=OUTPUT, choices=DTYPES
+    )
+    limit: int | None = setting(None, "Take only the first N edits.", least=1, decides=True)
+    on_error: str = setting(
+        "stop", "Stop at an edit that cannot be used, before writing anything, or skip and list it.", choices=ON_ERROR
+    )
+    checkpoint_every: int | None = setting(None, "Save the state every N batches.", least=1, folder=True)
+    stop_if: tuple[str, ...] = setting(
+        (),
+        "Stop, with exit code 3, before writing a batch for which EXPR holds; repeatable: ratio>2.5, drift>1, "
+        "retained<0.6, efficacy<0.5, jump>0.5 (the change of R_n by one batch).",
+        value="guard",
+    )
+    evaluate: bool = setting(True, "Measure before and after.", flags=("--eval",), variable="EDITCLI_EVAL")
+    eval_every: int | None = setting(None, "Measure retention every N batches.", least=1, decides=True)
+    diagnose_every: int | None = setting(None, "Compute spectra every N batches.", least=1)
 
     def __post_init__(self) -> None:
         if not self.out:
             # A frozen dataclass has no other way to compute one field from another.
             object.__setattr__(self, "out", default_out(self.edits))
-        for name in _COUNTS:
-            _require(getattr(self, name) is None or getattr(self, name) >= 1, f"{_flag(name)} must be at least 1")
-        _require(0 <= self.seed < 2**63, "--seed must be a whole number from 0 to 2**63 - 1")
+        ChatLoading.__post_init__(self)
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other; choose one")
-        _one_of("--dtype", self.dtype, DTYPES)
-        _one_of("--save-dtype", self.save_dtype, DTYPES)
-        _one_of("--on-error", self.on_error, ON_ERROR)
-        _one_of("--parallel", self.parallel, PARALLEL)
         split = self.parallel == "tensor"
         _require(not (split and self.device_map), "--parallel tensor and --device-map exclude each other; choose one")
         _check_layers(self.layers)
         _check_stabilizers(self.stabilizers)
-        check_chat(self.chat_template, self.system, self.template_args)
-        # Building them checks them.
-        self.chat  # noqa: B018
-
-    @property
-    def chat(self) -> bool | ChatSettings:
-        """What the chat template is given; False for plain prompts."""
-        return self.chat_template and ChatSettings(self.system, self.template_args or {}, self.template_clock)
 
     @property
     def folder(self) -> Path:
@@ -162,8 +285,10 @@ class Recipe:
                 raise OptionError(f"a recipe has no setting {name!r}{near_miss(name, known)}")
         if "edits" not in record:
             raise OptionError("the recipe does not say which edits file to apply; add 'edits'")
-        values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in record.items()}
-        return cls(**values)
+        try:
+            return msgspec.convert(dict(record), cls)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise OptionError(f"the recipe cannot be used: {error}") from error
 
     def with_preset_read(self) -> Recipe:
         """Return the recipe with what its preset file holds, since the file may change or go while the run lasts."""
@@ -194,17 +319,11 @@ def check_preset(preset: Preset, plugins: Plugins) -> None:
         raise OptionError(f"{origin}: {error}") from error
 
 
-def check_chat(chat_template: bool, system: str | None, template_args: Mapping[str, Any] | None) -> None:
-    """Raise :class:`OptionError` for settings of a chat template that is not used."""
-    _require(chat_template or system is None, "--system goes into the chat template; add --chat-template")
-    _require(chat_template or not template_args, "--template-args goes into the chat template; add --chat-template")
-
-
 def check_section(name: str, settings: Mapping[str, Any], plugins: Plugins) -> None:
     """Raise :class:`OptionError` when no component is called ``name`` or it has no such options."""
-    found = [components[name] for kind in plugins.kinds if name in (components := plugins.all(kind))]
-    if found:
-        build(found[0].component.Options, settings, owner=name)
+    components = [named[name] for kind in plugins.kinds if name in (named := plugins.all(kind))]
+    if components:
+        build(components[0].component.Options, settings, owner=name)
     elif name in CORE:
         build(CORE[name], settings, owner=name)
     else:
@@ -236,18 +355,9 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 9
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
         raise OptionError(sentence)
-
-
-def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(f"{flag} must be one of {', '.join(choices)}, not {value!r}{near_miss(value, choices)}")
 
 
 def _check_layers(layers: tuple[int, ...] | None) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
-from editcli.models.forward import chunks, pass_tokens, run, tapped
+from editcli.linalg.precision import double, double_device
+from editcli.models.forward import chunks, hooked, pass_tokens, run
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import gram, quick_linears
 from editcli.models.offload import device_of
@@ -88,59 +89,57 @@ class SecondMoments:
         )
         self.cache = cache if cache is not None else user_cache_path("editcli") / "second-moments"
         self.files = Cache(self.cache, self.reporter)
-        """What is kept in the folder ``cache``."""
+        """The files in the folder ``cache``."""
         self._uncached: dict[Site, Tensor] = {}
         self._digests: dict[str, str] = {}
         self._computed: dict[Site, Tensor] = {}
-        self._wanted: tuple[Site, ...] = ()
+        self._planned: tuple[Site, ...] = ()
         self.asked = False
-        """Whether any second moment was asked for: some editors read no reference text."""
+        """Whether any second moment was read: some editors use no reference text."""
 
     def plan(self, sites: Sequence[Site]) -> None:
-        """Say which sites will be asked for, so that what is missing is computed in one pass over the corpus."""
-        self._wanted = tuple(sites)
+        """Announce the sites that will be read, so that the missing ones are computed in one pass over the corpus."""
+        self._planned = tuple(sites)
 
     def __call__(self, site: Site) -> Tensor:
         """Return C = E[k k^T] of ``site``, (d_in, d_in) float64."""
         self.asked = True
-        kept = self.team.lead_tensors("second moments", lambda: self._kept(site))
-        if not kept:
+        stored = self.team.lead_tensors("second moments", lambda: self._stored(site))
+        if not stored:
             if site not in self._computed:
-                self.compute(self.missing(sorted({*self._wanted, site}, key=lambda s: s.layer)))
-            kept = (self._computed[site],)
-        # Computed with others and read from the cache by now, it would stay in memory to the end.
+                self.compute(self.missing(sorted({*self._planned, site}, key=lambda s: s.layer)))
+            stored = (self._computed[site],)
+        # A moment that was computed with others and then read from the cache would stay in memory to the end.
         self._computed.pop(site, None)
-        (found,) = kept
         device = device_of(self.loaded.architecture.projection(site.layer))
-        # Single precision on disk and in memory alike: a cached run then equals the run that filled the cache.
-        moment = found.float()
-        return moment.to(device).double() if _has_double(device) else moment.double()
+        # In single precision, as on disk, so that a run that reads the cache equals the run that filled it.
+        return double(stored[0].float(), device)
 
     def is_cached(self, site: Site) -> bool:
         """Tell whether a site's second moment can be read instead of computed."""
         return self.file is not None or site in self._uncached or self.files.has(self.identity(site).fingerprint)
 
     def missing(self, sites: Sequence[Site]) -> list[Site]:
-        """Return those of ``sites`` that rank 0, which keeps the cache, has to have computed."""
+        """Return those of ``sites`` that the cache of rank 0 lacks."""
         flags = self.team.lead("missing", lambda: [not self.is_cached(site) for site in sites])
         return [site for site, is_missing in zip(sites, flags, strict=True) if is_missing]
 
     @property
     def uncached(self) -> Mapping[Site, Tensor]:
-        """What was computed and could not be cached: it stays in memory."""
+        """The computed moments that could not be cached: they stay in memory."""
         return self._uncached
 
     def tokens_for(self, site: Site) -> int:
         """Return how many tokens are read for a site.
 
-        Text of the package that is too short serves down to half as many: on a model of 135M parameters five tokens a
-        dimension disturbed held-out text a fifth more than ten, one and a half four times as much, one without bound.
-        Beyond that the model writes what is missing, which takes it many times as long as reading.
+        If the text of the package is too short, half as many tokens suffice: on a model of 135M parameters, five tokens
+        per dimension disturbed held-out text a fifth more than ten, one and a half four times as much, one without
+        bound. Below that the model generates the rest, which takes many times as long as reading.
         """
         if self.options.tokens:
             return self.options.tokens
-        wanted = self.options.tokens_per_dim * self.loaded.architecture.shape(site.layer)[1]
-        return wanted if self.corpus.more is None else min(wanted, max(self.corpus.length, wanted // 2))
+        target = self.options.tokens_per_dim * self.loaded.architecture.shape(site.layer)[1]
+        return target if self.corpus.more is None else min(target, max(self.corpus.length, target // 2))
 
     def identity(self, site: Site) -> Identity:
         """Return everything that a site's second moment depends on."""
@@ -156,7 +155,7 @@ class SecondMoments:
         )
 
     def record(self, sites: Sequence[Site]) -> dict[str, Any]:
-        """Return what the second moments of ``sites`` are computed on, as ``run.json`` states it."""
+        """Return the text that the second moments of ``sites`` are computed on, for ``run.json``."""
         if self.file is not None:
             return {"file": str(self.file), "sha256": file_digest(self.file)}
         tokens = max(self.tokens_for(site) for site in sites)
@@ -196,7 +195,7 @@ class SecondMoments:
         budget = pass_tokens(self.options.batch_tokens, self.loaded.input_device)
         with self.reporter.phase("Second moments", total, "tokens") as advance, quick_linears(self.loaded.model):
             for number, batch in enumerate(_batches(self.corpus.read(total), total, budget)):
-                # Batches are of one size in tokens, so taking turns shares them evenly.
+                # Batches have about the same number of tokens, so taking turns is even.
                 if number % self.team.parts == self.team.part:
                     for site, outer in self._outer(batch, modules).items():
                         sums[site].add_(outer)
@@ -213,30 +212,30 @@ class SecondMoments:
     @torch.no_grad()
     def _outer(self, batch: Sequence[Encoded], modules: Mapping[Site, Any]) -> dict[Site, Tensor]:
         """Return the sum of k k^T over a batch's tokens for every site, in float64 where the device has it."""
-        seen: dict[Site, Tensor] = {}
+        sums: dict[Site, Tensor] = {}
         last = max(modules, key=lambda site: site.layer)
         ids = self.loaded.tokens.pad(batch, self.loaded.input_device)
         real = torch.zeros(ids.shape, dtype=torch.bool)
         for row, text in enumerate(batch):
             real[row, : len(text.ids)] = True
 
-        def tap(site: Site) -> Any:
-            def see(owner: Any, entered: Tensor, output: Any) -> None:
+        def summing(site: Site) -> Any:
+            def add(owner: Any, entered: Tensor, output: Any) -> None:
                 entered = whole_input(owner, entered)
                 keys = entered.reshape(-1, entered.shape[-1])[real.flatten().to(entered.device)].float()
                 outer = gram(keys)
-                seen[site] = outer.double() if _has_double(outer.device) else outer.cpu().double()
+                sums[site] = double(outer, outer.device)
 
-            return tapped(modules[site], see, stop=site == last)
+            return hooked(modules[site], add, stop=site == last)
 
         with ExitStack() as stack:
             for site in modules:
-                stack.enter_context(tap(site))
+                stack.enter_context(summing(site))
             run(self.loaded.model, ids)
-        return seen
+        return sums
 
-    def _kept(self, site: Site) -> tuple[Tensor, ...]:
-        """Return what the user's file or the cache holds on a site; nothing when it has to be computed."""
+    def _stored(self, site: Site) -> tuple[Tensor, ...]:
+        """Return a site's moment from the user's file or the cache; nothing if it has to be computed."""
         if self.file is not None:
             return (self._from_file(site),)
         if site in self._uncached:
@@ -293,9 +292,4 @@ def _batches(rows: Iterator[list[int]], total: int, budget: int) -> Iterator[lis
 
 def _zeros(module: Any, width: int) -> Tensor:
     """Return (width, width) zeros in float64, where the module computes or on the CPU."""
-    place = device_of(module)
-    return torch.zeros(width, width, dtype=torch.float64, device=place if _has_double(place) else "cpu")
-
-
-def _has_double(device: torch.device) -> bool:
-    return device.type != torch.device("mps").type
+    return torch.zeros(width, width, dtype=torch.float64, device=double_device(device_of(module)))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import jsonlines
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -123,6 +124,12 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    """Write one JSON value a line, atomically and one in memory at a time."""
+    with atomic(path) as file, jsonlines.Writer(file) as writer:
+        writer.write_all(records)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor that lies in a safetensors file, to be copied byte for byte, whatever its dtype."""
@@ -211,6 +218,15 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def tensor_digest(tensor: Tensor) -> str:
     """Return the sha256 of a tensor's content as it lies in a file."""
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def tensors_digest(named: Iterable[tuple[str, Tensor]], *, salt: str = "") -> str:
+    """Return a sha256 over ``salt`` and the names, dtypes, shapes and contents of tensors, in the order given."""
+    digest = hashlib.sha256(salt.encode())
+    for name, tensor in named:
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _umask() -> int:

@@ -1,9 +1,10 @@
-"""Read text files of any size line by line in bounded memory, and JSON that only holds what JSON can say."""
+"""Read text files of any size line by line in bounded memory, as JSON without Python's extensions."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -23,34 +24,43 @@ _CHUNK = 1 << 20
 
 
 class Lines:
-    """The lines of a file; the sha256 covers all of it, however many lines were asked for."""
+    """An iterator over the lines of a file that are not blank; the sha256 covers the whole file.
 
-    def __init__(self, file: BinaryIO):
-        # A program may have put a plain buffer in the place of standard input, which cannot be looked into.
+    A line that is too long raises :class:`RequestError`, and the next one can be read all the same.
+    """
+
+    def __init__(self, file: BinaryIO, name: str):
+        # A program may have replaced standard input by a plain buffer, which has no peek().
         self._file = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast(Any, file))
-        self._digest = hashlib.sha256()
+        self._digest, self._name = hashlib.sha256(), name
+        self.number = 0
+        """Number of the last line that was read, from 1."""
 
     @property
     def head(self) -> bytes:
         """The beginning of the file, a few thousand bytes at most; to be read before any line."""
         return self._file.peek(1)
 
-    def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """Yield number and text of every line that is not blank; of one that is too long only the beginning."""
-        number = 0
+    def __iter__(self) -> Lines:
+        """Return the lines themselves."""
+        return self
+
+    def __next__(self) -> bytes:
+        """Return the next line that is not blank, without its ending."""
         # Two bytes more than the longest line, for its ending.
         while raw := self._take(MAX_LINE_BYTES + 2):
-            number += 1
+            self.number += 1
             rest = raw
             while not rest.endswith(b"\n") and (rest := self._take(_CHUNK)):
                 pass
-            # Files that were joined bring a byte order mark each.
+            # Joined files bring a byte order mark each.
             text = raw.removeprefix(_BOM)
             if text.strip():
-                yield number, text.removesuffix(b"\n").rstrip(b"\r")
+                return self._bounded(text.removesuffix(b"\n").rstrip(b"\r"))
+        raise StopIteration
 
     def read(self, limit: int) -> bytes | None:
-        """Return what is left, or None where it is more than ``limit`` bytes."""
+        """Return the rest of the file, or None if it has more than ``limit`` bytes."""
         data = self._file.read(limit + 1)
         self._digest.update(data)
         return data if len(data) <= limit else None
@@ -60,6 +70,12 @@ class Lines:
         while data := self._file.read(_CHUNK):
             self._digest.update(data)
         return self._digest.hexdigest()
+
+    def _bounded(self, text: bytes) -> bytes:
+        if len(text) > MAX_LINE_BYTES:
+            reason = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
+            raise RequestError(reason, file=self._name, line=self.number)
+        return text
 
     def _take(self, limit: int) -> bytes:
         data = self._file.readline(limit)
@@ -72,10 +88,10 @@ def opened(source: str | Path, name: str) -> Iterator[Lines]:
     """Open a file, or standard input for ``-``; raise :class:`RequestError` when it cannot be read."""
     try:
         if str(source) == "-":
-            yield Lines(sys.stdin.buffer)
+            yield Lines(sys.stdin.buffer, name)
             return
         with Path(source).open("rb") as file:
-            yield Lines(file)
+            yield Lines(file, name)
     except OSError as error:
         raise RequestError(f"cannot be read: {_why(error)}", file=name) from error
 
@@ -88,12 +104,17 @@ def _why(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def strict_json(text: str | bytes) -> Any:
+    """Parse JSON; raise ValueError for NaN, the infinities and numbers too large for a float."""
+    return json.loads(text, parse_constant=no_constant, parse_float=_finite_float)
+
+
 def no_constant(name: str) -> Any:
     """Refuse NaN and the infinities, which Python reads and JSON does not know."""
     raise ValueError(f"{name} is not a JSON value")
 
 
-def finite_float(text: str) -> float:
+def _finite_float(text: str) -> float:
     """Read a number of JSON; refuse one that is too large for a float, which Python would make infinite."""
     value = float(text)
     if not math.isfinite(value):

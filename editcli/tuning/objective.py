@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from editcli.evaluation.metrics import harmonic
+from editcli.settings.recipes import KL_PRICE
 
 if TYPE_CHECKING:
     from editcli.evaluation.metrics import Evaluation
-
-KL_PRICE = 1.0
-"""Points of the score for one nat of KL(base || edited) per token: 0.01 nats, 1 % of perplexity, cost 0.01."""
 
 SCORE = ".3f"
 """Format of a score."""

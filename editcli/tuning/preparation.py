@@ -20,17 +20,14 @@ from editcli.reporting import Reporter
 from editcli.requests.schema import EditRequest
 from editcli.runs import planning
 from editcli.runs.conversation import with_clock
-from editcli.settings.recipe import Recipe
+from editcli.settings.recipes import TuneRecipe
 from editcli.storage.checkpoint import file_digest
-from editcli.tuning.objective import KL_PRICE
 from editcli.tuning.probes import probe_edits
 from editcli.tuning.report import Split
 from editcli.tuning.space import SOURCE, Candidate, Space, build_space
 from editcli.tuning.study import begun_with
 from editcli.tuning.workbench import PARTS, Workbench
 
-MINUTES = 10.0
-"""The budget where neither minutes nor trials are given."""
 WARM_UP = 4
 """Edits that the preset writes first, to see what one costs."""
 TRIALS = 10
@@ -80,34 +77,6 @@ def edits_per_trial(left: float, *, each: float, available: int) -> int:
 
 STUDY, LOCK = "study.jsonl", ".lock"
 _COUNT, _CHAT = "edits of a trial", "chat template"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuneRecipe:
-    """What to tune, on what, for how long; raises :class:`OptionError` when it makes no sense."""
-
-    run: Recipe
-    """Model, edits (:data:`editcli.tuning.space.SOURCE` for the bundled probes), methods, fixed settings and out."""
-    minutes: float | None = None
-    trials: int | None = None
-    """Trials in all, including those before ``resume``."""
-    sample: int | None = None
-    """Edits of a trial; None is as many as the time allows."""
-    kl_price: float = KL_PRICE
-    text: str | None = None
-    """Text file for the drift; default: the bundled held-out text."""
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        if self.minutes is not None and self.minutes <= 0:
-            raise OptionError(f"--minutes must be more than 0, not {self.minutes:g}")
-        if self.kl_price < 0:
-            raise OptionError(f"--kl-price must not be negative, but it is {self.kl_price:g}")
-
-    @property
-    def limit(self) -> float | None:
-        """The minutes that the search may take; None where only trials are limited."""
-        return MINUTES if self.minutes is None and self.trials is None else self.minutes
 
 
 @dataclass(frozen=True, slots=True)

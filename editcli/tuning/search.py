@@ -8,7 +8,7 @@ from statistics import fmean
 
 from editcli.commands.evaluate import general_text
 from editcli.errors import GuardError, NumericalError, OptionError, StateError
-from editcli.linalg.ratios import shown
+from editcli.formatting import number
 from editcli.plugin.manager import Plugins
 from editcli.plugin.options import merge
 from editcli.presets.loader import sizes_of
@@ -184,7 +184,7 @@ class Search:
         best = self.study.best()
         parts = [f"Trial {record.number}, {described(record)}: {outcome(record)}"]
         if best is not None:
-            parts.append(f"best {shown(best.score, SCORE)} (trial {best.number})")
+            parts.append(f"best {number(best.score, SCORE)} (trial {best.number})")
         parts.append(f"{self._left() / 60:.1f} minutes left")
         self.reporter.note("; ".join(parts))
 
@@ -242,12 +242,12 @@ class Search:
         method = "+".join((start.editor.name, *run.stabilizers))
         edits = "bundled probes" if run.edits == SOURCE else "edits"
         guess = self.study.start_record()
-        against = "" if guess is None else f", the guess {shown(guess.score, SCORE)}"
+        against = "" if guess is None else f", the guess {number(guess.score, SCORE)}"
         preset = Preset(
             name=f"{start.preset.name}-tuned",
             label="tuned",
             source=f"editcli tune: {method}, {self.study.made} trials on {self.slices.split.trial} {edits}; "
-            f"score {shown(chosen.score, SCORE)}{against}",
+            f"score {number(chosen.score, SCORE)}{against}",
             layers=chosen.layers,
             editor=start.editor.name,
             editor_layers={**start.preset.editor_layers, start.editor.name: chosen.layers},
@@ -277,7 +277,7 @@ def described(record: Record) -> str:
 def outcome(record: Record) -> str:
     """Return how a trial ended in a few words."""
     if record.state == states.DONE:
-        return f"score {shown(record.score, SCORE)}"
+        return f"score {number(record.score, SCORE)}"
     if record.state == states.PRUNED:
         return "ended early, worse than most"
     return f"failed: {record.reason}" if record.state == states.FAILED else "not finished"

@@ -75,19 +75,19 @@ class _Descent:
     """Adam on the change of one weight, inside a ball around zero."""
 
     def __init__(self, weight: Tensor, options: FineTuning.Options):
-        self.weight, self.change = weight, weight.new_zeros(weight.shape)
-        self._mean, self._square, self._count = self.change, self.change, 0
-        norm = float(weight.norm())
-        self._rate, self._bound = options.lr * norm / weight.numel() ** 0.5, options.norm_bound * norm
+        from torch.optim import Adam
 
-    def step(self, gradient: Tensor, *, decay: float = 0.9, decay_square: float = 0.999) -> None:
+        norm = float(weight.norm())
+        self.weight, self.change = weight, weight.new_zeros(weight.shape)
+        self._bound, self._scale = options.norm_bound * norm, 0.0
+        self._adam = Adam([self.change], lr=options.lr * norm / weight.numel() ** 0.5)
+
+    def step(self, gradient: Tensor) -> None:
         """Take one step of Adam and project back into the ball."""
-        self._count += 1
-        self._mean = decay * self._mean + (1 - decay) * gradient
-        self._square = decay_square * self._square + (1 - decay_square) * gradient**2
-        mean = self._mean / (1 - decay**self._count)
-        root = (self._square / (1 - decay_square**self._count)).sqrt()
-        # Relative to the largest entry, the guard against division by zero does not depend on the gradient's scale.
-        change = self.change - self._rate * mean / (root + 1e-8 * root.max()).clamp_min(1e-38)
-        norm = float(change.norm())
-        self.change = change * (self._bound / norm) if norm > self._bound else change
+        # Adam's guard against division by zero is an absolute number, so gradients come in units of the first one.
+        self._scale = self._scale or float(gradient.abs().max()) or 1.0
+        self.change.grad = gradient / self._scale
+        self._adam.step()
+        norm = float(self.change.norm())
+        if norm > self._bound:
+            self.change.mul_(self._bound / norm)

@@ -99,7 +99,7 @@ def test_a_run_leaves_an_ordinary_folder_and_ends_with_a_table(
     assert "\x1b" not in done.out + done.err
     loading, memory, *_ = done.err.splitlines()
     assert loading == f"Loading {models[family]}"
-    assert re.fullmatch(r"Memory: about [\d.]+ [MG]B of the [\d.]+ [MG]B free on cpu", memory)
+    assert re.fullmatch(r"Memory: about [\d.]+ [kMGT]B of the [\d.]+ [kMGT]B free on cpu", memory)
     for name in ("run.json", "state.safetensors", "journal.jsonl", "rejected.jsonl", "updates"):
         assert Path("facts-edited/editcli", name).exists()
     assert weights() != weights(models[family])
@@ -132,7 +132,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(apply: Any, work: Path) ->
     before = sorted(path.name for path in work.iterdir())
     done = apply("--dry-run")
     assert done.code == 0
-    for shown in ("model.layers.1.mlp.down_proj", "16 x 40", "3 in 1 batches", "Nothing was written"):
+    for shown in ("model.layers.1.mlp.down_proj", "16 x 40", "3 in 1 batch of", "Nothing was written"):
         assert shown in done.out
     plan = json.loads(apply("--dry-run", "--json").out)
     assert plan["edits"] == 3
@@ -186,7 +186,7 @@ def test_edits_come_from_standard_input(apply: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_limit_takes_the_first_edits(apply: Any) -> None:
-    assert "1 of 1 edits applied" in apply("--limit", "1", "--no-eval").out
+    assert "1 of 1 edit applied" in apply("--limit", "1", "--no-eval").out
 
 
 def test_conflicting_edits_are_a_warning(apply: Any, work: Path) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import click
 import pytest
 from click.shell_completion import ShellComplete
+from click.types import STRING
 
 from editcli.__main__ import main
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.completion import SHELLS, VARIABLE
 from editcli.cli.main import COMMANDS, build_cli
+from editcli.cli.values import CommaSeparated
 from editcli.errors import EditError
 from editcli.plugin.manager import load_plugins
 from editcli.plugin.options import build, parse_assignments
@@ -36,7 +38,7 @@ def values(*words: str) -> list[str]:
 def test_commands_and_flags_are_offered() -> None:
     assert set(values("")) >= set(COMMANDS)
     assert "apply" in values("ap")
-    assert {"--editor", "--stabilizer", "--recipe"} <= set(values("apply", "--"))
+    assert {"--editor", "--stabilizer", "--repeat"} <= set(values("apply", "--"))
 
 
 def test_names_are_those_of_the_installed_plugins() -> None:
@@ -112,16 +114,15 @@ def test_what_has_no_fixed_values_offers_nothing() -> None:
 
 
 def test_nothing_that_has_values_is_left_without() -> None:
-    """A new option that takes text is either in the table of suggestions or here."""
-    free = {"revision", "thresholds", "author", "metrics", "harness", "push", "name", "message", "ids", "system"}
-    from editcli.cli.suggestions import SUGGESTIONS, Suggested, SuggestedList
-
+    """A new option that takes text either has a completion or is named here."""
+    free = {"revision", "thresholds", "author", "metrics", "harness", "push", "name", "prompts", "system"}
     group = build_cli(load_plugins())
     for name in COMMANDS:
         command = group.get_command(click.Context(group), name)
         assert command is not None
-        texts = {p.name for p in command.params if isinstance(p.type, (Suggested, SuggestedList))}
-        assert texts <= {*SUGGESTIONS, *free}, name
+        plain = [p for p in command.params if p.type is STRING or isinstance(p.type, CommaSeparated)]
+        bare = {str(p.name) for p in plain if p._custom_shell_complete is None}
+        assert {text for text in bare if f"{name} {text}" != "undo edits"} <= free, name
 
 
 @pytest.mark.parametrize("shell", SHELLS)

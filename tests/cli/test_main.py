@@ -14,7 +14,8 @@ import click
 import pytest
 
 from editcli import __main__ as program
-from editcli.cli.common import App, Command
+from editcli.cli.app import App
+from editcli.cli.command import Command
 from editcli.cli.main import COMMANDS, build_cli
 from editcli.errors import GuardError, NumericalError, RequestError, near_miss
 from editcli.plugin.manager import Plugins, load_plugins

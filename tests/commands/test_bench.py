@@ -68,14 +68,17 @@ def test_every_stack_is_a_run_on_the_same_edits(recipe: Recipe, plugins: Plugins
         assert set(curve.cohorts) == set(library.COLLAPSING)
         assert all(len(shares) == 4 for shares in curve.cohorts.values())
         record = RunFolder(Path(curve.out)).read_record()
+        assert record is not None
+        assert record.efficacy is not None
+        assert record.efficacy.retained is not None
         last = curve.last
         assert last is not None
-        assert last.figures["efficacy_success"] == record["efficacy"]["retained"]["efficacy_success"]
+        assert last.figures["efficacy_success"] == record.efficacy.retained["efficacy_success"]
         assert set(last.figures) == {f"{n}_{form}" for n in THREE for form in ("success", "accuracy")}
         # The sample is the whole of so short a stream, so its mean is the mean of the four quarters.
         for name in library.COLLAPSING:
             assert fmean(curve.cohorts[name]) == pytest.approx(last.figures[name])
-        assert last.ratio == pytest.approx(max(site["ratio"] for site in record["sites"]), rel=1e-6)
+        assert last.ratio == pytest.approx(max(site.ratio for site in record.sites), rel=1e-6)
     assert json.loads((recipe.folder / "bench.json").read_text())["curves"][1]["stack"] == "rlsedit+nas"
     bench_table(report)
     assert not any(chart.empty for chart in bench_charts(report))

@@ -1,4 +1,4 @@
-"""``editcli apply --recipe``: a run is repeated from its record and compared bit by bit."""
+"""``editcli apply --repeat``: a run is repeated from its record and compared bit by bit."""
 
 from __future__ import annotations
 
@@ -77,24 +77,24 @@ def test_a_run_is_repeated_bit_by_bit(run: Run, monkeypatch: pytest.MonkeyPatch)
     Path("editcli.toml").write_text("editor = 'rome'\nseed = 3\n[targets]\nsteps = 9\n")
     monkeypatch.setenv("EDITCLI_LAYERS", "3")
     monkeypatch.setenv("EDITCLI_OPTIONS", "rlsedit.ridge=9")
-    code, out, err = run("--recipe", RECORD)
+    code, out, err = run("--repeat", RECORD)
     assert (code, "identical: all 2 edited tensors" in " ".join(out.split())) == (0, True), err
     first, second = (file_digest(Path(name, "model.safetensors")) for name in ("first", "first-repeated"))
     assert first == second
     settings = [json.loads(Path(name, "editcli/run.json").read_text()) for name in ("first", "first-repeated")]
     assert settings[0]["provenance"]["options"] == settings[1]["provenance"]["options"]
-    code, out, err = run("--recipe", "first-repeated/editcli/run.json", "--out", "third", "--json")
+    code, out, err = run("--repeat", "first-repeated/editcli/run.json", "--out", "third", "--json")
     assert json.loads(out)["repeats"]["identical"] is True, err
 
 
 def test_the_base_and_the_edits_may_have_moved(run: Run) -> None:
     Path("model").rename("elsewhere")
     Path("facts.jsonl").rename("moved.jsonl")
-    code, _, err = run("--recipe", RECORD)
+    code, _, err = run("--repeat", RECORD)
     assert (code, "is not there; say where it is" in err) == (1, True)
-    code, _, err = run("moved.jsonl", "--recipe", RECORD, "--out", "new")
+    code, _, err = run("moved.jsonl", "--repeat", RECORD, "--out", "new")
     assert (code, "there is no model folder" in err or "hub" in err) == (1, True)
-    code, out, err = run("moved.jsonl", "--recipe", RECORD, "--model", "elsewhere", "--out", "new")
+    code, out, err = run("moved.jsonl", "--repeat", RECORD, "--model", "elsewhere", "--out", "new")
     assert (code, "identical" in out) == (0, True), err
 
 
@@ -105,12 +105,12 @@ def test_a_tensor_that_differs_is_named_and_the_machine_with_it(run: Run) -> Non
         return {**found, "weights": {**found["weights"], **weights}, "versions": versions, "threads": 64}
 
     change("provenance", another)
-    code, out, _ = run("--recipe", RECORD, "--json")
+    code, out, _ = run("--repeat", RECORD, "--json")
     found = json.loads(out)["repeats"]
     assert (code, found["identical"], found["same_edits"]) == (1, False, True)
     assert found["differ"] == ["transformer.h.1.mlp.c_proj.weight"]
     assert [text.split()[0] for text in found["environment"]] == ["torch", "threads"]
-    code, out, _ = run("--recipe", RECORD, "--out", "again")
+    code, out, _ = run("--repeat", RECORD, "--out", "again")
     said = " ".join(out.split())
     assert code == 1
     assert "different: 1 of 2 edited tensors" in said
@@ -120,14 +120,14 @@ def test_a_tensor_that_differs_is_named_and_the_machine_with_it(run: Run) -> Non
 def test_other_edits_or_another_base_are_refused_before_anything_is_done(run: Run) -> None:
     lines = Path("facts.jsonl").read_text()
     Path("facts.jsonl").write_text(lines.replace("Rome", "Paris"))
-    code, _, err = run("--recipe", RECORD)
+    code, _, err = run("--repeat", RECORD)
     assert (code, "is not the file that" in err) == (1, True)
     Path("facts.jsonl").write_text(lines)
     weights = Path("model/model.safetensors")
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
-    code, _, err = run("--recipe", RECORD)
+    code, _, err = run("--repeat", RECORD)
     assert (code, "is not the base" in err) == (1, True)
     assert not Path("first-repeated").exists()
 
@@ -137,12 +137,12 @@ def test_other_edits_or_another_base_are_refused_before_anything_is_done(run: Ru
     [("--editor", "rome"), ("--seed", "1"), ("-o", "rlsedit.ridge=1"), ("--no-eval",), ("--resume",), ("--limit", "1")],
 )
 def test_what_would_make_it_another_run_is_refused(run: Run, arguments: tuple[str, ...]) -> None:
-    code, _, err = run("--recipe", RECORD, *arguments)
-    assert (code, "--recipe repeats a run as it was; leave out" in err, arguments[0] in err) == (2, True, True)
+    code, _, err = run("--repeat", RECORD, *arguments)
+    assert (code, "--repeat repeats a run as it was; leave out" in err, arguments[0] in err) == (2, True, True)
 
 
 def test_a_dry_run_shows_what_would_be_repeated(run: Run) -> None:
-    code, out, err = run("--recipe", RECORD, "--dry-run", "--json")
+    code, out, err = run("--repeat", RECORD, "--dry-run", "--json")
     plan = json.loads(out)
     assert (code, plan["editor"], plan["stabilizers"], plan["batch_size"]) == (0, "rlsedit", ["clip"], 2), err
     assert [site["layer"] for site in plan["sites"]] == [1, 2]
@@ -158,7 +158,7 @@ def test_edits_or_a_recipe_are_needed(run: Run) -> None:
     ("section", "value", "said"),
     [
         ("status", "interrupted", "did not end"),
-        ("provenance", {}, "does not record 'weights'"),
+        ("provenance", {}, "provenance: Object missing required field `base`"),
         ("recipe", {"edits": "x", "editer": "y"}, "is not the record of a run"),
         ("recipe", [1], "is not the record of a run"),
         ("provenance", None, "is not the record of a run"),
@@ -166,7 +166,7 @@ def test_edits_or_a_recipe_are_needed(run: Run) -> None:
 )
 def test_a_record_that_does_not_tell_enough_is_refused(run: Run, section: str, value: Any, said: str) -> None:
     change(section, lambda found: value)
-    code, _, err = run("--recipe", RECORD)
+    code, _, err = run("--repeat", RECORD)
     assert (code, said in err) == (1, True), err
 
 
@@ -181,9 +181,9 @@ def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_run_over_several_files_or_without_edits_is_refused(run: Run) -> None:
     change("provenance", lambda found: {**found, "pilots": {**found["pilots"], "sha256": "0"}})
-    assert "several edits files" in run("--recipe", RECORD)[2]
+    assert "several edits files" in run("--repeat", RECORD)[2]
     change("provenance", lambda found: {**found, "weights": {}})
-    assert "nothing to repeat" in run("--recipe", RECORD)[2]
+    assert "nothing to repeat" in run("--repeat", RECORD)[2]
 
 
 def test_a_strangers_record_cannot_have_code_run(run: Run) -> None:
@@ -202,7 +202,7 @@ def test_a_lost_snapshot_is_mended_as_the_message_says(run: Run) -> None:
     code, _, err = run("facts.jsonl", *where)
     assert code == 1
     advice = " ".join(err.split()).rpartition("editcli apply ")[2].split()
-    assert advice == ["--recipe", RECORD]
+    assert advice == ["--repeat", RECORD]
     code, out, err = run(*advice)
     assert (code, "identical" in out) == (0, True), err
 
@@ -226,7 +226,7 @@ def test_the_bundled_model_is_repeated(
     Path("facts.jsonl").write_text(json.dumps(facts[0]) + "\n")
     small = ("-o", "targets.steps=2", "-o", "statistics.tokens=2000", "--no-eval")
     assert main(["-q", "apply", "facts.jsonl", "--out", "first", *small]) == 0
-    assert main(["-q", "apply", "--recipe", RECORD]) == 0
+    assert main(["-q", "apply", "--repeat", RECORD]) == 0
     assert "identical" in capsys.readouterr().out
 
 

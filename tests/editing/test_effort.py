@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from editcli.editing.effort import target_costs
-from editcli.editing.targets import optimise
+from editcli.editing.targets import optimise, target_costs
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.reporting import Silent
 from editcli.requests.schema import EditRequest

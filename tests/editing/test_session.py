@@ -13,7 +13,7 @@ from editcli.editing import activations
 from editcli.editing.session import ModelSession, generate_prefixes
 from editcli.errors import ModelError, StatisticsError
 from editcli.models.chat_settings import ChatSettings
-from editcli.models.forward import first, tapped
+from editcli.models.forward import first, hooked
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.plugin.interfaces import LowRank, Site, Values
 from editcli.settings.core import TargetOptions
@@ -52,7 +52,7 @@ def seen_at_lookup(loaded: LoadedModel, text: str, subject: str, module: torch.n
     def see(owner: object, entered: Tensor, produced: object) -> None:
         found.append(first(produced) if output else entered)
 
-    with torch.no_grad(), tapped(module, see):
+    with torch.no_grad(), hooked(module, see):
         loaded.model(input_ids=torch.tensor([batch["input_ids"]]), use_cache=False)
     return found[0].reshape(len(batch["input_ids"]), -1)[place]
 
@@ -227,7 +227,7 @@ def test_what_a_norm_silences_is_left_alone(tmp_path: Path) -> None:
     site, values = opened.sites[0], random_values(loaded, len(REQUESTS))
     residual = opened.residual(REQUESTS, site, values)
     assert bool(residual.isfinite().all())
-    taps = [activations.Tap(loaded.architecture.mlp(2), output=True)]
+    taps = [activations.Hook(loaded.architecture.mlp(2), output=True)]
     (own,) = opened._activations.read(opened._lookup_rows(REQUESTS, ("",)), 2, taps)
     # Only the common factor that keeps the output's length reaches the silent coordinate.
     written = own.T + residual

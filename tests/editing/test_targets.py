@@ -265,7 +265,7 @@ class TestEveryFamily:
             patch.setattr(Steering, "check", watched)
             batch(loaded, requests(), replace(OPTIONS, steps=1))
         assert seen == [False]
-        assert loaded.resumes
+        assert loaded.supports_kv_cache
 
     def test_a_plain_family_equals_the_published_procedure(self, family: str, tmp_path: Path) -> None:
         loaded = opened(tmp_path / "model", family)
@@ -312,7 +312,7 @@ def test_a_model_that_keys_and_values_do_not_take_along_reads_from_the_start(mod
     own = {"vocab_size": vocabulary_size(), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     config = AutoConfig.for_model(model_type, **{**UNKNOWN[model_type], **own})
     loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", config)))
-    assert not loaded.resumes
+    assert not loaded.supports_kv_cache
     target = batch(loaded, requests())[0]
     for column, fact in enumerate(requests()):
         assert distance(target[:, column], plain_target(loaded, fact, PREFIXES, LAYER, OPTIONS)) < 1e-3
@@ -335,7 +335,7 @@ def test_padding_behind_a_long_past_needs_no_position_that_the_model_lacks(famil
 def test_a_prompt_that_is_too_long_behind_a_prefix_is_one_sentence(tmp_path: Path) -> None:
     loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", "gpt2", n_positions=16)))
     prefix = "The river in London is and was by the city of Rome. "
-    with pytest.raises(RequestError, match=r"behind a prefix .* tokens, more than the model's context of 16"):
+    with pytest.raises(RequestError, match=r"after a prefix .* tokens, more than the model's context of 16"):
         optimise(loaded, requests()[:1], (prefix,), LAYER, OPTIONS, Silent())
 
 

@@ -223,7 +223,7 @@ def test_order_of_edits_changes_no_metric():
 
 def test_raw_numbers_of_each_edit_are_kept():
     found = evaluate(tiny(), [request("a", **FULL), request("b", **FULL)])
-    lines = [json.loads(line) for line in found.raw_lines()]
+    lines = [json.loads(json.dumps(line)) for line in found.raw()]
     assert [line["id"] for line in lines] == ["a", "b"]
     assert lines[0]["neighbors"][0]["rival"] == "Rome"
     assert lines[0]["neighbors"][0]["success"] == (found.outcomes[0].neighbors[0].success)

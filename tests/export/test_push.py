@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from editcli.errors import ModelError
 from editcli.export.record import portable
 from editcli.export.source import open_run
 from editcli.models.loading import BUNDLED
+from editcli.records.record import RunRecord
 from tests.support.exports import files
 
 # The hub's client uses its HTTP library in a way that the library's next release drops.
@@ -275,12 +276,20 @@ def test_what_is_to_be_private_does_not_go_where_everybody_reads(
     assert hub.repos["me/open"]["main"]
 
 
+@dataclass(frozen=True)
+class FakeRun:
+    """What the record of a run is made portable from."""
+
+    record: RunRecord
+    path: str
+
+
 def test_a_record_does_not_say_where_the_bundled_model_is_installed(runs: Callable[[str], Path]) -> None:
     run = open_run(str(runs("linear")))
-    base = {**run.record["provenance"]["base"], "name": BUNDLED}
-    record = {**run.record, "provenance": {**run.record["provenance"], "base": base}}
-    bundled = SimpleNamespace(record=record, path=run.path)
-    assert base["folder"] not in json.dumps(portable(bundled))
+    provenance = run.record.provenance
+    bundled = replace(run.record, provenance=replace(provenance, base=replace(provenance.base, name=BUNDLED)))
+    assert provenance.base.folder is not None
+    assert provenance.base.folder not in json.dumps(portable(FakeRun(bundled, run.path)).to_json())
 
 
 def test_a_record_names_every_file_without_its_folder(runs: Callable[[str], Path]) -> None:
@@ -288,18 +297,19 @@ def test_a_record_names_every_file_without_its_folder(runs: Callable[[str], Path
     preset = {"file": "/home/me/tune/preset.toml", "name": "mine", "layers": [1]}
     files = {"stats": "/home/me/moments.safetensors", "corpus": "/home/me/text.txt", "preset": preset}
     settings = {"plugin": {"table": "/home/me/table.bin", "share": 0.5}}
-    record = {
-        **run.record,
+    record = run.record.to_json()
+    changed = {
+        **record,
         "preset": preset,
         "components": settings,
-        "recipe": {**run.record["recipe"], **files, "settings": settings, "system": "/no_think"},
+        "recipe": {**record["recipe"], **files, "settings": settings, "system": "/no_think", "chat_template": True},
         "provenance": {
-            **run.record["provenance"],
+            **record["provenance"],
             "options": settings,
             "reference": {"file": files["stats"], "sha256": "0"},
         },
     }
-    shared = portable(SimpleNamespace(record=record, path=run.path))
+    shared = portable(FakeRun(RunRecord.from_json(changed), run.path)).to_json()
     assert "/home/me" not in json.dumps(shared)
     assert shared["recipe"]["preset"] == {**preset, "file": "preset.toml"}
     assert shared["provenance"]["reference"] == {"file": "moments.safetensors", "sha256": "0"}

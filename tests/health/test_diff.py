@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.main import build_cli
 from editcli.errors import ModelError
 from editcli.health.diff import RANK_LIMIT, diff, numerical_rank, speak

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.main import build_cli
 from editcli.errors import ModelError, OptionError
 from editcli.health.inspect import Wanted, inspect
@@ -158,13 +158,13 @@ def test_the_edits_that_wrote_most_come_first(make_run):
 
 
 def test_a_batch_that_was_undone_is_no_part_of_the_history(make_run):
-    from editcli.records.state import Entry, journal_line
+    from editcli.records.journal import UndoRecord, journal_line
 
     run = make_run()
     found = inspect(run, wanted=NORMS)
-    last = found.history.batches[-1].entry
+    last = found.history.batches[-1]
     text = found.history.folder.journal.read_text("utf-8").splitlines()[-1]
-    found.history.folder.append(journal_line(Entry(last.sequence + 1, "undo", last.step - 1), text))
+    found.history.folder.append(journal_line(UndoRecord(sequence=last.sequence + 1, step=last.step - 1), text))
     again = inspect(run, wanted=NORMS)
     assert [batch.step for batch in again.history.batches] == [1, 2]
 

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from editcli.__main__ import main
+from editcli.formatting import number
 from editcli.health.diff import diff
 from editcli.health.inspect import Wanted, inspect
 from editcli.health.verdict import Thresholds, judge, since
-from editcli.linalg.ratios import ratio, shown
+from editcli.linalg.ratios import ratio
 from editcli.linalg.spectra import spectral_norm, spectrum
 from editcli.records.history import read_history
 from editcli.storage.choice import SINGLE
@@ -48,9 +49,9 @@ def test_a_ratio_to_nothing_is_no_figure() -> None:
     assert ratio(3, 2) == 1.5
     assert ratio(3, 0) is None
     assert ratio(0, 0) is None
-    assert (shown(1.5, ".2f"), shown(None, ".2f")) == ("1.50", "n/a")
-    assert (shown(-0.001, ".2f"), shown(-0.01, ".2f"), shown(0.0, ".2f")) == ("0.00", "-0.01", "0.00")
-    assert shown(float("-inf"), ".2f") == "-inf"
+    assert (number(1.5, ".2f"), number(None, ".2f")) == ("1.50", "n/a")
+    assert (number(-0.001, ".2f"), number(-0.01, ".2f"), number(0.0, ".2f")) == ("0.00", "-0.01", "0.00")
+    assert number(float("-inf"), ".2f") == "-inf"
 
 
 def test_the_run_writes_both_and_gives_ratios_of_one(run: Path, base: Path) -> None:
@@ -95,7 +96,7 @@ def test_tables_and_pages_are_drawn(run: Path, base: Path, tmp_path: Path, capsy
     assert main(["-q", "inspect", str(run), "--norms", "--base", str(base)]) == 0
     assert main(["-q", "inspect", str(base), "--spectral"]) == 0
     assert main(["-q", "diff", str(base), str(run)]) == 0
-    assert main(["-q", "report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert main(["-q", "report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -6,7 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from editcli.errors import NumericalError
-from editcli.plugin.leastsquares import InverseGram, invert, ridge, symmetrise, working_dtype
+from editcli.linalg.precision import working_dtype
+from editcli.plugin.leastsquares import InverseGram, invert, ridge, symmetrise
 from editcli.reporting import Silent
 from tests.support.reporters import Listener
 

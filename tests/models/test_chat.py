@@ -15,7 +15,6 @@ from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.evaluation.admission import thinking_warning
 from editcli.models.chat_settings import ChatSettings, parse_arguments
 from editcli.models.tokens import Tokens
-from editcli.records.state import RunFolder
 from editcli.requests.schema import EditRequest, from_record
 from editcli.runs.card import command_line
 from editcli.settings.recipe import Recipe
@@ -200,7 +199,7 @@ def test_the_clock_that_a_template_reads_is_the_runs(
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
     record = tmp_path / "whole/editcli/run.json"
-    assert main(["apply", "--recipe", str(record), "--out", str(tmp_path / "again"), "--json"]) == 0
+    assert main(["apply", "--repeat", str(record), "--out", str(tmp_path / "again"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["repeats"]["identical"]
     with pytest.raises(StateError, match="made with chat = clock"):
         editcli.edit(model, facts, out=tmp_path / "whole", resume=True, template_clock="2025-01-01T00:00:00", **QUICK)
@@ -209,7 +208,7 @@ def test_the_clock_that_a_template_reads_is_the_runs(
 def test_a_run_records_the_time_that_its_template_read(folder: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     editcli.edit(folder(DATED), [request()], out=out, **QUICK)
-    recipe = RunFolder(out).read_record()["recipe"]
+    recipe = json.loads((out / "editcli/run.json").read_text())["recipe"]
     assert ChatSettings(clock=recipe["template_clock"]).now.isoformat() == recipe["template_clock"]
 
 

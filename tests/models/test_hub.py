@@ -23,6 +23,7 @@ from editcli.export.run import export
 from editcli.models.loading import BUNDLED, bundled_folder, load_config, load_tokens, open_model, resolve_model
 from editcli.plugin.manager import load_plugins
 from editcli.records.history import History
+from editcli.records.record import BaseRef, FileRef, Provenance, RunRecord
 from editcli.records.state import RunFolder
 from editcli.runs.apply import apply
 from editcli.settings.recipe import Recipe
@@ -479,8 +480,12 @@ def test_a_hub_id_may_name_its_revision(hub: Hub, tiny: Path, revision: str) -> 
 
 
 def test_a_run_records_the_commit_and_finds_its_base_by_it(tmp_path: Path) -> None:
-    base = {"name": "someone/tiny", "folder": str(tmp_path / "gone"), "revision": "v1", "commit": "0" * 40}
-    assert History(RunFolder(tmp_path), {"provenance": {"base": base}}, ()).bases == (
+    base = BaseRef(
+        name="someone/tiny", folder=str(tmp_path / "gone"), revision="v1", commit="0" * 40, fingerprint="f" * 64
+    )
+    made = Provenance(base=base, edits=FileRef(file="facts.jsonl", sha256=""), plugins=(), versions={})
+    record = RunRecord(status="done", recipe={}, provenance=made)
+    assert History(RunFolder(tmp_path), record, ()).bases == (
         str(tmp_path / "gone"),
         "someone/tiny@" + "0" * 40,
     )

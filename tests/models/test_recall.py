@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from editcli.evaluation.generation import generate
-from editcli.models.kv_cache import cache_argument, resumes
+from editcli.models.kv_cache import cache_argument, supports_kv_cache
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.testing import tiny_model_folder
 
@@ -73,14 +73,14 @@ def test_the_forward_says_its_own_name(family: type, name: str | None) -> None:
 def test_a_model_of_another_version_resumes_and_writes_the_same_texts(folder: Path, family: type) -> None:
     prompts = ["The capital of France is", "The river"]
     plain, renamed = opened(folder), opened(folder, family)
-    assert resumes(renamed.model, renamed.input_device)
+    assert supports_kv_cache(renamed.model, renamed.input_device)
     assert generate(renamed, prompts, tokens=TOKENS) == generate(plain, prompts, tokens=TOKENS)
 
 
 def test_a_model_without_a_cache_reads_its_text_again(folder: Path) -> None:
     prompts = ["The capital of France is"]
     plain, bare = opened(folder), opened(folder, TakesNone)
-    assert not resumes(bare.model, bare.input_device)
+    assert not supports_kv_cache(bare.model, bare.input_device)
     assert generate(bare, prompts, tokens=TOKENS) == generate(plain, prompts, tokens=TOKENS)
 
 

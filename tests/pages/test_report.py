@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.main import build_cli
 from editcli.errors import OptionError, StateError
 from editcli.plugin.manager import Plugins
@@ -37,7 +37,7 @@ VOID = {"col", "meta", "link", "input", "br", "hr", "img"}
 
 def report(run: Path, target: Path, *more: str):
     app = App(Plugins())
-    arguments = ["report", str(run), "-o", str(target), *more]
+    arguments = ["report", str(run), "--out", str(target), *more]
     return CliRunner().invoke(build_cli(app.plugins), arguments, obj=app, standalone_mode=False)
 
 

@@ -3,7 +3,7 @@ import torch
 
 from editcli.errors import OptionError
 from editcli.plugin.options import build
-from editcli_ft.editor import FineTuning
+from editcli_ft.editor import FineTuning, _Descent
 from tests.support.facts import requests_of
 from tests.support.sessions import assert_close, write_batch
 
@@ -32,26 +32,29 @@ def test_no_site_changes_by_more_than_its_bound(session, bound):
 
 
 def test_the_change_equals_adam_with_projection(session):
-    """The reference is torch's own Adam on the same loss, projected after every step."""
+    """The reference is Kingma and Ba's algorithm 1 in float64, without its guard, projected after every step."""
     batch, options = requests_of("b", 3), FineTuning.Options(steps=7, norm_bound=0.05)
     start = {site: session.weight(site).double() for site in session.sites}
-    parameters = {site: start[site].clone() for site in session.sites}
-    optimisers = {
-        site: torch.optim.Adam(
-            [parameter], lr=options.lr * float(parameter.norm()) / parameter.numel() ** 0.5, eps=1e-12
-        )
-        for site, parameter in parameters.items()
-    }
-    for _ in range(7):
-        found = session.gradients(batch, positions="all", trial={s: p.clone() for s, p in parameters.items()})
-        for site, parameter in parameters.items():
-            parameter.grad = found.sites[site].gradients @ found.sites[site].inputs.T / 3
-            optimisers[site].step()
-            change, bound = parameter - start[site], 0.05 * start[site].norm()
-            parameter.copy_(start[site] + change * min(1.0, float(bound / change.norm())))
+    changes = {site: torch.zeros_like(start[site], dtype=torch.float64) for site in session.sites}
+    means, squares = (
+        {site: torch.zeros_like(changes[site]) for site in session.sites},
+        {site: torch.zeros_like(changes[site]) for site in session.sites},
+    )
+    for step in range(1, 8):
+        trial = {site: start[site] + change for site, change in changes.items()}
+        measured = session.gradients(batch, positions="all", trial=trial)
+        for site in session.sites:
+            gradient = (measured.sites[site].gradients @ measured.sites[site].inputs.T / 3).double()
+            means[site] = 0.9 * means[site] + 0.1 * gradient
+            squares[site] = 0.999 * squares[site] + 0.001 * gradient**2
+            root = (squares[site] / (1 - 0.999**step)).sqrt().clamp_min(1e-300)
+            norm = float(start[site].norm())
+            rate = options.lr * norm / start[site].numel() ** 0.5
+            change = changes[site] - rate * means[site] / (1 - 0.9**step) / root
+            changes[site] = change * min(1.0, 0.05 * norm / float(change.norm()))
     write_batch(session, FineTuning(options), batch)
     for site in session.sites:
-        assert_close(session.change(site), parameters[site] - start[site], 1e-5)
+        assert_close(session.change(site), changes[site], 1e-5)
 
 
 def test_a_batch_that_holds_already_changes_nothing(session):
@@ -79,3 +82,14 @@ def test_it_has_no_values_and_no_state(session):
 def test_unusable_options_are_refused():
     with pytest.raises(OptionError, match="norm_bound"):
         build(FineTuning.Options, {"norm_bound": 0}, owner="ft")
+
+
+def test_the_scale_of_the_gradients_does_not_matter(close):
+    """Adam's own guard is absolute: at gradients of 1e-20 it would all but stop the descent."""
+    weight, gradient = torch.randn(6, 5), torch.randn(6, 5)
+    plain, tiny = (_Descent(weight, FineTuning.Options()) for _ in range(2))
+    for _ in range(3):
+        plain.step(gradient)
+        tiny.step(gradient * 1e-20)
+    assert float(plain.change.norm()) > 0
+    close(tiny.change, plain.change, 1e-5)

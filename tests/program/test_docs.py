@@ -32,7 +32,7 @@ import jsonschema
 import pytest
 
 from editcli.__main__ import main
-from editcli.cli.common import App
+from editcli.cli.app import App
 from editcli.cli.main import COMMANDS, build_cli
 from editcli.plugin.manager import load_plugins
 from tests.support.places import ROOT
@@ -270,7 +270,7 @@ def test_a_link_to_a_file_leads_to_one(page: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["docs_commands", "docs_reference"])
+@pytest.mark.parametrize("tool", ["docs_commands", "docs_reference", "schemas"])
 def test_what_is_generated_is_current(tool: str) -> None:
     # In a process of its own, because click keeps what an earlier test asked of a command.
     check = [sys.executable, "-m", f"tools.{tool}", "--check"]

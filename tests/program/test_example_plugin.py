@@ -104,7 +104,7 @@ def test_a_missing_plugin_is_named_with_the_command_that_installs_it(
     apply("run", "--resume", code=1)
     apply("run", "--resume", code=1, stack=())
     assert main(["-q", "undo", str(run), "--batches", "1"]) == 1
-    assert main(["-q", "apply", "--recipe", str(run / "editcli/run.json"), "--out", str(run.with_name("again"))]) == 1
+    assert main(["-q", "apply", "--repeat", str(run / "editcli/run.json"), "--out", str(run.with_name("again"))]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 4
     for line in errors:

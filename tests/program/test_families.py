@@ -18,7 +18,7 @@ from transformers.configuration_utils import PretrainedConfig
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError
 from editcli.models.architectures import Family
-from editcli.models.forward import first, tapped
+from editcli.models.forward import first, hooked
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.plugin.hookspecs import API_VERSION, hookimpl
 from editcli.plugin.manager import Plugins, load_plugins
@@ -144,7 +144,7 @@ def at_lookup(model: Any, rows: Sequence[Sequence[int]], module: nn.Module) -> T
     def see(owner: nn.Module, entered: Any, output: Any) -> None:
         columns.append(first(output).reshape(-1, first(output).shape[-1])[-1].clone())
 
-    with tapped(module, see):
+    with hooked(module, see):
         for row in rows:
             model(input_ids=torch.tensor([list(row)]))
     return torch.stack(columns, dim=1)

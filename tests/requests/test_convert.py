@@ -93,7 +93,7 @@ def test_the_command_writes_to_standard_output(tmp_path: Path, capsys: pytest.Ca
     (line,) = captured.out.splitlines()
     assert json.loads(line)["target_new"] == "copper"
     assert "left out: " in captured.err
-    assert "2 records became 1 edits, 1 refused" in captured.err
+    assert "2 records became 1 edit, 1 refused" in captured.err
 
 
 def test_the_command_writes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -12,7 +12,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from editcli.cli.apply import apply
-from editcli.runs.card import carried, command_line, front_matter, public_name, shareable
+from editcli.records.record import BaseRef
+from editcli.runs.card import card_text, carried, command_line, public_name, shareable
 from editcli.settings.recipe import Recipe
 
 RECIPES = [
@@ -53,7 +54,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
     ],
 )
 def test_the_base_is_named_without_a_path(name: str, folder: str, commit: str | None, public: str) -> None:
-    base = {"name": name, "folder": folder, "commit": commit}
+    base = BaseRef(name=name, folder=folder, commit=commit, fingerprint="")
     assert public_name(base) == public
     recipe = Recipe(
         edits="/home/me/facts.jsonl",
@@ -72,7 +73,7 @@ def test_the_base_is_named_without_a_path(name: str, folder: str, commit: str | 
 @pytest.mark.parametrize("preset", ["/home/me/tune/preset.toml", {"file": "/home/me/tune/preset.toml", "layers": [1]}])
 def test_a_preset_is_named_without_its_folder(preset: Any) -> None:
     """The same for a recipe of the command line and for one that was read from a record, which holds the preset."""
-    recipe = shareable(Recipe(edits="facts.jsonl", preset=preset), {"name": "tiny"})
+    recipe = shareable(Recipe(edits="facts.jsonl", preset=preset), BaseRef(name="tiny", fingerprint=""))
     assert command_line(recipe) == "editcli apply facts.jsonl --preset preset.toml"
     assert isinstance(preset, str) or recipe.preset == {"file": "preset.toml", "layers": [1]}
 
@@ -86,8 +87,9 @@ def test_the_front_matter_names_what_holds_for_the_copy_as_well(tmp_path: Path) 
     said = carried(tmp_path)
     assert said == {"license": "other", "license_link": "LICENSE", "license_name": "a: b"}
     for commit, base_model in ((COMMIT, "someone/tiny"), (None, None)):
-        base = {"name": "someone/tiny", "commit": commit, "card": said}
-        text = "\n".join([*front_matter(base, library="transformers", tags=()), "# Edited"])
+        base = BaseRef(name="someone/tiny", commit=commit, card=said, fingerprint="")
+        text = card_text(base, ["# Edited", "", "body"], library="transformers")
+        assert text.endswith("\n---\n\n# Edited\n\nbody\n")
         data = ModelCard(text).data
         assert (data.base_model, data.license, data.license_name) == (base_model, "other", "a: b")
         assert "x" not in (data.tags or [])

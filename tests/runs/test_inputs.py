@@ -19,6 +19,7 @@ from editcli.models.loading import bundled_folder
 from editcli.models.tokens import Tokens
 from editcli.plugin.interfaces import Editor
 from editcli.plugin.manager import load_plugins
+from editcli.records.record import EditCounts
 from editcli.records.state import RunFolder
 from editcli.reporting import Silent
 from editcli.requests.schema import from_record
@@ -53,10 +54,11 @@ def test_of_contradictory_edits_the_last_is_written_and_the_others_are_supersede
     edited = editcli.edit(edits=edits, out=tmp_path / "out", batch_size=batch_size, **QUICK)
     assert edited.complete("The capital of France is", tokens=1).strip() == "Lyon"
     record = RunFolder(tmp_path / "out").read_record()
-    assert record["edits"] == {"read": 3, "applied": 2, "rejected": 1}
+    assert record is not None
+    assert record.edits == EditCounts(read=3, applied=2, rejected=1)
     (line,) = map(json.loads, (tmp_path / "out/editcli/rejected.jsonl").read_text().splitlines())
     assert (line["id"], line["superseded_by"]) == ("first", "last")
-    assert record["efficacy"]["retained"]["efficacy_accuracy"] == 1.0
+    assert record.report.efficacy["retained"]["efficacy_accuracy"] == 1.0
     journal = [json.loads(text) for text in (tmp_path / "out/editcli/journal.jsonl").read_text().splitlines()]
     assert [edit for entry in journal for edit in entry["edits"]] == ["other", "last"]
 
@@ -103,9 +105,10 @@ def test_a_fact_that_the_model_knows_leaves_the_base_and_a_clean_record(tmp_path
     assert (report.status, report.already_true, report.applied) == ("done", ("tower",), 1)
     assert (out / "model.safetensors").read_bytes() == (bundled_folder() / "model.safetensors").read_bytes()
     record = RunFolder(out).read_record()
-    assert (record["status"], record["already_true"]) == ("done", ["tower"])
+    assert record is not None
+    assert (record.status, record.already_true) == ("done", ("tower",))
     # Fine-tuning reads no reference text, and its record names none.
-    assert ("reference" in record["provenance"]) == (editor == "memit")
+    assert (record.provenance.reference is not None) == (editor == "memit")
 
 
 def test_known_facts_among_others_are_named_and_stay() -> None:

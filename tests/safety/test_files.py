@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from editcli.__main__ import main
 from editcli.errors import ModelError, StateError
 from editcli.records.history import read_history
-from editcli.records.state import RunFolder, journal_line
+from editcli.records.journal import journal_line
+from editcli.records.state import RunFolder
 from editcli.runs.output import side_files
 from editcli.storage.checkpoint import Checkpoint, read_header
 from editcli.storage.choice import INDEX, SINGLE

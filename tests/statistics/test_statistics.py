@@ -16,7 +16,7 @@ import torch
 from editcli.commands.stats import MomentsRecipe, compute
 from editcli.editing.session import ModelSession
 from editcli.errors import StatisticsError
-from editcli.models.forward import tapped
+from editcli.models.forward import hooked
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.settings.core import StatisticsOptions
 from editcli.statistics import corpus as corpora
@@ -68,7 +68,7 @@ def test_equals_the_mean_outer_product_of_the_keys(family: str, corpus: Path, tm
         for text in TEXT:
             ids = loaded.tokens.tokenizer(text)["input_ids"][: 120 - read]
             read += len(ids)
-            with torch.no_grad(), tapped(loaded.architecture.projection(site.layer), see):
+            with torch.no_grad(), hooked(loaded.architecture.projection(site.layer), see):
                 loaded.model(input_ids=torch.tensor([ids]))
             if read >= 120:
                 break
@@ -246,7 +246,7 @@ def test_reading_ends_at_the_last_site(corpus: Path, tmp_path: Path) -> None:
     watched = {"the next block": loaded.architecture.block(2), "the head": loaded.architecture.head}
     with ExitStack() as stack:
         for name, module in watched.items():
-            stack.enter_context(tapped(module, lambda *parts, name=name: called.append(name)))
+            stack.enter_context(hooked(module, lambda *parts, name=name: called.append(name)))
         found(sites(loaded, 0)[0])
     assert called == []
 
@@ -261,7 +261,7 @@ def test_sequences_stay_short_whatever_context_the_model_claims(tmp_path: Path) 
         nonlocal longest
         longest = max(longest, entered.shape[1])
 
-    with tapped(loaded.architecture.block(0), see):
+    with hooked(loaded.architecture.block(0), see):
         moments(loaded, corpus, tmp_path / "cache", tokens=3000, max_length=512, batch_tokens=600)(sites(loaded, 1)[0])
     assert longest == 512
 

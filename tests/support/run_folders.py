@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from editcli.plugin.interfaces import LowRank, Problem, Site
-from editcli.records.state import START, Entry, RunFolder, consume, journal_line
+from editcli.records.decoding import encode
+from editcli.records.journal import START, BatchRecord, SiteFigures, consume, journal_line
+from editcli.records.state import RunFolder
 from editcli.requests.schema import EditRequest, from_record
 from editcli.testing import tiny_model_folder
 
@@ -73,17 +75,26 @@ def _make(base: Path, out: Path, requests: list[EditRequest], *, batch: int, sca
                 "ratio": float(tensors[name].norm()) / norm,
                 "drift": float((tensors[name] - original).norm()) / norm,
             }
-            sites.append({"module": site.module, "layer": layer, **figures, "update_norm": updates[site].norm()})
+            sites.append(SiteFigures(module=site.module, layer=layer, **figures, update_norm=updates[site].norm()))
         segment, digest = run.write_segment(step, edits, problems, updates)
         consumed = consume(consumed, edits)
         efficacy = {"efficacy_accuracy": 0.9, "efficacy_success": 1.0}
         metrics = {"immediate": efficacy, "retained": {"efficacy_accuracy": 0.8}, "diagnostics": {"norms/layer 1": 0.5}}
-        body = {"sites": sites, "metrics": metrics, "dropped": {}, "seconds": {"targets": 0.5, "solve": 0.1}}
-        entry = Entry(step, "batch", step, tuple(edit.id for edit in edits), segment, digest, consumed, body)
+        entry = BatchRecord(
+            sequence=step,
+            step=step,
+            edits=tuple(edit.id for edit in edits),
+            segment=segment,
+            sha256=digest,
+            consumed=consumed,
+            sites=tuple(sites),
+            metrics=metrics,
+            seconds={"targets": 0.5, "solve": 0.1},
+        )
         line = journal_line(entry, line)
         run.append(line)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    run.write_record(_record(base, out, len(requests), sites))
+    run.write_record(_record(base, out, len(requests), [encode(site) for site in sites]))
     return out
 
 

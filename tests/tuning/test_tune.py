@@ -483,7 +483,7 @@ def test_two_trials_on_the_bundled_model_write_a_preset_that_apply_takes(
     # A run can be undone and repeated after its preset file has gone.
     (Path("tune") / PRESET).unlink()
     Path("editcli.toml").unlink()
-    assert main(["apply", "--recipe", "facts-edited/editcli/run.json"]) == 0
+    assert main(["apply", "--repeat", "facts-edited/editcli/run.json"]) == 0
     assert main(["undo", "facts-edited"]) == 0
 
 

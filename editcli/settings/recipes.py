@@ -1,0 +1,138 @@
+"""Everything that decides what ``eval``, ``stats compute`` and ``tune`` do; ``apply`` has :class:`Recipe`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from editcli.errors import OptionError
+from editcli.settings.core import StatisticsOptions
+from editcli.settings.recipe import ChatLoading, Loading, Recipe
+from editcli.settings.setting import check_values, like, setting
+
+MEASURE, STATISTICS, SEARCH = "Measure", "Statistics", "Search"
+"""Sections of ``--help``."""
+OWN_BASE = "own"
+"""Stands for the base that a run records."""
+MINUTES = 10.0
+"""Time for a search where neither minutes nor trials are given."""
+
+KL_PRICE = 1.0
+"""Points of a search's score for one nat of KL(base || edited) per token: 0.01 nats, 1 % of perplexity, cost 0.01."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRecipe(ChatLoading):
+    """What ``eval`` measures; raises :class:`OptionError` when it makes no sense."""
+
+    model: str
+    edits: str | None = None
+    """None measures the harness's tasks and the drift alone."""
+    base: str | None = setting(
+        None,
+        "Measure the base as well, and what the edits cost in general ability. A run knows its base: a bare --base, "
+        "after the arguments, is enough; else --base=MODEL.",
+        section=MEASURE,
+        env=False,
+        value="model",
+        metavar="[MODEL]",
+        bare=OWN_BASE,
+    )
+    """A folder, a hub id, or :data:`OWN_BASE`."""
+    metrics: tuple[str, ...] = setting(
+        (),
+        "counterfact, zsre, knowedit, fluency, consistency; repeatable.  [default: all that the records allow]",
+        section=MEASURE,
+        value="texts",
+    )
+    sample: int | None = setting(None, "Measure N edits, drawn by --seed, not all.", section=MEASURE, least=1)
+    text: str | None = setting(
+        None, "Text for --base.  [default: the bundled held-out text]", section=MEASURE, value="file"
+    )
+    harness: tuple[str, ...] = setting(
+        (),
+        "Run a task of lm-evaluation-harness as well, its name or YAML file, on the base too with --base; repeatable. "
+        "EDITS may then be left out.",
+        section=MEASURE,
+        env=False,
+        value="texts",
+        metavar="TASK",
+    )
+    harness_include: tuple[str, ...] = setting(
+        (),
+        "Folder with more tasks; repeatable. A task's file may bring code, which then runs.",
+        section=MEASURE,
+        env=False,
+        value="existing folder",
+    )
+    seed: int = like(Loading, "seed", section=MEASURE)
+    limit: int | None = like(Recipe, "limit")
+    on_error: str = like(Recipe, "on_error")
+    out: str | None = setting(
+        None, "Write every edit's raw numbers as JSON lines.", section="Output", env=False, value="file"
+    )
+
+    def __post_init__(self) -> None:
+        ChatLoading.__post_init__(self)
+        if self.harness_include and not self.harness:
+            raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
+        if self.text is not None and self.base is None:
+            raise OptionError("--text is what --base is measured on; pass both")
+        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
+            raise OptionError(f"the folder of --out {self.out} does not exist")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MomentsRecipe(Loading):
+    """Which second moments to compute, on what text, and where to put them besides the cache."""
+
+    model: str | None = None
+    revision: str | None = like(Recipe, "revision")
+    preset: str | None = like(Recipe, "preset", section=STATISTICS)
+    layers: tuple[int, ...] | None = like(
+        Recipe, "layers", section=STATISTICS, help="Layers such as 4-8.  [default: the preset's]"
+    )
+    corpus: str | None = like(Recipe, "corpus", section=STATISTICS)
+    options: StatisticsOptions | None = None
+    seed: int = like(Loading, "seed", section=STATISTICS)
+    out: str | None = setting(None, "Also write a file for apply --stats.", section="Output", env=False, value="file")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneRecipe:
+    """What to tune, on what, for how long; raises :class:`OptionError` when it makes no sense."""
+
+    run: Recipe
+    """Model, edits (:data:`editcli.tuning.space.SOURCE` for the bundled probes), methods, fixed settings and out."""
+    minutes: float | None = setting(
+        None,
+        "Time for everything, loading and the comparison at the end included.  [default: 10, unless --trials]",
+        section=SEARCH,
+        metavar="MINUTES",
+    )
+    trials: int | None = setting(None, "Stop after N trials, those before --resume included.", section=SEARCH, least=1)
+    sample: int | None = setting(
+        None,
+        "Edits of a trial; as many are held out.  [default: 8 to 64, what the time allows]",
+        section=SEARCH,
+        least=1,
+    )
+    kl_price: float = setting(
+        KL_PRICE, "Points of the score that a nat of drift per token costs.", section=SEARCH, metavar="POINTS"
+    )
+    text: str | None = setting(
+        None, "Text for the drift.  [default: the bundled held-out text]", section=SEARCH, value="file"
+    )
+    resume: bool = setting(False, "Continue the search in DIR.", cli_only=True)
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.minutes is not None and self.minutes <= 0:
+            raise OptionError(f"--minutes must be more than 0, not {self.minutes:g}")
+        if self.kl_price < 0:
+            raise OptionError(f"--kl-price must not be negative, but it is {self.kl_price:g}")
+
+    @property
+    def limit(self) -> float | None:
+        """The minutes that the search may take; None where only trials are limited."""
+        return MINUTES if self.minutes is None and self.trials is None else self.minutes
