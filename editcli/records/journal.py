@@ -162,10 +162,11 @@ def read_lines(lines: Sequence[bytes], path: Path) -> Iterator[tuple[Entry, str]
     for number, raw in enumerate(lines, start=1):
         place = f"{path}:{number}"
         try:
+            # Also the names and texts that no type has.
+            text = raw.decode("utf-8")
             entry = _entry(raw, number, live, earlier)
             linked = decode(raw, _Head).previous == _digest(previous)
-            text = raw.decode("utf-8")
-        except UnreadableError as error:
+        except (UnreadableError, UnicodeDecodeError) as error:
             raise StateError(f"{place} is damaged ({error}); restore it from a backup") from error
         if isinstance(entry, BatchRecord) and not is_plain_name(entry.segment):
             name = shorten(repr(entry.segment))
