@@ -151,9 +151,18 @@ class _Head:
 
 
 def journal_line(entry: Entry, previous: str) -> str:
-    """Return the text of a journal line that follows the line ``previous`` (empty for the first)."""
+    """Return the text of a journal line that follows the line ``previous`` (empty for the first).
+
+    Raises :class:`StateError` for a figure that is not finite.
+    """
     fields = {**encode(entry), "previous": _digest(previous)}
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    try:
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise StateError(
+            f"batch {entry.step} has a figure that is not finite, so it is not recorded: the weights before it are "
+            "too large; undo batches or restore the run from a backup"
+        ) from error
 
 
 def read_lines(lines: Sequence[bytes], path: Path) -> Iterator[tuple[Entry, str]]:
