@@ -5,6 +5,7 @@ Applying it to that base gives the edited folder byte for byte. Nothing but the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +24,8 @@ from editcli.storage.checkpoint import DTYPES, Checkpoint, file_digest
 from editcli.storage.files import tensor_digest, write_json, write_safetensors
 
 FORMAT = 1
+MAX_HEADER = 100 << 20
+"""Bytes of a header that any reader of safetensors takes."""
 MANIFEST, WEIGHTS = "manifest.json", "patch.safetensors"
 
 
@@ -134,7 +137,8 @@ def read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     damaged = f"{path} is not what {MANIFEST} says; download or copy the patch again"
     try:
-        if file_digest(path) != manifest.patch.sha256:
+        # Before it is hashed: a file without content may be of any size.
+        if path.stat().st_size > _largest(manifest) or file_digest(path) != manifest.patch.sha256:
             raise ModelError(damaged)
         with safe_open(path, framework="pt") as file:
             tensors = {one.name: file.get_tensor(one.name) for one in manifest.tensors}
@@ -160,6 +164,12 @@ def refuse_other_base(base: Checkpoint, name: str, manifest: Manifest) -> None:
                 f"{tensor.name} of {name} is not the one that the patch was made for: this is another model or another "
                 f"revision of it; apply it to {manifest.base}"
             )
+
+
+def _largest(manifest: Manifest) -> int:
+    """Return how large the file of a patch can be: its tensors and a header."""
+    known = (one for one in manifest.tensors if one.dtype in DTYPES)
+    return MAX_HEADER + sum(math.prod(one.shape) * DTYPES[one.dtype].itemsize for one in known)
 
 
 def _is(tensor: Tensor, said: PatchedTensor) -> bool:

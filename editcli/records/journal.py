@@ -151,9 +151,18 @@ class _Head:
 
 
 def journal_line(entry: Entry, previous: str) -> str:
-    """Return the text of a journal line that follows the line ``previous`` (empty for the first)."""
+    """Return the text of a journal line that follows the line ``previous`` (empty for the first).
+
+    Raises :class:`StateError` for a figure that is not finite.
+    """
     fields = {**encode(entry), "previous": _digest(previous)}
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    try:
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise StateError(
+            f"batch {entry.step} has a figure that is not finite, so it is not recorded: the weights before it are "
+            "too large; undo batches or restore the run from a backup"
+        ) from error
 
 
 def read_lines(lines: Sequence[bytes], path: Path) -> Iterator[tuple[Entry, str]]:
@@ -162,10 +171,11 @@ def read_lines(lines: Sequence[bytes], path: Path) -> Iterator[tuple[Entry, str]
     for number, raw in enumerate(lines, start=1):
         place = f"{path}:{number}"
         try:
+            # Also the names and texts that no type has.
+            text = raw.decode("utf-8")
             entry = _entry(raw, number, live, earlier)
             linked = decode(raw, _Head).previous == _digest(previous)
-            text = raw.decode("utf-8")
-        except UnreadableError as error:
+        except (UnreadableError, UnicodeDecodeError) as error:
             raise StateError(f"{place} is damaged ({error}); restore it from a backup") from error
         if isinstance(entry, BatchRecord) and not is_plain_name(entry.segment):
             name = shorten(repr(entry.segment))

@@ -28,6 +28,8 @@ from editcli.runs.stream import Stream
 from editcli.settings.core import TargetOptions
 
 EFFICACY = ("efficacy_accuracy", "efficacy_success")
+COUNTED = ("optimised", "reached", "clamped")
+"""What is counted of targets."""
 MISSED = 0.1
 """Share of the targets that may miss the stop loss before a warning says so."""
 
@@ -155,7 +157,7 @@ def efficacy(evaluation: Evaluation) -> dict[str, float | None]:
 def _targets(stream: Stream) -> dict[str, int] | None:
     """Return how the optimisation of targets ended over all batches in force; None where nothing was counted."""
     counted = [report.targets for report in stream.reports if report.targets]
-    return {name: sum(counts.get(name, 0) for counts in counted) for name in counted[0]} if counted else None
+    return {name: sum(counts.get(name, 0) for counts in counted) for name in COUNTED} if counted else None
 
 
 def missed_targets(counts: Mapping[str, int] | None, targets: TargetOptions) -> str | None:

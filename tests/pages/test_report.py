@@ -104,7 +104,7 @@ def test_the_page_tells_everything_and_fetches_nothing(make_run, tmp_path):
 def test_values_are_escaped_everywhere(make_run, tmp_path):
     run = make_run(people(4))
     record = json.loads((run / "editcli" / "run.json").read_text())
-    record |= {"model": HOSTILE, "editor": HOSTILE, "stabilizers": [HOSTILE], "verdict": HOSTILE, "status": HOSTILE}
+    record |= {"model": HOSTILE, "editor": HOSTILE, "stabilizers": [HOSTILE], "verdict": HOSTILE}
     record["provenance"]["device"] = HOSTILE
     record["provenance"]["versions"] = {HOSTILE: HOSTILE}
     (run / "editcli" / "run.json").write_text(json.dumps(record))
