@@ -71,7 +71,9 @@ def new(app: App, /, name: str, kind: str, out: str | None, license: str, author
     """
     from editcli.render.plugins import scaffolded
 
-    app.emit(scaffold(name, app.plugins, kind=kind, out=out, license=license, author=author), scaffolded)
+    made = scaffold(name, app.plugins, kind=kind, out=out, license=license, author=author)
+    fields = {field: getattr(made, field) for field in made.__slots__}
+    app.emit({**fields, "folder": str(made.folder)}, lambda _: scaffolded(made))
 
 
 def _table(report: dict[str, Any]) -> Any:
