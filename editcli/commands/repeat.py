@@ -17,6 +17,7 @@ from editcli.runs.apply import apply
 from editcli.runs.planning import located, read_requested
 from editcli.settings.recipe import DTYPES, Recipe
 from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.opening import RECORD, read_text
 
 ENDED = ("done", "stopped")
 """States of a run whose weights were saved as a result."""
@@ -45,7 +46,7 @@ class Recorded:
 def read_recorded(file: Path) -> Recorded:
     """Read a ``run.json``; raises :class:`StateError` where it does not tell enough to repeat the run."""
     try:
-        record = json.loads(file.read_text("utf-8"))
+        record = json.loads(read_text(file, RECORD))
         return _recorded(file, record, record["provenance"])
     except OSError as error:
         raise StateError(f"{file} cannot be read: {error.strerror or error}; pass OUT/editcli/run.json") from error

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from editcli.export.changes import SiteChange
+from editcli.storage.checkpoint import opened_tensors
 from editcli.storage.files import write_json, write_safetensors
+from editcli.storage.opening import CONFIG as CONFIG_KIND
+from editcli.storage.opening import read_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -59,8 +61,8 @@ def adapter_config(changes: Sequence[SiteChange], *, base: str, revision: str | 
 
 def read_adapter(folder: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
     """Return ``{module: (B, A)}`` of an adapter that :func:`write_adapter` wrote, (d_out, r) and (r, d_in)."""
-    modules = json.loads((folder / CONFIG).read_text("utf-8"))["target_modules"]
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    modules = json.loads(read_text(folder / CONFIG, CONFIG_KIND, folder=folder))["target_modules"]
+    with opened_tensors(folder / WEIGHTS, folder=folder) as file:
         return {
             module: tuple(file.get_tensor(f"{_PREFIX}{module}.lora_{side}.weight") for side in "BA")
             for module in modules

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from editcli.errors import EditError, ModelError
+from editcli.errors import EditError, FileError, ModelError
 from editcli.export.recipe import FULL, LORA, PATCH
 from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
@@ -26,6 +26,8 @@ from editcli.runs.card import (
 from editcli.runs.output import CARD
 from editcli.settings.recipe import Recipe
 from editcli.storage.files import write_bytes, write_json
+from editcli.storage.opening import RECORD as RECORD_KIND
+from editcli.storage.opening import read_text
 
 RECORD = "editcli/run.json"
 _FILES = ("edits", "corpus", "stats", "out")
@@ -68,11 +70,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read what :func:`write_record` wrote; raise :class:`ModelError` when it cannot be read."""
     path = folder / RECORD
     try:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(read_text(path, RECORD_KIND, folder=folder))
         # What cannot be written now would fail after the model was.
         json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         _card(FULL, record).encode()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except FileError as error:
+        raise ModelError(f"{error}, or download the patch again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
     return record
 

@@ -18,6 +18,7 @@ from editcli.runs.apply import DONE, STOPPED
 from editcli.runs.output import same_bytes
 from editcli.storage.checkpoint import Checkpoint
 from editcli.storage.files import tensor_digest
+from editcli.storage.opening import is_own
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FinishedRun:
         """The files of factors of the batches in force; empty where they are not all there."""
         names = [batch.entry.segment for batch in self.history.batches]
         paths = tuple(self.history.folder.updates / str(name) for name in names)
-        return paths if all(path.is_file() for path in paths) else ()
+        return paths if all(path.is_file() and is_own(path, self.history.folder.out) for path in paths) else ()
 
     def refuse_changed(self) -> None:
         """Raise :class:`StateError` when another process went on with the run meanwhile."""

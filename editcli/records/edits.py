@@ -12,6 +12,7 @@ from editcli.records.history import History
 from editcli.reporting import Rejection
 from editcli.requests.superseding import Superseded
 from editcli.storage.files import write_bytes
+from editcli.storage.opening import TABLE, read_text
 
 if TYPE_CHECKING:
     from editcli.records.state import RunFolder
@@ -56,7 +57,7 @@ class Rejections:
     def _of_other_files(self) -> list[dict[str, Any]]:
         """Read the lines of other files; one that is damaged costs its own line of a table."""
         try:
-            texts = self._folder.rejected.read_text("utf-8", errors="replace").splitlines()
+            texts = read_text(self._folder.rejected, TABLE, folder=self._folder.out, errors="replace").splitlines()
         except OSError:
             return []
         found = [line for text in texts if (line := _parsed(text)) is not None]

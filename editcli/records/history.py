@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from editcli.errors import EditError, StateError
 from editcli.records.recovery import live_batches
 from editcli.records.state import Entry, RunFolder
-from editcli.storage.checkpoint import read_raw_header
+from editcli.storage.checkpoint import opened_tensors, read_raw_header
+from editcli.storage.opening import is_there
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class History:
         if path is None:
             return None
         try:
-            with safe_open(path, framework="pt") as file:
+            with opened_tensors(path, folder=self.folder.out) as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no mapping.
                     if not name.endswith(".left"):
                         continue
@@ -130,7 +131,7 @@ class History:
                         return None
                     square = left.square().sum(0) * right.square().sum(0)
                     total = square if total is None else total + square
-        except (SafetensorError, OSError):  # A lost segment costs its rows of the table, not the whole view.
+        except (SafetensorError, OSError, EditError):  # A lost segment costs its rows of the table, not the whole view.
             return None
         return total
 
@@ -139,14 +140,14 @@ class History:
         if path is None:
             return []
         try:
-            metadata = read_raw_header(path)[0].get("__metadata__", {})
+            metadata = read_raw_header(path, folder=self.folder.out)[0].get("__metadata__", {})
             return list(json.loads(metadata.get("edits", "[]")))
         except (EditError, ValueError):  # As above.
             return []
 
     def _segment(self, batch: Batch) -> Path | None:
         path = self.folder.updates / str(batch.entry.segment)
-        return path if batch.entry.segment and path.is_file() else None
+        return path if batch.entry.segment and is_there(path) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from editcli.errors import PluginError
+from editcli.storage.opening import RECORD as RECORD_KIND
+from editcli.storage.opening import read_text
 
 if TYPE_CHECKING:
     from editcli.plugin.manager import Plugins
@@ -59,8 +61,9 @@ def refuse_missing(record: Mapping[str, Any], plugins: Plugins, *, run: str | Pa
 def check_resumable(folder: Path, plugins: Plugins) -> None:
     """Raise :class:`PluginError` when the run in ``folder`` needs a plugin that is not loaded; needs no torch."""
     try:
-        record = json.loads((folder / RECORD).read_text("utf-8"))
-    except (OSError, ValueError):  # Whoever opens the run says what is wrong with it, or that there is none.
+        record = json.loads(read_text(folder / RECORD, RECORD_KIND, folder=folder))
+    # The command that opens the run says what is wrong with its record, or that there is none.
+    except (OSError, ValueError, RecursionError):
         return
     if isinstance(record, dict):
         refuse_missing(record, plugins, run=folder)

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from editcli.errors import RequestError, StateError
+from editcli.errors import EditError, FileError, ModelError, StateError
 from editcli.formatting import shorten
 from editcli.plugin.interfaces import Problem, Site, Update
 from editcli.requests.schema import EditRequest, from_record
-from editcli.storage.checkpoint import file_digest
+from editcli.storage.checkpoint import file_digest, opened_tensors, read_header
 from editcli.storage.choice import is_plain_name
 from editcli.storage.files import (
     is_leftover,
@@ -38,6 +38,7 @@ from editcli.storage.files import (
     write_json,
     write_safetensors,
 )
+from editcli.storage.opening import JOURNAL, RECORD, is_there, read_bytes, read_text
 
 FORMAT = 1
 _ROWS, _MIX = 256, 0x9E3779B97F4A7C15 - 2**64
@@ -94,7 +95,7 @@ class RunFolder:
     @property
     def is_run(self) -> bool:
         """Whether this is an output folder of ours."""
-        return self.record.is_file() or self.journal.is_file() or self.state.is_file()
+        return any(is_there(path) for path in (self.record, self.journal, self.state))
 
     def require(self) -> None:
         """Raise :class:`StateError` unless this is an output folder of ours."""
@@ -138,6 +139,13 @@ class RunFolder:
         for path in (self.folder, self.lock, self.journal, self.state, self.record, self.updates):
             if path.is_symlink():
                 raise StateError(f"{path} is a symbolic link, which editcli does not follow to write; put a copy there")
+        for path, is_right, kind in (
+            (self.folder, self.folder.is_dir, "folder"),
+            (self.updates, self.updates.is_dir, "folder"),
+            (self.lock, self.lock.is_file, "file"),
+        ):
+            if is_there(path) and not is_right():
+                raise StateError(f"{path} is no {kind}, so it is not what editcli wrote; remove it")
 
     def _sweep(self) -> None:
         """Remove the unfinished files of a process that was killed."""
@@ -166,7 +174,7 @@ class RunFolder:
 
     def read_snapshot(self) -> Snapshot:
         """Read the snapshot; raise :class:`StateError` when it is missing, damaged or of another format."""
-        tensors, metadata = self._read_state(read_safetensors)
+        tensors, metadata = self._read_state(lambda path: read_safetensors(path, folder=self.out))
         stated = metadata.pop("sha256", "")
         if stated != _digest(tensors, metadata):
             raise StateError(f"{self.state} is damaged: its content does not match its hash; {self._advice}")
@@ -181,7 +189,7 @@ class RunFolder:
 
     def read_settings(self) -> dict[str, Any]:
         """Return the settings of the snapshot without reading its tensors; raises as :meth:`read_snapshot` does."""
-        _, metadata = self._read_state(lambda path: ({}, read_metadata(path)))
+        _, metadata = self._read_state(lambda path: ({}, read_metadata(path, folder=self.out)))
         try:
             return dict(json.loads(metadata["settings"]))
         except (ValueError, KeyError, TypeError) as error:
@@ -191,11 +199,13 @@ class RunFolder:
         self, read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Read tensors and metadata of the snapshot; raise :class:`StateError` where there is none of this format."""
-        if not self.state.is_file():
+        if not is_there(self.state):
             raise StateError(f"{self.out} has no {self.state.name}: there is nothing to resume from; start a new run")
         try:
             tensors, metadata = read(self.state)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except FileError as error:
+            raise StateError(f"{error}; {self._advice}") from error
+        except (SafetensorError, OSError, ValueError, KeyError, EditError) as error:
             raise StateError(f"{self.state} is damaged ({error}); {self._advice}") from error
         if metadata.get("format") != str(FORMAT):
             raise StateError(
@@ -236,24 +246,28 @@ class RunFolder:
         """Read one batch's edits and factors; raise :class:`StateError` unless it is what the journal says."""
         path = self._checked_segment(entry)
         try:
-            tensors, metadata = read_safetensors(path)
+            tensors, metadata = read_safetensors(path, folder=self.out)
             return _requests(metadata), tensors
-        except (SafetensorError, OSError, ValueError, KeyError, RequestError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, EditError) as error:
             raise StateError(f"{path} cannot be read: {error}") from error
 
     def read_requests(self, entry: Entry) -> list[EditRequest]:
         """Read one batch's edits without its factors; raise as :meth:`read_segment` does."""
         path = self._checked_segment(entry)
         try:
-            with safe_open(path, framework="pt") as file:
+            with opened_tensors(path, folder=self.out) as file:
                 return _requests(dict(file.metadata() or {}))
-        except (SafetensorError, OSError, ValueError, KeyError, RequestError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, EditError) as error:
             raise StateError(f"{path} cannot be read: {error}") from error
 
     def _checked_segment(self, entry: Entry) -> Path:
         path = self.updates / str(entry.segment)
         try:
-            found = file_digest(path)
+            # A file of terabytes is refused by its header before its content is hashed.
+            read_header(path, folder=self.out)
+            found = file_digest(path, folder=self.out)
+        except ModelError:
+            found = ""
         except OSError as error:
             raise StateError(f"cannot read {path}, which the journal names: {error.strerror or error}") from error
         if found != entry.sha256:
@@ -281,7 +295,12 @@ class RunFolder:
 
     def journal_bytes(self) -> list[bytes]:
         """Return the journal's complete lines, unchecked: what follows the last line feed is the tear of a crash."""
-        return self.journal.read_bytes().split(b"\n")[:-1] if self.journal.is_file() else []
+        if not is_there(self.journal):
+            return []
+        try:
+            return read_bytes(self.journal, JOURNAL, folder=self.out).split(b"\n")[:-1]
+        except FileError as error:
+            raise StateError(str(error)) from error
 
     def read_journal(self) -> list[tuple[Entry, str]]:
         """Return the journal's lines with their text; a torn last line is left out.
@@ -297,7 +316,7 @@ class RunFolder:
     def cut_journal(self, keep: Sequence[str]) -> None:
         """Rewrite the journal with the given lines only, unless it holds just these."""
         data = b"".join(line.encode() + b"\n" for line in keep)
-        if not self.journal.is_file() or self.journal.read_bytes() != data:
+        if not is_there(self.journal) or read_bytes(self.journal, JOURNAL, folder=self.out) != data:
             write_bytes(self.journal, data)
 
     def drop_unnamed_segments(self, named: Iterable[str]) -> None:
@@ -314,7 +333,9 @@ class RunFolder:
     def read_record(self) -> dict[str, Any]:
         """Read run.json; empty when a crash came before it was first written."""
         try:
-            return json.loads(self.record.read_text("utf-8")) if self.record.is_file() else {}
+            return json.loads(read_text(self.record, RECORD, folder=self.out)) if is_there(self.record) else {}
+        except FileError as error:
+            raise StateError(str(error)) from error
         except (OSError, ValueError) as error:
             raise StateError(f"{self.record} cannot be read: {error}") from error
 

@@ -13,6 +13,7 @@ from editcli.health.verdict import Thresholds, judge
 from editcli.linalg.ratios import shown
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
+from editcli.storage.opening import CONFIG, check
 
 _NOT_REPEATED = ("edits", "settings", "out", "overwrite", "template_clock")
 """Settings that say where a run is and not what it does. A resumed run shows --resume: it continued a stream."""
@@ -37,6 +38,7 @@ def carried(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
+        check(path, CONFIG, folder=folder)
         said = metadata_load(path) or {}
     # A card is written for people: one that no program can read, in whatever way, is no reason not to edit the model.
     except Exception:

@@ -13,6 +13,7 @@ from editcli.models.loading import LoadedModel
 from editcli.runs.planning import Planned
 from editcli.statistics.moments import SecondMoments
 from editcli.storage.checkpoint import file_digest
+from editcli.storage.opening import is_there
 
 
 def plan_parts(planned: Planned) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def stream_settings(
 def statistics_file(text: str) -> Path:
     """Return the file that ``--stats`` names; raise :class:`ModelError` when there is none."""
     path = Path(text).expanduser()
-    if not path.is_file():
+    if not is_there(path):
         raise ModelError(f"there is no statistics file {text}; make one with: editcli stats compute")
     return path
 
