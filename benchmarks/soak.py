@@ -291,6 +291,11 @@ def _outcome(work: Path) -> Outcome:
             # The cache may or may not have been written before a strike; nothing unfinished may be left in it.
             if path.name.endswith(".tmp"):
                 files[name] = ""
+        elif path.parent.name == "updates":
+            # A command that was struck may have numbered its lines otherwise; each segment has a line all the same.
+            lines = RunFolder(path.parents[2]).read_journal()
+            if path.name not in {entry.segment for entry, _ in lines}:
+                files[name] = ""
         elif path.name == "state.safetensors":
             files[name] = _state_digest(path)
             edits[name] = tuple(request.id for request in recover(RunFolder(path.parents[1])).requests)
