@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import socket
 import sys
@@ -32,6 +33,8 @@ SPARSE = 12 << 30
 """Bytes that the sparse file claims."""
 MEMORY = 1 << 30
 """Bytes that a command may take beyond what it takes otherwise."""
+MOST = 4 << 30
+"""Bytes at which a command is refused memory."""
 PATIENCE = 120.0
 """Seconds after which a command hangs."""
 _CAPABILITIES = 0x20080522
@@ -221,7 +224,7 @@ class Exhibition:
         return self._peaks[command]
 
     def _run(self, work: Path, command: tuple[str, ...]) -> Ended:
-        return self.shop.start(work, command, _without_rights).wait(PATIENCE)
+        return self.shop.start(work, command, _bounded).wait(PATIENCE)
 
     def _refuse(self, case: Case, ended: Ended, work: Path) -> None:
         """Exit with an error where a case ended in another way than in one sentence."""
@@ -254,6 +257,12 @@ def _aside(path: Path) -> Path:
 
 def _work_of(path: Path) -> Path:
     return next(parent for parent in path.parents if parent.name.startswith("work-"))
+
+
+def _bounded() -> None:
+    """Give up what a command needs in no case: rights of root, and memory that the whole machine would miss."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
+    _without_rights()
 
 
 def _without_rights() -> None:

@@ -132,7 +132,7 @@ def edit_rows(history: History) -> Iterator[EditRow]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a JSONL file; a missing file has none, and a line that is no object is left out."""
     try:
-        texts = path.read_text("utf-8").splitlines()
+        texts = read_text(path, TABLE, folder=path.parents[1]).splitlines()
     except (OSError, UnicodeDecodeError):
         return []
     found = []

@@ -184,7 +184,7 @@ def test_a_strange_file_of_a_model_is_one_sentence(
             # Edits are checked without the weights.
             assert code == 1 or (name, command[0]) == ("model.safetensors", "check"), (name, command)
             assert said.count("error: ") == (code == 1), (name, command)
-            assert "copy" in said
+            assert "copy" in said or code == 0
         shutil.rmtree(copy)
 
 
