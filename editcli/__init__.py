@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from editcli.api import Stream as Stream
     from editcli.api import edit as edit
     from editcli.errors import EditError as EditError
+    from editcli.errors import FileError as FileError
     from editcli.errors import GuardError as GuardError
     from editcli.errors import ModelError as ModelError
     from editcli.errors import NumericalError as NumericalError
@@ -52,6 +53,7 @@ _HOMES = {
     "editcli.requests.reader": ("read_edits",),
     "editcli.errors": (
         "EditError",
+        "FileError",
         "GuardError",
         "ModelError",
         "NumericalError",
