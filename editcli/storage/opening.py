@@ -17,7 +17,9 @@ from typing import BinaryIO
 
 from editcli.errors import FileError, MissingFileError
 
-_KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
+_MIB, _GIB = 1 << 20, 1 << 30
+_PIECE = 4 * _MIB
+"""Bytes that are read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def open_given(path: Path | str, kind: Kind) -> BinaryIO:
 def read_bytes(path: Path | str, kind: Kind, *, folder: Path | None = None) -> bytes:
     """Return a file's bytes; raises as :func:`open_regular` does."""
     with open_regular(path, kind, folder=folder) as file:
-        return file.read(kind.limit + 1)
+        return file.read()
 
 
 def read_text(path: Path | str, kind: Kind, *, folder: Path | None = None, errors: str = "strict") -> str:
@@ -144,10 +146,13 @@ class _Bounded(io.FileIO):
         return size
 
     def readall(self) -> bytes:
-        data = super().read(self._kind.limit + 1 - self.tell())
-        if self.tell() > self._kind.limit:
-            raise _too_large(self._place, self._kind)
-        return data or b""
+        # In pieces, because one read of all that a kind allows would first take as much memory.
+        pieces: list[bytes] = []
+        while piece := super().read(_PIECE):
+            pieces.append(piece)
+            if self.tell() > self._kind.limit:
+                raise _too_large(self._place, self._kind)
+        return b"".join(pieces)
 
 
 def _refuse_strange(facts: os.stat_result, place: Path, kind: Kind) -> None:

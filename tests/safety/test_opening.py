@@ -122,6 +122,10 @@ class TestOpener:
         with pytest.raises(FileError, match=r"larger than 4,194,304 bytes, the most that a chat template may have"):
             check(path, TEMPLATE)
 
+    def test_a_small_file_takes_no_memory_for_what_its_kind_allows(self, tmp_path: Path) -> None:
+        (tmp_path / "x").write_bytes(b"x")
+        assert {read_bytes(tmp_path / "x", kind) for kind in KINDS} == {b"x"}
+
     def test_a_file_that_grows_is_refused_while_it_is_read(self, tmp_path: Path) -> None:
         path = tmp_path / "template.jinja"
         path.write_bytes(b"x")
