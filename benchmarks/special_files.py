@@ -308,8 +308,6 @@ def main(sample: int, seed: int, only: str | None, minutes: float | None, out: P
         "cases": total,
         "run": sum(codes.values()),
         "by exit code": dict(sorted(codes.items())),
-        "tracebacks": 0,
-        "hangs": 0,
         "most memory beyond the ordinary, bytes": beyond,
         "longest seconds": round(longest, 1),
         "seconds": round(time.perf_counter() - started),

@@ -125,7 +125,7 @@ class Workshop:
             (*APPLY, *STACKS["memit"], "--limit", "4", "--out", "half"),
             (*export, "--format", "patch", "--out", "patch"),
             (*export, "--format", "lora", "--out", "lora"),
-            ("stats", "compute", "model", "--corpus", "corpus.txt", "--device", "cpu", "--out", "moments.safetensors"),
+            ("stats", "compute", "model", "--corpus", "corpus.txt", "--layers", "1-2", "--out", "moments.safetensors"),
         ):
             ended = self.run(place, *command)
             if ended.code:
