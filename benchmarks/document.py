@@ -37,10 +37,22 @@ def stacks(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def soak(result: Mapping[str, Any]) -> Iterator[str]:
-    """Describe the soak of killed streams."""
-    yield from ("## Killed and resumed", "")
-    yield "`python -m benchmarks.soak` kills streams on the bundled model (memit, alphaedit, rlsedit, each with nas and"
-    yield "revive) at random moments and at random writes, syncs and renames, and resumes them until they are done."
+    """Describe the soak of struck commands."""
+    yield from ("## Killed and started again", "")
+    yield "`python -m benchmarks.soak` strikes every command that writes, on a tiny model: SIGKILL and a full disk at"
+    yield "a random write, sync or rename; SIGKILL, SIGTERM and SIGSTOP at a random moment; SIGKILL while a second"
+    yield "process wants the same folder. It starts the command again until it is done. Then no edit is lost, no file"
+    yield "is left over, and every file that two unbroken commands write alike has the same bytes."
+    yield from ("", "```json", json.dumps(result["result"], indent=1), "```", "")
+
+
+def special_files(result: Mapping[str, Any]) -> Iterator[str]:
+    """Describe what is no file in the place of every file."""
+    yield from ("## Files that are none", "")
+    yield "`python -m benchmarks.special_files` puts a named pipe, an endless device, a socket, a folder, a sparse file"
+    yield "of 12 GB, a link out of the folder and a file without permissions in the place of each file of a model, a"
+    yield "run and a patch, and of what a user passes, and runs every command that reads it (`cases`, of which `run`"
+    yield "were run). Exit code 0 is a command that does without the file."
     yield from ("", "```json", json.dumps(result["result"], indent=1), "```", "")
 
 
@@ -50,6 +62,7 @@ SECTIONS: Mapping[str, Callable[[Any], Iterator[str]]] = {
     **PROOF,
     **SPEED,
     "soak": soak,
+    "special_files": special_files,
 }
 
 

@@ -1,13 +1,17 @@
-"""Kill streams on the bundled model over and over, resume them, and compare with streams that nobody killed.
+"""Strike every command that writes, over and over, start it again, and compare with commands that nobody struck.
 
-``python -m benchmarks.soak`` kills 200 processes, half of them at a random moment and half at a random write, sync or
-rename, and writes benchmarks/results/soak.json. Any difference in the saved weights ends it with an error. Needs fork.
+``python -m benchmarks.soak`` strikes 500 times: SIGKILL and a full disk at a random write, sync or rename; SIGKILL,
+SIGTERM and SIGSTOP at a random moment; and SIGKILL while a second process wants the same folder. Each command is
+started again until it is done. Every file must then be there, no other may be, and all that two unbroken commands write
+alike must be the same bytes. Any difference ends the soak with an error. ``--progress FILE`` keeps the counts, so that
+a soak that was stopped goes on. Needs fork.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import os
+import json
 import random
 import runpy
 import shutil
@@ -15,128 +19,348 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from benchmarks.common import write_result
-from editcli.__main__ import main as run_editcli
+from benchmarks.workshop import APPLY, STACKS, TARGETS, Child, Ended, Workshop
+from editcli.records.recovery import recover
+from editcli.records.state import RunFolder
+from editcli.storage.checkpoint import file_digest
+from editcli.storage.files import read_safetensors, tensor_digest
 
 ROOT = Path(__file__).parents[1]
-FAULTS = runpy.run_path(str(ROOT / "tests" / "streams" / "faults.py"))
-BASES = ("--stabilizer", "nas", "--stabilizer", "revive")
-STACKS: Mapping[str, tuple[str, ...]] = {
-    "memit": ("--editor", "memit", *BASES),
-    "alphaedit": ("--editor", "alphaedit", *BASES),
-    "rlsedit": ("--editor", "rlsedit", *BASES),
-}
-QUICK = ("-o", "targets.steps=5", "-o", "nas.pilots=16")
-"""What is written does not matter here, so the targets are only roughly optimised."""
+FAULTS = runpy.run_path(str(ROOT / "tests" / "support" / "faults.py"))
+KILL_AT_WRITE, FULL, KILL, TERM, STOP = "killed at a write", "full disk", "SIGKILL", "SIGTERM", "SIGSTOP"
+STRIKES = (KILL_AT_WRITE, KILL_AT_WRITE, FULL, KILL, TERM, STOP)
+STRUCK = 4
+"""Most strikes at one command before it is left in peace."""
+FAILED = 1
+INTERRUPTED = 130
+PATIENCE = 300.0
+"""Seconds after which a command that nobody struck hangs."""
 
-CALLS = 120
-"""A process is struck at one of its first so many writes, syncs and renames; a stream makes about as many."""
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A command that writes, what it needs, and how a user starts it again."""
+
+    name: str
+    needs: tuple[str, ...]
+    command: tuple[str, ...]
+    again: tuple[tuple[str, ...], ...] = ()
+    """Commands that are tried in order once something is written, until one is done; else the command itself."""
+    often: int = 1
+    whole: bool = False
+    """Whether its folder appears whole or not at all, and is refused once it is there."""
+    exact: bool = True
+    """Whether it writes the same after a strike: a search that was stopped draws other trials."""
+    rivals: bool = False
+    """Whether a second process wants the same folder."""
+
+    def commands(self, work: Path) -> tuple[tuple[str, ...], ...]:
+        """Return what a user starts now."""
+        begun = (work / "out").exists()
+        if begun and self.whole:
+            return ()
+        return self.again if self.again and begun else (self.command,)
+
+
+def scenes() -> tuple[Scene, ...]:
+    """Return every command that writes."""
+    common = ("facts.jsonl", "corpus.txt", "model")
+    applies = [
+        Scene(f"apply {stack}", common, command, ((*command, "--resume"),))
+        for stack, command in ((stack, (*APPLY, *options, "--out", "out")) for stack, options in STACKS.items())
+    ]
+    memit = (*APPLY, *STACKS["memit"], "--out", "out", "--resume")
+    to, edit = ("undo", "out", "--to", "2"), ("undo", "out", "--edit", "Italy")
+    export = ("export", "run", "--base", "model", "--no-eval", "--device", "cpu", "--out", "out", "--format")
+    forms = ("lora", "patch", "full")
+    exports = [Scene(f"export {form}", ("model", "run"), (*export, form), often=3, whole=True) for form in forms]
+    stats = ("stats", "compute", "model", "--corpus", "corpus.txt", "--device", "cpu", "--layers", "1-2")
+    bench = ("bench", "--stacks", "memit,rlsedit+nas", "--edits", "facts.jsonl", "--model", "model", "--out", "out")
+    tune = ("tune", "model", "facts.jsonl", "--sample", "2", "--trials", "2", "--corpus", "corpus.txt", "--out", "out")
+    tune = (*tune, "--text", "text.txt", *TARGETS)
+    return (
+        *applies,
+        Scene("resume", (*common, "half"), memit, (memit,)),
+        Scene("undo --to", (*common, "run"), to, (to, (*memit, "--limit", "4"))),
+        Scene("undo --edit", (*common, "run"), edit, (edit, memit)),
+        *exports,
+        Scene(
+            "apply-patch", ("model", "patch"), ("apply-patch", "model", "patch", "--out", "out"), often=3, whole=True
+        ),
+        Scene("stats", ("model", "corpus.txt"), (*stats, "--tokens", "500", "--out", "out.safetensors"), often=2),
+        Scene("bench", common, (*bench, "--limit", "4", "--batch-size", "2", "--device", "cpu", *TARGETS)),
+        Scene("tune", (*common, "text.txt"), tune, ((*tune, "--resume"),), exact=False),
+        Scene("convert", ("facts.json",), ("convert", "facts.json", "--overwrite", "--out", "out.jsonl"), often=2),
+        Scene("report", ("model", "run"), ("report", "run", "--base", "model", "--no-spectra", "--out", "out.html")),
+        Scene("two processes", common, (*memit[:-1],), (memit,), rivals=True),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command that is done has left: a digest of each file, and the edits of each run."""
+
+    files: Mapping[str, str]
+    edits: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(slots=True)
+class Unbroken:
+    """What a scene leaves when nobody strikes."""
+
+    outcome: Outcome
+    alike: frozenset[str]
+    """Files that two unbroken commands write with the same bytes: the others hold times."""
+    seconds: float
+    calls: int
+    """Writes, syncs and renames."""
+
+
+@dataclass(slots=True)
+class Soak:
+    """The scenes with what they leave unbroken, and the counts so far."""
+
+    shop: Workshop
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    unbroken: dict[str, Unbroken] = field(default_factory=dict)
+
+    @property
+    def struck(self) -> int:
+        """How many strikes fell."""
+        return sum(sum(counter[kind] for kind in set(STRIKES)) for counter in self.counts.values())
+
+    def round(self, scene: Scene, chooser: random.Random) -> None:
+        """Strike one command until it is done in spite of it, and compare what it leaves."""
+        counter = self.counts.setdefault(scene.name, Counter())
+        unbroken = self._unbroken(scene)
+        work = self._fresh(scene)
+        for _ in range(chooser.randint(1, STRUCK)):
+            kind = chooser.choice(STRIKES)
+            if self._strike(scene, work, kind, chooser, unbroken):
+                counter[kind] += 1
+            else:
+                break
+        self._finish(scene, work)
+        self._compare(scene, work, unbroken)
+        counter["finished"] += 1
+        counter["byte-identical files"] += len(unbroken.alike)
+        shutil.rmtree(work)
+
+    def _fresh(self, scene: Scene) -> Path:
+        work = self.shop.copy(*(name for name in scene.needs if name != "text.txt"))
+        if "text.txt" in scene.needs:
+            (work / "text.txt").write_text((self.shop.template / "corpus.txt").read_text("utf-8")[:600], "utf-8")
+        for name in ("half", "run"):
+            if scene.command[0] in ("apply", "undo") and name in scene.needs:
+                (work / name).rename(work / "out")
+        return work
+
+    def _unbroken(self, scene: Scene) -> Unbroken:
+        if scene.name not in self.unbroken:
+            outcomes, seconds, calls = [], 0.0, 0
+            for _ in range(2):
+                work = self._fresh(scene)
+                log = self.shop.folder / "calls"
+                child = self.shop.start(work, scene.command, lambda log=log: _count_calls(log))
+                ended = child.wait(PATIENCE)
+                self._require(scene, ended)
+                outcomes.append(_outcome(work))
+                seconds, calls = ended.seconds, int(log.read_text())
+                shutil.rmtree(work)
+            one, other = outcomes
+            if one.files.keys() != other.files.keys():
+                sys.exit(f"{scene.name}: two unbroken commands wrote different files")
+            same = (name for name, digest in one.files.items() if other.files[name] == digest)
+            alike = frozenset(same if scene.exact else ())
+            self.unbroken[scene.name] = Unbroken(one, alike, seconds, calls)
+        return self.unbroken[scene.name]
+
+    def _strike(self, scene: Scene, work: Path, kind: str, chooser: random.Random, unbroken: Unbroken) -> bool:
+        """Start a command and strike it; say whether the strike fell before the command was done."""
+        call = chooser.randint(1, max(unbroken.calls, 1))
+        prelude: Callable[[], object] = lambda: None  # noqa: E731
+        if kind in (KILL_AT_WRITE, FULL):
+            blow = FAULTS["kill" if kind == KILL_AT_WRITE else "fill"]
+            prelude = lambda: FAULTS["arm"](call, blow)  # noqa: E731
+        commands = scene.commands(work)
+        if not commands:
+            return False
+        child = self.shop.start(work, commands[0], prelude)
+        rival = None
+        if kind not in (KILL_AT_WRITE, FULL):
+            time.sleep(chooser.uniform(0, unbroken.seconds))
+            rival = self.shop.start(work, scene.commands(work)[0]) if scene.rivals else None
+            fell = _send(child, kind, chooser)
+        else:
+            fell = True
+        ended = child.wait(PATIENCE)
+        if rival is not None:
+            self._check(scene, KILL, rival.wait(PATIENCE), work)
+        if ended.timed_out:
+            sys.exit(f"{scene.name}: hangs after {kind}; see {work}")
+        self._check(scene, kind, ended, work)
+        return fell and (ended.code != 0 or kind == STOP)
+
+    def _check(self, scene: Scene, kind: str, ended: Ended, work: Path) -> None:
+        """Exit with an error where a struck command ended in another way than it may."""
+        allowed = {0, FAILED, INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM}
+        if ended.code not in allowed or "Traceback" in ended.said:
+            sys.exit(f"{scene.name}: ended with {ended.code} after {kind}; see {work}:\n{ended.said}")
+        if ended.code == FAILED and (left := _left_over(work)):
+            sys.exit(f"{scene.name}: failed after {kind} and left {left} behind; see {work}:\n{ended.said}")
+
+    def _finish(self, scene: Scene, work: Path) -> None:
+        """Start the command again in peace, as a user would."""
+        ended = None
+        for command in scene.commands(work):
+            ended = self.shop.run(work, *command, timeout=PATIENCE)
+            if ended.code == 0:
+                return
+        if ended is not None:
+            self._require(scene, ended, work)
+
+    def _require(self, scene: Scene, ended: Ended, work: Path | None = None) -> None:
+        if ended.code:
+            sys.exit(f"{scene.name}: ended with code {ended.code}; see {work}:\n{ended.said}")
+
+    def _compare(self, scene: Scene, work: Path, unbroken: Unbroken) -> None:
+        found, wanted = _outcome(work), unbroken.outcome
+        if found.edits != wanted.edits:
+            sys.exit(f"{scene.name}: lost edits; see {work}")
+        if found.files.keys() != wanted.files.keys():
+            sys.exit(f"{scene.name}: left over or lost {sorted(found.files.keys() ^ wanted.files.keys())}; see {work}")
+        different = sorted(name for name in unbroken.alike if found.files[name] != wanted.files[name])
+        if different:
+            sys.exit(f"{scene.name}: differs in {different}; see {work}")
+
+    def result(self) -> dict[str, Any]:
+        """Return the counts, in all and by command; a soak that gets here has lost nothing."""
+        total = sum(self.counts.values(), Counter[str]())
+        strikes = {kind: total[kind] for kind in dict.fromkeys(STRIKES)}
+        commands = {name: sum(counter[kind] for kind in set(STRIKES)) for name, counter in self.counts.items()}
+        return {
+            "strikes": self.struck,
+            **strikes,
+            "by command": commands,
+            "commands finished": total["finished"],
+            "files compared byte for byte": total["byte-identical files"],
+        }
+
+
+def _send(child: Child, kind: str, chooser: random.Random) -> bool:
+    """Send a signal; say whether the command still ran. One that was stopped goes on, or is killed as it stands."""
+    if not child.runs:
+        return False
+    if kind == STOP:
+        child.strike(signal.SIGSTOP)
+        time.sleep(0.05)
+        child.strike(chooser.choice((signal.SIGCONT, signal.SIGKILL)))
+        return True
+    child.strike(signal.SIGKILL if kind == KILL else signal.SIGTERM)
+    return True
+
+
+def _count_calls(log: Path) -> None:
+    """Have the process write how many writes, syncs and renames it has made so far."""
+    count = itertools.count(1)
+    write = Path(log).write_text
+
+    class Count:
+        def falls(self, prepare: object = None) -> None:
+            write(str(next(count)))
+
+    write("0")
+    FAULTS["arm"].__globals__["Blow"] = lambda call, strike: Count()
+    FAULTS["arm"](0, FAULTS["fill"])
+
+
+def _outcome(work: Path) -> Outcome:
+    files, edits = {}, {}
+    for path in sorted(path for path in work.rglob("*") if path.is_file()):
+        name = path.relative_to(work).as_posix()
+        if name.startswith("cache/"):
+            # The cache may or may not have been written before a strike; nothing unfinished may be left in it.
+            if path.name.endswith(".tmp"):
+                files[name] = ""
+        elif path.parent.name == "updates":
+            # A command that was struck may have numbered its lines otherwise; each segment has a line all the same.
+            lines = RunFolder(path.parents[2]).read_journal()
+            if path.name not in {entry.segment for entry, _ in lines}:
+                files[name] = ""
+        elif path.name == "state.safetensors":
+            files[name] = _state_digest(path)
+            edits[name] = tuple(request.id for request in recover(RunFolder(path.parents[1])).requests)
+        else:
+            if path.suffix == ".json":
+                json.loads(path.read_text("utf-8"))
+            files[name] = _card_digest(path) if path.name == "README.md" else file_digest(path)
+    return Outcome(files, edits)
+
+
+def _state_digest(path: Path) -> str:
+    """Return a digest of a snapshot's tensors; what else is in it holds times."""
+    tensors, _ = read_safetensors(path)
+    parts = "".join(f"{name} {tensor_digest(tensor)}\n" for name, tensor in sorted(tensors.items()))
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def _card_digest(path: Path) -> str:
+    """Return a digest of a card without the command line, which says --resume where a run was resumed."""
+    lines = [line for line in path.read_text("utf-8").splitlines() if not line.startswith("editcli ")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _left_over(work: Path) -> list[str]:
+    """Return the unfinished files and folders of a command that failed."""
+    return [str(path.relative_to(work)) for path in work.rglob(".*") if path.suffix in (".tmp", ".partial")]
+
+
+def _rounds(seed: int) -> Iterator[tuple[Scene, random.Random]]:
+    most = max(scene.often for scene in scenes())
+    order = [scene for turn in range(most) for scene in scenes() if turn < scene.often]
+    for number in itertools.count():
+        chooser = random.Random(f"{seed} {number}")
+        yield order[number % len(order)], chooser
 
 
 @click.command()
-@click.option("--kills", default=200, show_default=True)
-@click.option("--edits", default=48, show_default=True)
-@click.option("--batch-size", default=8, show_default=True)
+@click.option("--kills", default=500, show_default=True, help="Strikes in all.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--only", metavar="COMMAND", help="Strike this command alone, such as 'undo'.")
+@click.option("--progress", type=click.Path(path_type=Path), help="Keep the counts here, and go on from them.")
 @click.option("--out", type=click.Path(path_type=Path))
-def main(kills: int, edits: int, batch_size: int, seed: int, out: Path | None) -> None:
-    """Kill, resume, compare."""
-    # The children compute; a parent that never does can be forked safely.
-    torch.set_num_threads(1)
-    chooser, counts, started = random.Random(seed), Counter[str](), time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
-        soak = _Soak(Path(name), ("--limit", str(edits), "--batch-size", str(batch_size)), chooser, counts)
-        for stack in itertools.cycle(STACKS):
-            soak.stream(stack, until=kills)
-            if counts["killed"] >= kills:
-                break
-        sizes = soak.sizes(edits)
-    result = {"edits": edits, "batch_size": batch_size, **counts, **sizes}
-    write_result("soak", {**result, "seconds": round(time.perf_counter() - started)}, out)
+def main(kills: int, seed: int, only: str | None, progress: Path | None, out: Path | None) -> None:
+    """Strike, start again, compare."""
+    kept: dict[str, Any] = {"round": 0, "seconds": 0.0, "counts": {}}
+    if progress is not None and progress.is_file():
+        kept = json.loads(progress.read_text("utf-8"))
+    folder, started = Path(tempfile.mkdtemp(prefix="soak-")), time.perf_counter()
+    corpus = (ROOT / "editcli" / "corpora" / "english.txt").read_text("utf-8")[:20_000]
+    soak = Soak(Workshop(folder, corpus), {name: Counter(counts) for name, counts in kept["counts"].items()})
+    for number, (scene, chooser) in enumerate(_rounds(seed)):
+        if soak.struck >= kills:
+            break
+        if number < kept["round"] or (only is not None and only not in scene.name):
+            continue
+        soak.round(scene, chooser)
+        seconds = kept["seconds"] + time.perf_counter() - started
+        if progress is not None:
+            state = {"round": number + 1, "seconds": seconds, "counts": soak.counts}
+            progress.write_text(json.dumps(state, indent=1), "utf-8")
+        click.echo(f"{soak.struck} struck; {scene.name} is as if nobody had", err=True)
+    result = {**soak.result(), "seconds": round(kept["seconds"] + time.perf_counter() - started)}
+    write_result("soak", result, out)
+    shutil.rmtree(folder)
     click.echo(result)
-
-
-class _Soak:
-    def __init__(self, folder: Path, options: tuple[str, ...], chooser: random.Random, counts: Counter[str]):
-        self.folder, self.options, self.chooser, self.counts = folder, options, chooser, counts
-        self.unbroken: dict[str, tuple[bytes, float]] = {}
-
-    def stream(self, stack: str, *, until: int) -> None:
-        """Run one stream to its end through kills, and compare it."""
-        if stack not in self.unbroken:
-            begun = time.perf_counter()
-            self._require(self._fork(stack, f"{stack}-unbroken", lambda: None, None), 0)
-            self.unbroken[stack] = (self._weights(f"{stack}-unbroken"), time.perf_counter() - begun)
-        wanted, seconds = self.unbroken[stack]
-        out = self.folder / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        ended = -signal.SIGKILL
-        while ended == -signal.SIGKILL:
-            moment = self.chooser.uniform(0, seconds) if self.chooser.random() < 0.5 else None
-            calm = self.counts["killed"] >= until
-            ended = self._fork(stack, "out", lambda: None, None) if calm else self._strike(stack, moment)
-            if ended == -signal.SIGKILL:
-                self.counts["killed"] += 1
-                self.counts["killed at a random moment" if moment is not None else "killed at a write"] += 1
-        self._require(ended, 0)
-        self.counts["streams finished"] += 1
-        if self._weights("out") != wanted:
-            sys.exit(f"{stack}: a stream that was killed differs from one that was not; see {out}")
-        self.counts["byte-identical"] += 1
-        click.echo(f"{self.counts['killed']} killed, {self.counts['byte-identical']} streams byte-identical", err=True)
-
-    def sizes(self, edits: int) -> dict[str, Any]:
-        """Return what a run takes on disk, per edit and in all."""
-        out = self.folder / "memit-unbroken" / "editcli"
-        segments = sum(path.stat().st_size for path in (out / "updates").iterdir())
-        state = (out / "state.safetensors").stat().st_size
-        return {"segment_bytes_per_edit": round(segments / edits), "state_bytes": state}
-
-    def _strike(self, stack: str, moment: float | None) -> int:
-        call = self.chooser.randint(1, CALLS)
-        prelude = (lambda: None) if moment is not None else (lambda: FAULTS["arm"](call, FAULTS["kill"]))
-        return self._fork(stack, "out", prelude, moment)
-
-    def _fork(self, stack: str, out: str, prelude: Callable[[], None], moment: float | None) -> int:
-        """Run the command in a child; kill it after ``moment`` seconds unless it has ended."""
-        resume = ("--resume",) if (self.folder / out).exists() else ()
-        edits = str(ROOT / "sample_edits" / "stream.jsonl")
-        common = ("--out", str(self.folder / out), "--no-eval", "--device", "cpu", "-q")
-        child = os.fork()
-        if not child:
-            code = 70
-            try:
-                said = os.open(self.folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(said, 1)
-                os.dup2(said, 2)
-                prelude()
-                code = run_editcli(["apply", edits, *common, *QUICK, *self.options, *STACKS[stack], *resume])
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        if moment is not None:
-            time.sleep(moment)
-            # A child that has ended stays ours to ask about until it is waited for, so its id is still its own.
-            os.kill(child, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-    def _weights(self, out: str) -> bytes:
-        return (self.folder / out / "model.safetensors").read_bytes()
-
-    def _require(self, code: int, wanted: int) -> None:
-        if code != wanted:
-            sys.exit(f"a run ended with code {code}:\n{(self.folder / 'said.txt').read_text()}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from editcli.api import EditStream as EditStream
 from editcli.api import Stream as Stream
 from editcli.api import edit as edit
 from editcli.errors import EditError as EditError
+from editcli.errors import FileError as FileError
 from editcli.errors import GuardError as GuardError
 from editcli.errors import ModelError as ModelError
 from editcli.errors import NumericalError as NumericalError

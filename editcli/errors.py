@@ -9,6 +9,7 @@
     ├── ModelError           a model cannot be read, edited or written
     ├── StatisticsError      reference-text statistics are missing or belong to another model
     ├── StateError           a run folder cannot be used as asked
+    ├── FileError            a file cannot be read, or is none: a pipe, a device, too large, a link out of its folder
     ├── NumericalError       a linear system lost definiteness (site, condition)
     ├── RankError            another process of a run with several failed, or cannot be reached
     └── GuardError           a guard stopped the run before a batch was written, exit code 3
@@ -20,6 +21,8 @@ Messages say what happened, to what, and what to do.
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -59,6 +62,25 @@ class StatisticsError(EditError):
 
 class StateError(EditError):
     """A run folder cannot be used as asked."""
+
+
+class FileError(EditError, OSError):
+    """A file cannot be read; ``str()`` is ``cannot read FILE: reason``, and the reason says what to do.
+
+    It is an OSError as well, with the reason as its ``strerror``, so that who reads a file for a purpose can name the
+    purpose.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str, number: int | None = None):
+        OSError.__init__(self, number or errno.EINVAL, reason, os.fspath(path))
+        self.path, self.reason = os.fspath(path), reason
+
+    def __str__(self) -> str:
+        return f"cannot read {self.path}: {self.reason}"
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """There is no such file."""
 
 
 class NumericalError(EditError):

@@ -178,10 +178,16 @@ def _run(recipe: Recipe, plugins: Plugins, reporter: Reporter) -> str:
         return apply(recipe, plugins, reporter).status
     asked = recipe.to_json()
     deciding = ["settings", *(name for name, setting in settings_of(Recipe).items() if setting.decides)]
-    other = [name for name in deciding if asked[name] != record.recipe.get(name)]
+    made = record.recipe
+    other = [name for name in deciding if _rooted(name, asked[name]) != _rooted(name, made.get(name))]
     if other:
         raise StateError(f"{recipe.folder} was made with other {', '.join(other)}; choose another --out")
     return record.status
+
+
+def _rooted(name: str, value: Any) -> Any:
+    """Return a setting as a run records it: the edits by their path from the root."""
+    return str(Path(value).absolute()) if name == "edits" and value else value
 
 
 def collapse_point(points: Sequence[Point], figure: str) -> int | None:

@@ -23,6 +23,7 @@ from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.runs.conversation import clock_of
 from editcli.settings.recipes import OWN_BASE, EvalRecipe
+from editcli.storage.opening import TEXT, read_text
 
 if TYPE_CHECKING:
     from editcli.models.architectures import Family
@@ -190,7 +191,7 @@ def general_text(file: str | None) -> Iterator[str]:
     """Yield the paragraphs of the text to measure general ability on: a file's, or the bundled held-out text's."""
     path = Path(file).expanduser() if file is not None else bundled_folder() / "heldout.txt"
     try:
-        content = path.read_text("utf-8")
+        content = read_text(path, TEXT)
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"the text {path} cannot be read: {error}") from error
     yield from (line for line in content.splitlines() if line.strip())

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
-from editcli.errors import StatisticsError
+from editcli.errors import EditError, StatisticsError
 from editcli.models.architectures import Family, resolve, skeleton
 from editcli.models.hub import lacks_weights
 from editcli.models.loading import LoadedModel, load_config, load_tokens, open_model, resolve_model
@@ -22,6 +22,7 @@ from editcli.presets.loader import load_preset
 from editcli.reporting import Reporter, Silent
 from editcli.settings.recipes import MomentsRecipe
 from editcli.statistics.moments import Identity, SecondMoments
+from editcli.storage.checkpoint import opened_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +166,11 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 def _read(path: Path) -> tuple[Stored, Identity] | None:
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened_tensors(path) as file:
             identity = Identity(**json.loads((file.metadata() or {})["identity"]))
             (name,) = file.keys()
             width = file.get_slice(name).get_shape()[0]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+    except (SafetensorError, EditError, OSError, ValueError, KeyError, TypeError):
         return None
     stored = Stored(
         module=identity.module,

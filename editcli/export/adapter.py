@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.export.changes import SiteChange
 from editcli.records.decoding import UnreadableError, convert, read_json
+from editcli.storage.checkpoint import opened_tensors
 from editcli.storage.files import write_json, write_safetensors
+from editcli.storage.opening import CONFIG as CONFIG_KIND
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -70,13 +72,13 @@ def read_adapter(folder: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
     """Return ``{module: (B, A)}`` of an adapter that :func:`write_adapter` wrote, (d_out, r) and (r, d_in)."""
     path = folder / CONFIG
     try:
-        modules = convert(read_json(path), _Config).target_modules
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        modules = convert(read_json(path, CONFIG_KIND, folder=folder), _Config).target_modules
+        with opened_tensors(folder / WEIGHTS, folder=folder) as file:
             return {
                 module: tuple(file.get_tensor(f"{_PREFIX}{module}.lora_{side}.weight") for side in "BA")
                 for module in modules
             }
-    except (OSError, SafetensorError, UnreadableError) as error:
+    except (OSError, SafetensorError, UnreadableError, ModelError) as error:
         raise ModelError(f"the adapter in {folder} cannot be read: {error}; export it again") from error
 
 

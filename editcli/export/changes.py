@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from editcli.errors import ModelError
@@ -23,7 +23,7 @@ from editcli.linalg import krylov, spectra
 from editcli.linalg.ratios import ratio
 from editcli.plugin.interfaces import Site
 from editcli.runs.output import to_stored
-from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.checkpoint import Checkpoint, opened_tensors
 
 SHARE = 0.5
 """Largest size of an adapter's pair of matrices that is chosen unasked, as a share of the matrix that they change."""
@@ -100,10 +100,10 @@ def oriented(checkpoint: Checkpoint, name: str, site: Site) -> Tensor:
 
 def _master(edited: Edited, site: Site, name: str) -> Tensor | None:
     """Return the run's float32 weight, (d_out, d_in), if its cast is what was saved: nothing came in between."""
-    path, key = edited.run.history.folder.state, f"master/{site.module}"
+    run, key = edited.run.history.folder, f"master/{site.module}"
     after = edited.run.after
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened_tensors(run.state, folder=run.out) as file:
             master = file.get_tensor(key)
         if master.ndim != 2 or not master.is_floating_point():
             return None
@@ -144,7 +144,7 @@ def _factors(segments: Sequence[Path], site: Site, delta: Tensor) -> tuple[Tenso
     rows, columns = delta.shape
     try:
         for path in segments:
-            with safe_open(path, framework="pt") as file:
+            with opened_tensors(path) as file:
                 left, right = (file.get_slice(f"{site.module}.{side}").get_shape() for side in ("left", "right"))
                 if len(left) != 2 or (left[0], right) != (rows, [columns, left[1]]):
                     return None
@@ -153,7 +153,7 @@ def _factors(segments: Sequence[Path], site: Site, delta: Tensor) -> tuple[Tenso
                     return None
                 lefts.append(file.get_tensor(f"{site.module}.left"))
                 rights.append(file.get_tensor(f"{site.module}.right"))
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, ModelError):
         # The change itself can be decomposed as well; factors only save work.
         return None
     return (torch.cat(lefts, dim=1), torch.cat(rights, dim=1)) if lefts else None

@@ -12,15 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from editcli.errors import ModelError
+from editcli.errors import FileError, ModelError
 from editcli.export.source import Edited
 from editcli.records.decoding import Count, UnreadableError, convert, encode, read_json
 from editcli.records.record import RunRecord
 from editcli.runs.output import side_files
-from editcli.storage.checkpoint import DTYPES, Checkpoint, file_digest
+from editcli.storage.checkpoint import DTYPES, Checkpoint, file_digest, opened_tensors, read_header
 from editcli.storage.files import tensor_digest, write_json, write_safetensors
 
 FORMAT = 1
@@ -116,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a manifest; raise :class:`ModelError` when it is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
-        value = read_json(path)
+        value = read_json(path, folder=folder)
         made = value if isinstance(value, dict) else {}
         if made.get("format", FORMAT) != FORMAT:
             raise ModelError(
@@ -128,7 +128,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise ModelError(
             f"{folder} is no patch: it has no {MANIFEST}; pass a folder of 'editcli export --format patch'"
         ) from error
-    except (OSError, UnreadableError) as error:
+    except FileError as error:
+        raise ModelError(f"{error}, or download the patch again") from error
+    except UnreadableError as error:
         raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
 
 
@@ -137,16 +139,26 @@ def read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     damaged = f"{path} is not what {MANIFEST} says; download or copy the patch again"
     try:
+        _refuse_headless(path, folder, damaged)
         # Before it is hashed: a file without content may be of any size.
-        if path.stat().st_size > _largest(manifest) or file_digest(path) != manifest.patch.sha256:
+        if path.stat().st_size > _largest(manifest) or file_digest(path, folder=folder) != manifest.patch.sha256:
             raise ModelError(damaged)
-        with safe_open(path, framework="pt") as file:
+        with opened_tensors(path, folder=folder) as file:
             tensors = {one.name: file.get_tensor(one.name) for one in manifest.tensors}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); download or copy the patch again") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ModelError(f"{path} cannot be read ({reason}); download or copy the patch again") from error
     if not all(_is(tensors[one.name], one) for one in manifest.tensors):
         raise ModelError(damaged)
     return tensors
+
+
+def _refuse_headless(path: Path, folder: Path, damaged: str) -> None:
+    """Raise :class:`ModelError` for a file without a usable header before all of it is hashed."""
+    try:
+        read_header(path, folder=folder)
+    except ModelError as error:
+        raise ModelError(damaged) from error
 
 
 def refuse_other_base(base: Checkpoint, name: str, manifest: Manifest) -> None:

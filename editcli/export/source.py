@@ -17,6 +17,7 @@ from editcli.reporting import Reporter
 from editcli.runs.output import same_bytes
 from editcli.storage.checkpoint import Checkpoint
 from editcli.storage.files import tensor_digest
+from editcli.storage.opening import is_own
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class FinishedRun:
     def segments(self) -> tuple[Path, ...]:
         """The files of factors of the batches in force; empty where they are not all there."""
         paths = tuple(self.history.folder.updates / batch.segment for batch in self.history.batches)
-        return paths if all(path.is_file() for path in paths) else ()
+        return paths if all(path.is_file() and is_own(path, self.history.folder.out) for path in paths) else ()
 
     def refuse_changed(self) -> None:
         """Raise :class:`StateError` when another process went on with the run meanwhile."""

@@ -19,6 +19,8 @@ from typing import Any
 from editcli.errors import EditError, ModelError
 from editcli.formatting import shorten
 from editcli.storage.choice import INDEX, SINGLE, is_plain_name
+from editcli.storage.opening import CONFIG, read_text
+from editcli.storage.opening import INDEX as INDEX_KIND
 
 
 @contextmanager
@@ -214,7 +216,9 @@ def _fetch_weights(name: str, commit: str | None, folder: Path) -> None:
 def _fetch_shards(name: str, commit: str | None, index: Path) -> None:
     """Fetch the shards that an index names, those that may be files of its folder."""
     try:
-        shards = {str(file) for file in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+        shards = {
+            str(file) for file in json.loads(read_text(index, INDEX_KIND, folder=index.parent))["weight_map"].values()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index.name} of {name} on the hub is not a usable shard index: {error}") from error
     missing = sorted(file for file in shards if is_plain_name(file) and not (index.parent / file).is_file())
@@ -306,7 +310,7 @@ def _code_of(file: Path) -> Iterator[str]:
 def _read_object(file: Path) -> dict[str, Any]:
     """Return a file's JSON object; an empty one where it cannot be read, which its loader reports."""
     try:
-        document = json.loads(file.read_text("utf-8"))
+        document = json.loads(read_text(file, CONFIG, folder=file.parent))
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

@@ -39,8 +39,10 @@ from editcli.models.offload import device_of
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
 from editcli.reporting import Reporter, Silent
+from editcli.storage.beside import check_small_files
 from editcli.storage.checkpoint import Checkpoint, owned
 from editcli.storage.choice import refuse_adapter
+from editcli.storage.opening import is_there
 
 BUNDLED = "bundled"
 """The name of the small trained model that ships inside the package."""
@@ -117,13 +119,14 @@ def resolve_model(
     folder = Path(name).expanduser()
     if folder.is_dir():
         refuse_adapter(folder)
-        if not (folder / "config.json").is_file():
+        if not is_there(folder / "config.json"):
             if (folder / _RUN).is_file():
                 raise ModelError(
                     f"the run in {name} has written no model yet; continue it with 'editcli apply --resume'"
                 )
             raise ModelError(f"{name} is a folder without config.json; is it a Hugging Face model folder?")
         folder = folder.resolve()
+        check_small_files(folder)
         repository = repository_of(folder)
         return ModelSource(name, folder) if repository is None else ModelSource(repository, folder, folder.name)
     if folder.exists():

@@ -23,6 +23,8 @@ from editcli.records.edits import MEANINGS, edit_rows
 from editcli.records.record import RunRecord
 from editcli.runs.card import command_line
 from editcli.settings.recipe import Recipe
+from editcli.storage.files import write_bytes
+from editcli.storage.opening import PAGE, is_there, open_regular
 
 MARK = '<meta name="generator" content="editcli">'
 """What tells a page of ours from any other file, so that only a page of ours is written over."""
@@ -38,8 +40,16 @@ def check_page(path: Path) -> None:
         raise OptionError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise OptionError(f"cannot write {path}: it is a folder; name a file such as {path / 'report.html'}")
-    if path.is_file() and MARK.encode() not in path.read_bytes()[:4096]:
+    if is_there(path) and not path.is_file():
+        raise OptionError(f"cannot write {path}: it is no regular file; name another one")
+    if path.is_file() and MARK.encode() not in _head(path):
         raise OptionError(f"{path} exists and is no page of editcli; choose another -o, or remove it first")
+
+
+def _head(path: Path) -> bytes:
+    """Return the beginning of a file that would be written over."""
+    with open_regular(path, PAGE) as file:
+        return file.read(4096)
 
 
 def require_jinja() -> None:
@@ -85,7 +95,7 @@ def chart_page(found: Inspection, charts: Sequence[Chart]) -> str:
 def write_page(path: Path, page: str) -> None:
     """Write a page; raise :class:`OptionError` with the reason when that fails."""
     try:
-        path.write_text(page, "utf-8")
+        write_bytes(path, page.encode())
     except OSError as error:
         raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from editcli.errors import OptionError
 from editcli.health.inspect import Inspection
 from editcli.pages.charts import Chart, Series, history_charts, norm_charts, spectrum_charts
+from editcli.storage.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +63,7 @@ def plot_inspection(found: Inspection, path: Path) -> None:
     else:
         data = draw(charts, path.suffix.lower().removeprefix("."))
     try:
-        path.write_bytes(data)
+        write_bytes(path, data)
     except OSError as error:
         raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,13 +17,10 @@ import msgspec
 from msgspec import Meta
 
 from editcli.storage.lines import is_deep
+from editcli.storage.opening import RECORD, Kind, read_bytes
 
 T = TypeVar("T")
 
-MAX_RECORD = 64 << 20
-"""Bytes of one JSON document: a hundred times the record of a run of a hundred thousand edits."""
-MAX_JOURNAL = 256 << 20
-"""Bytes of a journal or of a file with one line for each edit."""
 MAX_VALUES = 4_000_000
 """Values in one document; each takes up to a hundred times its bytes once it is read."""
 LARGEST = 2**63 - 1
@@ -55,19 +51,12 @@ def optional() -> Any:
     return dataclasses.field(default=None, metadata={"optional": True})
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Return a file's content; raise :class:`UnreadableError` where it is larger than ``limit``, and OSError."""
-    with path.open("rb") as file:
-        large = os.fstat(file.fileno()).st_size > limit
-        data = b"" if large else file.read(limit + 1)
-    if large or len(data) > limit:
-        raise UnreadableError(f"it is larger than {limit >> 20} MiB, which no record is")
-    return data
+def read_json(path: Path, kind: Kind = RECORD, *, folder: Path | None = None) -> Any:
+    """Return the JSON value in a file; raise :class:`UnreadableError` where it is none.
 
-
-def read_json(path: Path, limit: int = MAX_RECORD) -> Any:
-    """Return the JSON value in a file; raise :class:`UnreadableError` where it is none, and OSError."""
-    return parse(read_bytes(path, limit))
+    Raises :class:`FileError` where the file is none that can be read; ``folder`` is the one it belongs to.
+    """
+    return parse(read_bytes(path, kind, folder=folder))
 
 
 def parse(text: bytes | str) -> Any:

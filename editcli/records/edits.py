@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from editcli.records.decoding import MAX_JOURNAL, Count, UnreadableError, decode, read_bytes
+from editcli.records.decoding import Count, UnreadableError, decode
 from editcli.records.history import History
 from editcli.reporting import Rejection
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import Superseded
 from editcli.storage.files import write_lines
+from editcli.storage.opening import TABLE, read_bytes
 
 if TYPE_CHECKING:
     from editcli.records.state import RunFolder
@@ -154,8 +155,8 @@ def edit_rows(history: History) -> Iterator[EditRow]:
 def read_lines(path: Path, kind: type[T]) -> list[T]:
     """Return the lines of a JSONL file as ``kind``; a missing file has none, and one that does not fit is left out."""
     try:
-        texts = read_bytes(path, MAX_JOURNAL).splitlines()
-    except (OSError, UnreadableError):
+        texts = read_bytes(path, TABLE, folder=path.parents[1]).splitlines()
+    except OSError:
         return []
     lines: list[T] = []
     for text in texts:

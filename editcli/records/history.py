@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from editcli.errors import StateError
+from editcli.errors import EditError, StateError
 from editcli.records.decoding import UnreadableError
 from editcli.records.journal import BatchRecord, live_batches
 from editcli.records.record import RecordedSite, RunRecord
 from editcli.records.state import RunFolder, requests_of
 from editcli.requests.schema import EditRequest
+from editcli.storage.checkpoint import opened_tensors
 from editcli.storage.files import read_metadata
+from editcli.storage.opening import is_there
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class History:
         if path is None:
             return None
         try:
-            with safe_open(path, framework="pt") as file:
+            with opened_tensors(path, folder=self.folder.out) as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no mapping.
                     if name.endswith(".dense"):
                         return None
@@ -108,7 +110,7 @@ class History:
                         return None
                     square = left.double().square().sum(0) * right.double().square().sum(0)
                     total = square if total is None else total + square
-        except (SafetensorError, OSError):  # A lost segment costs its rows of the table, not the whole view.
+        except (SafetensorError, OSError, EditError):  # A lost segment costs its rows of the table, not the whole view.
             return None
         return total if total is not None and bool(total.isfinite().all()) else None
 
@@ -117,13 +119,13 @@ class History:
         if path is None:
             return ()
         try:
-            return requests_of(read_metadata(path))
-        except (SafetensorError, OSError, UnreadableError):  # As above.
+            return requests_of(read_metadata(path, folder=self.folder.out))
+        except (SafetensorError, OSError, UnreadableError, EditError):  # As above.
             return ()
 
     def _segment(self, batch: BatchRecord) -> Path | None:
         path = self.folder.updates / batch.segment
-        return path if path.is_file() else None
+        return path if batch.segment and is_there(path) else None
 
 
 def read_history(folder: Path) -> History | None:

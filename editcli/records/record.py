@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from editcli.errors import StateError
+from editcli.errors import FileError, StateError
 from editcli.records.decoding import (
     Count,
     Figures,
@@ -26,6 +26,7 @@ from editcli.records.decoding import (
     refuse_nul,
 )
 from editcli.reporting import Rejection, RunReport, SiteReport
+from editcli.storage.opening import is_there
 
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
 ENDED = (DONE, STOPPED)
@@ -103,7 +104,8 @@ class TargetCounts:
     optimised: Count
     """Edits whose target was optimised."""
     reached: Count
-    """Those whose loss fell below targets.stop_loss."""
+    """Those whose loss fell below targets.stop_loss; with targets.stop=greedy also those whose target is the greedy
+    answer in all contexts."""
     clamped: Count
     """Those whose offset ended at targets.clamp."""
 
@@ -350,8 +352,10 @@ def read_record(folder: Path) -> RunRecord | None:
     """Return the record of a folder, None where there is none; raise :class:`StateError` where it cannot be read."""
     path = folder / RECORD
     try:
-        return RunRecord.from_json(read_json(path)) if path.is_file() else None
-    except (OSError, UnreadableError) as error:
+        return RunRecord.from_json(read_json(path, folder=folder)) if is_there(path) else None
+    except FileError as error:
+        raise StateError(str(error)) from error
+    except UnreadableError as error:
         raise StateError(
             f"{path} is not a record of a run that this editcli can read: {error}; restore it from a backup"
         ) from error

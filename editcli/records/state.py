@@ -20,10 +20,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from editcli.errors import RequestError, StateError
+from editcli.errors import EditError, FileError, ModelError, RequestError, StateError
 from editcli.plugin.interfaces import Dense, LowRank, Problem, Site, Update
 from editcli.records.decoding import (
-    MAX_JOURNAL,
     Count,
     Options,
     UnreadableError,
@@ -32,13 +31,12 @@ from editcli.records.decoding import (
     later,
     optional,
     parse,
-    read_bytes,
     to_text,
 )
 from editcli.records.journal import BatchRecord, Entry, read_lines
 from editcli.records.record import RunRecord, read_record
 from editcli.requests.schema import EditRequest, from_record
-from editcli.storage.checkpoint import file_digest
+from editcli.storage.checkpoint import file_digest, read_header
 from editcli.storage.files import (
     is_leftover,
     read_metadata,
@@ -48,6 +46,7 @@ from editcli.storage.files import (
     write_bytes,
     write_safetensors,
 )
+from editcli.storage.opening import JOURNAL, is_there, read_bytes
 
 FORMAT = 1
 _ROWS, _MIX = 256, 0x9E3779B97F4A7C15 - 2**64
@@ -188,7 +187,7 @@ class RunFolder:
     @property
     def is_run(self) -> bool:
         """Whether this is an output folder of ours."""
-        return self.record.is_file() or self.journal.is_file() or self.state.is_file()
+        return any(is_there(path) for path in (self.record, self.journal, self.state))
 
     def require(self) -> None:
         """Raise :class:`StateError` unless this is an output folder of ours."""
@@ -232,6 +231,13 @@ class RunFolder:
         for path in (self.folder, self.lock, self.journal, self.state, self.record, self.updates):
             if path.is_symlink():
                 raise StateError(f"{path} is a symbolic link, which editcli does not follow to write; put a copy there")
+        for path, is_right, kind in (
+            (self.folder, self.folder.is_dir, "folder"),
+            (self.updates, self.updates.is_dir, "folder"),
+            (self.lock, self.lock.is_file, "file"),
+        ):
+            if is_there(path) and not is_right():
+                raise StateError(f"{path} is no {kind}, so it is not what editcli wrote; remove it")
 
     def _sweep(self) -> None:
         """Remove the unfinished files of a process that was killed."""
@@ -264,7 +270,7 @@ class RunFolder:
 
     def read_snapshot(self) -> Snapshot:
         """Read the snapshot; raise :class:`StateError` when it is missing, damaged or of another format."""
-        tensors, metadata = self._read_state(read_safetensors)
+        tensors, metadata = self._read_state(lambda path: read_safetensors(path, folder=self.out))
         stated = metadata.pop("sha256", "")
         if stated != snapshot_digest(tensors, metadata):
             raise StateError(f"{self.state} is damaged: its content does not match its hash; {self._advice}")
@@ -273,7 +279,7 @@ class RunFolder:
 
     def read_settings(self) -> dict[str, Any]:
         """Return the settings of the snapshot without reading its tensors; raises as :meth:`read_snapshot` does."""
-        return self._metadata(self._read_state(lambda path: ({}, read_metadata(path)))[1])[1]
+        return self._metadata(self._read_state(lambda path: ({}, read_metadata(path, folder=self.out)))[1])[1]
 
     def _metadata(
         self, metadata: Mapping[str, str]
@@ -289,11 +295,13 @@ class RunFolder:
         self, read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Read tensors and metadata of the snapshot; raise :class:`StateError` where there is none of this format."""
-        if not self.state.is_file():
+        if not is_there(self.state):
             raise StateError(f"{self.out} has no {self.state.name}: there is nothing to resume from; start a new run")
         try:
             tensors, metadata = read(self.state)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except FileError as error:
+            raise StateError(f"{error}; {self._advice}") from error
+        except (SafetensorError, OSError, ValueError, KeyError, EditError) as error:
             raise StateError(f"{self.state} is damaged ({error}); {self._advice}") from error
         if metadata.get("format") != str(FORMAT):
             raise StateError(
@@ -333,26 +341,31 @@ class RunFolder:
 
     def read_segment(self, entry: BatchRecord) -> Segment:
         """Read one batch's edits and factors; raise :class:`StateError` unless it is what the journal says."""
-        tensors, metadata = self._read_segment(entry, read_safetensors)
+        tensors, metadata = self._read_segment(entry, lambda path: read_safetensors(path, folder=self.out))
         return Segment(entry.segment, self._requests(entry, metadata), tensors)
 
     def read_requests(self, entry: BatchRecord) -> tuple[EditRequest, ...]:
         """Read one batch's edits without its factors; raise as :meth:`read_segment` does."""
-        return self._requests(entry, self._read_segment(entry, lambda path: ({}, read_metadata(path)))[1])
+        _, metadata = self._read_segment(entry, lambda path: ({}, read_metadata(path, folder=self.out)))
+        return self._requests(entry, metadata)
 
     def _read_segment(
         self, entry: BatchRecord, read: Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         path = self.updates / entry.segment
         try:
-            digest = file_digest(path)
+            # A file of terabytes is refused by its header before its content is hashed.
+            read_header(path, folder=self.out)
+            digest = file_digest(path, folder=self.out)
+        except ModelError:
+            digest = ""
         except OSError as error:
             raise StateError(f"cannot read {path}, which the journal names: {error.strerror or error}") from error
         if digest != entry.sha256:
             raise StateError(f"{path} is damaged: its content does not match the journal; restore it from a backup")
         try:
             return read(path)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, EditError) as error:
             raise StateError(f"{path} cannot be read: {error}; restore it from a backup") from error
 
     def _requests(self, entry: BatchRecord, metadata: Mapping[str, str]) -> tuple[EditRequest, ...]:
@@ -386,12 +399,12 @@ class RunFolder:
 
     def journal_bytes(self) -> list[bytes]:
         """Return the journal's complete lines, unchecked: what follows the last line feed is the tear of a crash."""
-        if not self.journal.is_file():
+        if not is_there(self.journal):
             return []
         try:
-            return read_bytes(self.journal, MAX_JOURNAL).split(b"\n")[:-1]
-        except (OSError, UnreadableError) as error:
-            raise StateError(f"{self.journal} cannot be read: {error}; restore it from a backup") from error
+            return read_bytes(self.journal, JOURNAL, folder=self.out).split(b"\n")[:-1]
+        except FileError as error:
+            raise StateError(str(error)) from error
 
     def read_journal(self) -> list[tuple[Entry, str]]:
         """Return the journal's lines with their text; a torn last line is left out.
@@ -407,7 +420,7 @@ class RunFolder:
     def cut_journal(self, keep: Sequence[str]) -> None:
         """Rewrite the journal with the given lines only, unless it holds just these."""
         data = b"".join(line.encode() + b"\n" for line in keep)
-        if not self.journal.is_file() or self.journal.read_bytes() != data:
+        if not is_there(self.journal) or read_bytes(self.journal, JOURNAL, folder=self.out) != data:
             write_bytes(self.journal, data)
 
     def drop_unnamed_segments(self, named: Iterable[str]) -> None:

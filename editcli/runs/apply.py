@@ -13,7 +13,7 @@ import torch
 from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
 from editcli.editing.session import ModelSession, PilotSource
 from editcli.editing.shared_session import TeamSession
-from editcli.errors import GuardError, ModelError, OptionError, StateError
+from editcli.errors import FileError, GuardError, ModelError, OptionError, StateError
 from editcli.evaluation.metrics import Evaluation, evaluate
 from editcli.models.loading import choose_device, refuse_unopenable
 from editcli.plugin.interfaces import Site
@@ -79,6 +79,9 @@ def writing(out: Path) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         what = "use a smaller --dtype or targets.batch_tokens, --device cpu or --device-map auto"
         raise ModelError(f"the memory of the device is full; {what}") from error
+    except FileError:
+        # What cannot be read says so itself.
+        raise
     except OSError as error:
         place, reason = error.filename or out, error.strerror or str(error)
         raise StateError(f"cannot write {place}: {reason}; free some space or choose another --out") from error

@@ -15,6 +15,7 @@ from editcli.records.record import BaseRef, Provenance
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
 from editcli.settings.setting import Setting, settings_of
+from editcli.storage.opening import CONFIG, check
 
 _FILES = ("edits", "stats", "corpus")
 _CARRIED = ("license", "license_name", "license_link", "language")
@@ -39,6 +40,7 @@ def carried(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
+        check(path, CONFIG, folder=folder)
         said = metadata_load(path) or {}
     # A card is written for people: one that no program can read, in whatever way, is no reason not to edit the model.
     except Exception:

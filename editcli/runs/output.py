@@ -18,8 +18,9 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.plugin.interfaces import Site
+from editcli.storage.beside import TEMPLATES
 from editcli.storage.checkpoint import CHUNK, Checkpoint, TensorEntry, file_digest, read_raw_header
-from editcli.storage.choice import is_own, is_weights
+from editcli.storage.choice import is_weights
 from editcli.storage.files import (
     StoredTensor,
     atomic,
@@ -29,14 +30,13 @@ from editcli.storage.files import (
     write_bytes,
     write_safetensors,
 )
+from editcli.storage.opening import BESIDE, TENSORS, check, is_own, open_regular
 
 if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
     from editcli.records.state import RunFolder
 
 CARD = "README.md"
-TEMPLATES = "additional_chat_templates"
-"""Where transformers keeps the chat templates that are not the default one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ def side_files(folder: Path) -> list[Path]:
     for path in found:
         if not is_own(path, folder):
             raise ModelError(f"{path} is a link to {path.resolve()}; if that belongs to the model, copy it there")
+        check(path, BESIDE, folder=folder)
     return found
 
 
@@ -183,7 +184,7 @@ def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str
 def same_bytes(first: Path, one: TensorEntry, second: Path, other: TensorEntry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with (first / one.file).open("rb") as a, (second / other.file).open("rb") as b:
+    with open_regular(first / one.file, TENSORS) as a, open_regular(second / other.file, TENSORS) as b:
         a.seek(one.start)
         b.seek(other.start)
         remaining = one.stop - one.start

@@ -176,7 +176,9 @@ def _plan(request: Undo, recovered: Recovered) -> UndoPlan:
         asked = f"back to {step}" if step >= 0 else f"back by {request.batches}"
         raise StateError(f"{request.run} has {len(live)} batches in force; there is no way {asked} from there")
     later = [*live[step:], *waiting] if request.edits else []
-    digests = {r.id: r.digest for r in (*recovered.requests, *(r for batch in recovered.redo for r in batch))}
+    # An undo that was killed has taken its edits out already, and is finished by asking for it again.
+    digests = dict(recovered.removed)
+    digests |= {r.id: r.digest for r in (*recovered.requests, *(r for batch in recovered.redo for r in batch))}
     again = [entry for entry in later if _left(entry, recovered, request.edits)]
     undone = [edit for entry in live[step:] for edit in entry.edits] if not request.edits else request.edits
     return UndoPlan(

@@ -18,6 +18,7 @@ import tomli
 from editcli.errors import OptionError, near_miss
 from editcli.formatting import shorten
 from editcli.plugin.options import parse_assignments
+from editcli.storage.opening import SETTINGS, is_there, read_bytes
 
 FILE_NAME = "editcli.toml"
 OPTIONS_VARIABLE = "EDITCLI_OPTIONS"
@@ -50,10 +51,10 @@ class Config:
 def load_config(path: Path | None = None) -> Config:
     """Read ``path``, or ``editcli.toml`` in the working folder when there is one."""
     chosen = path if path is not None else Path(FILE_NAME)
-    if path is None and not chosen.is_file():
+    if path is None and not is_there(chosen):
         return Config()
     try:
-        document = tomli.loads(chosen.read_bytes().decode("utf-8-sig"))
+        document = tomli.loads(read_bytes(chosen, SETTINGS).decode("utf-8-sig"))
         _refuse_infinite(document, chosen)
     except OSError as error:
         raise OptionError(f"{chosen}: cannot be read: {error.strerror or error}") from error

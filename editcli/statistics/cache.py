@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from editcli.errors import StatisticsError
+from editcli.errors import FileError, ModelError, StatisticsError
 from editcli.reporting import Reporter
 from editcli.storage.files import read_safetensors, write_safetensors
 
@@ -90,5 +90,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors and metadata; raise :class:`StatisticsError` for a damaged file."""
     try:
         return read_safetensors(path)
-    except (SafetensorError, OSError) as error:
+    except FileError as error:
+        raise StatisticsError(str(error)) from error
+    except (SafetensorError, ModelError, OSError) as error:
         raise StatisticsError(f"cannot read {path}: {error}; delete it, it will be computed again") from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.resources
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO, cast
 
 import torch
 
@@ -19,6 +20,7 @@ from editcli.models.generate import continue_rows
 from editcli.models.loading import LoadedModel, bundled_folder
 from editcli.reporting import Reporter, Silent
 from editcli.storage.checkpoint import file_digest
+from editcli.storage.opening import CORPUS, is_there, open_regular
 
 ENGLISH, SELF = "english", "self"
 _SELF_BATCH, _SELF_LENGTH = 32, 256
@@ -88,7 +90,7 @@ def open_corpus(
         texts = _dataset_texts(spec)
         return Corpus(Path(spec).name, spec, lambda: _tokenised(loaded, texts, max_length))
     path = Path(spec).expanduser()
-    if not path.is_file():
+    if not is_there(path):
         raise StatisticsError(
             f"there is no corpus file {spec}; pass a text or JSONL file, hf:ID, '{ENGLISH}' or '{SELF}'"
         )
@@ -105,7 +107,7 @@ def english_file() -> Path:
 
 def _file_corpus(path: Path, loaded: LoadedModel, max_length: int, name: str) -> Corpus:
     texts = _file_texts(path)
-    return Corpus(name, file_digest(path), lambda: _tokenised(loaded, texts, max_length))
+    return Corpus(name, file_digest(path, CORPUS), lambda: _tokenised(loaded, texts, max_length))
 
 
 def _tokenised(loaded: LoadedModel, texts: Callable[[], Iterator[str]], max_length: int) -> Iterator[list[int]]:
@@ -121,7 +123,7 @@ def _tokenised(loaded: LoadedModel, texts: Callable[[], Iterator[str]], max_leng
 def _file_texts(path: Path) -> Callable[[], Iterator[str]]:
     def texts() -> Iterator[str]:
         try:
-            with path.open(encoding="utf-8") as file:
+            with io.TextIOWrapper(cast(IO[bytes], open_regular(path, CORPUS)), encoding="utf-8") as file:
                 yield from _record_texts(file, path) if path.suffix == ".jsonl" else _line_texts(file)
         except UnicodeDecodeError as error:
             raise StatisticsError(f"the corpus {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error

@@ -10,8 +10,10 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -22,10 +24,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from editcli.errors import ModelError
+from editcli.errors import FileError, ModelError
 from editcli.formatting import shorten
 from editcli.storage.choice import Choice, choose, left_out, listed
 from editcli.storage.lines import no_constant
+from editcli.storage.opening import INDEX, TENSORS, Kind, open_regular, read_text
 
 _MAX_HEADER = 100 << 20
 _MAX_DIMENSIONS = 64
@@ -102,7 +105,7 @@ class Checkpoint:
     def index_text(self) -> str:
         """Return the index that this checkpoint should have: the tensors that are loaded, with their files."""
         assert self.choice.index is not None, "a single file needs no index"
-        index = json.loads((self.folder / self.choice.index).read_text("utf-8"))
+        index = json.loads(read_text(self.folder / self.choice.index, INDEX, folder=self.folder))
         mapped = {name: entry.file for name, entry in self.entries.items()}
         total = sum(entry.stop - entry.start for entry in self.entries.values())
         metadata = {**index["metadata"], "total_size": total}
@@ -166,7 +169,7 @@ class Checkpoint:
         for name in sorted(names):
             entry = self.entries[name]
             digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
-            with (self.folder / entry.file).open("rb") as file:
+            with open_regular(self.folder / entry.file, TENSORS) as file:
                 file.seek(entry.start)
                 _feed(digest, file, entry.stop - entry.start)
         return digest.hexdigest()
@@ -179,28 +182,44 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
     return DTYPES[entry.dtype]
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+@contextmanager
+def opened_tensors(path: Path, *, folder: Path | None = None) -> Iterator[Any]:
+    """Open a safetensors file with its library, which takes a name, once its type, size and header were checked.
+
+    ``folder`` is the one out of which no link may lead. Raises :class:`ModelError` and :class:`FileError`.
+    """
+    read_header(path, folder=folder)
+    with safe_open(path, framework="pt") as file:
+        yield file
+
+
+def read_header(path: Path, *, folder: Path | None = None) -> dict[str, TensorEntry]:
     """Return the tensors of one safetensors file; raise :class:`ModelError` on a damaged or hostile header."""
-    header, base, size = read_raw_header(path)
+    header, base, size = read_raw_header(path, folder=folder)
     entries = {}
     for name, fields in header.items():
         if name != "__metadata__":
             entries[name] = _entry(path, name, fields, base, size)
     _refuse_overlaps(path, entries.values())
+    stop = max((entry.stop for entry in entries.values()), default=base)
+    if stop != size:
+        raise ModelError(f"{path} is damaged: {size - stop:,} bytes follow its last tensor; copy the file again")
     return entries
 
 
-def read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def read_raw_header(path: Path, *, folder: Path | None = None) -> tuple[dict[str, Any], int, int]:
     """Return a safetensors file's header, the offset where its data starts, and the file's size."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path, TENSORS, folder=folder) as file:
+            size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_MAX_HEADER, size - 8):
                 raise ModelError(f"{path} is damaged: its header claims {length:,} bytes; download or copy it again")
             # As text, because bytes in UTF-16 would be taken too, which nobody else who reads the file does.
             text = file.read(length).decode("utf-8")
         header = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=no_constant)
+    except FileError:
+        raise
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
     except (struct.error, ValueError, RecursionError) as error:
@@ -213,10 +232,10 @@ def read_raw_header(path: Path) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size
 
 
-def file_digest(path: Path) -> str:
-    """Return a file's sha256."""
+def file_digest(path: Path, kind: Kind = TENSORS, *, folder: Path | None = None) -> str:
+    """Return the sha256 of a regular file; raise :class:`FileError` for any other."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path, kind, folder=folder) as file:
         _feed(digest, file, None)
     return digest.hexdigest()
 

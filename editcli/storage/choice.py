@@ -19,6 +19,9 @@ from typing import Any
 
 from editcli.errors import ModelError
 from editcli.formatting import shorten
+from editcli.storage.opening import CONFIG as CONFIG_KIND
+from editcli.storage.opening import INDEX as INDEX_KIND
+from editcli.storage.opening import is_own, is_there, read_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -76,9 +79,9 @@ def refuse_adapter(folder: Path) -> None:
     the model, and 4.57 loads the base that it names instead.
     """
     path = folder / ADAPTER
-    if not path.is_file():
+    if not is_there(path):
         return
-    if not (folder / CONFIG).is_file():
+    if not is_there(folder / CONFIG):
         raise ModelError(
             f"{folder} is an adapter ({ADAPTER}), not a model; merge it into its base (merge_and_unload of peft, then "
             "save_pretrained) and pass the merged model"
@@ -118,18 +121,6 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and _PLAIN_NAME.match(name) is not None
 
 
-def is_own(path: Path, folder: Path | None = None) -> bool:
-    """Tell whether a file of a model folder lies in it, or is a link into a hub cache, as huggingface_hub makes them.
-
-    ``folder`` is by default the one that holds ``path``. The cache keeps contents in ``models--OWNER--NAME/blobs``; its
-    snapshots, and the folders that older versions downloaded to, hold links there.
-    """
-    folder, real = (folder or path.parent).resolve(), path.resolve()
-    if real.is_relative_to(folder) or _in_hub_cache(real):
-        return True
-    return folder.parent.name == "snapshots" and real.is_relative_to(folder.parent.parent / "blobs")
-
-
 def listed(names: tuple[str, ...]) -> str:
     """Write names as a list, the first ones of a long one."""
     shown = [shorten(name) for name in names[: _LISTED if len(names) > _LISTED + 1 else len(names)]]
@@ -139,15 +130,10 @@ def listed(names: tuple[str, ...]) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def _in_hub_cache(real: Path) -> bool:
-    places = ((folder.name, folder.parent.name) for folder in real.parents)
-    return any(name in ("blobs", "snapshots") and owner.startswith("models--") for name, owner in places)
-
-
 def _named_by_config(folder: Path) -> str | None:
     """Return the file of weights that the config names, which few do; a config that cannot be read names none."""
     try:
-        fields = json.loads((folder / CONFIG).read_text("utf-8"))
+        fields = json.loads(read_text(folder / CONFIG, CONFIG_KIND, folder=folder))
     except (OSError, ValueError, RecursionError):
         # Building the model reads the config as well, and refuses it with its reason.
         return None
@@ -179,7 +165,7 @@ def _sharded(path: Path) -> Choice:
 def _read_index(path: Path) -> Mapping[str, Any]:
     """Return an index whose map names plain files."""
     try:
-        index = json.loads(path.read_text("utf-8"))
+        index = json.loads(read_text(path, INDEX_KIND, folder=path.parent))
         names = sorted(set(index["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not a usable shard index: {error}") from error

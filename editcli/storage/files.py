@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import math
@@ -18,22 +20,30 @@ from typing import IO, Any, NamedTuple
 
 import jsonlines
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from editcli.storage.checkpoint import CHUNK, DTYPES, TensorEntry, owned
+from editcli.storage.checkpoint import CHUNK, DTYPES, TensorEntry, opened_tensors, owned
+from editcli.storage.locks import locked
+from editcli.storage.opening import TENSORS, open_regular
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIX, _SUFFIX = ".", ".tmp"
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _CLONE = 0x40049409
 """Linux's ioctl FICLONE: let a file share all blocks of another."""
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside ``path`` for writing; on success it is synced and takes the name, on failure it vanishes."""
-    handle, name = tempfile.mkstemp(prefix=f"{_PREFIX}{path.name}.", suffix=_SUFFIX, dir=path.parent)
-    temporary = Path(name)
+    """Open a file beside ``path`` for writing; on success it is synced and takes the name, on failure it vanishes.
+
+    What a process that was killed in here left of the same file is removed by the next that writes it.
+    """
+    if path.exists() and not path.is_file():
+        # A rename would put a file in the place of a device such as /dev/null.
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    _clear_abandoned(path)
+    handle, temporary = _temporary(path)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -46,6 +56,31 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> tuple[int, Path]:
+    """Make a file beside ``path`` and lock it, so that nobody takes it for abandoned while this process writes it."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f"{_PREFIX}{path.name}.", suffix=_SUFFIX, dir=path.parent)
+        # Between its making and its lock, another process may have locked and removed it.
+        if locked(handle) is not False and os.fstat(handle).st_nlink:
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Remove unfinished files of ``path`` that no living process holds; where nothing can be locked, leave them."""
+    for left in path.parent.glob(f"{_PREFIX}{glob.escape(path.name)}.*{_SUFFIX}"):
+        try:
+            handle = os.open(left, os.O_RDWR | _NO_LINK)
+        except OSError:
+            # Another process has removed it, or it is none of ours.
+            continue
+        try:
+            if locked(handle):
+                left.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -61,7 +96,7 @@ def copy_into(file: IO[bytes], source: Path) -> None:
     kernel copies. Never a hard link: whoever later wrote into the edited model's folder in place, a trainer or a
     converter, would write into the base model as well, and in the hub's cache that may serve the whole machine.
     """
-    with source.open("rb") as original:
+    with open_regular(source, TENSORS) as original:
         if not (_cloned(original, file) or _copied_by_the_kernel(original, file)):
             original.seek(0)
             file.seek(0)
@@ -140,7 +175,7 @@ class StoredTensor:
     def pieces(self) -> Iterator[bytes]:
         """Yield the tensor's bytes, a piece in memory at a time."""
         remaining = self.entry.stop - self.entry.start
-        with self.path.open("rb") as file:
+        with open_regular(self.path, TENSORS) as file:
             file.seek(self.entry.start)
             while remaining > 0:
                 data = file.read(min(CHUNK, remaining))
@@ -198,15 +233,18 @@ def _pieces(tensor: Tensor | StoredTensor) -> Iterable[bytes | memoryview]:
     return tensor.pieces() if isinstance(tensor, StoredTensor) else (tensor_bytes(tensor),)
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a file's tensors and metadata; the tensors own their memory, aligned as torch aligns its own."""
-    with safe_open(path, framework="pt") as file:
+def read_safetensors(path: Path, *, folder: Path | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a file's tensors and metadata; the tensors own their memory, aligned as torch aligns its own.
+
+    Raises as :func:`~editcli.storage.checkpoint.opened_tensors` does.
+    """
+    with opened_tensors(path, folder=folder) as file:
         return {name: owned(file.get_tensor(name)) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return a safetensors file's metadata alone."""
-    with safe_open(path, framework="pt") as file:
+def read_metadata(path: Path, *, folder: Path | None = None) -> dict[str, str]:
+    """Return a safetensors file's metadata alone; raises as :func:`read_safetensors` does."""
+    with opened_tensors(path, folder=folder) as file:
         return dict(file.metadata() or {})
 
 

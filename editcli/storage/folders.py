@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from editcli.errors import StateError
 from editcli.storage.files import sync_folder
+from editcli.storage.locks import locked
 
 _LOCK = ".lock"
 
@@ -37,25 +38,64 @@ def new_folder(out: Path) -> Iterator[Path]:
     partial = place.parent / f".{place.name}.partial"
     if partial.is_symlink():
         raise StateError(f"{partial} is a symbolic link, and what it leads to would be cleared; remove the link")
+    busy = StateError(f"{out} is being written by another editcli process; wait for it or stop it")
+    with _alone(partial, busy) as release:
+        try:
+            _clear(partial)
+            yield partial
+            if os.name != "posix":
+                # Elsewhere no folder with an open file can be renamed.
+                release()
+            _take_name(partial, place)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _alone(partial: Path, busy: StateError) -> Iterator[Callable[[], None]]:
+    """Make the hidden folder and hold it, and yield what lets it go; raise ``busy`` when another process does.
+
+    The lock is the operating system's, so it ends with its process however that ends, and it is on the folder itself:
+    a file for it would stay in the result of a process that is killed between taking the name and removing the file.
+    """
     partial.mkdir(exist_ok=True)
-    # The lock is the operating system's: it ends with its process however that ends.
+    if os.name != "posix":
+        with _alone_by_file(partial, busy) as release:
+            yield release
+        return
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        held = locked(descriptor)
+        # The process that held the folder may have given it its name meanwhile, or removed it.
+        if held is False or not _is_still(partial, descriptor):
+            raise busy
+        if held is None:
+            with _alone_by_file(partial, busy) as release:
+                yield release
+        else:
+            yield lambda: None
+    finally:
+        os.close(descriptor)
+
+
+def _is_still(partial: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(partial), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _alone_by_file(partial: Path, busy: StateError) -> Iterator[Callable[[], None]]:
+    """Hold a folder where folders cannot be locked: on Windows, and on some network disks."""
     lock = FileLock(partial / _LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise StateError(f"{out} is being written by another editcli process; wait for it or stop it") from error
+        raise busy from error
     try:
-        _clear(partial)
-        yield partial
-        if os.name != "posix":
-            # Elsewhere no folder with an open file can be renamed.
-            lock.release()
-        _take_name(partial, place)
-        # Only now, or else another process could begin in the hidden folder, and clear it, before it has its name.
-        (place / _LOCK).unlink(missing_ok=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        yield lock.release
     finally:
         lock.release()
 
@@ -69,6 +109,7 @@ def _clear(partial: Path) -> None:
 
 
 def _take_name(partial: Path, place: Path) -> None:
+    (partial / _LOCK).unlink(missing_ok=True)
     for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         sync_folder(folder)
     if place.is_dir():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from editcli.errors import RequestError
+from editcli.storage.opening import EDITS, open_given
 
 MAX_LINE_BYTES = 1 << 20
 """A longer line is refused before it is held: no edit needs it, and a hostile file must not exhaust memory."""
@@ -85,23 +86,15 @@ class Lines:
 
 @contextmanager
 def opened(source: str | Path, name: str) -> Iterator[Lines]:
-    """Open a file, or standard input for ``-``; raise :class:`RequestError` when it cannot be read."""
+    """Open a file or a pipe, or standard input for ``-``; raise :class:`RequestError` when it cannot be read."""
     try:
         if str(source) == "-":
             yield Lines(sys.stdin.buffer, name)
             return
-        with Path(source).open("rb") as file:
+        with open_given(source, EDITS) as file:
             yield Lines(file, name)
     except OSError as error:
-        raise RequestError(f"cannot be read: {_why(error)}", file=name) from error
-
-
-def _why(error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file; check the path"
-    if isinstance(error, IsADirectoryError):
-        return "it is a folder; pass a file"
-    return error.strerror or str(error)
+        raise RequestError(f"cannot be read: {error.strerror or error}", file=name) from error
 
 
 def strict_json(text: str | bytes) -> Any:

@@ -22,6 +22,7 @@ from editcli.runs import planning
 from editcli.runs.conversation import with_clock
 from editcli.settings.recipes import TuneRecipe
 from editcli.storage.checkpoint import file_digest
+from editcli.storage.opening import is_there
 from editcli.tuning.probes import probe_edits
 from editcli.tuning.report import Split
 from editcli.tuning.space import SOURCE, Candidate, Space, build_space
@@ -94,7 +95,7 @@ def search_folder(out: Path, *, resume: bool) -> Iterator[None]:
 
     A folder that is made here is removed again when the block fails before its first trial.
     """
-    begun = (out / STUDY).is_file()
+    begun = is_there(out / STUDY)
     # A search that was killed early leaves nothing but its lock.
     idle = out.is_dir() and all(path.name == LOCK for path in out.iterdir())
     if out.exists() and not (out.is_dir() and (idle or (begun and resume))):

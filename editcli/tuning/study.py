@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from editcli.errors import OptionError, StateError
+from editcli.storage.opening import JOURNAL, is_there, read_bytes
 from editcli.tuning.objective import Figures, figures_from
 from editcli.tuning.space import Bound, Candidate, Point, Space
 
@@ -85,7 +86,7 @@ class Study:
 
         self.space = space
         self._optuna: Any = optuna
-        begun = file.is_file()
+        begun = is_there(file)
         drop_cut_line(file)
         with _quiet(optuna):
             self._study = optuna.create_study(
@@ -227,9 +228,9 @@ class Ask:
 
 def drop_cut_line(file: Path) -> None:
     """Drop the last line of a record where it was cut, which a failing machine or a full disk may leave."""
-    if not file.is_file():
+    if not is_there(file):
         return
-    content = file.read_bytes()
+    content = read_bytes(file, JOURNAL, folder=file.parent)
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         with file.open("r+b") as record:
@@ -274,7 +275,7 @@ def by_score(records: Sequence[Record]) -> list[Record]:
 
 def begun_with(file: Path) -> Mapping[str, Any] | None:
     """Return the identity with which the search in ``file`` was begun; None where there is none."""
-    if not file.is_file():
+    if not is_there(file):
         return None
     import optuna  # pyright: ignore[reportMissingImports]
 

@@ -86,7 +86,7 @@ class _Descent:
         """Take one step of Adam and project back into the ball."""
         # Adam's guard against division by zero is an absolute number, so gradients come in units of the first one.
         self._scale = self._scale or float(gradient.abs().max()) or 1.0
-        self.change.grad = gradient / self._scale
+        self.change.grad = (gradient / self._scale).to(self.change)
         self._adam.step()
         norm = float(self.change.norm())
         if norm > self._bound:

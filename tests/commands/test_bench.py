@@ -87,6 +87,9 @@ def test_every_stack_is_a_run_on_the_same_edits(recipe: Recipe, plugins: Plugins
 def test_a_stopped_bench_goes_on_and_a_finished_stack_is_not_run_again(
     recipe: Recipe, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A run records its edits by their path from the root.
+    monkeypatch.chdir(Path(recipe.edits).parent)
+    recipe = replace(recipe, edits="stream.jsonl")
     whole = bench(recipe, STACKS[:1], plugins)
     started: list[str] = []
     real = library.apply

@@ -84,7 +84,7 @@ def test_unusable_options_are_refused():
         build(FineTuning.Options, {"norm_bound": 0}, owner="ft")
 
 
-def test_the_scale_of_the_gradients_does_not_matter(close):
+def test_the_scale_of_the_gradients_does_not_matter():
     """Adam's own guard is absolute: at gradients of 1e-20 it would all but stop the descent."""
     weight, gradient = torch.randn(6, 5), torch.randn(6, 5)
     plain, tiny = (_Descent(weight, FineTuning.Options()) for _ in range(2))
@@ -92,4 +92,4 @@ def test_the_scale_of_the_gradients_does_not_matter(close):
         plain.step(gradient)
         tiny.step(gradient * 1e-20)
     assert float(plain.change.norm()) > 0
-    close(tiny.change, plain.change, 1e-5)
+    assert_close(tiny.change, plain.change, 1e-5)

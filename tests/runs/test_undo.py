@@ -120,6 +120,24 @@ def test_an_undo_that_is_killed_while_it_computes_again_is_finished_by_resuming(
     same_stream(out, twin)
 
 
+def test_an_undo_that_is_killed_before_it_computes_again_is_finished_by_asking_again(
+    shop: Any, run: Callable[[str], Path]
+) -> None:
+    out = run("memit")
+    twin = shutil.copytree(out, shop.folder / "twin")
+    prelude = (
+        "import os, signal\nfrom editcli.runs.stream import Stream\n"
+        "def snapshot(self, position, real=Stream._snapshot):\n"
+        "    real(self, position)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Stream._snapshot = snapshot"
+    )
+    assert shop.run("undo", "out", "--edit", "Italy", prelude=prelude).code == -9
+    for name in ("out", "twin"):
+        ended = shop.run("undo", name, "--edit", "Italy")
+        assert ended.code == 0, ended.err
+    same_stream(out, twin)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_undo_that_is_killed_at_its_snapshot_happened_or_did_not(
     shop: Any, run: Callable[[str], Path], when: str

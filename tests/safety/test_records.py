@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.hostile import ROWS, attacking
-from editcli.errors import EditError, StateError
+from editcli.errors import EditError, FileError, StateError
 from editcli.export.patch import MANIFEST, read_manifest
 from editcli.export.record import recipe_of
 from editcli.records.decoding import (
@@ -25,7 +25,7 @@ from editcli.records.decoding import (
     decode,
     encode,
     parse,
-    read_bytes,
+    read_json,
 )
 from editcli.records.decoding import (
     to_text as checked_text,
@@ -37,8 +37,9 @@ from editcli.records.state import RunFolder, StreamSettings, requests_of
 from editcli.runs.card import model_card
 from editcli.settings.recipe import Recipe
 from editcli.storage.lines import MAX_DEPTH
+from tests.support.places import ROOT
 
-EARLIER = Path(__file__).parents[1] / "streams" / "data" / "earlier" / "run"
+EARLIER = ROOT / "tests" / "records" / "data" / "earlier" / "run"
 HASH = "0" * 64
 JSON = st.recursive(
     st.one_of(
@@ -310,8 +311,8 @@ def test_size_and_depth_are_bounded(tmp_path: Path) -> None:
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(12 << 30)
-    with pytest.raises(UnreadableError, match="larger than 1 MiB"):
-        read_bytes(path, 1 << 20)
+    with pytest.raises(FileError, match="larger than 41,943,040 bytes"):
+        read_json(path)
     path.unlink()
     parse("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))
     with pytest.raises(UnreadableError, match="nested too deeply"):

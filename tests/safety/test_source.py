@@ -50,6 +50,44 @@ def dangers(tree: ast.AST) -> Iterator[str]:
             yield from (f"{name}(shell=...)" for keyword in node.keywords if keyword.arg == "shell")
 
 
+BARE = {"open", "safe_open", "load_file"}
+READERS = {*BARE, "read_text", "read_bytes", "fdopen"}
+OPENER = "editcli/storage/opening.py"
+# What is not the opener's: files of the package itself and of the kernel, folders to sync or lock, files to write, and
+# safetensors files whose headers the opener has read.
+OPENED_ELSEWHERE = {
+    "editcli/__main__.py": {"os.open"},
+    "editcli/models/memory.py": {"_SELF.read_text", ".read_text"},
+    "editcli/pages/page.py": {".read_text"},
+    "editcli/presets/loader.py": {"file.read_text"},
+    "editcli/records/state.py": {"self.journal.open"},
+    "editcli/runs/apply.py": {"self.open"},
+    "editcli/api.py": {"run.open"},
+    "editcli/scaffold/package.py": {".read_text", "file.open"},
+    "editcli/storage/checkpoint.py": {"safe_open"},
+    "editcli/storage/files.py": {"os.open", "os.fdopen"},
+    "editcli/storage/folders.py": {"os.open"},
+    "editcli/tuning/probes.py": {".read_text"},
+    "editcli/tuning/study.py": {"file.open"},
+}
+
+
+def openings(tree: ast.AST) -> Iterator[str]:
+    """Yield what opens a file without the opener; its own functions are called by their bare names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = dotted(node.func)
+            if name in BARE or (isinstance(node.func, ast.Attribute) and node.func.attr in READERS):
+                yield name
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_opens_a_file_but_by_the_opener(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    if name != OPENER:
+        assert set(openings(ast.parse(path.read_text(encoding="utf-8")))) == OPENED_ELSEWHERE.get(name, set())
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_evaluates_text_starts_programs_or_unpickles(path: Path) -> None:
     allowed = ALLOWED.get(path.relative_to(ROOT).as_posix(), [])
