@@ -13,7 +13,8 @@ import pytest
 from editcli.__main__ import main
 from editcli.commands.repeat import read_recorded
 from editcli.errors import StateError
-from editcli.runs.apply import Run as Job
+from editcli.models.loading import LoadedModel
+from editcli.runs.opening import FromFiles
 from editcli.storage.checkpoint import file_digest
 from editcli.testing import tiny_model_folder
 
@@ -236,11 +237,11 @@ def test_a_preset_file_is_read_once(run: Run, monkeypatch: pytest.MonkeyPatch, l
     preset = Path("preset.toml")
     preset.write_text("layers = [1]\n[targets]\nsteps = 3\nprefixes = 0\n")
 
-    def open_later(self: Job, real: Callable[[Job], None] = Job.open) -> None:
+    def open_later(self: FromFiles, real: Callable[[FromFiles], LoadedModel] = FromFiles.open) -> LoadedModel:
         preset.unlink() if later is None else preset.write_text(later)
-        real(self)
+        return real(self)
 
-    monkeypatch.setattr(Job, "open", open_later)
+    monkeypatch.setattr(FromFiles, "open", open_later)
     given = ("facts.jsonl", "--model", "model", "--corpus", "corpus.txt", "--out", "other", "--no-eval")
     code, _, err = run(*given, "--preset", "preset.toml", "--limit", "1")
     assert code == 0, err

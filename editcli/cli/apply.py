@@ -73,7 +73,7 @@ def _plan(recipe: Recipe, app: App, as_json: bool) -> int:
         return 0
     app.announce(recipe.model)
     # Torch takes seconds to import, so it waits until the command line has been found to make sense.
-    from editcli.commands.dry_run import plan
+    from editcli.runs.planning import plan
 
     # One process looks ahead for all, so it looks at the whole model.
     outcome = plan(replace(recipe, parallel="data"), app.plugins, app.reporter)

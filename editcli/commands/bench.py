@@ -21,10 +21,10 @@ from editcli.records.edits import read_lines
 from editcli.records.history import Batch, History, read_history
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, Silent
-from editcli.runs.apply import DONE, INTERRUPTED, STOPPED, apply
-from editcli.runs.conversation import with_clock
-from editcli.runs.planning import read_requested
-from editcli.runs.retention import METRICS
+from editcli.runs.apply import apply
+from editcli.runs.context import DONE, INTERRUPTED, STOPPED
+from editcli.runs.measuring import METRICS
+from editcli.runs.planning import read_requested, with_clock
 from editcli.settings.recipe import Recipe
 from editcli.storage.files import write_json
 

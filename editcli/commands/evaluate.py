@@ -23,7 +23,7 @@ from editcli.reporting import Reporter, Silent
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
-from editcli.runs.conversation import clock_of
+from editcli.runs.planning import clock_of
 from editcli.settings.recipe import check_chat
 
 if TYPE_CHECKING:

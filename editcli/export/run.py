@@ -21,7 +21,7 @@ from editcli.models.hub import fetch_patch
 from editcli.models.loading import choose_device, refuse_unopenable, resolve_model
 from editcli.plugin.manager import Plugins
 from editcli.reporting import Reporter, Silent
-from editcli.runs.apply import STOPPED, writing
+from editcli.runs.context import STOPPED, writing
 from editcli.runs.output import needed_bytes, verify, write_model
 from editcli.runs.planning import brought_families, check_disk
 from editcli.storage.checkpoint import Checkpoint

@@ -14,7 +14,7 @@ from editcli.models.loading import ModelSource, load_config, resolve_model
 from editcli.records.history import History, read_history
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter
-from editcli.runs.apply import DONE, STOPPED
+from editcli.runs.context import DONE, STOPPED
 from editcli.runs.output import same_bytes
 from editcli.storage.checkpoint import Checkpoint
 from editcli.storage.files import tensor_digest

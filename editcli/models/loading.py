@@ -67,11 +67,13 @@ class LoadedModel:
     tokens: Tokens
     architecture: Architecture
     source: ModelSource
+    weights: Checkpoint | None = None
+    """The unedited weights of a model that was not read from the files of its source."""
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The files that the model was loaded from."""
-        return Checkpoint(self.source.folder)
+        """The unedited weights: the files that the model was loaded from, unless ``weights`` stand for them."""
+        return self.weights or Checkpoint(self.source.folder)
 
     @cached_property
     def input_device(self) -> torch.device:

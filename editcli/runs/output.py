@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from editcli.errors import ModelError
+from editcli.models.loading import refuse_unopenable
 from editcli.plugin.interfaces import Site
+from editcli.reporting import Reporter, Silent
 from editcli.storage.checkpoint import CHUNK, Checkpoint, TensorEntry, file_digest, read_raw_header
 from editcli.storage.choice import is_own, is_weights
 from editcli.storage.files import (
@@ -86,6 +88,26 @@ def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> N
         _write_shard(base, name, out / name, own)
     if base.choice.index is not None:
         _write_index(base, base.choice.index, out)
+
+
+def write_verified(
+    base: Checkpoint,
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    idle: bool = False,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> Verified:
+    """Write a model as :func:`write_model` does, then check its bytes and that transformers opens it."""
+    with (reporter or Silent()).phase("Saving", 3, "steps") as advance:
+        write_model(base, out, tensors)
+        advance(1)
+        verified = verify(Checkpoint(base.folder), out, tensors, idle=idle)
+        advance(1)
+        refuse_unopenable(out, trust_remote_code=trust_remote_code)
+        advance(1)
+    return verified
 
 
 def remove_old(folder: RunFolder) -> None:

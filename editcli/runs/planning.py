@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from editcli.editing.session import PilotSource
+from editcli.distributed.team import Team
+from editcli.editing.session import ModelSession, PilotSource
 from editcli.errors import OptionError, RequestError, StateError
 from editcli.evaluation.admission import Gate, thinking_warning, without_subject
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
@@ -33,7 +37,7 @@ from editcli.presets.record import Preset, Settings
 from editcli.records.edits import superseded
 from editcli.records.requirements import check_resumable
 from editcli.records.state import RunFolder
-from editcli.reporting import Rejection, Reporter
+from editcli.reporting import Rejection, Reporter, Silent
 from editcli.requests.reader import EditFile, conflicts, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
@@ -48,6 +52,8 @@ from editcli.storage.checkpoint import Checkpoint
 DEFAULT_EDITOR = "rlsedit"
 DEFAULT_BATCH = 100
 MASTER_BYTES = 4
+TRIAL_EDITS = 16
+"""Edits whose targets a dry run optimises to estimate the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +139,6 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
 
     ``file`` stands for the edits where they come from elsewhere than a file; it may be empty.
     """
-    recipe.check(plugins)
     if recipe.resume:
         check_resumable(recipe.folder, plugins)
     file = file or read_requested(recipe, plugins)
@@ -151,6 +156,68 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     planned = replace(plan_on(base, recipe, plugins, file, before=before), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
     return replace(planned, footprint=check_memory(planned, base, reporter))
+
+
+def check_in_memory(
+    recipe: Recipe, plugins: Plugins, reporter: Reporter, file: EditFile, *, held: LoadedModel | None
+) -> Planned:
+    """Check as :func:`check` does where nothing is written; ``held`` is the model where it is loaded already."""
+    for warning in file.notes:
+        reporter.warn(warning)
+    base = held
+    if base is None:
+        base = described(recipe, located(recipe), plugins)
+        check_fit(base.checkpoint, base.model, reporter)
+    warn_of_thinking(base.tokens, reporter)
+    return plan_on(base, recipe, plugins, file)
+
+
+def tell_conflicts(planned: Planned, reporter: Reporter) -> None:
+    """Warn about edits that a later one contradicts."""
+    for warning in planned.conflicts:
+        reporter.warn(warning)
+
+
+def plan(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> Plan:
+    """Return what :func:`editcli.runs.apply.apply` would do; writes nothing and times one small batch."""
+    reporter = reporter or Silent()
+    planned = check(recipe, plugins, reporter)
+    tell_conflicts(planned, reporter)
+    seconds = _measured_seconds(planned, reporter) if planned.editor.needs_values else None
+    return Plan(
+        model=planned.source.name,
+        preset=planned.preset.name,
+        label=planned.preset.label,
+        editor=planned.editor.name,
+        stabilizers=tuple(part.name for part in planned.stabilizers),
+        edits=len(planned.requests),
+        rejected=planned.rejected,
+        batches=math.ceil(len(planned.requests) / planned.batch_size),
+        batch_size=planned.batch_size,
+        sites=tuple(
+            {"module": site.module, "layer": site.layer, "shape": list(shape)}
+            for site, shape in zip(planned.sites, planned.shapes, strict=True)
+        ),
+        tokens=planned.target_tokens,
+        bytes={
+            "model": planned.model_bytes,
+            "disk": planned.model_bytes + planned.state_bytes,
+            **(planned.footprint.to_json() if planned.footprint else {}),
+        },
+        seconds=seconds,
+        out=str(recipe.folder),
+        memory=planned.footprint.sentence() if planned.footprint else "not known",
+        warnings=(*planned.file.notes, *planned.conflicts),
+    )
+
+
+def _measured_seconds(planned: Planned, reporter: Reporter) -> float:
+    loaded = open_planned(planned)
+    session = ModelSession(loaded, planned.layers, options=planned.targets, reporter=reporter, seed=planned.recipe.seed)
+    sample = planned.requests[:TRIAL_EDITS]
+    started = time.perf_counter()
+    session.values(sample)
+    return (time.perf_counter() - started) * len(planned.requests) / len(sample)
 
 
 def located(recipe: Recipe, *, weights: bool = True) -> ModelSource:
@@ -367,6 +434,36 @@ def check_disk(out: Path, needed: int) -> None:
     if free < needed:
         sizes = f"{needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free"
         raise StateError(f"{out} needs about {sizes}; choose another --out")
+
+
+def with_clock(recipe: Recipe, team: Team | None = None, *, folders: Iterable[Path] = ()) -> Recipe:
+    """Return the recipe with a time for its chat template: of the run that goes on, of ``folders``, else now."""
+    if not recipe.chat_template or recipe.template_clock is not None:
+        return recipe
+    places = [recipe.folder, *folders] if recipe.resume else [*folders]
+    return replace(recipe, template_clock=clock_of(places, team or Team()))
+
+
+def clock_of(places: Iterable[Path], team: Team) -> str:
+    """Return the time that the first of some runs recorded, else now; the same in every process of ``team``."""
+    recorded = next((clock for place in places if (clock := _recorded_clock(place)) is not None), None)
+    now = recorded or datetime.now().isoformat(timespec="seconds")
+    # Processes that start a moment apart must read one time.
+    return str(team.exchange("the template's clock", now)[0])
+
+
+def _recorded_clock(folder: Path) -> str | None:
+    """Return the time that a run's chat template read; None where there is no run or no such time."""
+    run = RunFolder(folder)
+    if not run.is_run:
+        return None
+    try:
+        recipe: Any = run.read_record().get("recipe")
+    except StateError:
+        # A damaged record is written anew; if a time was lost with it, going on is refused by the stream's settings.
+        return None
+    clock = recipe.get("template_clock") if isinstance(recipe, dict) else None
+    return clock if isinstance(clock, str) else None
 
 
 def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:

@@ -1,30 +1,48 @@
-"""What a run says about edits that ask for nothing, or that its file does not name any more."""
+"""Notes and warnings of a run: before it starts, where it continues an earlier one, and at its end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from editcli.records.recovery import Recovered, missing
 from editcli.reporting import Reporter, RunReport
 from editcli.requests.reader import EditFile
+from editcli.runs.outcome import missed_targets, rounded_differently
+from editcli.runs.output import Verified
 from editcli.runs.planning import Planned
 
 SHOWN = 5
 """Edits that a remark names at the most."""
 
 
-def tell_known(report: RunReport, reporter: Reporter) -> None:
-    """Say which edits were true already."""
-    if report.already_true:
-        base = "; the weights are those of the base" if report.unchanged else ""
-        reporter.note(f"Already true before the run: {_listed(report.already_true)}{base}")
+def announce(planned: Planned, *, new: bool, reporter: Reporter) -> None:
+    """Say what a run is about to do, as far as the user did not choose it."""
+    if planned.recipe.model is None and new:
+        reporter.note("No --model given: editing the small model that ships with editcli")
+    if planned.footprint is not None and planned.footprint.fits:
+        # The plan that --dry-run prints says what the memory is for.
+        reporter.note(f"Memory: {planned.footprint.summary()}")
+    if planned.preset.label == "guessed" and planned.preset.file is None:
+        layers = ", ".join(map(str, planned.layers))
+        preset = "no preset for this model" if planned.preset.match is None else "untuned preset"
+        remedy = "'editcli tune' searches for better settings"
+        reporter.warn(f"{preset} ({planned.preset.name}): layers {layers} are a guess; {remedy}")
+    for part in planned.stabilizers:
+        if part.acts_on_values_alone() and not planned.editor.needs_values:
+            reporter.warn(
+                f"{part.name} acts on target values, and {planned.editor.name} has none: it changes nothing here"
+            )
 
 
-def tell_conflicts(planned: Planned, reporter: Reporter) -> None:
-    """Warn about edits that a later one contradicts."""
-    for warning in planned.conflicts:
-        reporter.warn(warning)
+def tell_differences(old: Mapping[str, Any], new: Mapping[str, Any], reporter: Reporter) -> None:
+    """Say what changed since the stream was begun: versions that may round differently, and the size of batches."""
+    for text in rounded_differently(old, new):
+        reporter.warn(text)
+    earlier, size = old.get("batch_size"), new["batch_size"]
+    if earlier not in (None, size):
+        reporter.note(f"Batches of {size} from here on; they were of {earlier}")
 
 
 def tell_missing(recovered: Recovered, file: EditFile, out: Path, reporter: Reporter) -> None:
@@ -38,6 +56,18 @@ def tell_missing(recovered: Recovered, file: EditFile, out: Path, reporter: Repo
             f"{file.source} no longer has {_listed([request.id for request in gone])}, which the run in {out} keeps; "
             "'editcli undo' with --edit takes an edit back"
         )
+
+
+def tell_result(report: RunReport, planned: Planned, verified: Verified | None, reporter: Reporter) -> None:
+    """Say which edits changed nothing, which targets were missed and which tensors are those of the base."""
+    if report.already_true:
+        base = "; the weights are those of the base" if report.unchanged else ""
+        reporter.note(f"Already true before the run: {_listed(report.already_true)}{base}")
+    missed = missed_targets(report.targets, planned.targets)
+    if missed:
+        reporter.warn(missed)
+    for name in verified.unchanged if verified and verified.changed else ():
+        reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
 
 
 def _listed(ids: Sequence[str]) -> str:

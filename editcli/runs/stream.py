@@ -192,12 +192,12 @@ class Position:
 
 
 class Stream:
-    """Applies batches to a session and records them in a run folder.
+    """Applies batches to a session and records them in a run folder, in the process that ``writes``.
 
-    ``settings`` is what must be the same when the stream is resumed. ``measure`` gives the figures of a batch after it
-    was written (its immediate efficacy), ``retained`` those of all edits in force,
-    asked every ``retained_every`` batches; both may be None. Every rank of ``team`` applies the same batches, and no
-    batch is recorded unless all of them came to the same weights.
+    ``settings`` must be the same when the stream is resumed. ``measure`` returns the figures of a batch after it was
+    written (its immediate efficacy), and ``retained``, every ``retained_every`` batches, those of all edits in force;
+    both may be None. Every rank of ``team`` applies the same batches, and no batch is recorded unless all of them came
+    to the same weights.
     """
 
     def __init__(
@@ -207,6 +207,7 @@ class Stream:
         folder: RunFolder,
         *,
         settings: Mapping[str, Any],
+        writes: bool = True,
         guards: Sequence[Guard] = (),
         measure: Measure | None = None,
         retained: Measure | None = None,
@@ -215,7 +216,7 @@ class Stream:
         team: Team | None = None,
     ):
         self.team = team or Team()
-        self.session, self.stack, self.folder = session, stack, folder
+        self.session, self.stack, self.folder, self.writes = session, stack, folder, writes
         # As they will be read back, so that a tuple does not differ from the list that JSON makes of it.
         self.settings, self.guards = json.loads(json.dumps(dict(settings))), tuple(guards)
         self.measure, self.retained, self.retained_every = measure, retained, retained_every
@@ -240,10 +241,10 @@ class Stream:
         """The edits in force that a stabilizer gave up, with the reasons: nothing was written for them."""
         return {edit: why for report in self.reports for edit, why in report.dropped.items()}
 
-    def start(self) -> None:
-        """Calibrate every component on the unedited model and write the first snapshot."""
-        self.prepare()
-        self.begin()
+    @property
+    def in_force(self) -> Sequence[EditRequest]:
+        """The edits that were written and that no later one contradicts."""
+        return self._in_force((), {})
 
     def prepare(self) -> None:
         """Calibrate every component on the unedited model."""
@@ -253,7 +254,8 @@ class Stream:
 
     def begin(self) -> None:
         """Write the first snapshot of a prepared stream."""
-        self.folder.create()
+        if self.writes:
+            self.folder.create()
         self.save()
 
     def apply(self, requests: Sequence[EditRequest]) -> BatchReport:
@@ -365,7 +367,7 @@ class Stream:
         self.position = Position(step, sequence, consumed, line, requests)
         self._take(live, requests)
         self._snapshot(self.position)
-        self.folder.append(line)
+        self._append(line)
         return exact
 
     def _replay(self, step: int, requests: Sequence[EditRequest], tensors: Mapping[str, Tensor]) -> None:
@@ -413,6 +415,8 @@ class Stream:
 
     def _settle(self, recovered: Recovered) -> None:
         """Make the folder hold what was recovered and nothing else."""
+        if not self.writes:
+            return
         self.folder.create()
         self.folder.cut_journal(recovered.lines)
         self.folder.drop_unnamed_segments(str(entry.segment) for entry in recovered.entries)
@@ -440,11 +444,13 @@ class Stream:
             metrics["immediate"] = dict(self.measure(requests))
             self._guard("efficacy", metrics["immediate"].get("efficacy_success"), requests)
         if self.retained is not None and (self.position.step + 1) % self.retained_every == 0:
-            given_up = {**self.dropped, **written.dropped}
-            in_force, _ = supersede([*self.position.requests, *requests], given_up=given_up)
-            metrics["retained"] = dict(self.retained(in_force))
+            metrics["retained"] = dict(self.retained(self._in_force(requests, written.dropped)))
             self._guard("retained", metrics["retained"].get("efficacy_success"), requests)
         return metrics
+
+    def _in_force(self, batch: Sequence[EditRequest], dropped: Mapping[str, str]) -> Sequence[EditRequest]:
+        """Return the edits in force once ``batch`` is kept, but for those that are ``dropped``."""
+        return supersede([*self.position.requests, *batch], given_up={**self.dropped, **dropped})[0]
 
     def _guard(self, figure: str, value: float | None, requests: Sequence[EditRequest]) -> None:
         for guard in self.guards:
@@ -481,7 +487,9 @@ class Stream:
             weights,
             remedy="the state before it is kept; use devices and versions of one kind and go on with --resume",
         )
-        segment, digest = self.folder.write_segment(sequence, requests, written.problems, written.updates)
+        segment, digest = "", ""
+        if self.writes:
+            segment, digest = self.folder.write_segment(sequence, requests, written.problems, written.updates)
         consumed = consume(self.position.consumed, requests)
         body = {**body_of(report), "weights": weights}
         entry = Entry(sequence, BATCH, report.step, report.edits, segment, digest, consumed, body)
@@ -489,7 +497,7 @@ class Stream:
         position = Position(report.step, sequence, consumed, line, [*self.position.requests, *requests])
         if self._due(report.step):
             self._snapshot(position)
-        self.folder.append(line)
+        self._append(line)
         self.position = position
         self.reports.append(report)
         self._ids.update(report.edits)
@@ -501,13 +509,18 @@ class Stream:
 
     def _snapshot(self, position: Position) -> None:
         started = time.monotonic()
-        tensors = {f"master/{site.module}": weight for site, weight in self.session.masters().items()}
-        tensors |= self.stack.state()
-        self.folder.write_snapshot(
-            Snapshot(position.step, position.sequence, position.consumed, tensors, self.settings, position.line)
-        )
+        if self.writes:
+            tensors = {f"master/{site.module}": weight for site, weight in self.session.masters().items()}
+            tensors |= self.stack.state()
+            self.folder.write_snapshot(
+                Snapshot(position.step, position.sequence, position.consumed, tensors, self.settings, position.line)
+            )
         self._saved_step, self._saved_at = position.step, time.monotonic()
         self._save_cost = self._saved_at - started
+
+    def _append(self, line: str) -> None:
+        if self.writes:
+            self.folder.append(line)
 
 
 def _where(module: str, requests: Sequence[EditRequest]) -> str:

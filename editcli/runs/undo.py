@@ -6,7 +6,7 @@ journal gains a line; no line is rewritten, and the segments of what was taken b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from editcli.errors import EditError, OptionError, StateError, near_miss
 from editcli.plugin.manager import Plugins, load_formats
 from editcli.records.recovery import Recovered, recover
 from editcli.records.state import Entry, RunFolder
-from editcli.reporting import Reporter, RunReport, Silent
+from editcli.reporting import Reporter, RunReport
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.runs import planning
-from editcli.runs.apply import Run, writing
-from editcli.runs.clock import Clock
+from editcli.runs.apply import run
+from editcli.runs.context import Context, writing
+from editcli.runs.opening import Batches, FromFiles, Job, recover_completed
 from editcli.runs.planning import Planned
+from editcli.runs.store import RunStore
 from editcli.runs.stream import Stream
 from editcli.settings.recipe import Recipe
 
@@ -82,79 +84,61 @@ def plan_undo(request: Undo) -> UndoPlan:
 
 def undo(request: Undo, plugins: Plugins, reporter: Reporter | None = None) -> RunReport:
     """Take back what ``request`` says, save and verify the model again; raises an :class:`EditError`."""
-    reporter = reporter or Silent()
-    folder = _run_folder(request)
-    with writing(folder.out), folder.locked():
-        recovered = recover(folder)
+    context, folder = Context.of(plugins, reporter), _run_folder(request)
+    store = RunStore(folder)
+    with writing(folder.out), store.locked():
+        recovered = recover_completed(store, context)
         plan = _plan(request, recovered)
-        planned, record = _planned(folder, recovered, plan, plugins, reporter)
-        return _Rewind(planned, folder, plugins, reporter, plan=plan, record=record).go()
+        planned, record = _planned(folder, recovered, plan, context)
+        schedule = Rewind(planned, folder, context, recovered, plan, record)
+        return run(Job(planned, FromFiles(planned), store, schedule, context)).report
 
 
-class _Rewind(Run):
-    """A run that goes back before it goes on."""
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """A run that goes back, and writes again the batches of which only single edits are taken back."""
 
-    def __init__(
-        self,
-        planned: Planned,
-        folder: RunFolder,
-        plugins: Plugins,
-        reporter: Reporter,
-        *,
-        plan: UndoPlan,
-        record: dict[str, Any],
-    ):
-        super().__init__(planned, folder, plugins, reporter, Clock())
-        self.plan, self.record = plan, record
-
-    @property
-    def edits_file(self) -> str | None:
-        """No file is read, so what was refused of any stays refused."""
-        return None
+    planned: Planned
+    folder: RunFolder
+    context: Context
+    recovered: Recovered
+    plan: UndoPlan
+    record: Mapping[str, Any]
+    """What the run recorded before."""
+    file: None = None
+    """No edits file is read, so that the refused edits of all files stay recorded."""
 
     @property
     def done(self) -> Sequence[EditRequest]:
         """The edits of the batches that stay."""
-        return _kept(self._stored(), self.plan)
+        return _remaining(self.recovered, self.plan)
 
-    def todo(self) -> list[Sequence[EditRequest]]:
+    def batches(self) -> Batches:
         """Return the batches that are computed again."""
-        return list(_again(self.folder, self._stored(), self.plan))
-
-    def begin(self, stream: Stream) -> None:
-        """Replay what stays and record that the rest was taken back."""
-        self.compare_versions()
-        self.mark_running()
-        plan = self.plan
-        if not stream.rewind(self._stored(), plan.step, removed=plan.removed, redo=plan.redo):
-            self.reporter.warn("this machine rounds differently than the one that made the run; last digits may differ")
+        return _again(self.folder, self.recovered, self.plan)
 
     def pilots(self) -> PilotSource:
-        """Return what the run calibrated on when it began, where it can still be read."""
+        """Return the edits that the run calibrated on when it began, where they can still be read."""
         pilots = self.record.get("provenance", {}).get("pilots", {})
+        formats = load_formats(self.context.plugins)
         try:
-            file = read_edits(pilots["file"], skip_bad=True, limit=pilots["limit"], formats=load_formats(self.plugins))
+            file = read_edits(pilots["file"], skip_bad=True, limit=pilots["limit"], formats=formats)
             if file.sha256 == pilots["sha256"]:
-                usable = planning.usable(file, self.planned.gate, skip_bad=True)[0]
-                return planning.pilot_source(usable)
+                return planning.pilot_source(planning.usable(file, self.planned.gate, skip_bad=True)[0])
         except (EditError, KeyError):
-            # The file is gone or was changed; only a component that needs it minds.
+            # The file is gone or was changed, which only matters to a component that needs it.
             pass
-        return _LostPilots((), str(pilots.get("file")))
+        origin = str(pilots.get("file"))
+        lost = f"{origin}, which the run calibrated on, is gone or was changed; put it back to undo"
+        return PilotSource((), origin, lost)
 
-    def _stored(self) -> Recovered:
-        assert self.recovered is not None, "the recipe of an undo always resumes"
-        return self.recovered
-
-
-class _LostPilots(PilotSource):
-    """Pilot edits that cannot be read any more; asking for them is an error."""
-
-    __slots__ = ()
-
-    def first(self, count: int) -> Sequence[EditRequest]:
-        """Refuse."""
-        raise StateError(f"{self.origin}, which the run calibrated on, is gone or was changed; put it back to undo")
+    def begin(self, stream: Stream, mark: Callable[[], None]) -> None:
+        """Replay the batches that stay, and record that the others were taken back."""
+        mark()
+        plan = self.plan
+        if not stream.rewind(self.recovered, plan.step, removed=plan.removed, redo=plan.redo):
+            warning = "this machine rounds differently than the one that made the run; last digits may differ"
+            self.context.reporter.warn(warning)
 
 
 def _run_folder(request: Undo) -> RunFolder:
@@ -202,7 +186,7 @@ def _left(entry: Entry, recovered: Recovered, edits: Sequence[str]) -> list[str]
     return [edit for edit in entry.edits if edit not in gone]
 
 
-def _kept(recovered: Recovered, plan: UndoPlan) -> Sequence[EditRequest]:
+def _remaining(recovered: Recovered, plan: UndoPlan) -> Sequence[EditRequest]:
     return recovered.requests[: sum(len(entry.edits) for entry in recovered.live[: plan.step])]
 
 
@@ -213,7 +197,7 @@ def _again(folder: RunFolder, recovered: Recovered, plan: UndoPlan) -> list[Sequ
 
 
 def _planned(
-    folder: RunFolder, recovered: Recovered, plan: UndoPlan, plugins: Plugins, reporter: Reporter
+    folder: RunFolder, recovered: Recovered, plan: UndoPlan, context: Context
 ) -> tuple[Planned, dict[str, Any]]:
     """Plan with the run's own recipe, on the edits that its segments hold."""
     record = folder.read_record()
@@ -226,6 +210,7 @@ def _planned(
         recipe = replace(recipe, model=base["folder"])
     recipe = replace(recipe, out=str(folder.out), resume=True, overwrite=False, parallel="data")
     again = (request for batch in _again(folder, recovered, plan) for request in batch)
-    file = EditFile(edits["file"], edits["sha256"], (*_kept(recovered, plan), *again), (), ())
-    planned = planning.check(recipe, plugins, reporter, file=file)
+    file = EditFile(edits["file"], edits["sha256"], (*_remaining(recovered, plan), *again), (), ())
+    recipe.check(context.plugins)
+    planned = planning.check(recipe, context.plugins, context.reporter, file=file)
     return replace(planned, source=replace(planned.source, name=base["name"])), record

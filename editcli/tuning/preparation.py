@@ -19,7 +19,6 @@ from editcli.plugin.manager import Plugins
 from editcli.reporting import Reporter
 from editcli.requests.schema import EditRequest
 from editcli.runs import planning
-from editcli.runs.conversation import with_clock
 from editcli.settings.recipe import Recipe
 from editcli.storage.checkpoint import file_digest
 from editcli.tuning.objective import KL_PRICE
@@ -186,7 +185,7 @@ def with_search_clock(recipe: TuneRecipe) -> TuneRecipe:
     chat, run = (earlier or {}).get(_CHAT), recipe.run
     if run.chat_template and run.template_clock is None and isinstance(chat, Mapping):
         run = replace(run, template_clock=chat["clock"])
-    return replace(recipe, run=with_clock(run))
+    return replace(recipe, run=planning.with_clock(run))
 
 
 def space_of(bench: Workbench) -> Space:

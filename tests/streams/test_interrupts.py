@@ -15,7 +15,7 @@ import pytest
 from editcli.records.recovery import recover
 from editcli.records.state import RunFolder
 from editcli.reporting import Silent
-from editcli.runs.interrupts import Interrupts
+from editcli.runs.context import Interrupts
 
 TWICE = """
 import os, signal
