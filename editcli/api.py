@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -27,8 +28,8 @@ from editcli.runs import planning
 from editcli.runs.apply import run
 from editcli.runs.context import Context, writing
 from editcli.runs.ending import Finished, Progress, finish
-from editcli.runs.memory import MEMORY, FromMemory, borrowed, hold, put_back
-from editcli.runs.opening import FromFiles, Job, New, Opened, begin, claimed, load
+from editcli.runs.memory import MEMORY, borrowed, hold, put_back, unedited
+from editcli.runs.opening import Job, Opened, begin, claimed, load, new
 from editcli.runs.store import RunStore
 from editcli.runs.stream import BatchReport
 from editcli.settings.recipe import Recipe, parse_layers
@@ -166,9 +167,8 @@ class Stream:
     def __enter__(self) -> Stream:
         with ExitStack() as stack:
             job = self._asked.start(stack, EditFile(SOURCE, "", (), (), ()))
-            base, batches = load(job), job.schedule.batches()
-            opened = begin(job, base)
-            for batch in batches:
+            opened = begin(job, load(job))
+            for batch in job.schedule.batches:
                 opened.stream.apply(batch)
             self._open, self._exit = opened, stack.pop_all()
         return self
@@ -271,9 +271,11 @@ class Asked:
         stack.enter_context(writing(self.recipe.folder))
         if self.held is not None:
             stack.enter_context(borrowed(self.held.model))
-        model = FromFiles(planned) if self.held is None else FromMemory(self.held, planned.sites)
+        open_model = partial(planning.open_planned, planned)
+        if self.held is not None:
+            open_model = partial(unedited, self.held, planned.sites)
         store = RunStore(RunFolder(self.recipe.folder), writes=False, kept=False)
-        return Job(planned, model, store, New(planned, store), context)
+        return Job(planned, open_model, store, new(planned, store), context)
 
 
 def ask(
@@ -309,7 +311,7 @@ def ask(
         families = planning.brought_families(plugins)
         held = hold(model, tokenizer, families=families, chat_template=recipe.chat)
     name = held.source.name if held else model
-    recipe = _with(recipe, model=None if name is None else str(name))
+    recipe = replace(recipe, model=None if name is None else str(name))
     return Asked(recipe, plugins, reporter, held, kept=out is not None and named)
 
 
@@ -369,10 +371,6 @@ def _recipe(edits: str | Path, out: str | Path | None, choices: Mapping[str, Any
         given = values["layers"]
         values["layers"] = parse_layers(given) if isinstance(given, str) else tuple(given)
     return Recipe.from_json({**values, "edits": str(edits), "out": MEMORY if out is None else str(out)})
-
-
-def _with(recipe: Recipe, *, model: str | None) -> Recipe:
-    return Recipe.from_json({**recipe.to_json(), "model": model})
 
 
 def _refuse_idle(choices: Mapping[str, Any], *, named: bool, kept: bool) -> None:

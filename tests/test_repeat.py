@@ -14,7 +14,8 @@ from editcli.__main__ import main
 from editcli.commands.repeat import read_recorded
 from editcli.errors import StateError
 from editcli.models.loading import LoadedModel
-from editcli.runs.opening import FromFiles
+from editcli.runs import planning
+from editcli.runs.planning import Planned
 from editcli.storage.checkpoint import file_digest
 from editcli.testing import tiny_model_folder
 
@@ -237,11 +238,11 @@ def test_a_preset_file_is_read_once(run: Run, monkeypatch: pytest.MonkeyPatch, l
     preset = Path("preset.toml")
     preset.write_text("layers = [1]\n[targets]\nsteps = 3\nprefixes = 0\n")
 
-    def open_later(self: FromFiles, real: Callable[[FromFiles], LoadedModel] = FromFiles.open) -> LoadedModel:
+    def open_later(planned: Planned, real: Callable[[Planned], LoadedModel] = planning.open_planned) -> LoadedModel:
         preset.unlink() if later is None else preset.write_text(later)
-        return real(self)
+        return real(planned)
 
-    monkeypatch.setattr(FromFiles, "open", open_later)
+    monkeypatch.setattr(planning, "open_planned", open_later)
     given = ("facts.jsonl", "--model", "model", "--corpus", "corpus.txt", "--out", "other", "--no-eval")
     code, _, err = run(*given, "--preset", "preset.toml", "--limit", "1")
     assert code == 0, err

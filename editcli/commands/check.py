@@ -89,7 +89,7 @@ def check(
     ``editor``, ``preset`` and ``settings`` are those of the run that the edits are meant for; by default the ones that
     ``apply`` takes for this model.
     """
-    plugins = plugins or load_plugins()
+    plugins, reporter = plugins or load_plugins(), reporter or Silent()
     recipe = Recipe(
         edits=str(edits),
         model=None if model is None else str(model),
@@ -106,12 +106,12 @@ def check(
     source = planning.located(recipe, weights=False)
     base = planning.described(recipe, source, plugins)
     if has_weights(source.folder) and (source.commit is None or is_fetched(source.folder)):
-        check_fit(base.checkpoint, base.model, reporter or Silent())
+        check_fit(base.checkpoint, base.model, reporter)
     gate = planning.gate_of(recipe, base, plugins)
     file = read_edits(edits, skip_bad=True, limit=limit, formats=formats)
     checked: list[CheckedEdit] = []
     rejected = list(file.rejected)
-    with (reporter or Silent()).phase("Checking", len(file.requests), "edits") as advance:
+    with reporter.phase("Checking", len(file.requests), "edits") as advance:
         for request in file.requests:
             try:
                 checked.append(check_edit(request, gate))

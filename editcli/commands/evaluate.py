@@ -16,7 +16,7 @@ from editcli.evaluation.harness import HarnessResult, require_harness, run_harne
 from editcli.evaluation.locality import answer_locality
 from editcli.evaluation.metrics import Evaluation, evaluate
 from editcli.models.chat_settings import ChatSettings
-from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, open_model, resolve_model
+from editcli.models.loading import LoadedModel, Loading, ModelSource, bundled_folder, open_model, resolve_model
 from editcli.plugin.manager import load_formats
 from editcli.records.history import read_history
 from editcli.reporting import Reporter, Silent
@@ -219,16 +219,7 @@ def _evaluate(
 
 
 def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family], reporter: Reporter) -> LoadedModel:
-    return open_model(
-        source,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        families=families,
-        chat_template=recipe.chat,
-        trust_remote_code=recipe.trust_remote_code,
-        reporter=reporter,
-    )
+    return open_model(source, Loading.of(recipe), families=families, reporter=reporter)
 
 
 def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:

@@ -16,7 +16,7 @@ from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
 from editcli.errors import StatisticsError
 from editcli.models.architectures import Family, resolve, skeleton
 from editcli.models.hub import lacks_weights
-from editcli.models.loading import LoadedModel, load_config, load_tokens, open_model, resolve_model
+from editcli.models.loading import LoadedModel, Loading, load_config, load_tokens, open_model, resolve_model
 from editcli.plugin.interfaces import Site
 from editcli.presets.loader import load_preset
 from editcli.reporting import Reporter, Silent
@@ -91,15 +91,7 @@ def compute(
     team = team or Team()
     reporter = reporter if reporter is not None and team.leads else Silent()
     source = resolve_model(recipe.model, revision=recipe.revision, code=recipe.trust_remote_code)
-    loaded = open_model(
-        source,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        families=families,
-        trust_remote_code=recipe.trust_remote_code,
-        reporter=reporter,
-    )
+    loaded = open_model(source, Loading.of(recipe), families=families, reporter=reporter)
     layers = recipe.layers or load_preset(loaded.model.config, loaded.architecture, recipe.preset).layers
     sites = [loaded.architecture.site(layer) for layer in layers]
     moments = SecondMoments(

@@ -1,4 +1,4 @@
-"""The processes of a run as the rest of the library sees them. Never imports torch at import time.
+"""The processes of a run as the rest of the library sees them.
 
 Every method of :class:`Team` that sends something is called by all ranks in the same order. Each call begins with an
 exchange of short texts that say where a rank is and whether it failed, so a rank that fails ends the others' waiting,
@@ -15,16 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
+from torch import Tensor
 
 from editcli.errors import EditError, RankError, StateError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 def balanced(costs: Sequence[float], size: int) -> list[list[int]]:
@@ -140,8 +137,6 @@ class Team:
         return self._gathered(what, tensors) if self.parts > 1 else [tuple(tensors)]
 
     def _gathered(self, what: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        import torch
-
         kinds = self.exchange(what, [(str(t.dtype), list(t.shape), t.device.type == "cpu") for t in tensors])
         if self.size == 1:
             return [tuple(tensors)]
@@ -176,8 +171,6 @@ class Team:
         ``work`` takes the numbers of items and returns tensors with a row for each. What it gives for an item must not
         depend on which other items it is given.
         """
-        import torch
-
         shares = balanced(costs, self.parts)
         own = shares[self.part]
         found = tuple(work(own)) if own or not costs else ()

@@ -24,7 +24,7 @@ from editcli.errors import ModelError
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.chat_settings import ChatSettings
 from editcli.models.finite import refuse_nonfinite
-from editcli.models.fit import COMPUTED, examine, fit_of, is_ordinary, quiet, refuse_misfit, remarks
+from editcli.models.fit import COMPUTED, Fit, examine, fit_of, is_ordinary, quiet, refuse_misfit, remarks
 from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page, repository_of
 from editcli.models.kv_cache import resumes
 from editcli.models.offload import device_of
@@ -86,6 +86,23 @@ class LoadedModel:
         return resumes(self.model, self.input_device)
 
 
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is loaded."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: Any = None
+    chat_template: bool | ChatSettings = False
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, recipe: Any) -> Loading:
+        """Return what the fields of a recipe say; ``chat`` is its chat template, for a recipe that has one."""
+        chat = getattr(recipe, "chat", False)
+        return cls(recipe.device, recipe.dtype, recipe.device_map, chat, recipe.trust_remote_code)
+
+
 def bundled_folder() -> Path:
     """Return the folder of the bundled model."""
     return Path(str(importlib.resources.files("editcli") / "bundled"))
@@ -128,6 +145,7 @@ def resolve_model(
 
 def open_model(
     source: ModelSource,
+    loading: Loading | None = None,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -140,36 +158,21 @@ def open_model(
 ) -> LoadedModel:
     """Load model and tokenizer from a local folder; raise :class:`ModelError` with one sentence when that fails.
 
-    A checkpoint that lacks what the model needs, or holds numbers that are not finite, is refused; what else is strange
-    about it is told to ``reporter``. With ``split`` the model is spread over all processes of torch's process group, by
-    its family's own plan.
+    ``loading`` stands for ``device``, ``dtype``, ``device_map``, ``chat_template`` and ``trust_remote_code``. A
+    checkpoint that lacks what the model needs, or holds numbers that are not finite, is refused; ``reporter`` warns of
+    anything else that is strange about it. With ``split`` the model is spread over all processes of torch's process
+    group, by its family's own plan.
     """
-    checkpoint = Checkpoint(source.folder)
+    loading = loading or Loading(device, dtype, device_map, chat_template, trust_remote_code)
+    checkpoint, trusted = Checkpoint(source.folder), loading.trust_remote_code
     checkpoint.entries  # noqa: B018 - damaged or pickled weights are refused before anything is built.
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trusted)
+    tokens = load_tokens(source, config, chat_template=loading.chat_template, trust_remote_code=trusted)
     if not is_ordinary(checkpoint):
         # What the loaded model says of such a checkpoint depends on the version of transformers.
-        bare = skeleton(config, trust_remote_code)
+        bare = skeleton(config, trusted)
         refuse_misfit(examine(checkpoint, bare), checkpoint, bare)
-    place = choose_device(device)
-    if device_map and importlib.util.find_spec("accelerate") is None:
-        raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
-    options = {"device_map": device_map} if device_map else _straight_to(place)
-    options = loading_options(config) if split else options
-    with _in_one_sentence(source, place), quiet():
-        model, info = _from_pretrained(
-            source.folder,
-            config=config,
-            dtype=choose_dtype(dtype, config, place),
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
-        fit = fit_of(info, model)
-        refuse_misfit(fit, checkpoint, model)
-        if not options:
-            model = model.to(place)
-        _own(model)
+    model, fit = _read_weights(source, checkpoint, config, loading, split=split)
     model.eval().requires_grad_(False)
     refuse_nonfinite(model, checkpoint)
     for text in remarks(fit, checkpoint):
@@ -177,17 +180,35 @@ def open_model(
     return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
 
 
-def _from_pretrained(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the model that transformers loads from a folder, and what it reports of the names of its tensors."""
+def _read_weights(
+    source: ModelSource, checkpoint: Checkpoint, config: Any, loading: Loading, *, split: bool
+) -> tuple[Any, Fit]:
+    """Return the model on its device, and how its checkpoint fits it."""
+    place = choose_device(loading.device)
+    if loading.device_map and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
+    options = {"device_map": loading.device_map} if loading.device_map else _straight_to(place)
+    options = loading_options(config) if split else options
     model_class: Any = transformers.AutoModelForCausalLM
-    return model_class.from_pretrained(
-        folder,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
+    with _in_one_sentence(source, place), quiet():
+        model, info = model_class.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=choose_dtype(loading.dtype, config, place),
+            trust_remote_code=loading.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            # The names of its tensors that the model and the checkpoint do not share.
+            output_loading_info=True,
+            **options,
+        )
+        fit = fit_of(info, model)
+        refuse_misfit(fit, checkpoint, model)
+        if not options:
+            model = model.to(place)
+        _own(model)
+    return model, fit
 
 
 @contextmanager

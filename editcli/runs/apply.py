@@ -42,7 +42,7 @@ def run(job: Job) -> Finished:
     planned, context, team = job.planned, job.context, job.context.team
     announce(planned, new=job.schedule.recovered is None, reporter=context.reporter)
     base = load(job)
-    batches = job.schedule.batches()
+    batches = job.schedule.batches
     ahead = [request for batch in batches for request in batch]
     if team.leads and team.divided:
         warn_of_long_work(base.loaded, planned, ahead, context.reporter, parts=team.parts)

@@ -15,8 +15,9 @@ from editcli.reporting import RunReport
 from editcli.runs.context import DONE, INTERRUPTED, writing
 from editcli.runs.opening import Opened
 from editcli.runs.outcome import Ending, report_run
-from editcli.runs.output import stored_tensors
+from editcli.runs.output import stored_tensors, write_verified
 from editcli.runs.remarks import tell_result
+from editcli.storage.files import tensor_digest
 from editcli.storage.folders import new_folder
 
 
@@ -36,12 +37,17 @@ class Finished:
         self.opened.stream.session.restore(self.weights)
 
     def export(self, folder: Path) -> None:
-        """Write the model as it is read out into a new folder."""
+        """Write the model as it is read out into a new folder; one that came from no files writes itself."""
         if not self.weights:
             raise StateError("there is no edit in this model, so there is nothing to save")
-        tensors = stored_tensors(self.opened.stream.session, self.weights)
+        loaded, recipe = self.opened.base.loaded, self.opened.job.planned.recipe
         with writing(folder), new_folder(folder) as partial:
-            self.opened.job.model.write(partial, tensors, idle=self.idle)
+            if loaded.weights is not None:
+                loaded.model.save_pretrained(partial)
+                loaded.tokens.tokenizer.save_pretrained(partial)
+                return
+            tensors, trusted = stored_tensors(self.opened.stream.session, self.weights), recipe.trust_remote_code
+            write_verified(loaded.checkpoint, partial, tensors, idle=self.idle, trust_remote_code=trusted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +73,7 @@ def finish(opened: Opened, progress: Progress) -> Finished:
         with context.clock.spent("save"):
             tensors = stored_tensors(stream.session, weights) if stream.position.requests and store.writes else {}
             if tensors:
-                opened.record.note_weights(tensors)
+                opened.record.provenance["weights"] = {name: tensor_digest(one) for name, one in tensors.items()}
             loaded, reporter = opened.base.loaded, context.reporter
             verified = store.save(loaded, tensors, idle=idle, trusted=trusted, reporter=reporter)
         report = _report(opened, progress, weights, after)

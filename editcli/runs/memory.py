@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,6 @@ class HeldWeights(Checkpoint):
         known = self._parameters.items()
         return {name: TensorEntry(name, "", _NAMES[p.dtype], tuple(p.shape), 0, 0) for name, p in known}
 
-    @cached_property
-    def files(self) -> tuple[str, ...]:
-        """No file: a model in memory has none that could be trusted to hold the same weights."""
-        return ()
-
     def copy(self, names: Iterable[str]) -> None:
         """Copy tensors that are about to be edited, so that they can be read as they were."""
         self._copies.update({name: self._parameters[name].detach().clone() for name in names})
@@ -72,24 +66,12 @@ class HeldWeights(Checkpoint):
         return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class FromMemory:
-    """A model that a program holds, as the model of a run that edits ``sites``."""
-
-    held: LoadedModel
-    sites: Sequence[Site]
-
-    def open(self) -> LoadedModel:
-        """Return the model, with copies of the weights that are about to be edited."""
-        weights = self.held.checkpoint
-        assert isinstance(weights, HeldWeights), "a model that is held is made by hold()"
-        weights.copy(weights.tensor_for(f"{site.module}.weight") for site in self.sites)
-        return self.held
-
-    def write(self, folder: Path, tensors: Mapping[str, Tensor], *, idle: bool) -> None:
-        """Have the model write itself: there are no files to copy."""
-        self.held.model.save_pretrained(folder)
-        self.held.tokens.tokenizer.save_pretrained(folder)
+def unedited(held: LoadedModel, sites: Iterable[Site]) -> LoadedModel:
+    """Return a model of :func:`hold` with copies of the weights at ``sites``, which are about to be edited."""
+    weights = held.checkpoint
+    assert isinstance(weights, HeldWeights), "hold() makes no other"
+    weights.copy(weights.tensor_for(f"{site.module}.weight") for site in sites)
+    return held
 
 
 def hold(

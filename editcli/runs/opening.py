@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from editcli.distributed.team import agree_on_models
 from editcli.editing.session import PilotSource
@@ -19,172 +18,94 @@ from editcli.models.loading import LoadedModel, choose_device
 from editcli.records.edits import Rejections
 from editcli.records.recovery import Recovered, recover, remaining
 from editcli.records.state import RunFolder
+from editcli.reporting import Reporter
 from editcli.requests.schema import EditRequest
 from editcli.runs import planning
 from editcli.runs.context import Context, writing
 from editcli.runs.identity import statistics_file, stream_settings
 from editcli.runs.measuring import Measuring
 from editcli.runs.outcome import provenance
-from editcli.runs.output import write_verified
+from editcli.runs.output import remove_old
 from editcli.runs.planning import Planned
 from editcli.runs.remarks import tell_differences, tell_missing
 from editcli.runs.resuming import completed
 from editcli.runs.store import Record, RunStore
 from editcli.runs.stream import Stack, Stream
 from editcli.statistics.moments import SecondMoments
-from editcli.storage.checkpoint import Checkpoint
 
 Batches = Sequence[Sequence[EditRequest]]
 
 
-class ModelProvider(Protocol):
-    """Where the model of a run comes from."""
-
-    def open(self) -> LoadedModel:
-        """Return the unedited model."""
-        ...
-
-    def write(self, folder: Path, tensors: Mapping[str, Tensor], *, idle: bool) -> None:
-        """Write the edited model as a plain folder; ``tensors`` are the edited ones by their stored names."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FromFiles:
-    """The model of a plan, loaded from its folder."""
-
-    planned: Planned
-
-    def open(self) -> LoadedModel:
-        """Load the model."""
-        return planning.open_planned(self.planned)
-
-    def write(self, folder: Path, tensors: Mapping[str, Tensor], *, idle: bool) -> None:
-        """Copy the base's files with the edited tensors replaced, and verify the copy."""
-        trusted = self.planned.recipe.trust_remote_code
-        write_verified(Checkpoint(self.planned.source.folder), folder, tensors, idle=idle, trust_remote_code=trusted)
-
-
-class Schedule(Protocol):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
     """What a run replays before its first batch, and what it writes."""
 
-    @property
-    def recovered(self) -> Recovered | None:
-        """The stream in the folder; None for a new one."""
-        ...
-
-    @property
-    def file(self) -> str | None:
-        """The edits file that is read; None where none is."""
-        ...
-
-    @property
-    def done(self) -> Sequence[EditRequest]:
-        """The edits in force before the first batch."""
-        ...
-
-    def batches(self) -> Batches:
-        """Return the batches to write."""
-        ...
-
-    def pilots(self) -> PilotSource:
-        """Return the edits that components calibrate on."""
-        ...
-
-    def begin(self, stream: Stream, mark: Callable[[], None]) -> None:
-        """Bring the stream to where the first batch follows; ``mark`` records that the run is under way."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class New:
-    """A run that starts from the base and writes all edits of its plan."""
-
-    planned: Planned
-    store: RunStore
-    recovered: None = None
+    recovered: Recovered | None = None
+    """The stream in the folder; None for a new one."""
+    file: str | None = None
+    """The edits file that is read; None keeps all refused edits that are recorded."""
     done: Sequence[EditRequest] = ()
+    """The edits in force before the first batch."""
+    batches: Batches
+    pilots: PilotSource
+    """The edits that components calibrate on."""
+    start: Callable[[Stream, Callable[[], None]], None]
+    """Brings a stream to where the first batch follows, and calls its second argument to mark the run as running."""
 
-    @property
-    def file(self) -> str:
-        """The plan's edits file."""
-        return self.planned.file.source
 
-    def batches(self) -> Batches:
-        """Return all edits, batch by batch."""
-        return batched(self.planned, self.planned.requests)
+def new(planned: Planned, store: RunStore) -> Schedule:
+    """Calibrate on the base, replace what is in the folder, and write all edits of the plan."""
 
-    def pilots(self) -> PilotSource:
-        """Return the plan's edits and the bundled ones."""
-        return planning.pilot_source(self.planned.requests)
-
-    def begin(self, stream: Stream, mark: Callable[[], None]) -> None:
-        """Calibrate on the base, then replace what is in the folder."""
+    def start(stream: Stream, mark: Callable[[], None]) -> None:
         stream.prepare()
-        if self.planned.recipe.overwrite:
-            self.store.clear()
+        if planned.recipe.overwrite and store.writes:
+            remove_old(store.folder)
         stream.begin()
         mark()
 
+    pilots = planning.pilot_source(planned.requests)
+    return Schedule(file=planned.file.source, batches=_batched(planned, planned.requests), pilots=pilots, start=start)
 
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """A run that continues the stream in its folder."""
 
-    planned: Planned
-    store: RunStore
-    context: Context
-    recovered: Recovered
+def resume(planned: Planned, recovered: Recovered, reporter: Reporter) -> Schedule:
+    """Restore the last snapshot; write what an undo left to be written again, then the edits that were not read yet."""
 
-    @property
-    def file(self) -> str:
-        """The plan's edits file."""
-        return self.planned.file.source
-
-    @property
-    def done(self) -> Sequence[EditRequest]:
-        """The edits that the earlier run left in force."""
-        return self.recovered.requests
-
-    def batches(self) -> Batches:
-        """Return the batches that an undo left to be written again, then the edits that were not read yet."""
-        requests = remaining(self.recovered, self.planned.requests)
-        if self.planned.recipe.limit is None:
-            tell_missing(self.recovered, self.planned.file, self.store.folder.out, self.context.reporter)
-        return [*self.recovered.redo, *batched(self.planned, requests)]
-
-    def pilots(self) -> PilotSource:
-        """Return the plan's edits and the bundled ones."""
-        return planning.pilot_source(self.planned.requests)
-
-    def begin(self, stream: Stream, mark: Callable[[], None]) -> None:
-        """Restore the last snapshot."""
-        lost = stream.resume(self.recovered)
+    def start(stream: Stream, mark: Callable[[], None]) -> None:
+        lost = stream.resume(recovered)
         if lost:
-            self.context.reporter.note(f"{lost} batches since the last snapshot are done again")
+            reporter.note(f"{lost} batches since the last snapshot are done again")
         mark()
 
+    requests = remaining(recovered, planned.requests)
+    if planned.recipe.limit is None:
+        tell_missing(recovered, planned.file, planned.recipe.folder, reporter)
+    return Schedule(
+        recovered=recovered,
+        file=planned.file.source,
+        done=recovered.requests,
+        batches=[*recovered.redo, *_batched(planned, requests)],
+        pilots=planning.pilot_source(planned.requests),
+        start=start,
+    )
 
-def batched(planned: Planned, requests: Sequence[EditRequest]) -> Batches:
-    """Cut edits into batches of the plan's size."""
+
+def _batched(planned: Planned, requests: Sequence[EditRequest]) -> Batches:
     size = planned.batch_size
     return [requests[start : start + size] for start in range(0, len(requests), size)]
 
 
-def schedule(planned: Planned, store: RunStore, context: Context) -> Schedule:
+def new_or_resumed(planned: Planned, store: RunStore, context: Context) -> Schedule:
     """Return whether a run starts or continues, after the lock was taken; all ranks must see the same stream."""
     # The lock is taken before any rank reads, and all ranks have read before anything is changed.
     context.team.exchange("the lock")
-    recovered = None
-    if store.folder.is_run:
-        if planned.recipe.resume:
-            recovered = recover_completed(store, context)
-        elif not planned.recipe.overwrite:
-            raise StateError(f"another process has made a run in {store.folder.out} meanwhile; choose another --out")
+    recovered, out = None, store.folder.out
+    if store.folder.is_run and planned.recipe.resume:
+        recovered = recover_completed(store, context)
+    elif store.folder.is_run and not planned.recipe.overwrite:
+        raise StateError(f"another process has made a run in {out} meanwhile; choose another --out")
     at = recovered and (recovered.snapshot.step, recovered.snapshot.consumed, recovered.snapshot.line)
-    where = f"what is in {store.folder.out}"
-    context.team.agree(where, at, remedy="put --out on a disk that all machines share")
-    return New(planned, store) if recovered is None else Resume(planned, store, context, recovered)
+    context.team.agree(f"what is in {out}", at, remedy="put --out on a disk that all machines share")
+    return new(planned, store) if recovered is None else resume(planned, recovered, context.reporter)
 
 
 def recover_completed(store: RunStore, context: Context) -> Recovered:
@@ -196,10 +117,10 @@ def recover_completed(store: RunStore, context: Context) -> Recovered:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run that is ready to start: its plan, its model, where it is kept and what it replays."""
+    """A run that is ready to start: its plan, how its model is opened, where it is kept and what it replays."""
 
     planned: Planned
-    model: ModelProvider
+    open: Callable[[], LoadedModel]
     store: RunStore
     schedule: Schedule
     context: Context
@@ -229,14 +150,15 @@ def claimed(planned: Planned, context: Context) -> Iterator[Job]:
     """Hold the folder of a plan, which rank 0 alone writes, and yield the run that starts or continues there."""
     store = RunStore(RunFolder(planned.recipe.folder), writes=context.team.leads)
     with writing(planned.recipe.folder), store.locked():
-        yield Job(planned, FromFiles(planned), store, schedule(planned, store, context), context)
+        open_model = partial(planning.open_planned, planned)
+        yield Job(planned, open_model, store, new_or_resumed(planned, store, context), context)
 
 
 def load(job: Job) -> Base:
     """Load the model of a run."""
     context = job.context
     with context.clock.spent("load"), context.reporter.phase("Loading the model", 2, "steps") as advance:
-        loaded = job.model.open()
+        loaded = job.open()
         advance(1)
         origin = provenance(job.planned, context.plugins, loaded)
         advance(1)
@@ -249,19 +171,16 @@ def begin(job: Job, base: Base) -> Opened:
     planned, store, schedule = job.planned, job.store, job.schedule
     with job.context.clock.spent("prepare"):
         stream, moments = _stream(job, base)
+        recovered, earlier = schedule.recovered, {}
+        written = [request.id for request in recovered.requests] if recovered else ()
         rejections = Rejections(
-            store.folder,
-            planned.rejected,
-            file=schedule.file,
-            written=[request.id for request in schedule.recovered.requests] if schedule.recovered else (),
-            resumed=planned.recipe.resume,
+            store.folder, planned.rejected, file=schedule.file, written=written, resumed=planned.recipe.resume
         )
         record = Record(store, planned, moments, rejections, base.provenance)
-        earlier: dict[str, Any] = {}
-        if schedule.recovered:
+        if recovered:
             earlier = _earlier_record(job)
             tell_differences(earlier.get("provenance", {}), base.provenance, job.context.reporter)
-        schedule.begin(stream, lambda: record.begin(earlier))
+        schedule.start(stream, lambda: record.begin(earlier))
     return Opened(job, base, stream, record)
 
 
@@ -323,7 +242,7 @@ def _session(job: Job, base: Base, moments: SecondMoments) -> TeamSession:
         prefixes=recovered.snapshot.settings["prefixes"] if recovered else None,
         second_moment=moments,
         cache=moments.files,
-        pilots=job.schedule.pilots(),
+        pilots=job.schedule.pilots,
         save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
         reporter=job.context.reporter,
         seed=recipe.seed,

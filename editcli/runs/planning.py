@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.fit import check_fit
 from editcli.models.loading import (
     LoadedModel,
+    Loading,
     ModelSource,
     bundled_folder,
     load_config,
@@ -257,14 +258,10 @@ def plan_on(
     guards = parse_guards(recipe.stop_if)
     skip = recipe.on_error == "skip"
     architecture = base.architecture
-    preset = load_preset(base.model.config, architecture, recipe.preset)
-    preset = before.within(preset, given=recipe.preset is not None) if before else preset
-    name = recipe.editor or preset.editor or DEFAULT_EDITOR
-    settings = settings_for(name, preset, recipe.settings, plugins)
+    preset, name, settings = _method(recipe, base, plugins, before)
     editor = component(plugins, "editor", name, settings)
     sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor)
-    targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
-    gate = gate_for(base.tokens, type(editor), targets, plugins, measured=recipe.evaluate)
+    gate = _gate(recipe, base, name, settings, plugins)
     requests, rejected, total = usable(file, gate, skip_bad=skip)
     check_guards(guards, requests, measured=recipe.evaluate)
     return Planned(
@@ -282,7 +279,7 @@ def plan_on(
         editor=editor,
         stabilizers=tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers),
         gate=gate,
-        targets=targets,
+        targets=gate.targets,
         statistics=build(StatisticsOptions, settings.get("statistics", {}), owner="statistics"),
         guards=guards,
         batch_size=recipe.batch_size or (1 if editor.single_site else DEFAULT_BATCH),
@@ -292,17 +289,8 @@ def plan_on(
 
 def open_planned(planned: Planned) -> LoadedModel:
     """Load the model of a plan."""
-    recipe = planned.recipe
-    return open_model(
-        planned.source,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        families=planned.families,
-        chat_template=recipe.chat,
-        trust_remote_code=recipe.trust_remote_code,
-        split=recipe.parallel == "tensor",
-    )
+    split = planned.recipe.parallel == "tensor"
+    return open_model(planned.source, Loading.of(planned.recipe), families=planned.families, split=split)
 
 
 def settings_for(editor: str, preset: Preset, own: Settings, plugins: Plugins) -> dict[str, dict[str, Any]]:
@@ -360,18 +348,25 @@ def choose_sites(
 
 def gate_of(recipe: Recipe, base: LoadedModel, plugins: Plugins) -> Gate:
     """Return what decides whether an edit can be used in a run of ``recipe``; reads no weights."""
+    _, name, settings = _method(recipe, base, plugins)
+    return _gate(recipe, base, name, settings, plugins)
+
+
+def _method(
+    recipe: Recipe, base: LoadedModel, plugins: Plugins, before: Made | None = None
+) -> tuple[Preset, str, dict[str, dict[str, Any]]]:
+    """Return the preset, the editor's name and the settings of all components."""
     preset = load_preset(base.model.config, base.architecture, recipe.preset)
+    preset = before.within(preset, given=recipe.preset is not None) if before else preset
     name = recipe.editor or preset.editor or DEFAULT_EDITOR
-    settings = settings_for(name, preset, recipe.settings, plugins)
+    return preset, name, settings_for(name, preset, recipe.settings, plugins)
+
+
+def _gate(recipe: Recipe, base: LoadedModel, name: str, settings: Mapping[str, Any], plugins: Plugins) -> Gate:
     editor = cast("type[Editor]", plugins.find("editor", name).component)
     targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
-    return gate_for(base.tokens, editor, targets, plugins, measured=recipe.evaluate)
-
-
-def gate_for(tokens: Tokens, editor: type[Editor], targets: TargetOptions, plugins: Plugins, *, measured: bool) -> Gate:
-    """Return what decides whether an edit can be used with an editor."""
     others = without_subject(cast("type[Editor]", one.component) for one in plugins.all("editor").values())
-    return Gate(tokens, editor, targets, others, measured)
+    return Gate(base.tokens, editor, targets, others, recipe.evaluate)
 
 
 def usable(file: EditFile, gate: Gate, *, skip_bad: bool) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:

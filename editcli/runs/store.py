@@ -17,12 +17,12 @@ from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport
 from editcli.runs.card import model_card
 from editcli.runs.context import RUNNING
-from editcli.runs.output import CARD, Verified, remove_old, write_model, write_verified
+from editcli.runs.output import CARD, Verified, write_model, write_verified
 from editcli.runs.planning import Planned
 from editcli.runs.stream import Stream
 from editcli.settings.recipe import Recipe
 from editcli.statistics.moments import SecondMoments
-from editcli.storage.files import tensor_digest, write_bytes
+from editcli.storage.files import write_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,6 @@ class RunStore:
     def locked(self) -> AbstractContextManager[None]:
         """Hold the folder's lock in the process that writes."""
         return self.folder.locked() if self.writes else nullcontext()
-
-    def clear(self) -> None:
-        """Remove the run that is overwritten."""
-        if self.writes:
-            remove_old(self.folder)
 
     def save(
         self, loaded: LoadedModel, tensors: Mapping[str, Tensor], *, idle: bool, trusted: bool, reporter: Reporter
@@ -102,11 +97,6 @@ class Record:
         write_bytes(folder.out / CARD, card.encode())
         self.provenance["consumed"] = stream.position.consumed
         self.write(report)
-
-    def note_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Record the hash of every edited tensor as it is saved."""
-        if self.store.writes:
-            self.provenance["weights"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
 
     def _note_reference(self) -> None:
         """Record the reference text once a component has asked for second moments, which only some do."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from editcli.requests.schema import EditRequest
 from editcli.runs import planning
 from editcli.runs.apply import run
 from editcli.runs.context import Context, writing
-from editcli.runs.opening import Batches, FromFiles, Job, recover_completed
+from editcli.runs.opening import Job, Schedule, recover_completed
 from editcli.runs.planning import Planned
 from editcli.runs.store import RunStore
 from editcli.runs.stream import Stream
@@ -90,55 +91,49 @@ def undo(request: Undo, plugins: Plugins, reporter: Reporter | None = None) -> R
         recovered = recover_completed(store, context)
         plan = _plan(request, recovered)
         planned, record = _planned(folder, recovered, plan, context)
-        schedule = Rewind(planned, folder, context, recovered, plan, record)
-        return run(Job(planned, FromFiles(planned), store, schedule, context)).report
+        schedule = _rewind(planned, store, recovered, plan, record, context)
+        return run(Job(planned, partial(planning.open_planned, planned), store, schedule, context)).report
 
 
-@dataclass(frozen=True, slots=True)
-class Rewind:
-    """A run that goes back, and writes again the batches of which only single edits are taken back."""
+def _rewind(
+    planned: Planned,
+    store: RunStore,
+    recovered: Recovered,
+    plan: UndoPlan,
+    record: Mapping[str, Any],
+    context: Context,
+) -> Schedule:
+    """Replay the batches that stay, and write again those of which only single edits are taken back."""
 
-    planned: Planned
-    folder: RunFolder
-    context: Context
-    recovered: Recovered
-    plan: UndoPlan
-    record: Mapping[str, Any]
-    """What the run recorded before."""
-    file: None = None
-    """No edits file is read, so that the refused edits of all files stay recorded."""
-
-    @property
-    def done(self) -> Sequence[EditRequest]:
-        """The edits of the batches that stay."""
-        return _remaining(self.recovered, self.plan)
-
-    def batches(self) -> Batches:
-        """Return the batches that are computed again."""
-        return _again(self.folder, self.recovered, self.plan)
-
-    def pilots(self) -> PilotSource:
-        """Return the edits that the run calibrated on when it began, where they can still be read."""
-        pilots = self.record.get("provenance", {}).get("pilots", {})
-        formats = load_formats(self.context.plugins)
-        try:
-            file = read_edits(pilots["file"], skip_bad=True, limit=pilots["limit"], formats=formats)
-            if file.sha256 == pilots["sha256"]:
-                return planning.pilot_source(planning.usable(file, self.planned.gate, skip_bad=True)[0])
-        except (EditError, KeyError):
-            # The file is gone or was changed, which only matters to a component that needs it.
-            pass
-        origin = str(pilots.get("file"))
-        lost = f"{origin}, which the run calibrated on, is gone or was changed; put it back to undo"
-        return PilotSource((), origin, lost)
-
-    def begin(self, stream: Stream, mark: Callable[[], None]) -> None:
-        """Replay the batches that stay, and record that the others were taken back."""
+    def start(stream: Stream, mark: Callable[[], None]) -> None:
         mark()
-        plan = self.plan
-        if not stream.rewind(self.recovered, plan.step, removed=plan.removed, redo=plan.redo):
+        if not stream.rewind(recovered, plan.step, removed=plan.removed, redo=plan.redo):
             warning = "this machine rounds differently than the one that made the run; last digits may differ"
-            self.context.reporter.warn(warning)
+            context.reporter.warn(warning)
+
+    return Schedule(
+        recovered=recovered,
+        done=_remaining(recovered, plan),
+        batches=_again(store.folder, recovered, plan),
+        pilots=_pilots(planned, record, context.plugins),
+        start=start,
+    )
+
+
+def _pilots(planned: Planned, record: Mapping[str, Any], plugins: Plugins) -> PilotSource:
+    """Return the edits that a run calibrated on when it began, where they can still be read."""
+    pilots = record.get("provenance", {}).get("pilots", {})
+    try:
+        file = read_edits(pilots["file"], skip_bad=True, limit=pilots["limit"], formats=load_formats(plugins))
+        if file.sha256 == pilots["sha256"]:
+            return planning.pilot_source(planning.usable(file, planned.gate, skip_bad=True)[0])
+    except (EditError, KeyError):
+        # The file is gone or was changed, which only matters to a component that needs it.
+        pass
+    origin = str(pilots.get("file"))
+    return PilotSource(
+        (), origin, f"{origin}, which the run calibrated on, is gone or was changed; put it back to undo"
+    )
 
 
 def _run_folder(request: Undo) -> RunFolder:

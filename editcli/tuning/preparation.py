@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from editcli.errors import OptionError, StateError
-from editcli.models.loading import LoadedModel, open_model
+from editcli.models.loading import LoadedModel, Loading, open_model
 from editcli.plugin.manager import Plugins
 from editcli.reporting import Reporter
 from editcli.requests.schema import EditRequest
@@ -156,16 +156,8 @@ def open_edits(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter) -> tupl
     file = None if run.edits == SOURCE else planning.read_requested(run, plugins)
     for warning in file.warnings if file else ():
         reporter.warn(warning)
-    loaded = open_model(
-        planning.located(run),
-        device=run.device,
-        dtype=run.dtype,
-        device_map=run.device_map,
-        families=planning.brought_families(plugins),
-        chat_template=run.chat,
-        trust_remote_code=run.trust_remote_code,
-        reporter=reporter,
-    )
+    families = planning.brought_families(plugins)
+    loaded = open_model(planning.located(run), Loading.of(run), families=families, reporter=reporter)
     planning.warn_of_thinking(loaded.tokens, reporter)
     if file is None:
         return loaded, probe_edits(loaded, seed=run.seed, reporter=reporter)
