@@ -27,7 +27,7 @@ from editcli.requests.schema import EditRequest, from_record, kind_of
 from editcli.runs import planning
 from editcli.runs.apply import run
 from editcli.runs.context import Context, writing
-from editcli.runs.ending import Finished, Progress, finish
+from editcli.runs.ending import Finished, finish
 from editcli.runs.memory import MEMORY, borrowed, hold, put_back, unedited
 from editcli.runs.opening import Job, Opened, begin, claimed, load, new
 from editcli.runs.store import RunStore
@@ -225,7 +225,7 @@ class Stream:
     def _finish(self) -> Finished:
         opened = self._opened()
         opened.stream.save()
-        return finish(opened, Progress(read=opened.stream.taken))
+        return finish(opened, read=opened.stream.taken)
 
     def _opened(self) -> Opened:
         if self._open is None:

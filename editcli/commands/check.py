@@ -149,7 +149,8 @@ def _doubts(request: EditRequest, encoded: Encoded, tokens: Tokens) -> Iterator[
     bare = tokens.encode([tokens.locate(request)])[0].ids
     if not request.prompt[-1:].isspace() and encoded.ids[: len(bare)] != bare and encoded.target.start < len(bare):
         yield "the target's first token reaches into the prompt, so the bare prompt is read otherwise; see 'join'"
-    specials = sorted({tokens.tokenizer.convert_ids_to_tokens(i) for i in _special(encoded.target_ids, tokens)})
+    special = set(encoded.target_ids) & set(tokens.tokenizer.all_special_ids)
+    specials = sorted(tokens.tokenizer.convert_ids_to_tokens(i) for i in special)
     if specials:
         yield f"the target holds special tokens ({', '.join(specials)}), which end a text or are not shown"
     if request.target_true is not None and request.target_true.strip() == request.target_new.strip():
@@ -170,8 +171,3 @@ def _doubts(request: EditRequest, encoded: Encoded, tokens: Tokens) -> Iterator[
         close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
         if close:
             yield f"the field {name!r} is not read; did you mean {close[0]!r}?"
-
-
-def _special(ids: Sequence[int], tokens: Tokens) -> list[int]:
-    special = set(tokens.tokenizer.all_special_ids)
-    return [identifier for identifier in ids if identifier in special]

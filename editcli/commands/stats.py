@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
 from editcli.errors import StatisticsError
-from editcli.models.architectures import Family, resolve, skeleton
+from editcli.models.architectures import Family
 from editcli.models.hub import lacks_weights
-from editcli.models.loading import LoadedModel, Loading, load_config, load_tokens, open_model, resolve_model
+from editcli.models.loading import Loading, describe_model, open_model, resolve_model
 from editcli.plugin.interfaces import Site
 from editcli.presets.loader import load_preset
 from editcli.reporting import Reporter, Silent
@@ -130,10 +130,7 @@ def show(
     if lacks_weights(source.folder):
         # Nothing was computed here from a model whose weights never were here; they are not fetched to say so.
         return MomentsReport(source.name, ())
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    tokens = load_tokens(source, config, trust_remote_code=trust_remote_code)
-    bare = skeleton(config, trust_remote_code)
-    loaded = LoadedModel(bare, tokens, resolve(bare, families), source)
+    loaded = describe_model(source, Loading(trust_remote_code=trust_remote_code), families)
     moments = SecondMoments(loaded)
     sites = [loaded.architecture.site(layer) for layer in range(loaded.architecture.layers)]
     kept = {identity.module for _, identity in _kept(moments.cache)}

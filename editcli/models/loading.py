@@ -180,6 +180,15 @@ def open_model(
     return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
 
 
+def describe_model(source: ModelSource, loading: Loading, families: Sequence[Family] = ()) -> LoadedModel:
+    """Return a model without its weights: tokenizer, names and shapes, on the meta device."""
+    trusted = loading.trust_remote_code
+    config = load_config(source, trust_remote_code=trusted)
+    tokens = load_tokens(source, config, chat_template=loading.chat_template, trust_remote_code=trusted)
+    model = skeleton(config, trusted)
+    return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
+
+
 def _read_weights(
     source: ModelSource, checkpoint: Checkpoint, config: Any, loading: Loading, *, split: bool
 ) -> tuple[Any, Fit]:

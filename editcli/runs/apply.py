@@ -8,7 +8,7 @@ from editcli.plugin.manager import Plugins
 from editcli.reporting import Reporter, RunReport
 from editcli.runs import planning
 from editcli.runs.context import DONE, INTERRUPTED, STOPPED, Context, Interrupts
-from editcli.runs.ending import Finished, Progress, end
+from editcli.runs.ending import Finished, finish
 from editcli.runs.forecast import warn_of_long_work
 from editcli.runs.identity import plan_parts
 from editcli.runs.opening import Batches, Job, Opened, begin, claimed, load
@@ -51,7 +51,7 @@ def run(job: Job) -> Finished:
     read = opened.stream.taken + len(ahead) + len(opened.record.rejections.all)
     status, stopped_by = _edit(opened, batches)
     opened.stream.save()
-    return end(opened, Progress(read=read, before=before, status=status, stopped_by=stopped_by))
+    return finish(opened, read=read, before=before, status=status, stopped_by=stopped_by)
 
 
 def _edit(opened: Opened, batches: Batches) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from editcli.reporting import RunReport
 from editcli.runs.context import DONE, INTERRUPTED, writing
 from editcli.runs.opening import Opened
 from editcli.runs.outcome import Ending, report_run
-from editcli.runs.output import stored_tensors, write_verified
+from editcli.runs.output import Verified, stored_tensors, write_model, write_verified
 from editcli.runs.remarks import tell_result
 from editcli.storage.files import tensor_digest
 from editcli.storage.folders import new_folder
@@ -29,8 +29,6 @@ class Finished:
     report: RunReport
     weights: Mapping[Site, Tensor]
     """The edited weights as they are read out; empty where no model was saved."""
-    idle: bool = False
-    """Whether every edit was true already, so that those weights are the base's."""
 
     def read_out(self) -> None:
         """Give the model in memory the weights as they are read out."""
@@ -47,69 +45,61 @@ class Finished:
                 loaded.tokens.tokenizer.save_pretrained(partial)
                 return
             tensors, trusted = stored_tensors(self.opened.stream.session, self.weights), recipe.trust_remote_code
-            write_verified(loaded.checkpoint, partial, tensors, idle=self.idle, trust_remote_code=trusted)
+            write_verified(loaded.checkpoint, partial, tensors, idle=self.opened.stream.idle, trust_remote_code=trusted)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far the edits of a run came."""
+def finish(
+    opened: Opened,
+    *,
+    read: int,
+    before: Evaluation | None = None,
+    status: str = DONE,
+    stopped_by: str | None = None,
+) -> Finished:
+    """Save the model as it is read out, verify the folder, write the record and the card.
 
-    read: int
-    """Edits that were read, whatever became of them."""
-    before: Evaluation | None = None
-    """The edits measured on the unedited model."""
-    status: str = DONE
-    stopped_by: str | None = None
-
-
-def finish(opened: Opened, progress: Progress) -> Finished:
-    """Save the model as it is read out, verify the folder, write the record and the card."""
+    ``read`` counts the edits that were read. An interrupted run that can be resumed is only recorded: its model folder
+    is written once it is resumed and done.
+    """
     planned, store, context = opened.job.planned, opened.job.store, opened.job.context
-    stream, trusted = opened.stream, planned.recipe.trust_remote_code
-    idle = all(report.idle for report in stream.reports)
+    stream = opened.stream
+
+    def report(weights: Mapping[Site, Tensor], after: Evaluation | None) -> RunReport:
+        rejected, out = opened.record.rejections.all, str(store.folder.out) if store.kept else ""
+        seconds = context.clock.rounded()
+        return report_run(
+            planned, stream, Ending(status, stopped_by, before, after, weights, seconds, out, read, rejected)
+        )
+
+    if status == INTERRUPTED and store.kept:
+        result = report(stream.session.masters(), None)
+        opened.record.write(result)
+        context.reporter.note(
+            f"Interrupted after {stream.position.step} batches; 'editcli apply' with --resume continues"
+        )
+        return Finished(opened, result, {})
     with stream.session.read_out(planned.stabilizers) as weights:
         in_force = stream.in_force
         after = opened.base.measuring.evaluate(in_force) if in_force else None
         with context.clock.spent("save"):
-            tensors = stored_tensors(stream.session, weights) if stream.position.requests and store.writes else {}
-            if tensors:
-                opened.record.provenance["weights"] = {name: tensor_digest(one) for name, one in tensors.items()}
-            loaded, reporter = opened.base.loaded, context.reporter
-            verified = store.save(loaded, tensors, idle=idle, trusted=trusted, reporter=reporter)
-        report = _report(opened, progress, weights, after)
-    tell_result(report, planned, verified, reporter)
-    opened.record.complete(report, stream, after)
-    if progress.stopped_by:
-        reporter.warn(progress.stopped_by)
-    return Finished(opened, report, weights if stream.position.requests else {}, idle)
+            verified = _save(opened, weights) if store.writes else None
+        result = report(weights, after)
+    tell_result(result, planned, verified, context.reporter)
+    opened.record.complete(result, stream, after)
+    if stopped_by:
+        context.reporter.warn(stopped_by)
+    return Finished(opened, result, weights if stream.position.requests else {})
 
 
-def leave(opened: Opened, progress: Progress) -> Finished:
-    """Record a run that was interrupted; its model folder is written once it is resumed and done."""
-    report = _report(opened, progress, opened.stream.session.masters(), None)
-    opened.record.write(report)
-    step = opened.stream.position.step
-    opened.job.context.reporter.note(f"Interrupted after {step} batches; 'editcli apply' with --resume continues")
-    return Finished(opened, report, {})
-
-
-def end(opened: Opened, progress: Progress) -> Finished:
-    """Leave a run that can be resumed, and finish any other."""
-    resumable = progress.status == INTERRUPTED and opened.job.store.kept
-    return leave(opened, progress) if resumable else finish(opened, progress)
-
-
-def _report(opened: Opened, progress: Progress, weights: Mapping[Site, Tensor], after: Evaluation | None) -> RunReport:
-    store = opened.job.store
-    ending = Ending(
-        status=progress.status,
-        stopped_by=progress.stopped_by,
-        before=progress.before,
-        after=after,
-        weights=weights,
-        seconds=opened.job.context.clock.rounded(),
-        out=str(store.folder.out) if store.kept else "",
-        read=progress.read,
-        rejected=opened.record.rejections.all,
-    )
-    return report_run(opened.job.planned, opened.stream, ending)
+def _save(opened: Opened, weights: Mapping[Site, Tensor]) -> Verified | None:
+    """Write and verify the model folder; None where it is the base's."""
+    job, base, out = opened.job, opened.base.loaded.checkpoint, opened.job.store.folder.out
+    if opened.stream.position.requests:
+        tensors, trusted = stored_tensors(opened.stream.session, weights), job.planned.recipe.trust_remote_code
+        opened.record.provenance["weights"] = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        idle, reporter = opened.stream.idle, job.context.reporter
+        return write_verified(base, out, tensors, idle=idle, trust_remote_code=trusted, reporter=reporter)
+    # An undo took everything back. A run that never saved a model gets none.
+    if all((out / name).is_file() for name in base.files):
+        write_model(base, out, {})
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -149,7 +149,7 @@ class Opened:
 def claimed(planned: Planned, context: Context) -> Iterator[Job]:
     """Hold the folder of a plan, which rank 0 alone writes, and yield the run that starts or continues there."""
     store = RunStore(RunFolder(planned.recipe.folder), writes=context.team.leads)
-    with writing(planned.recipe.folder), store.locked():
+    with writing(planned.recipe.folder), store.folder.locked() if store.writes else nullcontext():
         open_model = partial(planning.open_planned, planned)
         yield Job(planned, open_model, store, new_or_resumed(planned, store, context), context)
 

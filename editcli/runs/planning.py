@@ -17,15 +17,14 @@ from editcli.distributed.team import Team
 from editcli.editing.session import ModelSession, PilotSource
 from editcli.errors import OptionError, RequestError, StateError
 from editcli.evaluation.admission import Gate, thinking_warning, without_subject
-from editcli.models.architectures import Architecture, Family, resolve, skeleton
+from editcli.models.architectures import Architecture, Family
 from editcli.models.fit import check_fit
 from editcli.models.loading import (
     LoadedModel,
     Loading,
     ModelSource,
     bundled_folder,
-    load_config,
-    load_tokens,
+    describe_model,
     open_model,
     resolve_model,
 )
@@ -240,12 +239,8 @@ def read_requested(recipe: Recipe, plugins: Plugins) -> EditFile:
 
 
 def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedModel:
-    """Return the model of a recipe without its weights: tokenizer, names and shapes, on the meta device."""
-    trusted = recipe.trust_remote_code
-    config = load_config(source, trust_remote_code=trusted)
-    tokens = load_tokens(source, config, chat_template=recipe.chat, trust_remote_code=trusted)
-    model = skeleton(config, trusted)
-    return LoadedModel(model, tokens.of_model(model), resolve(model, brought_families(plugins)), source)
+    """Return the model of a recipe without its weights."""
+    return describe_model(source, Loading.of(recipe), brought_families(plugins))
 
 
 def plan_on(

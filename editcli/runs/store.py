@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from editcli.evaluation.metrics import Evaluation
-from editcli.models.loading import LoadedModel
 from editcli.records.edits import Rejections
 from editcli.records.state import RunFolder
-from editcli.reporting import Reporter, RunReport
+from editcli.reporting import RunReport
 from editcli.runs.card import model_card
 from editcli.runs.context import RUNNING
-from editcli.runs.output import CARD, Verified, write_model, write_verified
+from editcli.runs.output import CARD
 from editcli.runs.planning import Planned
 from editcli.runs.stream import Stream
 from editcli.settings.recipe import Recipe
@@ -35,24 +31,6 @@ class RunStore:
     folder: RunFolder
     writes: bool = True
     kept: bool = True
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the folder's lock in the process that writes."""
-        return self.folder.locked() if self.writes else nullcontext()
-
-    def save(
-        self, loaded: LoadedModel, tensors: Mapping[str, Tensor], *, idle: bool, trusted: bool, reporter: Reporter
-    ) -> Verified | None:
-        """Write and verify the model folder; ``idle`` if no edit asks for a change. None where nothing is written."""
-        if not self.writes:
-            return None
-        base, out = loaded.checkpoint, self.folder.out
-        if tensors:
-            return write_verified(base, out, tensors, idle=idle, trust_remote_code=trusted, reporter=reporter)
-        # An undo took everything back. A run that never saved a model gets none.
-        if all((out / name).is_file() for name in base.files):
-            write_model(base, out, {})
-        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,11 @@ class Stream:
         """The edits that were written and that no later one contradicts."""
         return self._in_force((), {})
 
+    @property
+    def idle(self) -> bool:
+        """Whether no batch asked for anything that the model did not do already: the weights are the base's."""
+        return all(report.idle for report in self.reports)
+
     def prepare(self) -> None:
         """Calibrate every component on the unedited model."""
         # A component may draw here too, and every rank and every repetition must draw the same.

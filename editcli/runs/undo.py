@@ -87,7 +87,7 @@ def undo(request: Undo, plugins: Plugins, reporter: Reporter | None = None) -> R
     """Take back what ``request`` says, save and verify the model again; raises an :class:`EditError`."""
     context, folder = Context.of(plugins, reporter), _run_folder(request)
     store = RunStore(folder)
-    with writing(folder.out), store.locked():
+    with writing(folder.out), folder.locked():
         recovered = recover_completed(store, context)
         plan = _plan(request, recovered)
         planned, record = _planned(folder, recovered, plan, context)
