@@ -47,7 +47,7 @@ class Edited:
     def __init__(self, finished: Finished):
         self._finished = finished
         self.report = finished.report
-        """What was applied and what it measured; ``report.status`` is ``done``, ``stopped`` or ``interrupted``."""
+        """The edits that were applied, and their figures; ``report.status`` is ``done``, ``stopped`` or ``interrupted``."""
 
     def __repr__(self) -> str:
         report = self.report
@@ -133,8 +133,8 @@ class Stream:
             stream.apply([{"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}])
 
     ``out`` is the run folder, which is locked inside the block. Every batch is durable when :meth:`apply` returns;
-    leaving the block without an error writes the model folder; with ``resume=True`` a stream goes on. With ``out=None``
-    the stream lives in memory, and ``model`` may be a loaded transformers model with its ``tokenizer``, which keeps
+    leaving the block without an error writes the model folder. With ``resume=True`` a stream continues; with ``out=None``
+    it lives in memory, and ``model`` may be a loaded transformers model with its ``tokenizer``, which keeps
     the edits after the block. ``choices`` are the other settings of :class:`editcli.Recipe`, except that nothing is
     measured along the way unless ``evaluate=True``. Raises :class:`editcli.EditError`.
     """
@@ -149,7 +149,7 @@ class Stream:
         reporter: Reporter | None = None,
         **choices: Unpack[Choices],
     ):
-        # What is measured along the way is the program's own business unless it asks.
+        # A program measures along the way by itself unless it asks for ``evaluate``.
         settings = {"evaluate": False, **choices}
         self._asked = ask(
             model,
@@ -184,7 +184,7 @@ class Stream:
                 elif opened.stream.whole:
                     opened.stream.save()
         finally:
-            # Also where saving failed: the lock is gone, and somebody else may go on with the folder.
+            # Also where saving failed: the lock is gone, and another process may continue in the folder.
             self._open = None
 
     def __repr__(self) -> str:
@@ -241,7 +241,7 @@ Loadable: TypeAlias = "str | Path | PreTrainedModel | None"
 """A folder, a hub id, None for the bundled model, or a model that is loaded already."""
 
 SOURCE = "<program>"
-"""What stands where a run of the command line names its edits file."""
+"""The name of the edits file where a program passes the edits."""
 
 _OF_LOADING = ("revision", "device", "device_map", "dtype", "trust_remote_code")
 _OF_FOLDERS = ("resume", "overwrite", "checkpoint_every")
@@ -249,7 +249,7 @@ _OF_FOLDERS = ("resume", "overwrite", "checkpoint_every")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a program asked for; ``kept`` says that the result goes into a run folder."""
+    """The run that a program asked for; ``kept`` says that the result goes into a run folder."""
 
     recipe: Recipe
     plugins: Plugins

@@ -39,7 +39,7 @@ class CheckedEdit:
     length: int
     """Tokens of prompt and target."""
     joint: str = ""
-    """What stands between prompt and target."""
+    """The text between prompt and target."""
     target_length: int = 0
     """Tokens of the target; a character that takes several is one text of ``target``."""
     warnings: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class CheckedEdit:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What ``check`` found; the file is usable when nothing was rejected."""
+    """The usable and the rejected edits of a file; the file is usable when nothing was rejected."""
 
     source: str
     model: str
@@ -158,7 +158,7 @@ def _doubts(request: EditRequest, encoded: Encoded, tokens: Tokens) -> Iterator[
     if request.prompt[-1:].isspace():
         yield "the prompt ends in white space, which most tokenizers put into the answer's first token; remove it"
     lookup = tokens.character_at(encoded, encoded.lookup).strip() if request.has_subject else ""
-    # A part of a character has no text of its own and decodes to the replacement mark.
+    # A part of a character decodes to the replacement mark.
     if "\ufffd" not in lookup and not request.subject.endswith(lookup):
         yield f"the subject's last token {lookup!r} reaches beyond the subject into the text after it"
     if request.target_true is None and any(near.target is None for near in request.neighborhood_prompts):

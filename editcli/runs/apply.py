@@ -38,7 +38,7 @@ def apply(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None, *,
 
 
 def run(job: Job) -> Finished:
-    """Load, edit, save and report; what a run replays and where it is kept are parts of ``job``."""
+    """Load the model of ``job``, write the edits of its schedule, save and report."""
     planned, context, team = job.planned, job.context, job.context.team
     announce(planned, new=job.schedule.recovered is None, reporter=context.reporter)
     base = load(job)

@@ -48,7 +48,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every phase of a run needs besides its inputs."""
+    """The plugins, the reporter, the processes and the clock of one run."""
 
     plugins: Plugins
     reporter: Reporter

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, and how long it will take.
+"""Predict the memory and the time that a run takes.
 
 Memory is known before any weight is loaded, and a run that is certain not to fit is refused. Certain is only what is
 there all the time: the weights, the float32 masters of the edited matrices, and the (d_in, d_in) matrix that an
@@ -54,7 +54,7 @@ class Footprint:
     weights: int
     masters: int
     inverse_gram: int
-    """What the editor keeps per site for its solves."""
+    """The matrices that the editor solves with, one per site."""
     statistics: int
     """Second moments while components are prepared; an estimate."""
     activations: int
@@ -66,12 +66,12 @@ class Footprint:
 
     @property
     def needed(self) -> int:
-        """What is certain to be held at the same time."""
+        """Bytes that are certain to be held at the same time."""
         return self.weights + self.masters + self.inverse_gram
 
     @property
     def expected(self) -> int:
-        """What is held at the worst moment, estimates included."""
+        """Bytes held at the worst moment, estimates included."""
         return self.needed + self.state + max(self.statistics, self.activations)
 
     @property
@@ -111,16 +111,16 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
     dtype = choose_dtype(recipe.dtype, planned.config, device)
     inner = [columns for _, columns in planned.shapes]
     spread = recipe.device_map is not None or recipe.parallel == "tensor"
-    # What lives on a device of its own does not take this one's memory.
+    # Masters and solves on another device take none of this one's memory.
     here = recipe.solve_device is None or choose_device(recipe.solve_device) == device
     solves = isinstance(planned.editor, InverseGramEditor) and here
-    own = working_dtype(device).itemsize if solves else 0
+    itemsize = working_dtype(device).itemsize if solves else 0
     entries = [base.checkpoint.entries[base.checkpoint.tensor_for(f"{site.module}.weight")] for site in planned.sites]
     return Footprint(
         device="several devices" if spread else str(device),
         weights=_parameters(base) * dtype.itemsize,
         masters=planned.state_bytes if here else 0,
-        inverse_gram=sum(own * columns**2 for columns in inner),
+        inverse_gram=sum(itemsize * columns**2 for columns in inner),
         statistics=sum(_DOUBLE * columns**2 for columns in inner) if solves else 0,
         activations=_activations(planned, base, dtype.itemsize) if planned.editor.needs_values else 0,
         state=sum(torch.Size(entry.shape).numel() * torch_dtype(entry).itemsize for entry in entries) if here else 0,
@@ -130,22 +130,22 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
 
 def check_memory(planned: Planned, base: LoadedModel, reporter: Reporter) -> Footprint:
     """Return what a run will hold; raise :class:`ModelError` when it cannot fit, warn when it may not."""
-    found = footprint(planned, base)
-    if found.free is None or found.fits:
-        return found
-    if found.needed <= found.free:
+    forecast = footprint(planned, base)
+    if forecast.free is None or forecast.fits:
+        return forecast
+    if forecast.needed <= forecast.free:
         what = "use a smaller --dtype, fewer --layers or --device-map auto"
-        reporter.warn(f"this run may not fit the memory; {what} ({found.sentence()})")
-        return found
+        reporter.warn(f"this run may not fit the memory; {what} ({forecast.sentence()})")
+        return forecast
     sentence = (
         f"the model in {planned.source.name} cannot fit: weights, float32 masters of {len(planned.sites)} matrices and "
-        f"the editor's own take {_size(found.needed)} on {found.device}, which has {_size(found.free)} free; use a "
-        f"smaller --dtype, fewer --layers, another --device or --device-map auto ({UNCHECKED}=1 tries it all the same)"
+        f"the editor's own take {_size(forecast.needed)} on {forecast.device}, which has {_size(forecast.free)} free; "
+        f"use a smaller --dtype, fewer --layers, another --device or --device-map auto ({UNCHECKED}=1 tries it all the same)"
     )
     if not os.environ.get(UNCHECKED):
         raise ModelError(sentence)
     reporter.warn(sentence)
-    return found
+    return forecast
 
 
 def _parameters(base: LoadedModel) -> int:

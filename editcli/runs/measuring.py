@@ -1,4 +1,4 @@
-"""What a run measures on its model: all edits before and after, each batch, and a fixed sample along the stream."""
+"""Measure the edits of a run: all before and after, each batch, and a fixed sample along the stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open a run: where its model comes from, what it replays, and its stream as it stands before the first batch."""
+"""Open a run: claim its folder, load its model, and bring its stream to where the first batch follows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Batches = Sequence[Sequence[EditRequest]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What a run replays before its first batch, and what it writes."""
+    """The batches of a run, and how its stream gets to where the first of them follows."""
 
     recovered: Recovered | None = None
     """The stream in the folder; None for a new one."""
@@ -117,7 +117,7 @@ def recover_completed(store: RunStore, context: Context) -> Recovered:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run that is ready to start: its plan, how its model is opened, where it is kept and what it replays."""
+    """A run that is ready to start: its plan, its model, its folder and its schedule."""
 
     planned: Planned
     open: Callable[[], LoadedModel]

@@ -43,7 +43,7 @@ TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What reopening the written folder showed."""
+    """The planned tensors that differ from the base in the written folder, and those that do not."""
 
     changed: tuple[str, ...]
     unchanged: tuple[str, ...]
@@ -55,16 +55,16 @@ def side_files(folder: Path) -> list[Path]:
 
     Raises :class:`ModelError` for a link out of the folder: what it leads to would be copied, and perhaps published.
     """
-    found = [
+    files = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file() and not is_weights(path) and path.name != CARD and not path.name.startswith(".")
     ]
-    found += sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
-    for path in found:
+    files += sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
+    for path in files:
         if not is_own(path, folder):
             raise ModelError(f"{path} is a link to {path.resolve()}; if that belongs to the model, copy it there")
-    return found
+    return files
 
 
 def needed_bytes(base: Checkpoint) -> int:
@@ -84,8 +84,8 @@ def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> N
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, target)
     for name in base.files:
-        own = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
-        _write_shard(base, name, out / name, own)
+        edited = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
+        _write_shard(base, name, out / name, edited)
     if base.choice.index is not None:
         _write_index(base, base.choice.index, out)
 
@@ -189,9 +189,9 @@ def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str
     spare = any(entry.file == name for entry in base.superseded)
     if spare or any(tensor.dtype != base.dtype(key) for key, tensor in tensors.items()):
         here = {key: entry for key, entry in base.entries.items() if entry.file == name and key not in tensors}
-        kept = {key: StoredTensor(source, entry) for key, entry in here.items()}
+        copied = {key: StoredTensor(source, entry) for key, entry in here.items()}
         metadata = read_raw_header(source)[0].get("__metadata__", {"format": "pt"})
-        write_safetensors(target, {**kept, **tensors}, metadata)
+        write_safetensors(target, {**copied, **tensors}, metadata)
         return
     with atomic(target) as file:
         copy_into(file, source)

@@ -75,7 +75,7 @@ class Planned:
     editor: Editor
     stabilizers: tuple[Stabilizer, ...]
     gate: Gate
-    """What every edit has to hold."""
+    """The conditions on every edit."""
     targets: TargetOptions
     statistics: StatisticsOptions
     guards: tuple[Guard, ...]
@@ -85,7 +85,7 @@ class Planned:
     model_bytes: int = 0
     """Bytes of the edited copy on disk."""
     footprint: Footprint | None = None
-    """What the run will hold in memory; None for a model that is loaded already."""
+    """The memory that the run takes; None for a model that is loaded already."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ class Plan:
     """Estimated time for all targets, from one measured batch."""
     out: str
     memory: str = "not known"
-    """What will be held where, as one sentence."""
+    """The memory that the run takes, as one sentence."""
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     file = file or read_requested(recipe, plugins)
     for warning in file.notes:
         reporter.warn(warning)
-    # What is wrong with the output or the model's configuration is said before its weights are fetched.
+    # An output or a configuration that cannot be used is refused before weights are fetched.
     source = located(recipe, weights=False)
     check_output(recipe, source)
     before = made(recipe, plugins)
@@ -248,7 +248,7 @@ def plan_on(
 ) -> Planned:
     """Plan a run on a model that may be loaded already; looks at no folder to write to.
 
-    ``before`` is how the run was made that goes on; it stands for what ``recipe`` leaves open.
+    ``before`` is how a resumed run was made; it decides where ``recipe`` leaves a choice open.
     """
     guards = parse_guards(recipe.stop_if)
     skip = recipe.on_error == "skip"
@@ -288,10 +288,10 @@ def open_planned(planned: Planned) -> LoadedModel:
     return open_model(planned.source, Loading.of(planned.recipe), families=planned.families, split=split)
 
 
-def settings_for(editor: str, preset: Preset, own: Settings, plugins: Plugins) -> dict[str, dict[str, Any]]:
-    """Merge what the editor's paper asks of other components, the preset and the user's own settings, weakest first."""
+def settings_for(editor: str, preset: Preset, user: Settings, plugins: Plugins) -> dict[str, dict[str, Any]]:
+    """Merge the settings that the editor suggests for other components, the preset's and the user's, weakest first."""
     kind = cast("type[Editor]", plugins.find("editor", editor).component)
-    return merge(kind.suggests, preset.settings, own)
+    return merge(kind.suggests, preset.settings, user)
 
 
 def check_guards(guards: Sequence[Guard], requests: Sequence[EditRequest], *, measured: bool) -> None:
@@ -305,15 +305,15 @@ def check_guards(guards: Sequence[Guard], requests: Sequence[EditRequest], *, me
 
 def component(plugins: Plugins, kind: str, name: str, settings: Any) -> Any:
     """Build an editor or stabilizer with its options."""
-    found = plugins.find(kind, name).component
-    return found(build(found.Options, settings.get(name, {}), owner=name))
+    kind_class = plugins.find(kind, name).component
+    return kind_class(build(kind_class.Options, settings.get(name, {}), owner=name))
 
 
 def diagnostics(recipe: Recipe, plugins: Plugins) -> tuple[Diagnostic, ...]:
     """Build every installed diagnostic; ``--diagnose-every`` is the ``every`` of those that have such an option."""
     settings = dict(recipe.settings)
-    for name, found in plugins.all("diagnostic").items():
-        asked = {field.name for field in dataclasses.fields(found.component.Options)}
+    for name, registered in plugins.all("diagnostic").items():
+        asked = {field.name for field in dataclasses.fields(registered.component.Options)}
         if recipe.diagnose_every is not None and "every" in asked:
             settings[name] = {"every": recipe.diagnose_every, **settings.get(name, {})}
     return tuple(component(plugins, "diagnostic", name, settings) for name in plugins.all("diagnostic"))
@@ -427,7 +427,7 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 def with_clock(recipe: Recipe, team: Team | None = None, *, folders: Iterable[Path] = ()) -> Recipe:
-    """Return the recipe with a time for its chat template: of the run that goes on, of ``folders``, else now."""
+    """Return the recipe with a time for its chat template: of the run that is resumed, of ``folders``, else now."""
     if not recipe.chat_template or recipe.template_clock is not None:
         return recipe
     places = [recipe.folder, *folders] if recipe.resume else [*folders]
@@ -464,11 +464,11 @@ def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:
     """
     path = bundled_folder() / "pilots.jsonl"
     # Components read keys and values of pilots at their subjects.
-    own = _mixed([request for request in requests if request.has_subject])
+    edits = _mixed([request for request in requests if request.has_subject])
     if not path.is_file():
-        return PilotSource(own, f"{len(own)} edits of this run")
+        return PilotSource(edits, f"{len(edits)} edits of this run")
     bundled = _mixed(read_edits(path).requests)
-    return PilotSource((*own, *bundled), f"the {len(own)} edits of this run, then {len(bundled)} bundled prompts")
+    return PilotSource((*edits, *bundled), f"the {len(edits)} edits of this run, then {len(bundled)} bundled prompts")
 
 
 def _mixed(requests: Sequence[EditRequest]) -> tuple[EditRequest, ...]:

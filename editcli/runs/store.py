@@ -35,7 +35,7 @@ class RunStore:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a run records of itself, while it goes on and at its end."""
+    """The record of a run, written when it starts and when it ends."""
 
     store: RunStore
     planned: Planned

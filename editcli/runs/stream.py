@@ -36,7 +36,7 @@ from editcli.settings.guards import Guard, refuse_nonfinite, with_default
 
 @dataclass(frozen=True, slots=True)
 class BatchReport:
-    """One batch that was kept."""
+    """One batch of a stream."""
 
     step: int
     edits: tuple[str, ...]
@@ -264,7 +264,7 @@ class Stream:
         self.save()
 
     def apply(self, requests: Sequence[EditRequest]) -> BatchReport:
-        """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is kept.
+        """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is recorded.
 
         Of edits that contradict each other only the last one is written.
         """
@@ -349,8 +349,8 @@ class Stream:
     def rewind(self, recovered: Recovered, step: int, *, removed: Mapping[str, str], redo: Sequence[int]) -> bool:
         """Rebuild the stream as it was after ``step`` batches, from the base and the recorded factors, and record it.
 
-        ``removed`` (id to digest) is never to be written again, ``redo`` (journal sequences) is to be written again by
-        whoever goes on. Returns False when this machine rounds differently from the one that made the run.
+        ``removed`` (id to digest) is never to be written again, ``redo`` (journal sequences) is to be written
+        again by the run that continues. Returns False when this machine rounds differently from the one of the run.
         """
         self._check_settings(recovered.snapshot.settings)
         self._settle(recovered)
@@ -403,7 +403,7 @@ class Stream:
 
     @contextmanager
     def _seeded(self, step: int) -> Iterator[None]:
-        """Give each step random numbers of its own, calibration being step 0, and the caller's back afterwards."""
+        """Seed each step, calibration being step 0, and restore the caller's generator afterwards."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.session.seed * 1_000_003 + step) % 2**63)
             yield
@@ -431,7 +431,7 @@ class Stream:
         self._ids = {request.id for request in requests}
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
-        # What was not saved is a setting that did not exist then.
+        # A setting that was not saved did not exist then.
         for name in sorted(saved):
             mine, theirs = self.settings.get(name), saved[name]
             if mine == theirs:
@@ -454,7 +454,7 @@ class Stream:
         return metrics
 
     def _in_force(self, batch: Sequence[EditRequest], dropped: Mapping[str, str]) -> Sequence[EditRequest]:
-        """Return the edits in force once ``batch`` is kept, but for those that are ``dropped``."""
+        """Return the edits in force once ``batch`` is written, but for those that are ``dropped``."""
         return supersede([*self.position.requests, *batch], given_up={**self.dropped, **dropped})[0]
 
     def _guard(self, figure: str, value: float | None, requests: Sequence[EditRequest]) -> None:
@@ -490,7 +490,7 @@ class Stream:
         self.team.agree(
             f"after batch {report.step}, the edited weights",
             weights,
-            remedy="the state before it is kept; use devices and versions of one kind and go on with --resume",
+            remedy="the state before it is kept; use devices and versions of one kind and continue with --resume",
         )
         segment, digest = "", ""
         if self.writes:

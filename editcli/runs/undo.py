@@ -32,11 +32,11 @@ from editcli.settings.recipe import Recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Undo:
-    """What to take back of the run in folder ``run``: one of the three, else the last batch."""
+    """Take back a part of the run in folder ``run``: one of the three, else the last batch."""
 
     run: str
     batches: int | None = None
-    """The last so many batches."""
+    """The number of last batches to take back."""
     to: int | None = None
     """Everything after this step; 0 is the base model."""
     edits: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Undo:
 
 @dataclass(frozen=True, slots=True)
 class UndoPlan:
-    """What an undo does."""
+    """The batches and edits that an undo takes back and computes again."""
 
     out: str
     step: int
@@ -66,7 +66,7 @@ class UndoPlan:
     """Journal lines of the batches that are computed again."""
     redone_edits: int
     seconds: float
-    """What computing them took the first time."""
+    """The time that computing them took at first."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object."""
@@ -194,7 +194,7 @@ def _again(folder: RunFolder, recovered: Recovered, plan: UndoPlan) -> list[Sequ
 def _planned(
     folder: RunFolder, recovered: Recovered, plan: UndoPlan, context: Context
 ) -> tuple[Planned, dict[str, Any]]:
-    """Plan with the run's own recipe, on the edits that its segments hold."""
+    """Plan with the recipe of the run, on the edits that its segments hold."""
     record = folder.read_record()
     try:
         recipe, base = Recipe.from_json(record["recipe"]), record["provenance"]["base"]
