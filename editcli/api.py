@@ -47,7 +47,7 @@ class Edited:
     def __init__(self, finished: Finished):
         self._finished = finished
         self.report = finished.report
-        """The edits that were applied, and their figures; ``report.status`` is ``done``, ``stopped`` or ``interrupted``."""
+        """The applied edits and their figures; ``report.status`` is ``done``, ``stopped`` or ``interrupted``."""
 
     def __repr__(self) -> str:
         report = self.report
@@ -133,9 +133,9 @@ class Stream:
             stream.apply([{"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}])
 
     ``out`` is the run folder, which is locked inside the block. Every batch is durable when :meth:`apply` returns;
-    leaving the block without an error writes the model folder. With ``resume=True`` a stream continues; with ``out=None``
-    it lives in memory, and ``model`` may be a loaded transformers model with its ``tokenizer``, which keeps
-    the edits after the block. ``choices`` are the other settings of :class:`editcli.Recipe`, except that nothing is
+    leaving the block without an error writes the model folder. With ``resume=True`` a stream continues. With
+    ``out=None`` it lives in memory, and ``model`` may be a loaded transformers model with its ``tokenizer``, which
+    keeps the edits after the block. ``choices`` are the other settings of :class:`editcli.Recipe`, except that nothing is
     measured along the way unless ``evaluate=True``. Raises :class:`editcli.EditError`.
     """
 

@@ -68,6 +68,14 @@ def test_a_room_imports_only_from_the_layers_below(room: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_main_job_reads_like_a_table_of_contents() -> None:
+    """Its module names the phases of a run; a dozen modules are enough for that."""
+    modules = {
+        name.rpartition(".")[0] for _, name in imports(PACKAGE / "runs" / "apply.py") if name.startswith("editcli.")
+    }
+    assert len(modules) <= 12, sorted(modules)
+
+
 def test_every_layer_names_rooms_that_exist() -> None:
     assert sorted(LEVEL) == rooms()
 

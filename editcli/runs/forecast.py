@@ -140,7 +140,8 @@ def check_memory(planned: Planned, base: LoadedModel, reporter: Reporter) -> Foo
     sentence = (
         f"the model in {planned.source.name} cannot fit: weights, float32 masters of {len(planned.sites)} matrices and "
         f"the editor's own take {_size(forecast.needed)} on {forecast.device}, which has {_size(forecast.free)} free; "
-        f"use a smaller --dtype, fewer --layers, another --device or --device-map auto ({UNCHECKED}=1 tries it all the same)"
+        "use a smaller --dtype, fewer --layers, another --device or --device-map auto "
+        f"({UNCHECKED}=1 tries it all the same)"
     )
     if not os.environ.get(UNCHECKED):
         raise ModelError(sentence)
