@@ -135,8 +135,8 @@ class Stream:
     ``out`` is the run folder, which is locked inside the block. Every batch is durable when :meth:`apply` returns;
     leaving the block without an error writes the model folder. With ``resume=True`` a stream continues. With
     ``out=None`` it lives in memory, and ``model`` may be a loaded transformers model with its ``tokenizer``, which
-    keeps the edits after the block. ``choices`` are the other settings of :class:`editcli.Recipe`, except that nothing is
-    measured along the way unless ``evaluate=True``. Raises :class:`editcli.EditError`.
+    keeps the edits after the block. ``choices`` are the other settings of :class:`editcli.Recipe`; nothing is measured
+    along the way unless ``evaluate=True``. Raises :class:`editcli.EditError`.
     """
 
     def __init__(
