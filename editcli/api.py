@@ -269,10 +269,9 @@ class Asked:
         if self.kept:
             return stack.enter_context(claimed(planned, context))
         stack.enter_context(writing(self.recipe.folder))
-        if self.held is not None:
-            stack.enter_context(borrowed(self.held.model))
         open_model = partial(planning.open_planned, planned)
         if self.held is not None:
+            stack.enter_context(borrowed(self.held.model))
             open_model = partial(unedited, self.held, planned.sites)
         store = RunStore(RunFolder(self.recipe.folder), writes=False, kept=False)
         return Job(planned, open_model, store, new(planned, store), context)

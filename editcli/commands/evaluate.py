@@ -27,7 +27,6 @@ from editcli.runs.planning import clock_of
 from editcli.settings.recipe import check_chat
 
 if TYPE_CHECKING:
-    from editcli.models.architectures import Family
     from editcli.plugin.manager import Plugins
 
 OWN_BASE = "own"
@@ -144,8 +143,9 @@ def measure(
     parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
     agree_on_inputs(team, "recipe, edits and text", parts)
     families = tuple(family for _, family in plugins.brought("editcli_architectures"))
-    loaded = _open(source, recipe, families, reporter)
-    base = None if base_source is None else _open(base_source, recipe, families, reporter)
+    loading = Loading.of(recipe)
+    loaded = open_model(source, loading, families=families, reporter=reporter)
+    base = None if base_source is None else open_model(base_source, loading, families=families, reporter=reporter)
     warning = thinking_warning(loaded.tokens)
     if warning is not None:
         reporter.warn(warning)
@@ -216,10 +216,6 @@ def _evaluate(
     loaded: LoadedModel, requests: Sequence[EditRequest], recipe: EvalRecipe, reporter: Reporter, team: Team
 ) -> Evaluation:
     return evaluate(loaded, requests, metrics=recipe.metrics or None, seed=recipe.seed, reporter=reporter, team=team)
-
-
-def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family], reporter: Reporter) -> LoadedModel:
-    return open_model(source, Loading.of(recipe), families=families, reporter=reporter)
 
 
 def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
