@@ -165,7 +165,8 @@ def read_lines(lines: Sequence[bytes], path: Path) -> Iterator[tuple[Entry, str]
             entry = _entry(raw, number, live, earlier)
             linked = decode(raw, _Head).previous == _digest(previous)
             text = raw.decode("utf-8")
-        except UnreadableError as error:
+        except (UnreadableError, UnicodeDecodeError) as error:
+            # A text that no field holds is not decoded, so its bytes are checked here.
             raise StateError(f"{place} is damaged ({error}); restore it from a backup") from error
         if isinstance(entry, BatchRecord) and not is_plain_name(entry.segment):
             name = shorten(repr(entry.segment))

@@ -103,7 +103,8 @@ class TargetCounts:
     optimised: Count
     """Edits whose target was optimised."""
     reached: Count
-    """Those whose loss fell below targets.stop_loss."""
+    """Those whose loss fell below targets.stop_loss; with targets.stop=greedy also those whose target is the greedy
+    answer in all contexts."""
     clamped: Count
     """Those whose offset ended at targets.clamp."""
 

@@ -137,7 +137,7 @@ def test_the_same_tensors_in_other_files_are_taken_and_said_to_be_so(
         (lambda patch: (patch / "manifest.json").write_text('{"format": 9, "editcli": "9.1"}'), "made it (9.1)"),
         (lambda patch: (patch / "patch.safetensors").unlink(), "cannot be read"),
         (lambda patch: (patch / "patch.safetensors").write_bytes(b"x"), "is not what manifest.json says"),
-        (lambda patch: (patch / "editcli/run.json").write_text("{}"), "cannot be read"),
+        (lambda patch: (patch / "editcli/run.json").write_text("{}"), "is not a record of a run"),
     ],
 )
 def test_a_damaged_patch_is_refused(
@@ -242,7 +242,7 @@ def test_tensors_of_another_kind_than_the_manifest_says_are_refused(
         ("editcli/run.json", lambda found: found["sites"][0].update(ratio="not a number")),
         ("editcli/run.json", lambda found: found["seconds"].update(load=float("inf"))),
         ("editcli/run.json", lambda found: found.update(note="\ud800")),
-        ("editcli/run.json", lambda found: found["provenance"].pop("options")),
+        ("editcli/run.json", lambda found: found["provenance"].pop("versions")),
     ],
 )
 def test_a_record_of_another_make_is_refused(

@@ -37,8 +37,9 @@ from editcli.records.state import RunFolder, StreamSettings, requests_of
 from editcli.runs.card import model_card
 from editcli.settings.recipe import Recipe
 from editcli.storage.lines import MAX_DEPTH
+from tests.support.places import ROOT
 
-EARLIER = Path(__file__).parents[1] / "streams" / "data" / "earlier" / "run"
+EARLIER = ROOT / "tests" / "records" / "data" / "earlier" / "run"
 HASH = "0" * 64
 JSON = st.recursive(
     st.one_of(
