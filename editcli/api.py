@@ -10,27 +10,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from editcli.errors import ModelError, OptionError, RequestError, StateError
 from editcli.evaluation.generation import generate
-from editcli.models.fit import check_fit
+from editcli.models.loading import LoadedModel
 from editcli.plugin.manager import Plugins, load_plugins
 from editcli.records.journal import BatchRecord
 from editcli.records.state import RunFolder
-from editcli.reporting import Reporter, RunReport, Silent
+from editcli.reporting import Reporter, RunReport
 from editcli.requests.reader import Collector, EditFile, refuse_deep
 from editcli.requests.schema import EditRequest, from_record, kind_of
 from editcli.runs import planning
-from editcli.runs.apply import writing
-from editcli.runs.clock import Clock
-from editcli.runs.conversation import with_clock
-from editcli.runs.memory import MEMORY, HeldModel, Saved, Unsaved, borrowed, hold, put_back
-from editcli.runs.remarks import tell_conflicts
-from editcli.runs.stream import Stream as Journal
+from editcli.runs.apply import run
+from editcli.runs.context import Context, writing
+from editcli.runs.ending import Finished, finish
+from editcli.runs.memory import MEMORY, borrowed, hold, put_back, unedited
+from editcli.runs.opening import Job, Opened, begin, claimed, load, new
+from editcli.runs.store import RunStore
 from editcli.settings.recipe import Recipe, parse_layers
 from editcli.settings.setting import settings_of
 
@@ -44,10 +45,10 @@ if TYPE_CHECKING:
 class Edited:
     """A model that was edited: what :func:`edit` returns."""
 
-    def __init__(self, run: Saved, report: RunReport):
-        self._run = run
-        self.report = report
-        """What was applied and what it measured; ``report.status`` is ``done``, ``stopped`` or ``interrupted``."""
+    def __init__(self, finished: Finished):
+        self._finished = finished
+        self.report = finished.report
+        """The applied edits and their figures; ``report.status`` is ``done``, ``stopped`` or ``interrupted``."""
 
     def __repr__(self) -> str:
         report = self.report
@@ -57,16 +58,16 @@ class Edited:
     @property
     def model(self) -> Any:
         """The edited transformers model; the very object that was passed, if one was."""
-        return self._run.loaded.model
+        return self._finished.opened.base.loaded.model
 
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return self._run.loaded.tokens.tokenizer
+        return self._finished.opened.base.loaded.tokens.tokenizer
 
     def complete(self, prompt: str, *, tokens: int = 10) -> str:
         """Return the likeliest continuation of ``prompt``, at most ``tokens`` tokens long."""
-        return generate(self._run.loaded, [prompt], tokens=tokens, top_k=1)[prompt].text
+        return generate(self._finished.opened.base.loaded, [prompt], tokens=tokens, top_k=1)[prompt].text
 
     def save(self, folder: str | Path) -> Path:
         """Write model and tokenizer as a plain Hugging Face folder, and return it.
@@ -76,12 +77,14 @@ class Edited:
         written with ``out``. Raises :class:`editcli.StateError` where ``folder`` exists and is not empty.
         """
         refuse_full(Path(folder))
-        return self._run.export(Path(folder))
+        self._finished.export(Path(folder))
+        return Path(folder)
 
     def undo(self) -> None:
         """Give the model in memory back the weights that it had before the edits, bit by bit; folders stay."""
-        put_back(self._run.loaded, self._run.planned.sites)
-        self._run.weights = {}
+        opened = self._finished.opened
+        put_back(opened.base.loaded, opened.job.planned.sites)
+        self._finished = replace(self._finished, weights={})
 
 
 def edit(
@@ -110,16 +113,16 @@ def edit(
     """
     asked = ask(model, edits, tokenizer=tokenizer, out=out, plugins=plugins, reporter=reporter, choices=choices)
     with ExitStack() as stack:
-        run = asked.start(stack, gather(edits, asked))
+        job = asked.start(stack, gather(edits, asked))
         try:
-            report = run.go()
-            run.session.restore(run.weights)
-            edited = Edited(run, report)
+            finished = run(job)
+            finished.read_out()
+            edited = Edited(finished)
             if asked.held is not None and out is not None:
                 edited.save(out)
         except BaseException:
             if asked.held is not None:
-                put_back(asked.held, run.planned.sites)
+                put_back(asked.held, job.planned.sites)
             raise
     return edited
 
@@ -131,10 +134,10 @@ class Stream:
             stream.apply([{"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}])
 
     ``out`` is the run folder, which is locked inside the block. Every batch is durable when :meth:`apply` returns;
-    leaving the block without an error writes the model folder; with ``resume=True`` a stream goes on. With ``out=None``
-    the stream lives in memory, and ``model`` may be a loaded transformers model with its ``tokenizer``, which keeps
-    the edits after the block. ``choices`` are the other settings of :class:`editcli.Recipe`, except that nothing is
-    measured along the way unless ``evaluate=True``. Raises :class:`editcli.EditError`.
+    leaving the block without an error writes the model folder. With ``resume=True`` a stream continues. With
+    ``out=None`` it lives in memory, and ``model`` may be a loaded transformers model with its ``tokenizer``, which
+    keeps the edits after the block. ``choices`` are the other settings of :class:`editcli.Recipe`; nothing is measured
+    along the way unless ``evaluate=True``. Raises :class:`editcli.EditError`.
     """
 
     def __init__(
@@ -147,7 +150,7 @@ class Stream:
         reporter: Reporter | None = None,
         **choices: Unpack[Choices],
     ):
-        # What is measured along the way is the program's own business unless it asks.
+        # A program measures along the way by itself unless it asks for ``evaluate``.
         settings = {"evaluate": False, **choices}
         self._asked = ask(
             model,
@@ -159,18 +162,16 @@ class Stream:
             choices=settings,
             streaming=True,
         )
-        self._open: tuple[Saved, Journal] | None = None
+        self._open: Opened | None = None
         self._exit = ExitStack()
 
     def __enter__(self) -> Stream:
         with ExitStack() as stack:
-            run = self._asked.start(stack, EditFile(SOURCE, "", (), (), ()))
-            run.open()
-            stream = run.stream()
-            run.begin(stream)
-            for batch in run.todo():
-                stream.apply(batch)
-            self._open, self._exit = (run, stream), stack.pop_all()
+            job = self._asked.start(stack, EditFile(SOURCE, "", (), (), ()))
+            opened = begin(job, load(job))
+            for batch in job.schedule.batches:
+                opened.stream.apply(batch)
+            self._open, self._exit = opened, stack.pop_all()
         return self
 
     def __exit__(
@@ -178,14 +179,13 @@ class Stream:
     ) -> None:
         try:
             with self._exit:
-                run, stream = self._opened()
+                opened = self._opened()
                 if error is None:
-                    self.save()
-                    run.session.restore(run.weights)
-                elif stream.whole:
-                    stream.save()
+                    self._finish().read_out()
+                elif opened.stream.whole:
+                    opened.stream.save()
         finally:
-            # Also where saving failed: the lock is gone, and somebody else may go on with the folder.
+            # Also where saving failed: the lock is gone, and another process may continue in the folder.
             self._open = None
 
     def __repr__(self) -> str:
@@ -195,17 +195,17 @@ class Stream:
     @property
     def model(self) -> Any:
         """The model under edit, with everything applied so far."""
-        return self._opened()[0].loaded.model
+        return self._opened().base.loaded.model
 
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return self._opened()[0].loaded.tokens.tokenizer
+        return self._opened().base.loaded.tokens.tokenizer
 
     @property
     def edits(self) -> Sequence[EditRequest]:
         """The edits in force."""
-        return tuple(self._opened()[1].position.requests)
+        return tuple(self._opened().stream.position.requests)
 
     def apply(self, batch: Sequence[EditRequest | Mapping[str, Any]]) -> BatchRecord:
         """Write one batch of requests, or of objects of the edits schema; on an error the weights are as before.
@@ -213,20 +213,22 @@ class Stream:
         Raises :class:`editcli.RequestError` for an edit that cannot be used and :class:`editcli.GuardError` when a
         guard of ``stop_if`` holds.
         """
-        run, stream = self._opened()
+        opened = self._opened()
         requests = [read_request(edit, SOURCE) for edit in batch]
         for request in requests:
-            run.planned.gate.admit(request)
-        return stream.apply(requests)
+            opened.job.planned.gate.admit(request)
+        return opened.stream.apply(requests)
 
     def save(self) -> RunReport:
         """Write and verify the model folder as it stands, and a snapshot; in memory, only report."""
-        run, stream = self._opened()
-        stream.save()
-        run.read = stream.taken
-        return run.finish(stream, None)
+        return self._finish().report
 
-    def _opened(self) -> tuple[Saved, Journal]:
+    def _finish(self) -> Finished:
+        opened = self._opened()
+        opened.stream.save()
+        return finish(opened, read=opened.stream.taken)
+
+    def _opened(self) -> Opened:
         if self._open is None:
             raise StateError(f"the stream in {self._asked.recipe.folder} is not open; use it in a 'with' block")
         return self._open
@@ -240,47 +242,37 @@ Loadable: TypeAlias = "str | Path | PreTrainedModel | None"
 """A folder, a hub id, None for the bundled model, or a model that is loaded already."""
 
 SOURCE = "<program>"
-"""What stands where a run of the command line names its edits file."""
+"""The name of the edits file where a program passes the edits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a program asked for; ``kept`` says that the result goes into a run folder."""
+    """The run that a program asked for; ``kept`` says that the result goes into a run folder."""
 
     recipe: Recipe
     plugins: Plugins
-    reporter: Reporter
-    held: HeldModel | None
+    reporter: Reporter | None
+    held: LoadedModel | None
     kept: bool
 
-    def start(self, stack: ExitStack, file: EditFile) -> Saved:
+    def start(self, stack: ExitStack, file: EditFile) -> Job:
         """Plan the run and take what it needs, until ``stack`` is closed; nothing is loaded yet."""
-        clock = Clock()
-        with clock.spent("load"):
-            planned = self._plan(file)
-        tell_conflicts(planned, self.reporter)
-        stack.enter_context(writing(self.recipe.folder))
+        context = Context.of(self.plugins, self.reporter)
+        with context.clock.spent("load"):
+            if self.kept:
+                planned = planning.check(self.recipe, self.plugins, context.reporter, file=file)
+            else:
+                planned = planning.check_in_memory(self.recipe, self.plugins, context.reporter, file, held=self.held)
+        planning.tell_conflicts(planned, context.reporter)
         if self.kept:
-            folder = RunFolder(self.recipe.folder)
-            stack.enter_context(folder.locked())
-            return Saved(planned, folder, self.plugins, self.reporter, clock)
+            return stack.enter_context(claimed(planned, context))
+        stack.enter_context(writing(self.recipe.folder))
+        open_model = partial(planning.open_planned, planned)
         if self.held is not None:
             stack.enter_context(borrowed(self.held.model))
-        return Unsaved(planned, self.plugins, self.reporter, clock, held=self.held)
-
-    def _plan(self, file: EditFile) -> planning.Planned:
-        if self.kept:
-            return planning.check(self.recipe, self.plugins, self.reporter, file=file)
-        self.recipe.check(self.plugins)
-        for warning in file.notes:
-            self.reporter.warn(warning)
-        base = self.held
-        if base is None:
-            source = planning.located(self.recipe)
-            base = planning.described(self.recipe, source, self.plugins)
-            check_fit(base.checkpoint, base.model, self.reporter)
-        planning.warn_of_thinking(base.tokens, self.reporter)
-        return planning.plan_on(base, self.recipe, self.plugins, file)
+            open_model = partial(unedited, self.held, planned.sites)
+        store = RunStore(RunFolder(self.recipe.folder), writes=False, kept=False)
+        return Job(planned, open_model, store, new(planned, store), context)
 
 
 def ask(
@@ -309,14 +301,15 @@ def ask(
     recipe = _recipe(edits if isinstance(edits, (str, Path)) else SOURCE, out, choices)
     if recipe.parallel == "tensor":
         raise OptionError("parallel='tensor' needs several processes; run 'editcli apply' with torchrun")
-    recipe = with_clock(recipe.with_preset_read())
+    recipe.check(plugins)
+    recipe = planning.with_clock(recipe.with_preset_read())
     held = None
     if not named:
         families = plugins.families()
         held = hold(model, tokenizer, families=families, chat_template=recipe.chat)
     name = held.source.name if held else model
-    recipe = _with(recipe, model=None if name is None else str(name))
-    return Asked(recipe, plugins, reporter or Silent(), held, kept=out is not None and named)
+    recipe = replace(recipe, model=None if name is None else str(name))
+    return Asked(recipe, plugins, reporter, held, kept=out is not None and named)
 
 
 def gather(edits: str | Path | Sequence[EditRequest | Mapping[str, Any]], asked: Asked) -> EditFile:
@@ -375,10 +368,6 @@ def _recipe(edits: str | Path, out: str | Path | None, choices: Mapping[str, Any
         given = values["layers"]
         values["layers"] = parse_layers(given) if isinstance(given, str) else tuple(given)
     return Recipe.from_json({**values, "edits": str(edits), "out": MEMORY if out is None else str(out)})
-
-
-def _with(recipe: Recipe, *, model: str | None) -> Recipe:
-    return Recipe.from_json({**recipe.to_json(), "model": model})
 
 
 def _refuse_idle(choices: Mapping[str, Any], *, named: bool, kept: bool) -> None:

@@ -61,8 +61,8 @@ def _plan(app: App, recipe: Recipe) -> int:
     if app.launch.leads:
         app.announce(recipe.model)
         # Torch takes seconds to import, so the command line is checked first.
-        from editcli.commands.dry_run import plan
         from editcli.render.run import plan_table
+        from editcli.runs.planning import plan
 
         # Only rank 0 plans, so it must describe the unsharded model.
         app.emit(plan(replace(recipe, parallel="data"), app.plugins, app.reporter), plan_table)

@@ -24,9 +24,8 @@ from editcli.records.record import ENDED, INTERRUPTED, RUNNING, read_record
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, Silent
 from editcli.runs.apply import apply
-from editcli.runs.conversation import with_clock
-from editcli.runs.planning import read_requested
-from editcli.runs.retention import METRICS
+from editcli.runs.measuring import METRICS
+from editcli.runs.planning import read_requested, with_clock
 from editcli.settings.recipe import Recipe
 from editcli.settings.setting import settings_of
 from editcli.storage.files import write_json

@@ -40,7 +40,7 @@ class CheckedEdit:
     length: int
     """Tokens of prompt and target."""
     joint: str = ""
-    """What stands between prompt and target."""
+    """The text between prompt and target."""
     target_length: int = 0
     """Tokens of the target; a character that takes several is one text of ``target``."""
     warnings: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class CheckedEdit:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What ``check`` found; the file is usable when nothing was rejected."""
+    """The usable and the rejected edits of a file; the file is usable when nothing was rejected."""
 
     source: str
     model: str
@@ -90,7 +90,7 @@ def check(
     ``editor``, ``preset`` and ``settings`` are those of the run that the edits are meant for; by default the ones that
     ``apply`` takes for this model.
     """
-    plugins = plugins or load_plugins()
+    plugins, reporter = plugins or load_plugins(), reporter or Silent()
     recipe = Recipe(
         edits=str(edits),
         model=None if model is None else str(model),
@@ -107,12 +107,12 @@ def check(
     source = planning.located(recipe, weights=False)
     base = planning.described(recipe, source, plugins)
     if has_weights(source.folder) and (source.commit is None or is_fetched(source.folder)):
-        check_fit(base.checkpoint, base.model, reporter or Silent())
+        check_fit(base.checkpoint, base.model, reporter)
     gate = planning.gate_of(recipe, base, plugins)
     file = read_edits(edits, skip_bad=True, limit=limit, formats=formats)
     checked: list[CheckedEdit] = []
     rejected = list(file.rejected)
-    with (reporter or Silent()).phase("Checking", len(file.requests), "edits") as advance:
+    with reporter.phase("Checking", len(file.requests), "edits") as advance:
         for request in file.requests:
             try:
                 checked.append(check_edit(request, gate))
@@ -150,7 +150,8 @@ def _doubts(request: EditRequest, encoded: Encoded, tokens: Tokens) -> Iterator[
     bare = tokens.encode([tokens.locate(request)])[0].ids
     if not request.prompt[-1:].isspace() and encoded.ids[: len(bare)] != bare and encoded.target.start < len(bare):
         yield "the target's first token reaches into the prompt, so the bare prompt is read otherwise; see 'join'"
-    specials = sorted({tokens.tokenizer.convert_ids_to_tokens(i) for i in _special(encoded.target_ids, tokens)})
+    special = set(encoded.target_ids) & set(tokens.tokenizer.all_special_ids)
+    specials = sorted(tokens.tokenizer.convert_ids_to_tokens(i) for i in special)
     if specials:
         yield f"the target holds special tokens ({', '.join(specials)}), which end a text or are not shown"
     if request.target_true is not None and request.target_true.strip() == request.target_new.strip():
@@ -158,7 +159,7 @@ def _doubts(request: EditRequest, encoded: Encoded, tokens: Tokens) -> Iterator[
     if request.prompt[-1:].isspace():
         yield "the prompt ends in white space, which most tokenizers put into the answer's first token; remove it"
     lookup = tokens.character_at(encoded, encoded.lookup).strip() if request.has_subject else ""
-    # A part of a character has no text of its own and decodes to the replacement mark.
+    # A part of a character decodes to the replacement mark.
     if "\ufffd" not in lookup and not request.subject.endswith(lookup):
         yield f"the subject's last token {lookup!r} reaches beyond the subject into the text after it"
     if begins(encoded):
@@ -176,8 +177,3 @@ def _doubts(request: EditRequest, encoded: Encoded, tokens: Tokens) -> Iterator[
         close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85)
         if close:
             yield f"the field {name!r} is not read; did you mean {close[0]!r}?"
-
-
-def _special(ids: Sequence[int], tokens: Tokens) -> list[int]:
-    special = set(tokens.tokenizer.all_special_ids)
-    return [identifier for identifier in ids if identifier in special]

@@ -15,18 +15,25 @@ from editcli.evaluation.admission import thinking_warning
 from editcli.evaluation.harness import HarnessResult, require_harness, run_harness
 from editcli.evaluation.locality import answer_locality
 from editcli.evaluation.metrics import Evaluation, evaluate
-from editcli.models.loading import LoadedModel, ModelSource, bundled_folder, first_model, open_model, resolve_model
+from editcli.models.loading import (
+    LoadedModel,
+    Loading,
+    ModelSource,
+    bundled_folder,
+    first_model,
+    open_model,
+    resolve_model,
+)
 from editcli.records.history import read_history
 from editcli.reporting import Reporter, Silent
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
-from editcli.runs.conversation import clock_of
+from editcli.runs.planning import clock_of
 from editcli.settings.recipes import OWN_BASE, EvalRecipe
 from editcli.storage.opening import TEXT, read_text
 
 if TYPE_CHECKING:
-    from editcli.models.architectures import Family
     from editcli.plugin.manager import Plugins
 
 
@@ -87,8 +94,9 @@ def measure(
     parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
     agree_on_inputs(team, "recipe, edits and text", parts)
     families = plugins.families()
-    loaded = _open(source, recipe, families, reporter)
-    base = None if base_source is None else _open(base_source, recipe, families, reporter)
+    loading = Loading.of(recipe)
+    loaded = open_model(source, loading, families=families, reporter=reporter)
+    base = None if base_source is None else open_model(base_source, loading, families=families, reporter=reporter)
     warning = thinking_warning(loaded.tokens)
     if warning is not None:
         reporter.warn(warning)
@@ -159,19 +167,6 @@ def _evaluate(
     loaded: LoadedModel, requests: Sequence[EditRequest], recipe: EvalRecipe, reporter: Reporter, team: Team
 ) -> Evaluation:
     return evaluate(loaded, requests, metrics=recipe.metrics or None, seed=recipe.seed, reporter=reporter, team=team)
-
-
-def _open(source: ModelSource, recipe: EvalRecipe, families: Sequence[Family], reporter: Reporter) -> LoadedModel:
-    return open_model(
-        source,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        families=families,
-        chat_template=recipe.chat,
-        trust_remote_code=recipe.trust_remote_code,
-        reporter=reporter,
-    )
 
 
 def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:

@@ -1,4 +1,4 @@
-"""Compute a model's second moments ahead of time, and list those that are kept: the library part of ``stats``."""
+"""Compute a model's second moments ahead of time, and list the cache: the library part of ``stats``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 
 from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
 from editcli.errors import EditError, StatisticsError
-from editcli.models.architectures import Family, resolve, skeleton
+from editcli.models.architectures import Family
 from editcli.models.hub import lacks_weights
-from editcli.models.loading import LoadedModel, load_config, load_tokens, open_model, resolve_model
+from editcli.models.loading import Loading, describe_model, open_model, resolve_model
 from editcli.plugin.interfaces import Site
 from editcli.presets.loader import load_preset
 from editcli.reporting import Reporter, Silent
@@ -71,15 +71,7 @@ def compute(
     team = team or Team()
     reporter = reporter if reporter is not None and team.leads else Silent()
     source = resolve_model(recipe.model, revision=recipe.revision, code=recipe.trust_remote_code)
-    loaded = open_model(
-        source,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        families=families,
-        trust_remote_code=recipe.trust_remote_code,
-        reporter=reporter,
-    )
+    loaded = open_model(source, Loading.of(recipe), families=families, reporter=reporter)
     layers = recipe.layers or load_preset(loaded.model.config, loaded.architecture, recipe.preset).layers
     sites = [loaded.architecture.site(layer) for layer in layers]
     moments = SecondMoments(
@@ -87,7 +79,7 @@ def compute(
     )
     agree_on_inputs(team, "recipe and text", {"recipe": asdict(recipe), "text": moments.corpus.identity})
     if team.size > 1:
-        # A fingerprint costs a pass over the files, which a process on its own has no use for.
+        # Hashing the checkpoint is only needed to compare ranks.
         agree_on_models(team, [loaded.checkpoint.fingerprint()])
     started = time.perf_counter()
     missing = moments.missing(sites)
@@ -98,10 +90,10 @@ def compute(
     seconds = time.perf_counter() - started
     if recipe.out is not None:
         _save(moments, Path(recipe.out), sites)
-    kept = team.lead("what is kept", lambda: [asdict(stored) for stored in _of(moments, sites, recipe.out)])
-    by_module = {item["module"]: Stored(**item) for item in kept}
-    found = [replace(by_module[s.module], computed=s in missing) for s in sites if s.module in by_module]
-    return MomentsReport(source.name, tuple(found), seconds, recipe.out)
+    cached = team.lead("cached moments", lambda: [asdict(stored) for stored in _of(moments, sites, recipe.out)])
+    by_module = {item["module"]: Stored(**item) for item in cached}
+    stored = [replace(by_module[s.module], computed=s in missing) for s in sites if s.module in by_module]
+    return MomentsReport(source.name, tuple(stored), seconds, recipe.out)
 
 
 def show(
@@ -113,25 +105,22 @@ def show(
 ) -> MomentsReport:
     """List the second moments in the cache: those of ``model``, or of every model for None. Loads no weights."""
     if model is None:
-        return MomentsReport(None, tuple(stored for stored, _ in _kept(cache_folder())))
+        return MomentsReport(None, tuple(stored for stored, _ in _cached(cache_folder())))
     source = resolve_model(model, revision=revision, weights=False, code=trust_remote_code)
     if lacks_weights(source.folder):
         # Nothing was computed here from a model whose weights never were here; they are not fetched to say so.
         return MomentsReport(source.name, ())
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    tokens = load_tokens(source, config, trust_remote_code=trust_remote_code)
-    bare = skeleton(config, trust_remote_code)
-    loaded = LoadedModel(bare, tokens, resolve(bare, families), source)
+    loaded = describe_model(source, Loading(trust_remote_code=trust_remote_code), families)
     moments = SecondMoments(loaded)
     sites = [loaded.architecture.site(layer) for layer in range(loaded.architecture.layers)]
-    kept = {identity.module for _, identity in _kept(moments.cache)}
-    wanted = {moments.identity(site).model for site in sites if site.module in kept}
-    found = [stored for stored, identity in _kept(moments.cache) if identity.model in wanted]
-    return MomentsReport(source.name, tuple(found))
+    cached = {identity.module for _, identity in _cached(moments.cache)}
+    wanted = {moments.identity(site).model for site in sites if site.module in cached}
+    stored = [stored for stored, identity in _cached(moments.cache) if identity.model in wanted]
+    return MomentsReport(source.name, tuple(stored))
 
 
 def cache_folder() -> Path:
-    """Return where second moments are kept."""
+    """Return the folder of the cache."""
     return user_cache_path("editcli") / "second-moments"
 
 
@@ -144,8 +133,8 @@ def _save(moments: SecondMoments, path: Path, sites: Sequence[Site]) -> None:
 
 def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Iterator[Stored]:
     """Yield what there is on ``sites``: in the cache, or only in the file ``out`` where the cache cannot be written."""
-    wanted = {moments.identity(site).fingerprint for site in sites}
-    yield from (stored for stored, identity in _kept(moments.cache) if identity.fingerprint in wanted)
+    fingerprints = {moments.identity(site).fingerprint for site in sites}
+    yield from (stored for stored, identity in _cached(moments.cache) if identity.fingerprint in fingerprints)
     if out is None:
         return
     for site, moment in moments.uncached.items():
@@ -153,10 +142,10 @@ def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Itera
         yield Stored(site.module, len(moment), identity.tokens, identity.corpus, identity.dtype, size, out)
 
 
-def _kept(folder: Path) -> Iterator[tuple[Stored, Identity]]:
+def _cached(folder: Path) -> Iterator[tuple[Stored, Identity]]:
     """Yield what lies in the cache, by module; a file that cannot be read is not ours to complain about."""
-    found = [item for path in folder.glob("*.safetensors") if (item := _read(path)) is not None]
-    yield from sorted(found, key=lambda item: (item[1].tokenizer, item[1].corpus, natural(item[0].module)))
+    items = [item for path in folder.glob("*.safetensors") if (item := _read(path)) is not None]
+    yield from sorted(items, key=lambda item: (item[1].tokenizer, item[1].corpus, natural(item[0].module)))
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -64,8 +64,8 @@ def joined(
 
     ``divided`` is :attr:`Team.divided`.
 
-    An error inside ends the other processes too, and only rank 0's is left to be told. Raises :class:`RankError` when
-    the processes do not find each other and :class:`ModelError` when one has no device of its own.
+    An error inside ends the other processes too, and only rank 0 reports it. Raises :class:`RankError` when
+    the processes do not find each other and :class:`ModelError` when one has no device for itself.
     """
     if launch.size == 1:
         yield Team()
@@ -90,7 +90,7 @@ def backends(place: torch.device) -> str:
 
 
 def _own_device(launch: Launch, device: str, device_map: str | None) -> torch.device:
-    """Return this rank's own device and make it the current one."""
+    """Return the device of this rank and make it the current one."""
     place = choose_device(device)
     if launch.local_size > 1 and device_map:
         raise ModelError(
@@ -116,6 +116,6 @@ def _reached(sentence: str = _LOST) -> Iterator[None]:
     """Turn a peer that cannot be reached into one sentence."""
     try:
         yield
-    # Torch raises RuntimeError, of which its own kinds of errors are subclasses, for a peer that is gone or too slow.
+    # Torch raises RuntimeError, or a subclass, for a peer that is gone or too slow.
     except RuntimeError as error:
         raise RankError(sentence) from error

@@ -1,4 +1,4 @@
-"""What a launcher (``torchrun``, ``accelerate launch``) tells each of its processes. Never imports torch."""
+"""Read the variables that a launcher (``torchrun``, ``accelerate launch``) sets in each process, without torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Launch:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Launch:
-        """Read the launcher's variables; a process that nobody launched is alone. Raises :class:`OptionError`."""
+        """Read the launcher's variables; a process that was not launched is alone. Raises :class:`OptionError`."""
         timeout = _number(environment, TIMEOUT_VARIABLE, DEFAULT_TIMEOUT)
         if timeout <= 0:
             raise OptionError(f"{TIMEOUT_VARIABLE} must be a number of seconds above 0")

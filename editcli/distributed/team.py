@@ -1,4 +1,4 @@
-"""The processes of a run as the rest of the library sees them. Never imports torch at import time.
+"""The processes of a run as the rest of the library sees them.
 
 Every method of :class:`Team` that sends something is called by all ranks in the same order. Each call begins with an
 exchange of short texts that say where a rank is and whether it failed, so a rank that fails ends the others' waiting,
@@ -15,16 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
+from torch import Tensor
 
 from editcli.errors import EditError, RankError, StateError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 def balanced(costs: Sequence[float], size: int) -> list[list[int]]:
@@ -121,8 +118,8 @@ class Team:
 
     def lead_model(self, what: str, action: Callable[[], Any]) -> Any:
         """Do as :meth:`lead` does with something that runs the model: with a model held together, all run it."""
-        found = action() if self.leads or not self.divided else None
-        return self.exchange(what, found)[0]
+        value = action() if self.leads or not self.divided else None
+        return self.exchange(what, value)[0]
 
     def any(self, what: str, flag: bool) -> bool:
         """Tell whether ``flag`` is set on any rank."""
@@ -140,12 +137,10 @@ class Team:
         return self._gathered(what, tensors) if self.parts > 1 else [tuple(tensors)]
 
     def _gathered(self, what: str, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        import torch
-
         kinds = self.exchange(what, [(str(t.dtype), list(t.shape), t.device.type == "cpu") for t in tensors])
         if self.size == 1:
             return [tuple(tensors)]
-        found: list[tuple[Tensor, ...]] = []
+        gathered: list[tuple[Tensor, ...]] = []
         for rank, kind in enumerate(kinds):
             parts = []
             for place, (dtype, shape, on_cpu) in enumerate(kind):
@@ -153,16 +148,16 @@ class Team:
                 if rank == self.rank:
                     parts.append(tensors[place].detach().to(device).contiguous())
                 else:
-                    kept = getattr(torch, dtype.removeprefix("torch."))
-                    parts.append(torch.empty(shape, dtype=kept, device=device))
-            found.append(tuple(parts))
-        if sum(part.nbytes for parts in found for part in parts) > _LARGE:
+                    element = getattr(torch, dtype.removeprefix("torch."))
+                    parts.append(torch.empty(shape, dtype=element, device=device))
+            gathered.append(tuple(parts))
+        if sum(part.nbytes for parts in gathered for part in parts) > _LARGE:
             # A rank without the room for them can say so here, but no longer once the others send.
             self.exchange(f"room for {what}")
-        for rank, parts in enumerate(found):
+        for rank, parts in enumerate(gathered):
             for part in parts:
                 self.link.broadcast(part, rank)
-        return found
+        return gathered
 
     def lead_tensors(self, what: str, action: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...]:
         """Have rank 0 alone make tensors; return them, or none, on every rank."""
@@ -173,17 +168,15 @@ class Team:
     ) -> tuple[Tensor, ...]:
         """Do ``work`` on all items, each rank on its share; return its tensors, one row per item, on every rank.
 
-        ``work`` takes the numbers of items and returns tensors with a row for each. What it gives for an item must not
-        depend on which other items it is given.
+        ``work`` takes the numbers of items and returns tensors with a row for each. The results for an item must not
+        depend on the other items.
         """
-        import torch
-
         shares = balanced(costs, self.parts)
-        own = shares[self.part]
-        found = tuple(work(own)) if own or not costs else ()
+        items = shares[self.part]
+        results = tuple(work(items)) if items or not costs else ()
         if self.parts == 1:
-            return found
-        parts = [part for part in self.gather(what, found) if part]
+            return results
+        parts = [part for part in self.gather(what, results) if part]
         back = torch.argsort(torch.tensor([item for share in shares for item in share]))
         return tuple(torch.cat(column)[back.to(column[0].device)] for column in zip(*parts, strict=True))
 
@@ -199,7 +192,7 @@ class Team:
         try:
             yield
         except RankError as error:
-            # Whoever failed has told everybody already.
+            # The rank that failed has told the others already.
             raise RankError(str(error), told=not self.leads) from error
         except EditError as error:
             self._tell(str(error))
@@ -212,7 +205,7 @@ class Team:
             raise
 
     def _tell(self, sentence: str) -> None:
-        # What the others answer, or that they are gone, matters less than the failure that is being told.
+        # The failure matters more than the answers of the others, or that they are gone.
         with suppress(RankError):
             self._checked("", {"what": "", "failed": sentence})
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from editcli.editing import gradients, targets
 from editcli.editing.activations import Activations, Hook
 from editcli.editing.sinks import begins, first_is_sink
-from editcli.errors import StatisticsError
+from editcli.errors import StateError, StatisticsError
 from editcli.models.generate import continue_rows
 from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of, read_weight, replace_weight
@@ -46,9 +46,13 @@ class PilotSource:
 
     requests: tuple[EditRequest, ...]
     origin: str
+    lost: str | None = None
+    """Why the edits cannot be read any more; None where they can."""
 
     def first(self, count: int) -> Sequence[EditRequest]:
-        """Return up to ``count`` of the edits."""
+        """Return up to ``count`` of the edits; raise :class:`StateError` where they are lost."""
+        if self.lost is not None:
+            raise StateError(self.lost)
         return self.requests[:count]
 
 

@@ -33,7 +33,7 @@ class TeamSession(ModelSession):
     ):
         self.team = team
         if prefixes is None:
-            # Sampled text hangs on the last digits of the model's output, so one rank's is everybody's.
+            # Sampling is not bit-reproducible across ranks, so rank 0 samples the prefixes for all.
             made = options or TargetOptions()
             prefixes = team.lead_model(
                 "prefixes", lambda: generate_prefixes(loaded, made, seed=seed, reporter=others.get("reporter"))
@@ -44,12 +44,12 @@ class TeamSession(ModelSession):
     def values(self, requests: Sequence[EditRequest], *, prefixed: bool = True) -> Values:
         """Optimise the targets of this rank's share and return those of all."""
 
-        def work(own: Sequence[int]) -> tuple[Tensor, ...]:
-            found = super(TeamSession, self).values([requests[item] for item in own], prefixed=prefixed)
-            assert found.reached is not None
-            assert found.clamped is not None
-            flags = torch.stack([found.reached, found.clamped], dim=1).to(found.loss)
-            return found.target.T, found.initial.T, found.written.T, found.loss, flags
+        def work(share: Sequence[int]) -> tuple[Tensor, ...]:
+            values = super(TeamSession, self).values([requests[item] for item in share], prefixed=prefixed)
+            assert values.reached is not None
+            assert values.clamped is not None
+            flags = torch.stack([values.reached, values.clamped], dim=1).to(values.loss)
+            return values.target.T, values.initial.T, values.written.T, values.loss, flags
 
         costs = self._weigh_targets(requests, len(self.prefixes) + 1 if prefixed else 1)
         target, initial, written, loss, flags = self.team.spread("targets", costs, work)
@@ -59,8 +59,8 @@ class TeamSession(ModelSession):
     def keys(self, requests: Sequence[EditRequest], site: Site) -> Tensor:
         """Read the keys of this rank's share and return those of all, (d_in, n)."""
 
-        def work(own: Sequence[int]) -> tuple[Tensor]:
-            return (super(TeamSession, self).keys([requests[item] for item in own], site).T,)
+        def work(share: Sequence[int]) -> tuple[Tensor]:
+            return (super(TeamSession, self).keys([requests[item] for item in share], site).T,)
 
         (rows,) = self.team.spread("keys", self._weigh(requests), work)
         return rows.T.contiguous()
@@ -68,9 +68,9 @@ class TeamSession(ModelSession):
     def residual(self, requests: Sequence[EditRequest], site: Site, values: Values) -> Tensor:
         """Measure the residuals of this rank's share and return those of all, (d_out, n)."""
 
-        def work(own: Sequence[int]) -> tuple[Tensor]:
-            some = self._some(values, own)
-            return (super(TeamSession, self).residual([requests[item] for item in own], site, some).T,)
+        def work(share: Sequence[int]) -> tuple[Tensor]:
+            some = self._some(values, share)
+            return (super(TeamSession, self).residual([requests[item] for item in share], site, some).T,)
 
         (rows,) = self.team.spread("residuals", self._weigh(requests), work)
         return rows.T.to(self.weight(site).device)
@@ -83,17 +83,17 @@ class TeamSession(ModelSession):
         trial: Mapping[Site, Tensor] | None = None,
     ) -> Gradients:
         """Run one forward and backward pass of this rank's share and return what all ranks saw."""
-        own = self.team.share(self._weigh(requests))
+        share = self.team.share(self._weigh(requests))
         if self.team.parts == 1 or not requests:
             return super().gradients(requests, positions=positions, trial=trial)
         tensors: list[Tensor] = []
-        if own:
-            found = super().gradients([requests[item] for item in own], positions=positions, trial=trial)
-            numbers = torch.tensor(own)
-            tensors = [numbers, found.loss]
+        if share:
+            measured = super().gradients([requests[item] for item in share], positions=positions, trial=trial)
+            numbers = torch.tensor(share)
+            tensors = [numbers, measured.loss]
             for site in self.sites:
-                seen = found.sites[site]
-                tensors += [seen.inputs.T, seen.gradients.T, numbers.to(seen.owner.device)[seen.owner]]
+                part = measured.sites[site]
+                tensors += [part.inputs.T, part.gradients.T, numbers.to(part.owner.device)[part.owner]]
         parts = [part for part in self.team.gather("gradients", tensors) if part]
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         order = torch.argsort(columns[0]).to(columns[1].device)
@@ -114,16 +114,16 @@ class TeamSession(ModelSession):
         key, identity = self._calibration(name, parts)
 
         def read() -> tuple[Tensor, ...]:
-            found = self._files.read(key)
-            return () if found is None else (found["calibration"],)
+            cached = self._files.read(key)
+            return () if cached is None else (cached["calibration"],)
 
-        kept = self.team.lead_tensors("calibrations", read)
-        if kept:
-            return kept[0]
+        calibration = self.team.lead_tensors("calibrations", read)
+        if calibration:
+            return calibration[0]
         return self._measured(key, identity, measure) if self.team.leads else measure()
 
     def _weigh_targets(self, requests: Sequence[EditRequest], contexts: int) -> list[int]:
-        """Return what each edit's target costs in so many contexts."""
+        """Return the cost of each edit's target in ``contexts`` contexts."""
         if self.team.parts == 1:
             return [1] * len(requests)
         return target_costs(self.loaded, requests, contexts, self.layers[-1], self.options)
@@ -142,11 +142,11 @@ class TeamSession(ModelSession):
             self._costs = (tuple(requests), costs)
         return costs
 
-    def _some(self, values: Values, own: Sequence[int]) -> Values:
+    def _some(self, values: Values, share: Sequence[int]) -> Values:
         """Return the values of some edits; a batch that is all this rank's stays as it is."""
-        if len(own) == len(values.loss):
+        if len(share) == len(values.loss):
             return values
-        at = torch.tensor(own)
+        at = torch.tensor(share)
 
         def part(tensor: Tensor) -> Tensor:
             return tensor[..., at.to(tensor.device)]

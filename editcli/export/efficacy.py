@@ -15,7 +15,7 @@ from editcli.export.record import recipe_of
 from editcli.export.report import Measured
 from editcli.export.source import Edited
 from editcli.models.architectures import Family
-from editcli.models.loading import LoadedModel, open_model
+from editcli.models.loading import LoadedModel, Loading, open_model
 from editcli.models.offload import device_of, replace_weight
 from editcli.reporting import Reporter
 from editcli.requests.schema import EditRequest
@@ -34,15 +34,8 @@ def measure_adapter(
         replace(request, paraphrase_prompts=(), neighborhood_prompts=(), generation_prompts=())
         for request in sample(requests, recipe.sample, seed=recipe.seed)
     ]
-    loaded = open_model(
-        edited.source,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        families=families,
-        chat_template=recipe_of(edited.run.record).chat,
-        trust_remote_code=recipe.trust_remote_code,
-    )
+    loading = replace(Loading.of(recipe), chat_template=recipe_of(edited.run.record).chat)
+    loaded = open_model(edited.source, loading, families=families)
     put_on(loaded, adapter)
     found = evaluate(loaded, asked, metrics=("counterfact",), reporter=reporter)
     recorded = edited.run.record.efficacy

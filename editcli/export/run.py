@@ -22,7 +22,7 @@ from editcli.models.loading import choose_device, refuse_unopenable, resolve_mod
 from editcli.plugin.manager import Plugins
 from editcli.records.record import STOPPED
 from editcli.reporting import Reporter, Silent
-from editcli.runs.apply import writing
+from editcli.runs.context import writing
 from editcli.runs.output import needed_bytes, verify, write_model
 from editcli.runs.planning import check_disk
 from editcli.storage.checkpoint import Checkpoint

@@ -25,6 +25,7 @@ from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.chat_settings import ChatSettings
 from editcli.models.fit import (
     COMPUTED,
+    Fit,
     examine,
     fit_of,
     is_ordinary,
@@ -82,11 +83,13 @@ class LoadedModel:
     tokens: Tokens
     architecture: Architecture
     source: ModelSource
+    weights: Checkpoint | None = None
+    """The unedited weights of a model that was not read from the files of its source."""
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The files that the model was loaded from."""
-        return self.source.checkpoint
+        """The unedited weights: the files that the model was loaded from, unless ``weights`` stand for them."""
+        return self.weights or self.source.checkpoint
 
     @cached_property
     def input_device(self) -> torch.device:
@@ -97,6 +100,23 @@ class LoadedModel:
     def supports_kv_cache(self) -> bool:
         """Whether the model can continue from keys and values of earlier tokens; tried once."""
         return supports_kv_cache(self.model, self.input_device)
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is loaded."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: Any = None
+    chat_template: bool | ChatSettings = False
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, recipe: Any) -> Loading:
+        """Return what the fields of a recipe say; ``chat`` is its chat template, for a recipe that has one."""
+        chat = getattr(recipe, "chat", False)
+        return cls(recipe.device, recipe.dtype, recipe.device_map, chat, recipe.trust_remote_code)
 
 
 def bundled_folder() -> Path:
@@ -153,6 +173,7 @@ def first_model(places: Iterable[str], *, code: bool = False) -> ModelSource | N
 
 def open_model(
     source: ModelSource,
+    loading: Loading | None = None,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -165,36 +186,21 @@ def open_model(
 ) -> LoadedModel:
     """Load model and tokenizer from a local folder; raise :class:`ModelError` with one sentence when that fails.
 
-    A checkpoint that lacks what the model needs, or holds numbers that are not finite, is refused; what else is strange
-    about it is told to ``reporter``. With ``split`` the model is spread over all processes of torch's process group, by
-    its family's own plan.
+    ``loading`` stands for ``device``, ``dtype``, ``device_map``, ``chat_template`` and ``trust_remote_code``. A
+    checkpoint that lacks what the model needs, or holds numbers that are not finite, is refused; ``reporter`` warns of
+    anything else that is strange about it. With ``split`` the model is spread over all processes of torch's process
+    group, by its family's own plan.
     """
-    checkpoint = source.checkpoint
+    loading = loading or Loading(device, dtype, device_map, chat_template, trust_remote_code)
+    checkpoint, trusted = source.checkpoint, loading.trust_remote_code
     checkpoint.entries  # noqa: B018 - damaged or pickled weights are refused before anything is built.
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    tokens = load_tokens(source, config, chat_template=chat_template, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trusted)
+    tokens = load_tokens(source, config, chat_template=loading.chat_template, trust_remote_code=trusted)
     if not is_ordinary(checkpoint):
         # What the loaded model says of such a checkpoint depends on the version of transformers.
-        bare = skeleton(config, trust_remote_code)
+        bare = skeleton(config, trusted)
         refuse_misfit(examine(checkpoint, bare), checkpoint, bare)
-    place = choose_device(device)
-    if device_map and importlib.util.find_spec("accelerate") is None:
-        raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
-    options = {"device_map": device_map} if device_map else _straight_to(place)
-    options = loading_options(config) if split else options
-    with _in_one_sentence(source, place), quiet():
-        model, info = _from_pretrained(
-            source.folder,
-            config=config,
-            dtype=choose_dtype(dtype, config, place),
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
-        fit = fit_of(info, model)
-        refuse_misfit(fit, checkpoint, model)
-        if not options:
-            model = model.to(place)
-        _own(model)
+    model, fit = _read_weights(source, checkpoint, config, loading, split=split)
     model.eval().requires_grad_(False)
     refuse_nonfinite(model, checkpoint)
     for text in remarks(fit, checkpoint):
@@ -202,17 +208,44 @@ def open_model(
     return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
 
 
-def _from_pretrained(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the model that transformers loads from a folder, and what it reports of the names of its tensors."""
+def describe_model(source: ModelSource, loading: Loading, families: Sequence[Family] = ()) -> LoadedModel:
+    """Return a model without its weights: tokenizer, names and shapes, on the meta device."""
+    trusted = loading.trust_remote_code
+    config = load_config(source, trust_remote_code=trusted)
+    tokens = load_tokens(source, config, chat_template=loading.chat_template, trust_remote_code=trusted)
+    model = skeleton(config, trusted)
+    return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
+
+
+def _read_weights(
+    source: ModelSource, checkpoint: Checkpoint, config: Any, loading: Loading, *, split: bool
+) -> tuple[Any, Fit]:
+    """Return the model on its device, and how its checkpoint fits it."""
+    place = choose_device(loading.device)
+    if loading.device_map and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
+    options = {"device_map": loading.device_map} if loading.device_map else _straight_to(place)
+    options = loading_options(config) if split else options
     model_class: Any = transformers.AutoModelForCausalLM
-    return model_class.from_pretrained(
-        folder,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
-    )
+    with _in_one_sentence(source, place), quiet():
+        model, info = model_class.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=choose_dtype(loading.dtype, config, place),
+            trust_remote_code=loading.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            # The names of its tensors that the model and the checkpoint do not share.
+            output_loading_info=True,
+            **options,
+        )
+        fit = fit_of(info, model)
+        refuse_misfit(fit, checkpoint, model)
+        if not options:
+            model = model.to(place)
+        _own(model)
+    return model, fit
 
 
 @contextmanager

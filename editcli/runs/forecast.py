@@ -1,25 +1,33 @@
-"""What a run will hold in memory, known before any weight is loaded, and refused when it is certain not to fit.
+"""Predict the memory and the time that a run takes.
 
-Certain is only what is there all the time: the weights, the float32 masters of the edited matrices, and the (d_in,
-d_in) matrix that an inverse-Gram editor keeps for each of them. Everything else comes and goes or depends on
-micro-batches that shrink when memory is short, so it is estimated, shown, and at most warned about.
+Memory is known before any weight is loaded, and a run that is certain not to fit is refused. Certain is only what is
+there all the time: the weights, the float32 masters of the edited matrices, and the (d_in, d_in) matrix that an
+inverse-Gram editor keeps for each of them. Everything else comes and goes or depends on micro-batches that shrink when
+memory is short, so it is estimated, shown, and at most warned about. Time is measured on a few edits, and a long run is
+announced with the settings that shorten it most.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from editcli.editing import targets
+from editcli.editing.targets import target_costs
 from editcli.errors import ModelError
-from editcli.formatting import size
+from editcli.formatting import duration, plural, size
 from editcli.linalg.precision import working_dtype
 from editcli.models.loading import LoadedModel, choose_device, choose_dtype
 from editcli.models.memory import free_bytes
 from editcli.plugin.editors import InverseGramEditor
-from editcli.reporting import Reporter
+from editcli.reporting import Reporter, Silent
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
 from editcli.storage.checkpoint import Checkpoint, torch_dtype
 
 if TYPE_CHECKING:
@@ -30,6 +38,13 @@ UNCHECKED = "EDITCLI_UNCHECKED_MEMORY"
 
 _SINGLE, _DOUBLE = 4, 8
 
+LONG = 600.0
+"""Seconds from which on a run is announced as a long one."""
+SLOW = 5e9
+"""Multiplications a second that any CPU does: what is short at this speed needs no measurement."""
+SAMPLE, SAMPLE_STEPS = 8, 2
+"""Edits and steps that are timed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -39,7 +54,7 @@ class Footprint:
     weights: int
     masters: int
     inverse_gram: int
-    """What the editor keeps per site for its solves."""
+    """The matrices that the editor solves with, one per site."""
     statistics: int
     """Second moments while components are prepared; an estimate."""
     activations: int
@@ -51,12 +66,12 @@ class Footprint:
 
     @property
     def needed(self) -> int:
-        """What is certain to be held at the same time."""
+        """Bytes that are certain to be held at the same time."""
         return self.weights + self.masters + self.inverse_gram
 
     @property
     def expected(self) -> int:
-        """What is held at the worst moment, estimates included."""
+        """Bytes held at the worst moment, estimates included."""
         return self.needed + self.state + max(self.statistics, self.activations)
 
     @property
@@ -96,16 +111,16 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
     dtype = choose_dtype(recipe.dtype, planned.config, device)
     inner = [columns for _, columns in planned.shapes]
     spread = recipe.device_map is not None or recipe.parallel == "tensor"
-    # What lives on a device of its own does not take this one's memory.
+    # Masters and solves on another device take none of this one's memory.
     here = recipe.solve_device is None or choose_device(recipe.solve_device) == device
     solves = isinstance(planned.editor, InverseGramEditor) and here
-    own = working_dtype(device).itemsize if solves else 0
+    itemsize = working_dtype(device).itemsize if solves else 0
     entries = [base.checkpoint.entries[base.checkpoint.tensor_for(f"{site.module}.weight")] for site in planned.sites]
     return Footprint(
         device="several devices" if spread else str(device),
         weights=_parameters(base) * dtype.itemsize,
         masters=planned.state_bytes if here else 0,
-        inverse_gram=sum(own * columns**2 for columns in inner),
+        inverse_gram=sum(itemsize * columns**2 for columns in inner),
         statistics=sum(_DOUBLE * columns**2 for columns in inner) if solves else 0,
         activations=_activations(planned, base, dtype.itemsize) if planned.editor.needs_values else 0,
         state=sum(torch.Size(entry.shape).numel() * torch_dtype(entry).itemsize for entry in entries) if here else 0,
@@ -115,22 +130,23 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
 
 def check_memory(planned: Planned, base: LoadedModel, reporter: Reporter) -> Footprint:
     """Return what a run will hold; raise :class:`ModelError` when it cannot fit, warn when it may not."""
-    found = footprint(planned, base)
-    if found.free is None or found.fits:
-        return found
-    if found.needed <= found.free:
+    forecast = footprint(planned, base)
+    if forecast.free is None or forecast.fits:
+        return forecast
+    if forecast.needed <= forecast.free:
         what = "use a smaller --dtype, fewer --layers or --device-map auto"
-        reporter.warn(f"this run may not fit the memory; {what} ({found.sentence()})")
-        return found
+        reporter.warn(f"this run may not fit the memory; {what} ({forecast.sentence()})")
+        return forecast
     sentence = (
         f"the model in {planned.source.name} cannot fit: weights, float32 masters of {len(planned.sites)} matrices and "
-        f"the editor's own take {size(found.needed)} on {found.device}, which has {size(found.free)} free; use a "
-        f"smaller --dtype, fewer --layers, another --device or --device-map auto ({UNCHECKED}=1 tries it all the same)"
+        f"the editor's own take {size(forecast.needed)} on {forecast.device}, which has {size(forecast.free)} free; "
+        "use a smaller --dtype, fewer --layers, another --device or --device-map auto "
+        f"({UNCHECKED}=1 tries it all the same)"
     )
     if not os.environ.get(UNCHECKED):
         raise ModelError(sentence)
     reporter.warn(sentence)
-    return found
+    return forecast
 
 
 def _parameters(base: LoadedModel) -> int:
@@ -161,3 +177,64 @@ def _activations(planned: Planned, base: LoadedModel, itemsize: int) -> int:
     layers = base.architecture.layers - planned.layers[-1] - 1
     through = tokens * layers * (8 * outer + 3 * inner) * itemsize
     return int(through + 3 * _SINGLE * rows * config.vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """How long the targets of some edits will take at most, in seconds, and what would shorten them."""
+
+    seconds: float
+    remedies: tuple[tuple[str, float], ...]
+    """Up to two settings, written as on the command line, and the seconds with each of them; the shortest first."""
+
+
+def warn_of_long_work(
+    loaded: LoadedModel, planned: Planned, requests: Sequence[EditRequest], reporter: Reporter, *, parts: int = 1
+) -> None:
+    """Warn of targets that will keep a CPU busy for long, with the settings that help most."""
+    if loaded.input_device.type != "cpu" or not requests or not planned.editor.needs_values:
+        return
+    with reporter.phase("Measuring the speed of this machine", 1) as advance:
+        ahead = foresee(loaded, requests, planned.layers[-1], planned.targets, parts=parts)
+        advance(1)
+    if ahead is not None:
+        shorter = [f"up to {duration(seconds)} with -o {setting}" for setting, seconds in ahead.remedies]
+        what = f"the targets of {plural(len(requests), 'edit')} take up to {duration(ahead.seconds)} on this CPU"
+        reporter.warn("; ".join([what, *shorter]))
+
+
+def foresee(
+    loaded: LoadedModel, requests: Sequence[EditRequest], layer: int, options: TargetOptions, *, parts: int = 1
+) -> Foresight | None:
+    """Predict the time of optimising targets, shared by ``parts`` processes; None where it is short.
+
+    The work is that of :func:`editcli.editing.targets.target_costs`, in which every edit takes all steps, and the speed
+    is measured on a few edits and steps; so edits that stop early need less.
+    """
+
+    def work(chosen: TargetOptions, edits: Sequence[EditRequest], contexts: int) -> int:
+        return sum(target_costs(loaded, edits, contexts, layer, chosen))
+
+    whole = work(options, requests, options.prefixes + 1) / parts
+    if whole / SLOW < LONG:
+        return None
+    brief, sample = replace(options, steps=SAMPLE_STEPS, stop_loss=0.0, stop="loss"), requests[:SAMPLE]
+    started = time.perf_counter()
+    targets.optimise(loaded, sample, (), layer, brief, Silent())
+    speed = work(brief, sample, 1) / (time.perf_counter() - started)
+    if whole / speed < LONG:
+        return None
+    changed = ((f"targets.{name}={value}", replace(options, **{name: value})) for name, value in _choices(options))
+    remedies = [(text, work(other, requests, other.prefixes + 1) / parts / speed) for text, other in changed]
+    shortest = sorted(remedies, key=lambda remedy: remedy[1])[:2]
+    return Foresight(whole / speed, tuple(remedy for remedy in shortest if remedy[1] < 0.9 * whole / speed))
+
+
+def _choices(options: TargetOptions) -> Iterator[tuple[str, int | bool]]:
+    """Yield settings that make targets cheaper and still give usable ones."""
+    if options.prefixes > 1:
+        yield "prefixes", 1
+    if options.steps > 10:
+        yield "steps", max(10, options.steps // 2)
+    if not options.cached:
+        yield "cached", True

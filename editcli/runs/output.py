@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from editcli.errors import ModelError
+from editcli.models.loading import refuse_unopenable
 from editcli.plugin.interfaces import Site
+from editcli.reporting import Reporter, Silent
 from editcli.storage.beside import TEMPLATES
 from editcli.storage.checkpoint import CHUNK, Checkpoint, TensorEntry, file_digest, read_raw_header
 from editcli.storage.choice import is_weights
@@ -41,7 +43,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What reopening the written folder showed."""
+    """The planned tensors that differ from the base in the written folder, and those that do not."""
 
     changed: tuple[str, ...]
     unchanged: tuple[str, ...]
@@ -53,17 +55,17 @@ def side_files(folder: Path) -> list[Path]:
 
     Raises :class:`ModelError` for a link out of the folder: what it leads to would be copied, and perhaps published.
     """
-    found = [
+    files = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file() and not is_weights(path) and path.name != CARD and not path.name.startswith(".")
     ]
-    found += sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
-    for path in found:
+    files += sorted(path for path in (folder / TEMPLATES).glob("*.jinja") if path.is_file())
+    for path in files:
         if not is_own(path, folder):
             raise ModelError(f"{path} is a link to {path.resolve()}; if that belongs to the model, copy it there")
         check(path, BESIDE, folder=folder)
-    return found
+    return files
 
 
 def needed_bytes(base: Checkpoint) -> int:
@@ -83,10 +85,30 @@ def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> N
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, target)
     for name in base.files:
-        own = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
-        _write_shard(base, name, out / name, own)
+        edited = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
+        _write_shard(base, name, out / name, edited)
     if base.choice.index is not None:
         _write_index(base, base.choice.index, out)
+
+
+def write_verified(
+    base: Checkpoint,
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    idle: bool = False,
+    trust_remote_code: bool = False,
+    reporter: Reporter | None = None,
+) -> Verified:
+    """Write a model as :func:`write_model` does, then check its bytes and that transformers opens it."""
+    with (reporter or Silent()).phase("Saving", 3, "steps") as advance:
+        write_model(base, out, tensors)
+        advance(1)
+        verified = verify(Checkpoint(base.folder), out, tensors, idle=idle)
+        advance(1)
+        refuse_unopenable(out, trust_remote_code=trust_remote_code)
+        advance(1)
+    return verified
 
 
 def remove_old(folder: RunFolder) -> None:
@@ -168,9 +190,9 @@ def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str
     spare = any(entry.file == name for entry in base.superseded)
     if spare or any(tensor.dtype != base.dtype(key) for key, tensor in tensors.items()):
         here = {key: entry for key, entry in base.entries.items() if entry.file == name and key not in tensors}
-        kept = {key: StoredTensor(source, entry) for key, entry in here.items()}
+        copied = {key: StoredTensor(source, entry) for key, entry in here.items()}
         metadata = read_raw_header(source)[0].get("__metadata__", {"format": "pt"})
-        write_safetensors(target, {**kept, **tensors}, metadata)
+        write_safetensors(target, {**copied, **tensors}, metadata)
         return
     with atomic(target) as file:
         copy_into(file, source)

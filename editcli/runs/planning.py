@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from editcli.editing.session import PilotSource
+from editcli.distributed.team import Team
+from editcli.editing.session import ModelSession, PilotSource
 from editcli.errors import OptionError, RequestError, StateError
 from editcli.evaluation.admission import Gate, thinking_warning, without_subject
 from editcli.formatting import size
-from editcli.models.architectures import Architecture, Family, resolve, skeleton
+from editcli.models.architectures import Architecture, Family
 from editcli.models.fit import check_fit
 from editcli.models.loading import (
     LoadedModel,
+    Loading,
     ModelSource,
     bundled_folder,
-    load_config,
-    load_tokens,
+    describe_model,
     open_model,
     resolve_model,
 )
@@ -34,13 +38,13 @@ from editcli.presets.record import Preset, Settings
 from editcli.records.edits import superseded
 from editcli.records.requirements import check_resumable
 from editcli.records.state import RunFolder
-from editcli.reporting import Rejection, Reporter
+from editcli.reporting import Rejection, Reporter, Silent
 from editcli.requests.reader import EditFile, conflicts, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.runs.forecast import Footprint, check_memory
 from editcli.runs.output import needed_bytes
-from editcli.runs.resuming import Made, made
+from editcli.runs.resuming import Made, made, recorded_recipe
 from editcli.settings.core import StatisticsOptions, TargetOptions
 from editcli.settings.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.settings.recipe import Recipe
@@ -49,6 +53,8 @@ from editcli.storage.checkpoint import Checkpoint
 DEFAULT_EDITOR = "rlsedit"
 DEFAULT_BATCH = 100
 MASTER_BYTES = 4
+TRIAL_EDITS = 16
+"""Edits whose targets a dry run optimises to estimate the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class Planned:
     editor: Editor
     stabilizers: tuple[Stabilizer, ...]
     gate: Gate
-    """What every edit has to hold."""
+    """The conditions on every edit."""
     targets: TargetOptions
     statistics: StatisticsOptions
     guards: tuple[Guard, ...]
@@ -80,7 +86,7 @@ class Planned:
     model_bytes: int = 0
     """Bytes of the edited copy on disk."""
     footprint: Footprint | None = None
-    """What the run will hold in memory; None for a model that is loaded already."""
+    """The memory that the run takes; None for a model that is loaded already."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -119,7 +125,7 @@ class Plan:
     """Estimated time for all targets, from one measured batch."""
     out: str
     memory: str = "not known"
-    """What will be held where, as one sentence."""
+    """The memory that the run takes, as one sentence."""
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
@@ -134,13 +140,12 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
 
     ``file`` stands for the edits where they come from elsewhere than a file; it may be empty.
     """
-    recipe.check(plugins)
     if recipe.resume:
         check_resumable(recipe.folder, plugins)
     file = file or read_requested(recipe, plugins)
     for warning in file.notes:
         reporter.warn(warning)
-    # What is wrong with the output or the model's configuration is said before its weights are fetched.
+    # An output or a configuration that cannot be used is refused before weights are fetched.
     source = located(recipe, weights=False)
     check_output(recipe, source)
     before = made(recipe, plugins)
@@ -152,6 +157,68 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     planned = replace(plan_on(base, recipe, plugins, file, before=before), model_bytes=needed_bytes(base.checkpoint))
     check_disk(recipe.folder, planned.model_bytes + 2 * planned.state_bytes)
     return replace(planned, footprint=check_memory(planned, base, reporter))
+
+
+def check_in_memory(
+    recipe: Recipe, plugins: Plugins, reporter: Reporter, file: EditFile, *, held: LoadedModel | None
+) -> Planned:
+    """Check as :func:`check` does where nothing is written; ``held`` is the model where it is loaded already."""
+    for warning in file.notes:
+        reporter.warn(warning)
+    base = held
+    if base is None:
+        base = described(recipe, located(recipe), plugins)
+        check_fit(base.checkpoint, base.model, reporter)
+    warn_of_thinking(base.tokens, reporter)
+    return plan_on(base, recipe, plugins, file)
+
+
+def tell_conflicts(planned: Planned, reporter: Reporter) -> None:
+    """Warn about edits that a later one contradicts."""
+    for warning in planned.conflicts:
+        reporter.warn(warning)
+
+
+def plan(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> Plan:
+    """Return what :func:`editcli.runs.apply.apply` would do; writes nothing and times one small batch."""
+    reporter = reporter or Silent()
+    planned = check(recipe, plugins, reporter)
+    tell_conflicts(planned, reporter)
+    seconds = _measured_seconds(planned, reporter) if planned.editor.needs_values else None
+    return Plan(
+        model=planned.source.name,
+        preset=planned.preset.name,
+        label=planned.preset.label,
+        editor=planned.editor.name,
+        stabilizers=tuple(part.name for part in planned.stabilizers),
+        edits=len(planned.requests),
+        rejected=planned.rejected,
+        batches=math.ceil(len(planned.requests) / planned.batch_size),
+        batch_size=planned.batch_size,
+        sites=tuple(
+            {"module": site.module, "layer": site.layer, "shape": list(shape)}
+            for site, shape in zip(planned.sites, planned.shapes, strict=True)
+        ),
+        tokens=planned.target_tokens,
+        bytes={
+            "model": planned.model_bytes,
+            "disk": planned.model_bytes + planned.state_bytes,
+            **(planned.footprint.to_json() if planned.footprint else {}),
+        },
+        seconds=seconds,
+        out=str(recipe.folder),
+        memory=planned.footprint.sentence() if planned.footprint else "not known",
+        warnings=(*planned.file.notes, *planned.conflicts),
+    )
+
+
+def _measured_seconds(planned: Planned, reporter: Reporter) -> float:
+    loaded = open_planned(planned)
+    session = ModelSession(loaded, planned.layers, options=planned.targets, reporter=reporter, seed=planned.recipe.seed)
+    sample = planned.requests[:TRIAL_EDITS]
+    started = time.perf_counter()
+    session.values(sample)
+    return (time.perf_counter() - started) * len(planned.requests) / len(sample)
 
 
 def located(recipe: Recipe, *, weights: bool = True) -> ModelSource:
@@ -173,12 +240,8 @@ def read_requested(recipe: Recipe, plugins: Plugins) -> EditFile:
 
 
 def described(recipe: Recipe, source: ModelSource, plugins: Plugins) -> LoadedModel:
-    """Return the model of a recipe without its weights: tokenizer, names and shapes, on the meta device."""
-    trusted = recipe.trust_remote_code
-    config = load_config(source, trust_remote_code=trusted)
-    tokens = load_tokens(source, config, chat_template=recipe.chat, trust_remote_code=trusted)
-    model = skeleton(config, trusted)
-    return LoadedModel(model, tokens.of_model(model), resolve(model, plugins.families()), source)
+    """Return the model of a recipe without its weights."""
+    return describe_model(source, Loading.of(recipe), plugins.families())
 
 
 def plan_on(
@@ -186,19 +249,15 @@ def plan_on(
 ) -> Planned:
     """Plan a run on a model that may be loaded already; looks at no folder to write to.
 
-    ``before`` is how the run was made that goes on; it stands for what ``recipe`` leaves open.
+    ``before`` is how a resumed run was made; it decides where ``recipe`` leaves a choice open.
     """
     guards = parse_guards(recipe.stop_if)
     skip = recipe.on_error == "skip"
     architecture = base.architecture
-    preset = load_preset(base.model.config, architecture, recipe.preset)
-    preset = before.within(preset, given=recipe.preset is not None) if before else preset
-    name = recipe.editor or preset.editor or DEFAULT_EDITOR
-    settings = settings_for(name, preset, recipe.settings, plugins)
+    preset, name, settings = _method(recipe, base, plugins, before)
     editor = component(plugins, "editor", name, settings)
     sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor)
-    targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
-    gate = gate_for(base.tokens, type(editor), targets, plugins, measured=recipe.evaluate)
+    gate = _gate(recipe, base, name, settings, plugins)
     requests, rejected, total = usable(file, gate, skip_bad=skip)
     check_guards(guards, requests, measured=recipe.evaluate)
     return Planned(
@@ -216,7 +275,7 @@ def plan_on(
         editor=editor,
         stabilizers=tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers),
         gate=gate,
-        targets=targets,
+        targets=gate.targets,
         statistics=build(StatisticsOptions, settings.get("statistics", {}), owner="statistics"),
         guards=guards,
         batch_size=recipe.batch_size or (1 if editor.single_site else DEFAULT_BATCH),
@@ -226,23 +285,14 @@ def plan_on(
 
 def open_planned(planned: Planned) -> LoadedModel:
     """Load the model of a plan."""
-    recipe = planned.recipe
-    return open_model(
-        planned.source,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        families=planned.families,
-        chat_template=recipe.chat,
-        trust_remote_code=recipe.trust_remote_code,
-        split=recipe.parallel == "tensor",
-    )
+    split = planned.recipe.parallel == "tensor"
+    return open_model(planned.source, Loading.of(planned.recipe), families=planned.families, split=split)
 
 
-def settings_for(editor: str, preset: Preset, own: Settings, plugins: Plugins) -> dict[str, dict[str, Any]]:
-    """Merge what the editor's paper asks of other components, the preset and the user's own settings, weakest first."""
+def settings_for(editor: str, preset: Preset, user: Settings, plugins: Plugins) -> dict[str, dict[str, Any]]:
+    """Merge the settings that the editor suggests for other components, the preset's and the user's, weakest first."""
     kind = cast("type[Editor]", plugins.find("editor", editor).component)
-    return merge(kind.suggests, preset.settings, own)
+    return merge(kind.suggests, preset.settings, user)
 
 
 def check_guards(guards: Sequence[Guard], requests: Sequence[EditRequest], *, measured: bool) -> None:
@@ -256,15 +306,15 @@ def check_guards(guards: Sequence[Guard], requests: Sequence[EditRequest], *, me
 
 def component(plugins: Plugins, kind: str, name: str, settings: Any) -> Any:
     """Build an editor or stabilizer with its options."""
-    found = plugins.find(kind, name).component
-    return found(build(found.Options, settings.get(name, {}), owner=name))
+    kind_class = plugins.find(kind, name).component
+    return kind_class(build(kind_class.Options, settings.get(name, {}), owner=name))
 
 
 def diagnostics(recipe: Recipe, plugins: Plugins) -> tuple[Diagnostic, ...]:
     """Build every installed diagnostic; ``--diagnose-every`` is the ``every`` of those that have such an option."""
     settings = dict(recipe.settings)
-    for name, found in plugins.all("diagnostic").items():
-        asked = {field.name for field in dataclasses.fields(found.component.Options)}
+    for name, registered in plugins.all("diagnostic").items():
+        asked = {field.name for field in dataclasses.fields(registered.component.Options)}
         if recipe.diagnose_every is not None and "every" in asked:
             settings[name] = {"every": recipe.diagnose_every, **settings.get(name, {})}
     return tuple(component(plugins, "diagnostic", name, settings) for name in plugins.all("diagnostic"))
@@ -289,18 +339,25 @@ def choose_sites(
 
 def gate_of(recipe: Recipe, base: LoadedModel, plugins: Plugins) -> Gate:
     """Return what decides whether an edit can be used in a run of ``recipe``; reads no weights."""
+    _, name, settings = _method(recipe, base, plugins)
+    return _gate(recipe, base, name, settings, plugins)
+
+
+def _method(
+    recipe: Recipe, base: LoadedModel, plugins: Plugins, before: Made | None = None
+) -> tuple[Preset, str, dict[str, dict[str, Any]]]:
+    """Return the preset, the editor's name and the settings of all components."""
     preset = load_preset(base.model.config, base.architecture, recipe.preset)
+    preset = before.within(preset, given=recipe.preset is not None) if before else preset
     name = recipe.editor or preset.editor or DEFAULT_EDITOR
-    settings = settings_for(name, preset, recipe.settings, plugins)
+    return preset, name, settings_for(name, preset, recipe.settings, plugins)
+
+
+def _gate(recipe: Recipe, base: LoadedModel, name: str, settings: Mapping[str, Any], plugins: Plugins) -> Gate:
     editor = cast("type[Editor]", plugins.find("editor", name).component)
     targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
-    return gate_for(base.tokens, editor, targets, plugins, measured=recipe.evaluate)
-
-
-def gate_for(tokens: Tokens, editor: type[Editor], targets: TargetOptions, plugins: Plugins, *, measured: bool) -> Gate:
-    """Return what decides whether an edit can be used with an editor."""
     others = without_subject(cast("type[Editor]", one.component) for one in plugins.all("editor").values())
-    return Gate(tokens, editor, targets, others, measured)
+    return Gate(base.tokens, editor, targets, others, recipe.evaluate)
 
 
 def usable(file: EditFile, gate: Gate, *, skip_bad: bool) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:
@@ -364,6 +421,29 @@ def check_disk(out: Path, needed: int) -> None:
         raise StateError(f"{out} needs about {size(needed)}, but its disk has {size(free)} free; choose another --out")
 
 
+def with_clock(recipe: Recipe, team: Team | None = None, *, folders: Iterable[Path] = ()) -> Recipe:
+    """Return the recipe with a time for its chat template: of the run that is resumed, of ``folders``, else now."""
+    if not recipe.chat_template or recipe.template_clock is not None:
+        return recipe
+    places = [recipe.folder, *folders] if recipe.resume else [*folders]
+    return replace(recipe, template_clock=clock_of(places, team or Team()))
+
+
+def clock_of(places: Iterable[Path], team: Team) -> str:
+    """Return the time that the first of some runs recorded, else now; the same in every process of ``team``."""
+    recorded = next((clock for place in places if (clock := _recorded_clock(place)) is not None), None)
+    now = recorded or datetime.now().isoformat(timespec="seconds")
+    # Processes that start a moment apart must read one time.
+    return str(team.exchange("the template's clock", now)[0])
+
+
+def _recorded_clock(folder: Path) -> str | None:
+    """Return the time that a run's chat template read; None where there is no run or no such time."""
+    recipe = recorded_recipe(RunFolder(folder))
+    # If a time was lost with a damaged record, the stream's settings refuse to continue.
+    return None if recipe is None else recipe.template_clock
+
+
 def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:
     """Return what NAS calibrates on: the edits themselves, then the bundled pilot prompts, each mixed by their hash.
 
@@ -372,11 +452,11 @@ def pilot_source(requests: Sequence[EditRequest]) -> PilotSource:
     """
     path = bundled_folder() / "pilots.jsonl"
     # Components read keys and values of pilots at their subjects.
-    own = _mixed([request for request in requests if request.has_subject])
+    edits = _mixed([request for request in requests if request.has_subject])
     if not path.is_file():
-        return PilotSource(own, f"{len(own)} edits of this run")
+        return PilotSource(edits, f"{len(edits)} edits of this run")
     bundled = _mixed(read_edits(path).requests)
-    return PilotSource((*own, *bundled), f"the {len(own)} edits of this run, then {len(bundled)} bundled prompts")
+    return PilotSource((*edits, *bundled), f"the {len(edits)} edits of this run, then {len(bundled)} bundled prompts")
 
 
 def _mixed(requests: Sequence[EditRequest]) -> tuple[EditRequest, ...]:

@@ -1,4 +1,4 @@
-"""What a run says about edits that ask for nothing, or that its file does not name any more."""
+"""Notes and warnings of a run: before it starts, where it continues an earlier one, and at its end."""
 
 from __future__ import annotations
 
@@ -7,27 +7,54 @@ from pathlib import Path
 
 from editcli.editing.sinks import begins, first_is_sink
 from editcli.models.loading import LoadedModel
+from editcli.records.record import Provenance
 from editcli.records.recovery import Recovered, missing
 from editcli.reporting import Reporter, RunReport
 from editcli.requests.reader import EditFile
 from editcli.requests.schema import EditRequest
+from editcli.runs.context import Context
+from editcli.runs.forecast import warn_of_long_work
+from editcli.runs.outcome import missed_targets, rounded_differently
+from editcli.runs.output import Verified
 from editcli.runs.planning import Planned
 
 SHOWN = 5
 """Edits that a remark names at the most."""
 
 
-def tell_known(report: RunReport, reporter: Reporter) -> None:
-    """Say which edits were true already."""
-    if report.already_true:
-        base = "; the weights are those of the base" if report.unchanged else ""
-        reporter.note(f"Already true before the run: {_listed(report.already_true)}{base}")
+def announce(planned: Planned, *, new: bool, reporter: Reporter) -> None:
+    """Say what a run is about to do, as far as the user did not choose it."""
+    if planned.recipe.model is None and new:
+        reporter.note("No --model given: editing the small model that ships with editcli")
+    if planned.footprint is not None and planned.footprint.fits:
+        # The plan that --dry-run prints says what the memory is for.
+        reporter.note(f"Memory: {planned.footprint.summary()}")
+    if planned.preset.label == "guessed" and planned.preset.file is None:
+        layers = ", ".join(map(str, planned.layers))
+        preset = "no preset for this model" if planned.preset.match is None else "untuned preset"
+        remedy = "'editcli tune' searches for better settings"
+        reporter.warn(f"{preset} ({planned.preset.name}): layers {layers} are a guess; {remedy}")
+    for part in planned.stabilizers:
+        if not planned.editor.needs_values and not {"updates", "weights"} & set(part.acts_on):
+            reporter.warn(
+                f"{part.name} acts on target values, and {planned.editor.name} has none: it changes nothing here"
+            )
 
 
-def tell_conflicts(planned: Planned, reporter: Reporter) -> None:
-    """Warn about edits that a later one contradicts."""
-    for warning in planned.conflicts:
-        reporter.warn(warning)
+def look_ahead(loaded: LoadedModel, planned: Planned, requests: Sequence[EditRequest], context: Context) -> None:
+    """Warn of what the loaded model shows about the edits that are to be written: sinks, and much work."""
+    tell_sinks(loaded, planned, requests, context.reporter)
+    team = context.team
+    if team.leads and team.divided:
+        warn_of_long_work(loaded, planned, requests, context.reporter, parts=team.parts)
+
+
+def tell_differences(old: Provenance, new: Provenance, reporter: Reporter) -> None:
+    """Say what changed since the stream was begun: versions that may round differently, and the size of batches."""
+    for text in rounded_differently(old, new):
+        reporter.warn(text)
+    if old.batch_size not in (None, new.batch_size):
+        reporter.note(f"Batches of {new.batch_size} from here on; they were of {old.batch_size}")
 
 
 def tell_missing(recovered: Recovered, file: EditFile, out: Path, reporter: Reporter) -> None:
@@ -57,6 +84,18 @@ def tell_sinks(loaded: LoadedModel, planned: Planned, requests: Sequence[EditReq
             "for every subject, so the fact is written for text in which something stands before it; put a word "
             "before the subject, as in 'The company Microsoft'"
         )
+
+
+def tell_result(report: RunReport, planned: Planned, verified: Verified | None, reporter: Reporter) -> None:
+    """Say which edits changed nothing, which targets were missed and which tensors are those of the base."""
+    if report.already_true:
+        base = "; the weights are those of the base" if report.unchanged else ""
+        reporter.note(f"Already true before the run: {_listed(report.already_true)}{base}")
+    missed = missed_targets(report.targets, planned.targets)
+    if missed:
+        reporter.warn(missed)
+    for name in verified.unchanged if verified and verified.changed else ():
+        reporter.warn(f"{name} did not change: its update is smaller than the saved dtype can hold")
 
 
 def _listed(ids: Sequence[str]) -> str:

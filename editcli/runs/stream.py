@@ -153,12 +153,12 @@ class Position:
 
 
 class Stream:
-    """Applies batches to a session and records them in a run folder.
+    """Applies batches to a session and records them in a run folder, in the process that ``writes``.
 
-    ``settings`` is what must be the same when the stream is resumed. ``measure`` gives the figures of a batch after it
-    was written (its immediate efficacy), ``retained`` those of all edits in force,
-    asked every ``retained_every`` batches; both may be None. Every rank of ``team`` applies the same batches, and no
-    batch is recorded unless all of them came to the same weights.
+    ``settings`` must be the same when the stream is resumed. ``measure`` returns the figures of a batch after it was
+    written (its immediate efficacy), and ``retained``, every ``retained_every`` batches, those of all edits in force;
+    both may be None. Every rank of ``team`` applies the same batches, and no batch is recorded unless all of them came
+    to the same weights.
     """
 
     def __init__(
@@ -168,6 +168,7 @@ class Stream:
         folder: RunFolder,
         *,
         settings: Mapping[str, Any],
+        writes: bool = True,
         guards: Sequence[Guard] = (),
         measure: Measure | None = None,
         retained: Measure | None = None,
@@ -176,7 +177,7 @@ class Stream:
         team: Team | None = None,
     ):
         self.team = team or Team()
-        self.session, self.stack, self.folder = session, stack, folder
+        self.session, self.stack, self.folder, self.writes = session, stack, folder, writes
         # As they will be read back, so that a tuple does not differ from the list that JSON makes of it.
         self.settings, self.guards = json.loads(json.dumps(dict(settings))), tuple(guards)
         self.measure, self.retained, self.retained_every = measure, retained, retained_every
@@ -201,10 +202,15 @@ class Stream:
         """The edits in force that a stabilizer gave up, with the reasons: nothing was written for them."""
         return {edit: why for report in self.reports for edit, why in report.dropped.items()}
 
-    def start(self) -> None:
-        """Calibrate every component on the unedited model and write the first snapshot."""
-        self.prepare()
-        self.begin()
+    @property
+    def in_force(self) -> Sequence[EditRequest]:
+        """The edits that were written and that no later one contradicts."""
+        return self._in_force((), {})
+
+    @property
+    def idle(self) -> bool:
+        """Whether no batch asked for anything that the model did not do already: the weights are the base's."""
+        return all(report.idle for report in self.reports)
 
     def prepare(self) -> None:
         """Calibrate every component on the unedited model."""
@@ -214,11 +220,12 @@ class Stream:
 
     def begin(self) -> None:
         """Write the first snapshot of a prepared stream."""
-        self.folder.create()
+        if self.writes:
+            self.folder.create()
         self.save()
 
     def apply(self, requests: Sequence[EditRequest]) -> BatchRecord:
-        """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is kept.
+        """Write one batch, record it and return what happened; raises :class:`GuardError` before anything is recorded.
 
         Of edits that contradict each other only the last one is written.
         """
@@ -305,8 +312,8 @@ class Stream:
     def rewind(self, recovered: Recovered, step: int, *, removed: Mapping[str, str], redo: Sequence[int]) -> bool:
         """Rebuild the stream as it was after ``step`` batches, from the base and the recorded factors, and record it.
 
-        ``removed`` (id to digest) is never to be written again, ``redo`` (journal sequences) is to be written again by
-        whoever goes on. Returns False when this machine rounds differently from the one that made the run.
+        ``removed`` (id to digest) is never to be written again, ``redo`` (journal sequences) is to be written
+        again by the run that continues. Returns False when this machine rounds differently from the one of the run.
         """
         self._check_settings(recovered.snapshot.settings)
         self._settle(recovered)
@@ -336,7 +343,7 @@ class Stream:
         self.position = Position(step, sequence, consumed, line, requests)
         self._take(live, requests)
         self._snapshot(self.position)
-        self.folder.append(line)
+        self._append(line)
         return exact
 
     def _replay(self, step: int, segment: Segment) -> None:
@@ -367,7 +374,7 @@ class Stream:
 
     @contextmanager
     def _seeded(self, step: int) -> Iterator[None]:
-        """Give each step random numbers of its own, calibration being step 0, and the caller's back afterwards."""
+        """Seed each step, calibration being step 0, and restore the caller's generator afterwards."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((self.session.seed * 1_000_003 + step) % 2**63)
             yield
@@ -384,6 +391,8 @@ class Stream:
 
     def _settle(self, recovered: Recovered) -> None:
         """Make the folder hold what was recovered and nothing else."""
+        if not self.writes:
+            return
         self.folder.create()
         self.folder.cut_journal(recovered.lines)
         self.folder.drop_unnamed_segments(entry.segment or "" for entry in recovered.entries)
@@ -393,7 +402,7 @@ class Stream:
         self._ids = {request.id for request in requests}
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
-        # What was not saved is a setting that did not exist then.
+        # A setting that was not saved did not exist then.
         for name in sorted(saved):
             mine, theirs = self.settings.get(name), saved[name]
             if mine == theirs:
@@ -411,11 +420,13 @@ class Stream:
             metrics["immediate"] = dict(self.measure(requests))
             self._guard("efficacy", metrics["immediate"].get("efficacy_success"), requests)
         if self.retained is not None and (self.position.step + 1) % self.retained_every == 0:
-            given_up = {**self.dropped, **written.dropped}
-            in_force, _ = supersede([*self.position.requests, *requests], given_up=given_up)
-            metrics["retained"] = dict(self.retained(in_force))
+            metrics["retained"] = dict(self.retained(self._in_force(requests, written.dropped)))
             self._guard("retained", metrics["retained"].get("efficacy_success"), requests)
         return metrics
+
+    def _in_force(self, batch: Sequence[EditRequest], dropped: Mapping[str, str]) -> Sequence[EditRequest]:
+        """Return the edits in force once ``batch`` is written, but for those that are ``dropped``."""
+        return supersede([*self.position.requests, *batch], given_up={**self.dropped, **dropped})[0]
 
     def _guard(self, figure: str, value: float | None, requests: Sequence[EditRequest]) -> None:
         for guard in self.guards:
@@ -450,16 +461,18 @@ class Stream:
         self.team.agree(
             f"after batch {report.step}, the edited weights",
             weights,
-            remedy="the state before it is kept; use devices and versions of one kind and go on with --resume",
+            remedy="the state before it is kept; use devices and versions of one kind and continue with --resume",
         )
-        segment, digest = self.folder.write_segment(report.sequence, requests, written.problems, written.updates)
+        segment, digest = "", ""
+        if self.writes:
+            segment, digest = self.folder.write_segment(report.sequence, requests, written.problems, written.updates)
         consumed = consume(self.position.consumed, requests)
         entry = replace(report, segment=segment, sha256=digest, consumed=consumed, weights=weights)
         line = journal_line(entry, self.position.line)
         position = Position(entry.step, entry.sequence, consumed, line, [*self.position.requests, *requests])
         if self._due(report.step):
             self._snapshot(position)
-        self.folder.append(line)
+        self._append(line)
         self.position = position
         self.reports.append(entry)
         self._ids.update(entry.edits)
@@ -472,16 +485,27 @@ class Stream:
 
     def _snapshot(self, position: Position) -> None:
         started = time.monotonic()
-        tensors = {f"master/{site.module}": weight for site, weight in self.session.masters().items()}
-        state = self.stack.state()
-        tensors |= state.tensors
-        self.folder.write_snapshot(
-            Snapshot(
-                position.step, position.sequence, position.consumed, tensors, self.settings, position.line, state.json
+        if self.writes:
+            state = self.stack.state()
+            tensors = {f"master/{site.module}": weight for site, weight in self.session.masters().items()}
+            tensors |= state.tensors
+            self.folder.write_snapshot(
+                Snapshot(
+                    position.step,
+                    position.sequence,
+                    position.consumed,
+                    tensors,
+                    self.settings,
+                    position.line,
+                    state.json,
+                )
             )
-        )
         self._saved_step, self._saved_at = position.step, time.monotonic()
         self._save_cost = self._saved_at - started
+
+    def _append(self, line: str) -> None:
+        if self.writes:
+            self.folder.append(line)
 
 
 def _where(module: str, requests: Sequence[EditRequest]) -> str:

@@ -6,8 +6,9 @@ journal gains a line; no line is rewritten, and the segments of what was taken b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,26 @@ from editcli.records.journal import BatchRecord
 from editcli.records.record import PilotsRef, RunRecord
 from editcli.records.recovery import Recovered, recover
 from editcli.records.state import RunFolder
-from editcli.reporting import Reporter, RunReport, Silent
+from editcli.reporting import Reporter, RunReport
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.runs import planning
-from editcli.runs.apply import Run, writing
-from editcli.runs.clock import Clock
+from editcli.runs.apply import run
+from editcli.runs.context import Context, writing
+from editcli.runs.opening import Job, Schedule, recover_completed
 from editcli.runs.planning import Planned
+from editcli.runs.store import RunStore
 from editcli.runs.stream import Stream
 from editcli.settings.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Undo:
-    """What to take back of the run in folder ``run``: one of the three, else the last batch."""
+    """Take back a part of the run in folder ``run``: one of the three, else the last batch."""
 
     run: str
     batches: int | None = None
-    """The last so many batches."""
+    """The number of last batches to take back."""
     to: int | None = None
     """Everything after this step; 0 is the base model."""
     edits: tuple[str, ...] = ()
@@ -50,7 +53,7 @@ class Undo:
 
 @dataclass(frozen=True, slots=True)
 class UndoPlan:
-    """What an undo does."""
+    """The batches and edits that an undo takes back and computes again."""
 
     out: str
     step: int
@@ -65,7 +68,7 @@ class UndoPlan:
     """Journal lines of the batches that are computed again."""
     redone_edits: int
     seconds: float
-    """What computing them took the first time."""
+    """The time that computing them took at first."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as a JSON object."""
@@ -84,80 +87,54 @@ def plan_undo(request: Undo) -> UndoPlan:
 
 def undo(request: Undo, plugins: Plugins, reporter: Reporter | None = None) -> RunReport:
     """Take back what ``request`` says, save and verify the model again; raises an :class:`EditError`."""
-    reporter = reporter or Silent()
-    folder = _run_folder(request)
+    context, folder = Context.of(plugins, reporter), _run_folder(request)
+    store = RunStore(folder)
     with writing(folder.out), folder.locked():
-        recovered = recover(folder)
+        recovered = recover_completed(store, context)
         plan = _plan(request, recovered)
-        planned, record = _planned(folder, recovered, plan, plugins, reporter)
-        return _Rewind(planned, folder, plugins, reporter, plan=plan, record=record).go()
+        planned, record = _planned(folder, recovered, plan, context)
+        schedule = _rewind(planned, store, recovered, plan, record, context)
+        return run(Job(planned, partial(planning.open_planned, planned), store, schedule, context)).report
 
 
-class _Rewind(Run):
-    """A run that goes back before it goes on."""
+def _rewind(
+    planned: Planned,
+    store: RunStore,
+    recovered: Recovered,
+    plan: UndoPlan,
+    record: RunRecord,
+    context: Context,
+) -> Schedule:
+    """Replay the batches that stay, and write again those of which only single edits are taken back."""
 
-    def __init__(
-        self,
-        planned: Planned,
-        folder: RunFolder,
-        plugins: Plugins,
-        reporter: Reporter,
-        *,
-        plan: UndoPlan,
-        record: RunRecord,
-    ):
-        super().__init__(planned, folder, plugins, reporter, Clock())
-        self.plan, self.record = plan, record
+    def start(stream: Stream, mark: Callable[[], None]) -> None:
+        mark()
+        if not stream.rewind(recovered, plan.step, removed=plan.removed, redo=plan.redo):
+            warning = "this machine rounds differently than the one that made the run; last digits may differ"
+            context.reporter.warn(warning)
 
-    @property
-    def edits_file(self) -> str | None:
-        """No file is read, so what was refused of any stays refused."""
-        return None
-
-    @property
-    def done(self) -> Sequence[EditRequest]:
-        """The edits of the batches that stay."""
-        return _kept(self._stored(), self.plan)
-
-    def todo(self) -> list[Sequence[EditRequest]]:
-        """Return the batches that are computed again."""
-        return list(_again(self.folder, self._stored(), self.plan))
-
-    def begin(self, stream: Stream) -> None:
-        """Replay what stays and record that the rest was taken back."""
-        self.compare_versions()
-        self.mark_running()
-        plan = self.plan
-        if not stream.rewind(self._stored(), plan.step, removed=plan.removed, redo=plan.redo):
-            self.reporter.warn("this machine rounds differently than the one that made the run; last digits may differ")
-
-    def pilots(self) -> PilotSource:
-        """Return what the run calibrated on when it began, where it can still be read."""
-        made = self.record.provenance
-        pilots = made.pilots or PilotsRef(file=made.edits.file, sha256=made.edits.sha256)
-        try:
-            file = read_edits(pilots.file, skip_bad=True, limit=pilots.limit, formats=self.plugins.formats())
-            if file.sha256 == pilots.sha256:
-                usable = planning.usable(file, self.planned.gate, skip_bad=True)[0]
-                return planning.pilot_source(usable)
-        except EditError:
-            # The file is gone or was changed; only a component that needs it minds.
-            pass
-        return _LostPilots((), pilots.file)
-
-    def _stored(self) -> Recovered:
-        assert self.recovered is not None, "the recipe of an undo always resumes"
-        return self.recovered
+    return Schedule(
+        recovered=recovered,
+        done=_remaining(recovered, plan),
+        batches=_again(store.folder, recovered, plan),
+        pilots=_pilots(planned, record, context.plugins),
+        start=start,
+    )
 
 
-class _LostPilots(PilotSource):
-    """Pilot edits that cannot be read any more; asking for them is an error."""
-
-    __slots__ = ()
-
-    def first(self, count: int) -> Sequence[EditRequest]:
-        """Refuse."""
-        raise StateError(f"{self.origin}, which the run calibrated on, is gone or was changed; put it back to undo")
+def _pilots(planned: Planned, record: RunRecord, plugins: Plugins) -> PilotSource:
+    """Return the edits that a run calibrated on when it began, where they can still be read."""
+    edits = record.provenance.edits
+    pilots = record.provenance.pilots or PilotsRef(file=edits.file, sha256=edits.sha256)
+    try:
+        file = read_edits(pilots.file, skip_bad=True, limit=pilots.limit, formats=plugins.formats())
+        if file.sha256 == pilots.sha256:
+            return planning.pilot_source(planning.usable(file, planned.gate, skip_bad=True)[0])
+    except EditError:
+        # The file is gone or was changed, which only matters to a component that needs it.
+        pass
+    lost = f"{pilots.file}, which the run calibrated on, is gone or was changed; put it back to undo"
+    return PilotSource((), pilots.file, lost)
 
 
 def _run_folder(request: Undo) -> RunFolder:
@@ -207,7 +184,7 @@ def _left(entry: BatchRecord, recovered: Recovered, edits: Sequence[str]) -> lis
     return [edit for edit in entry.edits if edit not in gone]
 
 
-def _kept(recovered: Recovered, plan: UndoPlan) -> Sequence[EditRequest]:
+def _remaining(recovered: Recovered, plan: UndoPlan) -> Sequence[EditRequest]:
     return recovered.requests[: sum(len(entry.edits) for entry in recovered.live[: plan.step])]
 
 
@@ -218,10 +195,8 @@ def _again(folder: RunFolder, recovered: Recovered, plan: UndoPlan) -> list[Sequ
     return [[request for request in batch if gone.get(request.id) != request.digest] for batch in batches]
 
 
-def _planned(
-    folder: RunFolder, recovered: Recovered, plan: UndoPlan, plugins: Plugins, reporter: Reporter
-) -> tuple[Planned, RunRecord]:
-    """Plan with the run's own recipe, on the edits that its segments hold."""
+def _planned(folder: RunFolder, recovered: Recovered, plan: UndoPlan, context: Context) -> tuple[Planned, RunRecord]:
+    """Plan with the recipe of the run, on the edits that its segments hold."""
     record = folder.read_record()
     if record is None:
         raise StateError(f"{folder.record} is gone, which says how the run was made; restore it from a backup")
@@ -230,6 +205,7 @@ def _planned(
         recipe = replace(recipe, model=base.folder)
     recipe = replace(recipe, out=str(folder.out), resume=True, overwrite=False, parallel="data")
     again = (request for batch in _again(folder, recovered, plan) for request in batch)
-    file = EditFile(edits.file, edits.sha256, (*_kept(recovered, plan), *again), (), ())
-    planned = planning.check(recipe, plugins, reporter, file=file)
+    file = EditFile(edits.file, edits.sha256, (*_remaining(recovered, plan), *again), (), ())
+    recipe.check(context.plugins)
+    planned = planning.check(recipe, context.plugins, context.reporter, file=file)
     return replace(planned, source=replace(planned.source, name=base.name)), record

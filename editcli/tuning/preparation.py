@@ -14,12 +14,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from editcli.errors import OptionError, StateError
-from editcli.models.loading import LoadedModel, open_model
+from editcli.models.loading import LoadedModel, Loading, open_model
 from editcli.plugin.manager import Plugins
 from editcli.reporting import Reporter
 from editcli.requests.schema import EditRequest
 from editcli.runs import planning
-from editcli.runs.conversation import with_clock
 from editcli.settings.recipes import TuneRecipe
 from editcli.storage.checkpoint import file_digest
 from editcli.storage.opening import is_there
@@ -127,16 +126,8 @@ def open_edits(recipe: TuneRecipe, plugins: Plugins, reporter: Reporter) -> tupl
     file = None if run.edits == SOURCE else planning.read_requested(run, plugins)
     for warning in file.warnings if file else ():
         reporter.warn(warning)
-    loaded = open_model(
-        planning.located(run),
-        device=run.device,
-        dtype=run.dtype,
-        device_map=run.device_map,
-        families=plugins.families(),
-        chat_template=run.chat,
-        trust_remote_code=run.trust_remote_code,
-        reporter=reporter,
-    )
+    families = plugins.families()
+    loaded = open_model(planning.located(run), Loading.of(run), families=families, reporter=reporter)
     planning.warn_of_thinking(loaded.tokens, reporter)
     if file is None:
         return loaded, probe_edits(loaded, seed=run.seed, reporter=reporter)
@@ -156,7 +147,7 @@ def with_search_clock(recipe: TuneRecipe) -> TuneRecipe:
     chat, run = (earlier or {}).get(_CHAT), recipe.run
     if run.chat_template and run.template_clock is None and isinstance(chat, Mapping):
         run = replace(run, template_clock=chat["clock"])
-    return replace(recipe, run=with_clock(run))
+    return replace(recipe, run=planning.with_clock(run))
 
 
 def space_of(bench: Workbench) -> Space:

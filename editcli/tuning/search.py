@@ -13,9 +13,9 @@ from editcli.plugin.manager import Plugins
 from editcli.plugin.options import merge
 from editcli.presets.loader import sizes_of
 from editcli.presets.record import Preset, preset_text
+from editcli.records.record import DONE, INTERRUPTED
 from editcli.reporting import Reporter, Silent
-from editcli.runs.apply import DONE, INTERRUPTED, writing
-from editcli.runs.interrupts import Interrupts
+from editcli.runs.context import Interrupts, writing
 from editcli.storage.files import write_bytes, write_json
 from editcli.tuning import study as states
 from editcli.tuning.objective import SCORE, Figures

@@ -220,7 +220,7 @@ def test_a_stream_that_could_not_be_saved_is_not_open(
     def program() -> None:
         with stream:
             stream.apply(EDITS[:2])
-            monkeypatch.setattr("editcli.runs.apply.write_model", full)
+            monkeypatch.setattr("editcli.runs.output.write_model", full)
 
     with pytest.raises(StateError, match="No space left"):
         program()

@@ -34,9 +34,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipes:
         seen.append(recipe)
         return Outcome()
 
-    stand_in = types.ModuleType("editcli.commands.dry_run")
+    stand_in = types.ModuleType("editcli.runs.planning")
     stand_in.plan = plan  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "editcli.commands.dry_run", stand_in)
+    monkeypatch.setitem(sys.modules, "editcli.runs.planning", stand_in)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Recipe:

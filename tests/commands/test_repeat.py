@@ -13,7 +13,9 @@ import pytest
 from editcli.__main__ import main
 from editcli.commands.repeat import read_recorded
 from editcli.errors import StateError
-from editcli.runs.apply import Run as Job
+from editcli.models.loading import LoadedModel
+from editcli.runs import planning
+from editcli.runs.planning import Planned
 from editcli.storage.checkpoint import file_digest
 from editcli.testing import tiny_model_folder
 from tests.support.facts import capital, write_lines
@@ -236,11 +238,11 @@ def test_a_preset_file_is_read_once(run: Run, monkeypatch: pytest.MonkeyPatch, l
     preset = Path("preset.toml")
     preset.write_text("layers = [1]\n[targets]\nsteps = 3\nprefixes = 0\n")
 
-    def open_later(self: Job, real: Callable[[Job], None] = Job.open) -> None:
+    def open_later(planned: Planned, real: Callable[[Planned], LoadedModel] = planning.open_planned) -> LoadedModel:
         preset.unlink() if later is None else preset.write_text(later)
-        real(self)
+        return real(planned)
 
-    monkeypatch.setattr(Job, "open", open_later)
+    monkeypatch.setattr(planning, "open_planned", open_later)
     given = ("facts.jsonl", "--model", "model", "--corpus", "corpus.txt", "--out", "other", "--no-eval")
     code, _, err = run(*given, "--preset", "preset.toml", "--limit", "1")
     assert code == 0, err

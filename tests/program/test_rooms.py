@@ -72,6 +72,13 @@ def test_a_room_imports_only_from_the_layers_below(room: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_main_job_reads_like_a_table_of_contents() -> None:
+    """Its module names the phases of a run; a dozen modules are enough for that."""
+    names = [name for _, name in imports(PACKAGE / "runs" / "apply.py") if name.startswith("editcli.")]
+    modules = {name if name == "editcli.runs.planning" else name.rpartition(".")[0] for name in names}
+    assert len(modules) <= 12, sorted(modules)
+
+
 def test_every_layer_names_rooms_that_exist() -> None:
     assert sorted(LEVEL) == rooms()
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from editcli.__main__ import main
-from editcli.commands.dry_run import plan
 from editcli.errors import ModelError
 from editcli.models import memory
 from editcli.models.loading import open_model, resolve_model
@@ -21,6 +20,7 @@ from editcli.reporting import Silent
 from editcli.runs import forecast as footprint
 from editcli.runs import planning
 from editcli.runs.apply import apply
+from editcli.runs.planning import plan
 from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder
 from tests.support.reporters import Listener

@@ -8,8 +8,8 @@ import pytest
 
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.requests.schema import EditRequest
-from editcli.runs import duration as foresight
-from editcli.runs.duration import foresee
+from editcli.runs import forecast as foresight
+from editcli.runs.forecast import foresee
 from editcli.settings.core import TargetOptions
 from editcli.testing import tiny_model_folder
 from editcli.testing.sessions import tiny_requests

@@ -15,21 +15,21 @@ import pytest
 from editcli.records.recovery import recover
 from editcli.records.state import RunFolder
 from editcli.reporting import Silent
-from editcli.runs.interrupts import Interrupts
+from editcli.runs.context import Interrupts
 from tests.support.reporters import Listener
 from tests.support.workshop import STACKS, STOP_AFTER, same_stream
 
 TWICE = """
 import os, signal
 import editcli.runs.stream
-def edit_batch(*arguments, real=editcli.editing.pipeline.edit_batch):
+def edit_batch(*arguments, real=editcli.runs.stream.edit_batch):
     written = real(*arguments)
     if arguments[0].written and calls.append(1) is None and len(calls) == 2:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     return written
 calls = []
-editcli.editing.pipeline.edit_batch = edit_batch
+editcli.runs.stream.edit_batch = edit_batch
 """
 
 

@@ -577,7 +577,7 @@ def test_trials_share_the_templates_clock_and_a_search_is_what_its_files_hold(
         def now(cls, tz: Any = None) -> Later:
             return cls(2031, 5, 6, 7, 8)
 
-    monkeypatch.setattr("editcli.runs.conversation.datetime", Later)
+    monkeypatch.setattr("editcli.runs.planning.datetime", Later)
     again = replace(recipe, resume=True, trials=2)
     assert len(tune(again, plugins).trials) == 2
     text.write_text(text.read_text() + "\nThe river")
