@@ -369,7 +369,7 @@ class Attack:
         lora = ("export", "run", "--out", "out", "--no-eval", "--device", "cpu")
         self.commands: Mapping[str, tuple[str, ...]] = {
             "inspect": ("inspect", "run", "--norms"),
-            "report": ("report", "run", "-o", "page.html"),
+            "report": ("report", "run", "--out", "page.html"),
             "export lora": lora,
             "export patch": ("export", "run", "--out", "out", "--format", "patch"),
             "export full": ("export", "run", "--out", "out", "--format", "full"),
@@ -378,7 +378,7 @@ class Attack:
             "undo all": ("undo", "run", "--to", "0"),
             "undo dry": ("undo", "run", "--dry-run"),
             "resume": resume,
-            "repeat": ("apply", "--recipe", "run/editcli/run.json", "--out", "out", "--dry-run"),
+            "repeat": ("apply", "--repeat", "run/editcli/run.json", "--out", "out", "--dry-run"),
             "apply-patch": ("apply-patch", "base", "patch", "--out", "out"),
         }
 

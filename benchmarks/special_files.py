@@ -61,7 +61,7 @@ OF_RUN: Mapping[str, tuple[str, ...]] = {
     "export": ("export", "run", "--base", "model", "--format", "patch", *CPU, "--out", "out"),
     "undo": ("undo", "run"),
     "resume": (*MEMIT, "--out", "run", "--resume"),
-    "repeat": ("apply", "--recipe", "run/editcli/run.json", "--out", "out"),
+    "repeat": ("apply", "--repeat", "run/editcli/run.json", "--out", "out"),
     "eval": ("eval", "run", "facts.jsonl", "--base", "--sample", "1", "--text", "text.txt", *CPU),
     "diff": ("diff", "model", "run", *CPU),
 }
