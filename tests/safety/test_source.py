@@ -63,6 +63,7 @@ OPENED_ELSEWHERE = {
     "editcli/presets/loader.py": {"file.read_text"},
     "editcli/records/state.py": {"self.journal.open"},
     "editcli/lazy.py": {"stub.read_text"},
+    "editcli/runs/opening.py": {"job.open"},
     "editcli/scaffold/package.py": {".read_text", "file.open"},
     "editcli/storage/checkpoint.py": {"safe_open"},
     "editcli/storage/files.py": {"os.open", "os.fdopen"},
