@@ -157,7 +157,7 @@ def _one_by_one(rows: Sequence[Any], budget: int) -> list[list[int]]:
 def _with_lower_layers() -> Iterator[None]:
     """Run the lower layers in every step as well; what they keep of earlier tokens is not dropped then."""
     patch = mock.patch.object
-    with patch(past.Kept, "above", lambda self, layer: self), patch(steering.Steering, "logits", _from_the_bottom):
+    with patch(past.KVCache, "above", lambda self, layer: self), patch(steering.Steering, "logits", _from_the_bottom):
         yield
 
 
