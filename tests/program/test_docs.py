@@ -163,10 +163,11 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, shared: Path, mo
     else:
         shutil.copytree(ROOT / "sample_edits", folder / "sample_edits")
     monkeypatch.chdir(folder)
+    said = begun.with_suffix(".txt")
     if not begun.exists():
-        perform(todo[:opening], page)
+        said.write_text(perform(todo[:opening], page), encoding="utf-8")
         shutil.copytree(folder, begun)
-    perform(todo[opening:], page)
+    perform(todo[opening:], page, said.read_text("utf-8"))
     check_records(folder)
 
 
@@ -183,8 +184,8 @@ def steps(page: Path) -> Iterator[Step]:
             yield Step(last, exit_code=block.exit_code, shown="" if shown.startswith("Usage: ") else shown)
 
 
-def perform(todo: list[Step], page: Path) -> None:
-    output = ""
+def perform(todo: list[Step], page: Path, output: str = "") -> str:
+    """Do the steps; return ``output``, what earlier ones printed, with what these print."""
     for step in todo:
         if step.title is not None:
             Path(step.title).write_text(step.text, encoding="utf-8")
@@ -197,6 +198,7 @@ def perform(todo: list[Step], page: Path) -> None:
             assert missing is None, (
                 f"{name_of(page)} shows after {step.text!r} what is not printed:\n{missing}\n\n{output}"
             )
+    return output
 
 
 def missing_part(shown: str, printed: str) -> str | None:
@@ -205,9 +207,9 @@ def missing_part(shown: str, printed: str) -> str | None:
     The lines ``...`` part a text; where lines break and how wide columns are does not matter.
     """
     rest = masked(printed)
-    for part in map(masked, re.split(r"^\s*\.\.\.\s*$", shown, flags=re.MULTILINE)):
+    for part in filter(None, map(masked, re.split(r"^\s*\.\.\.\s*$", shown, flags=re.MULTILINE))):
         _, here, rest = rest.partition(part)
-        if part and not here:
+        if not here:
             return part
     return None
 
