@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class Reporter(Protocol):
-    """Whoever wants to know what a run is doing."""
+    """Receives the progress, notes and warnings of a run."""
 
     def phase(self, name: str, total: int, unit: str = "") -> Any:
         """Return a context manager that yields ``advance(count)`` for a phase of ``total`` units."""
@@ -29,7 +29,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A reporter that tells nobody."""
+    """A reporter that discards everything."""
 
     @contextmanager
     def phase(self, name: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:

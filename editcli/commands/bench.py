@@ -1,7 +1,7 @@
 """Stacks side by side on one stream: what each of them retains, and what it does to the norms.
 
 A bench is a folder of ordinary runs, one for each stack, all from the same base with the same edits, so every figure
-can be looked into with the other commands. Its own part is to start them, to go on with those that were stopped, and to
+can be looked into with the other commands. Its own part is to start them, to resume those that were stopped, and to
 put their journals beside each other.
 """
 
@@ -110,7 +110,7 @@ def parse_stacks(text: str, plugins: Plugins) -> tuple[tuple[str, ...], ...]:
 def bench(
     recipe: Recipe, stacks: Sequence[Sequence[str]], plugins: Plugins, reporter: Reporter | None = None
 ) -> BenchReport:
-    """Run every stack as ``recipe`` says, each in its own folder under the recipe's; go on with what is there."""
+    """Run every stack as ``recipe`` says, each in its own folder under the recipe's; resume what is there."""
     reporter = reporter or Silent()
     # A stream or a preset that cannot be read is refused before anything is written.
     recipe = recipe.with_preset_read()

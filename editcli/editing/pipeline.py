@@ -37,7 +37,7 @@ class Written:
     seconds: Mapping[str, float]
     targets: Mapping[str, int]
     """How the optimisation of targets ended: how many were ``optimised``, ``reached`` the stop loss and ended
-    ``clamped``; empty where nobody counted."""
+    ``clamped``; empty if not counted."""
     already_true: tuple[str, ...] = ()
     """Ids of edits whose target the model gave before anything was written."""
 
@@ -130,7 +130,7 @@ def _zero(problem: Problem) -> Update:
 
 
 def count_targets(values: Values | None) -> dict[str, int]:
-    """Return how a batch's targets ended; nothing for values that nobody counted."""
+    """Return how a batch's targets ended; empty for values without counts."""
     if values is None or values.reached is None or values.clamped is None:
         return {}
     reached, clamped = int(values.reached.sum()), int(values.clamped.sum())

@@ -5,7 +5,7 @@ row of a model, or reads the facts off a regular module tree, and returns an :cl
 
 - h, the residual stream after a layer, is that block's output, also where attention and MLP run in parallel.
 - m is the output of :meth:`Architecture.mlp`; it joins the stream as ``h = rest + residual_scale * mlp_norm(m)``.
-- Some blocks (Falcon) add to the MLP's output in place: whoever records m in a forward hook must clone it.
+- Some blocks (Falcon) add to the MLP's output in place: a forward hook that records m must clone it.
 - Some blocks (OPT) flatten batch and positions before the MLP: its input and output may be (batch * length, d).
 """
 

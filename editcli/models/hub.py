@@ -109,7 +109,7 @@ def _unwritable(error: OSError, name: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text without the punctuation at its end, or the name of its type.
 
-    A first line that ends in a colon goes on with the second one.
+    A first line that ends in a colon is joined with the second one.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if len(lines) > 1 and lines[0].endswith(":"):

@@ -323,7 +323,7 @@ def load_tokens(
     # The tokenizers library raises a bare Exception for a file that it cannot parse.
     except Exception as error:
         _refuse_code(source, "tokenizer_config.json", trust_remote_code, error)
-        # What transformers says of a folder without one goes on about packages to install.
+        # The message of transformers about a folder without one is about packages to install.
         if not any(source.folder.glob("tokenizer*")):
             what = "has no tokenizer; copy tokenizer.json and tokenizer_config.json into it"
             raise ModelError(f"{source.folder} {what}") from error

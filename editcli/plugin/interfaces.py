@@ -66,9 +66,9 @@ class Values:
     """(n,) the loss at which each edit's optimisation stopped."""
     reached: Tensor | None = None
     """(n,) bool: whose loss fell below ``targets.stop_loss``; with ``targets.stop=greedy`` also whose target is the
-    greedy answer in all its contexts. None where nobody counted."""
+    greedy answer in all its contexts. None if not counted."""
     clamped: Tensor | None = None
-    """(n,) bool: whose offset ended at ``targets.clamp``; None where nobody counted."""
+    """(n,) bool: whose offset ended at ``targets.clamp``; None if not counted."""
 
     @property
     def contribution(self) -> Tensor:

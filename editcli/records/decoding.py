@@ -1,4 +1,4 @@
-"""Decode the records of a run folder into their types, whoever wrote them: bounded, finite, valid Unicode, or refused.
+"""Decode the records of a run folder into their types: bounded, finite and valid Unicode, or refused.
 
 A record is JSON. It is read up to a limit, parsed by msgspec (strict UTF-8, no NaN, no number out of range), refused
 where it is nested too deeply or holds too many values, and converted into a frozen dataclass. A field that the type

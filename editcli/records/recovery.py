@@ -81,7 +81,7 @@ def recover(folder: RunFolder) -> Recovered:
 def remaining(recovered: Recovered, requests: Sequence[EditRequest]) -> list[EditRequest]:
     """Return the edits of a file that a recovered stream has not read yet.
 
-    A file that starts with edits of the stream goes on after them; any other file is appended whole. Ids that the
+    A file that starts with edits of the stream continues after them; any other file is appended whole. Ids that the
     program made from line numbers are made different where another file's edits have them already.
     """
     known = [*recovered.requests, *(request for batch in recovered.redo for request in batch)]

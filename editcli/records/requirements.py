@@ -32,7 +32,7 @@ def check_resumable(folder: Path, plugins: Plugins) -> None:
     try:
         record = read_record(folder)
     except StateError:
-        # The run goes on without its record, which is written anew, and says so when it starts.
+        # The run continues without its record, warns of that at its start and writes a new one.
         return
     if record is not None:
         refuse_missing(record.provenance, plugins, run=folder)

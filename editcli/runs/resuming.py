@@ -48,7 +48,7 @@ class Made:
 
 
 def made(recipe: Recipe, plugins: Plugins) -> Made | None:
-    """Return how the run that ``recipe`` goes on with was made; None for a new run."""
+    """Return how the run that ``recipe`` resumes was made; None for a new run."""
     folder = RunFolder(recipe.folder)
     if not (recipe.resume and folder.is_run):
         return None

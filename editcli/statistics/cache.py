@@ -76,7 +76,7 @@ class Cache:
 
     def _make(self, folder: Path) -> None:
         if folder.parts[:1] == ("~",):
-            # An account without a home folder: nobody wants a folder of that name where the command was called.
+            # An account without a home folder: do not make a folder of that name in the working folder.
             raise FileNotFoundError(errno.ENOENT, "there is no home folder")
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -215,7 +215,7 @@ def read_raw_header(path: Path, *, folder: Path | None = None) -> tuple[dict[str
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_MAX_HEADER, size - 8):
                 raise ModelError(f"{path} is damaged: its header claims {length:,} bytes; download or copy it again")
-            # As text, because bytes in UTF-16 would be taken too, which nobody else who reads the file does.
+            # Decode first: json.loads on bytes would also accept UTF-16, which other safetensors readers reject.
             text = file.read(length).decode("utf-8")
         header = json.loads(text, object_pairs_hook=_unrepeated, parse_constant=no_constant)
     except FileError:

@@ -59,7 +59,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _temporary(path: Path) -> tuple[int, Path]:
-    """Make a file beside ``path`` and lock it, so that nobody takes it for abandoned while this process writes it."""
+    """Make a file beside ``path`` and lock it, so that no process takes it for abandoned while this one writes it."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f"{_PREFIX}{path.name}.", suffix=_SUFFIX, dir=path.parent)
         # Between its making and its lock, another process may have locked and removed it.
@@ -93,8 +93,8 @@ def copy_into(file: IO[bytes], source: Path) -> None:
     """Write the content of ``source`` to an empty file, in the cheapest way that keeps the two apart.
 
     A file system that can (btrfs, XFS, bcachefs) shares the blocks until either file is written to; elsewhere the
-    kernel copies. Never a hard link: whoever later wrote into the edited model's folder in place, a trainer or a
-    converter, would write into the base model as well, and in the hub's cache that may serve the whole machine.
+    kernel copies. Never a hard link: a trainer or converter that later wrote into the edited model's folder in place
+    would write into the base model as well, and in the hub's cache that may serve the whole machine.
     """
     with open_regular(source, TENSORS) as original:
         if not (_cloned(original, file) or _copied_by_the_kernel(original, file)):

@@ -37,5 +37,5 @@ class ZsRE(Format):
 
 
 def _question(loc: str) -> str:
-    # The unrelated questions come without their mark; asked without it, a model goes on with the question.
+    # The unrelated questions come without their mark; without it, a model continues the question.
     return loc if loc.rstrip().endswith("?") else f"{loc}?"
