@@ -16,7 +16,7 @@ from editcli.models.tokens import Encoded, Tokens
 from editcli.plugin.manager import Plugins, load_plugins
 from editcli.reporting import Reporter, Silent
 from editcli.requests.formats import Format
-from editcli.requests.reader import read_edits
+from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import FIELDS, EditRequest
 from editcli.runs import planning
 from editcli.settings.recipe import Recipe
@@ -109,7 +109,10 @@ def check(
     if has_weights(source.folder) and (source.commit is None or is_fetched(source.folder)):
         check_fit(base.checkpoint, base.model, reporter)
     gate = planning.gate_of(recipe, base, plugins)
-    file = read_edits(edits, skip_bad=True, limit=limit, formats=formats)
+    return _report(read_edits(edits, skip_bad=True, limit=limit, formats=formats), source.name, gate, reporter)
+
+
+def _report(file: EditFile, model: str, gate: Gate, reporter: Reporter) -> CheckReport:
     checked: list[CheckedEdit] = []
     rejected = list(file.rejected)
     with reporter.phase("Checking", len(file.requests), "edits") as advance:
@@ -122,7 +125,7 @@ def check(
     rejected.sort(key=lambda error: error.line or 0)
     thinking = thinking_warning(gate.tokens)
     warnings = (*file.warnings, *((thinking,) if thinking else ()))
-    return CheckReport(file.source, source.name, tuple(checked), tuple(rejected), warnings)
+    return CheckReport(file.source, model, tuple(checked), tuple(rejected), warnings)
 
 
 def check_edit(request: EditRequest, gate: Gate) -> CheckedEdit:

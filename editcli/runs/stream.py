@@ -264,13 +264,10 @@ class Stream:
                     sequence=self.position.sequence + 1,
                     step=step,
                     edits=tuple(request.id for request in requests),
-                    dropped=written.dropped,
                     sites=tuple(reports.values()),
                     metrics=finite({**metrics, **self._observe(written)}),
-                    seconds={name: round(seconds, 6) for name, seconds in written.seconds.items()},
-                    targets=written.targets,
                     superseded={one.request.id: one.by.id for one in replaced} or None,
-                    already_true=written.already_true or None,
+                    **_outcome(written),
                 )
                 report = self._record(requests, written, report)
             except BaseException:
@@ -506,6 +503,16 @@ class Stream:
     def _append(self, line: str) -> None:
         if self.writes:
             self.folder.append(line)
+
+
+def _outcome(written: Written) -> dict[str, Any]:
+    """Return the fields of a journal line that say how writing a batch went."""
+    return {
+        "dropped": written.dropped,
+        "seconds": {name: round(seconds, 6) for name, seconds in written.seconds.items()},
+        "targets": written.targets,
+        "already_true": written.already_true or None,
+    }
 
 
 def _where(module: str, requests: Sequence[EditRequest]) -> str:

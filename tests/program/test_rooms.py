@@ -133,3 +133,14 @@ def test_the_file_of_a_package_holds_no_code(room: str) -> None:
     """A name has its home in a module that says what it holds; ``editcli.testing`` lists its public names."""
     body = ast.parse((PACKAGE / room / "__init__.py").read_text("utf-8")).body
     assert [type(node).__name__ for node in body] == ["Expr"], room
+
+
+@pytest.mark.parametrize("folder", ["editcli", "plugins"])
+def test_no_function_is_longer_than_a_screen(folder: str) -> None:
+    functions = [
+        (f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", (node.end_lineno or node.lineno) - node.lineno + 1)
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    assert [name for name, lines in functions if lines > 50] == []
