@@ -242,12 +242,7 @@ class Stream:
         def check(site: Site, update: Update) -> None:
             where = _where(site.module, requests)
             reports[site] = self._site_report(site, update, where=where)
-            after, earlier = reports[site].ratio, ratio(float(before[site].norm()), self._base_norms[site])
-            figures = {"ratio": after, "drift": reports[site].drift, "jump": jump(earlier, after)}
-            for guard in with_default(self.guards, self.stack.editor.largest_jump(site)):
-                for figure, value in figures.items():
-                    if value is not None:
-                        guard.check(figure, value, where=where, remedy=self.stack.editor.tempered_by)
+            self._guard(site, reports[site], before[site], where=where)
 
         with self._seeded(step):
             written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
@@ -435,6 +430,15 @@ class Stream:
         for diagnostic in self.stack.diagnostics:
             figures.update(diagnostic.observe(self.session, written.updates))
         return {"diagnostics": figures} if figures else {}
+
+    def _guard(self, site: Site, report: SiteFigures, before: Tensor, *, where: str) -> None:
+        """Raise :class:`GuardError` where a site's figures with the update break a guard."""
+        earlier = ratio(float(before.norm()), self._base_norms[site])
+        figures = {"ratio": report.ratio, "drift": report.drift, "jump": jump(earlier, report.ratio)}
+        for guard in with_default(self.guards, self.stack.editor.largest_jump(site)):
+            for figure, value in figures.items():
+                if value is not None:
+                    guard.check(figure, value, where=where, remedy=self.stack.editor.tempered_by)
 
     def _site_report(self, site: Site, update: Update, *, where: str) -> SiteFigures:
         """Return what a site's figures will be once ``update`` is written; raises when a weight is not finite."""
