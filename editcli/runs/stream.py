@@ -242,7 +242,7 @@ class Stream:
         def check(site: Site, update: Update) -> None:
             where = _where(site.module, requests)
             reports[site] = self._site_report(site, update, where=where)
-            self._guard(site, reports[site], before[site], where=where)
+            self._guard_site(site, reports[site], before[site], where=where)
 
         with self._seeded(step):
             written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
@@ -431,7 +431,7 @@ class Stream:
             figures.update(diagnostic.observe(self.session, written.updates))
         return {"diagnostics": figures} if figures else {}
 
-    def _guard(self, site: Site, report: SiteFigures, before: Tensor, *, where: str) -> None:
+    def _guard_site(self, site: Site, report: SiteFigures, before: torch.Tensor, *, where: str) -> None:
         """Raise :class:`GuardError` where a site's figures with the update break a guard."""
         earlier = ratio(float(before.norm()), self._base_norms[site])
         figures = {"ratio": report.ratio, "drift": report.drift, "jump": jump(earlier, report.ratio)}
