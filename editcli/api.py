@@ -21,6 +21,7 @@ from editcli.evaluation.generation import generate
 from editcli.models.loading import LoadedModel
 from editcli.plugin.manager import Plugins, load_plugins
 from editcli.records.journal import BatchRecord
+from editcli.records.requirements import check_resumable
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport
 from editcli.requests.reader import Collector, EditFile, refuse_deep
@@ -301,6 +302,8 @@ def ask(
     recipe = _recipe(edits if isinstance(edits, (str, Path)) else SOURCE, out, choices)
     if recipe.parallel == "tensor":
         raise OptionError("parallel='tensor' needs several processes; run 'editcli apply' with torchrun")
+    if recipe.resume:
+        check_resumable(recipe.folder, plugins)
     recipe.check(plugins)
     recipe = planning.with_clock(recipe.with_preset_read())
     held = None

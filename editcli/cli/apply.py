@@ -50,9 +50,10 @@ def apply(app: App, /, assignments: tuple[str, ...], dry_run: bool, repeated: Pa
     if values["edits"] is None:
         raise click.MissingParameter(param_hint="'EDITS.jsonl'", param_type="argument")
     recipe = Recipe(settings=app.settings(assignments), **values)
-    recipe.check(app.plugins)
     if recipe.resume:
+        # A component of the run that is missing is named with its distribution, not as an unknown name.
         check_resumable(recipe.folder, app.plugins)
+    recipe.check(app.plugins)
     refuse_idle_options(recipe, assignments, app.plugins)
     return _plan(app, recipe) if dry_run else _apply(app, recipe)
 
