@@ -18,6 +18,7 @@ from editcli.plugin.manager import Plugins
 from editcli.records.journal import BatchRecord
 from editcli.records.record import PilotsRef, RunRecord
 from editcli.records.recovery import Recovered, recover
+from editcli.records.requirements import check_resumable
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, RunReport
 from editcli.requests.reader import EditFile, read_edits
@@ -206,6 +207,7 @@ def _planned(folder: RunFolder, recovered: Recovered, plan: UndoPlan, context: C
     recipe = replace(recipe, out=str(folder.out), resume=True, overwrite=False, parallel="data")
     again = (request for batch in _again(folder, recovered, plan) for request in batch)
     file = EditFile(edits.file, edits.sha256, (*_remaining(recovered, plan), *again), (), ())
+    check_resumable(recipe.folder, context.plugins)
     recipe.check(context.plugins)
     planned = planning.check(recipe, context.plugins, context.reporter, file=file)
     return replace(planned, source=replace(planned.source, name=base.name)), record
