@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from editcli import API_VERSION
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "editcli-orthogonal"
 FACTS = ROOT / "sample_edits" / "facts.jsonl"
@@ -81,7 +83,7 @@ def check_listing(bench: Bench) -> None:
     found = {row["name"]: row for row in rows["plugins"]}
     for name, kind in NAMES.items():
         row = found[name]
-        assert (row["kind"], row["version"], row["api"]) == (kind, "0.1.0", 1), row
+        assert (row["kind"], row["version"], row["api"]) == (kind, "0.1.0", API_VERSION), row
         assert row["distribution"] == f"editcli-{name.replace('_', '-')}", row
     assert "arXiv:2505.07899" in bench.editcli("plugins", "orthogonal")
 
