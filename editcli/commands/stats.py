@@ -114,8 +114,8 @@ def show(
     moments = SecondMoments(loaded)
     sites = [loaded.architecture.site(layer) for layer in range(loaded.architecture.layers)]
     cached = {identity.module for _, identity in _cached(moments.cache)}
-    wanted = {moments.identity(site).model for site in sites if site.module in cached}
-    stored = [stored for stored, identity in _cached(moments.cache) if identity.model in wanted]
+    models = {moments.identity(site).model for site in sites if site.module in cached}
+    stored = [stored for stored, identity in _cached(moments.cache) if identity.model in models]
     return MomentsReport(source.name, tuple(stored))
 
 

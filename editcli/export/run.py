@@ -140,12 +140,12 @@ class _Export:
 
     def _changes(self, edited: Edited) -> list[SiteChange]:
         device = double_device(choose_device(self.recipe.device))
-        layers, found = self.run.history.layers, []
+        layers, changes = self.run.history.layers, []
         with self.reporter.phase("Factoring", len(layers), "sites") as advance:
             for layer in layers:
-                found.append(find_change(edited, edited.architecture.site(layer), self.recipe.rank, device=device))
+                changes.append(find_change(edited, edited.architecture.site(layer), self.recipe.rank, device=device))
                 advance(1)
-        return found
+        return changes
 
     def _warn_truncated(self) -> None:
         worst = max(self.sites, key=lambda site: site.relative_error)

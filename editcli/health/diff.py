@@ -108,18 +108,18 @@ def diff(
     if not names:
         raise ModelError(f"{sources[0].name} and {sources[1].name} have no tensor in common; compare related models")
     same = [name for name in names if before.shape(name) == after.shape(name)]
-    found = []
+    changed = []
     with reporter.phase("Comparing", len(same), "tensors") as advance:
         for name in same:
             first, second = before.read(name), after.read(name)
             if not _equal(first, second):
-                found.append(_tensor_diff(name, first, second, ranks=ranks, device=device))
+                changed.append(_tensor_diff(name, first, second, ranks=ranks, device=device))
             advance(1)
     return Diff(
         base=sources[0].name,
         edited=sources[1].name,
         compared=len(same),
-        tensors=tuple(found),
+        tensors=tuple(changed),
         missing=tuple(name for name in before.names() if name not in after.entries),
         added=tuple(name for name in after.names() if name not in before.entries),
         reshaped=tuple(name for name in names if name not in set(same)),
@@ -175,8 +175,8 @@ def numerical_rank(difference: Tensor, floor: float, *, device: torch.device | N
 
 
 def _floor(values: Tensor, floor: float, difference: Tensor) -> float:
-    own = float(values[0]) * max(difference.shape) * torch.finfo(difference.dtype).eps if len(values) else 0.0
-    return max(floor, own)
+    rounding = float(values[0]) * max(difference.shape) * torch.finfo(difference.dtype).eps if len(values) else 0.0
+    return max(floor, rounding)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -207,7 +207,7 @@ def _tensor_diff(name: str, first: Tensor, second: Tensor, *, ranks: bool, devic
 
 
 def speak(
-    found: Diff,
+    report: Diff,
     prompts: Sequence[str],
     *,
     tokens: int = 20,
@@ -215,11 +215,11 @@ def speak(
     families: Sequence[Family] = (),
     reporter: Reporter | None = None,
 ) -> Diff:
-    """Return ``found`` with what both models say greedily after each prompt; one model is in memory at a time."""
+    """Return ``report`` with what both models say greedily after each prompt; one model is in memory at a time."""
     said = []
-    for name in (found.base, found.edited):
+    for name in (report.base, report.edited):
         loaded = open_model(resolve_model(name), device=device, families=families)
         said.append(generate(loaded, prompts, tokens=tokens, top_k=1, reporter=reporter))
         del loaded  # The next model needs the room.
     spoken = tuple(Spoken(prompt, said[0][prompt].text, said[1][prompt].text) for prompt in dict.fromkeys(prompts))
-    return replace(found, generations=spoken)
+    return replace(report, generations=spoken)

@@ -81,8 +81,8 @@ def judge(
     findings = list(_findings(thresholds, {"ratio": ratio, "drift": drift, "spectral": spectral, "rank": rank}))
     if not findings:
         return UNKNOWN
-    word = worst(found for found, _ in findings)
-    return Verdict(word, tuple(reason for found, reason in findings if found == word and found != FINE))
+    word = worst(grade for grade, _ in findings)
+    return Verdict(word, tuple(reason for grade, reason in findings if grade == word and grade != FINE))
 
 
 def since(batches: Sequence[BatchRecord], module: str, thresholds: Thresholds) -> BatchRecord | None:

@@ -354,8 +354,8 @@ def _refuse_code(source: ModelSource, file: str, trusted: bool, error: Exception
 def choose_device(device: str) -> torch.device:
     """Return the device asked for, or the accelerator when there is one, else the CPU."""
     if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
     cannot = f"the device {device!r} cannot be used here"
     try:
         place = torch.device(device)

@@ -34,13 +34,13 @@ def _groups() -> list[Path]:
         lines = [line.split(":", 2) for line in _SELF.read_text().splitlines()]
     except OSError:
         return []
-    found = []
+    folders = []
     for _, controllers, path in lines:
         if controllers in ("", "memory"):
             root = _CONTROL_GROUPS / controllers
-            own = root / path.lstrip("/")
-            found += [own, *own.parents[: len(own.parts) - len(root.parts)]]
-    return found
+            group = root / path.lstrip("/")
+            folders += [group, *group.parents[: len(group.parts) - len(root.parts)]]
+    return folders
 
 
 def _group_bytes(groups: Iterable[Path]) -> list[int]:

@@ -199,8 +199,8 @@ def _before_after(before: Evaluation | None, after: Evaluation | None, name: str
         return None
     pair = {"before": before, "after": after}
     return {
-        **{when: getattr(found, f"{name}_success") for when, found in pair.items()},
-        "accuracy": {when: getattr(found, f"{name}_accuracy") for when, found in pair.items()},
+        **{when: getattr(evaluation, f"{name}_success") for when, evaluation in pair.items()},
+        "accuracy": {when: getattr(evaluation, f"{name}_accuracy") for when, evaluation in pair.items()},
     }
 
 

@@ -142,8 +142,8 @@ def _values(names: Names, kind: Kind, *, license: str, author: str) -> dict[str,
         "api": str(API_VERSION),
         "dependencies": ", ".join(json.dumps(text) for text in (f"editcli>={version('editcli')}", *_bounds(kind))),
     }
-    own = {name: Template(text).substitute(plain) for name, text in kind.texts.items()}
-    return {**plain, **own}
+    filled = {name: Template(text).substitute(plain) for name, text in kind.texts.items()}
+    return {**plain, **filled}
 
 
 def _bounds(kind: Kind) -> list[str]:
@@ -153,7 +153,7 @@ def _bounds(kind: Kind) -> list[str]:
 
 def _render(names: Names, kind: Kind, values: Mapping[str, str]) -> dict[str, str]:
     """Return the text of every file by its path in the package's folder."""
-    own = {part: _fill(f"{names.kind}/{part}", values).rstrip("\n") for part in ("test_imports", "test_body")}
+    parts = {part: _fill(f"{names.kind}/{part}", values).rstrip("\n") for part in ("test_imports", "test_body")}
     package = f"src/{names.module}"
     return {
         "pyproject.toml": _fill("pyproject.toml", values),
@@ -163,7 +163,7 @@ def _render(names: Names, kind: Kind, values: Mapping[str, str]) -> dict[str, st
         ".github/workflows/test.yml": _fill("workflow.yml", values),
         f"{package}/__init__.py": _fill("init.py", values),
         f"{package}/{names.kind}.py": _fill(f"{names.kind}/method.py", values),
-        f"tests/test_{names.name}.py": _fill("test.py", {**values, **own}),
+        f"tests/test_{names.name}.py": _fill("test.py", {**values, **parts}),
     }
 
 

@@ -276,10 +276,10 @@ def _whole(value: Any) -> int:
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object; a name that is there twice would mean one tensor to us and another to the next reader."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name is in its header twice")
-    return found
+    return entries
 
 
 def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:

@@ -109,15 +109,15 @@ class Contract:
         assert all(torch.equal(session.weight(site), session.baseline(site)) for site in session.sites)
 
     def test_the_same_edits_give_the_same_weights(self, tmp_path: Path) -> None:
-        found = []
+        weights = []
         for noise in (1, 2):
             torch.manual_seed(noise)
             session, component = self.ready(tmp_path)
             # Each batch has random numbers of its own, which follow from the run's seed.
             torch.manual_seed(0)
             self.apply(session, component, tiny_requests(0))
-            found.append({site.module: weight for site, weight in session.masters().items()})
-        assert same_tensors(*found)
+            weights.append({site.module: weight for site, weight in session.masters().items()})
+        assert same_tensors(*weights)
 
     def test_a_resumed_stream_equals_an_unbroken_one(self, tmp_path: Path) -> None:
         """Two batches, a snapshot through bytes, a third batch: the same weights, bit by bit, as three batches."""

@@ -33,9 +33,9 @@ class DiagnosticContract(Contract):
 
     def test_it_gives_named_numbers(self, tmp_path: Path) -> None:
         session, diagnostic = self.ready(tmp_path)
-        found = [self.figures(session, diagnostic, number) for number in range(3)]
-        assert any(found), "it never says anything; set options that turn it on"
-        for figures in found:
+        observed = [self.figures(session, diagnostic, number) for number in range(3)]
+        assert any(observed), "it never says anything; set options that turn it on"
+        for figures in observed:
             assert all(isinstance(name, str) and name for name in figures)
             # A tensor of one element would print alike and could not be written into the journal.
             assert all(type(value) is float for value in figures.values())

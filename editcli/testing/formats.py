@@ -48,9 +48,9 @@ class FormatContract:
         form = self.component()
         for record in self.records:
             # An edit without an id is named by its line, so one without may stand alone only.
-            found = [from_record(edit, file=FILE, line=1) for edit in form.read(record)]
-            assert found
-            assert len({edit.id for edit in found}) == len(found)
+            edits = [from_record(edit, file=FILE, line=1) for edit in form.read(record)]
+            assert edits
+            assert len({edit.id for edit in edits}) == len(edits)
 
     def test_reading_leaves_the_record_alone_and_can_be_repeated(self) -> None:
         form = self.component()

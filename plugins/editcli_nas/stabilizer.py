@@ -171,7 +171,7 @@ def trimmed_mean(norms: Tensor, trim: float) -> tuple[float, float]:
     shortest of n kept and the others set to the longest of these, it is their deviation times sqrt(n) / m.
     """
     ordered = norms.sort().values
-    kept = max(1, round(len(ordered) * (1 - trim)))
-    mean = float(ordered[:kept].mean())
-    ordered[kept:] = ordered[kept - 1]
-    return mean, float(ordered.std()) * math.sqrt(len(ordered)) / kept if len(ordered) > 1 else math.inf
+    count = max(1, round(len(ordered) * (1 - trim)))
+    mean = float(ordered[:count].mean())
+    ordered[count:] = ordered[count - 1]
+    return mean, float(ordered.std()) * math.sqrt(len(ordered)) / count if len(ordered) > 1 else math.inf
