@@ -108,7 +108,7 @@ def show(
         return MomentsReport(None, tuple(stored for stored, _ in _cached(cache_folder())))
     source = resolve_model(model, revision=revision, weights=False, code=trust_remote_code)
     if lacks_weights(source.folder):
-        # Nothing was computed here from a model whose weights never were here; they are not fetched to say so.
+        # No moments were computed from weights that were never downloaded; do not fetch them to report that.
         return MomentsReport(source.name, ())
     loaded = describe_model(source, Loading(trust_remote_code=trust_remote_code), families)
     moments = SecondMoments(loaded)

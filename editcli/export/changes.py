@@ -1,4 +1,4 @@
-"""What a run added to one matrix, as a product of two thin ones.
+"""The change that a run made to one matrix, as a product of two thin ones.
 
 The change is the float32 weight that the run saved minus the base's: read-outs such as PRUNE's belong to it. Where the
 recorded factors explain it, they are compressed (two QR decompositions and a small SVD), which is exact and cheap;

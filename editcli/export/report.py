@@ -1,4 +1,4 @@
-"""What an export or a patch came to, as frozen data; :meth:`to_json` is the contract of ``--json``."""
+"""The result of an export or a patch, as frozen data; :meth:`to_json` is the contract of ``--json``."""
 
 from __future__ import annotations
 

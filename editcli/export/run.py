@@ -32,7 +32,7 @@ from editcli.storage.folders import new_folder, refuse_taken
 def export(recipe: ExportRecipe, plugins: Plugins, reporter: Reporter | None = None) -> ExportReport:
     """Write what ``recipe`` asks for, verified, and push it if asked; raises an :class:`~editcli.errors.EditError`."""
     reporter = reporter or Silent()
-    # What can be refused at once is refused before anything is computed.
+    # Refuse a taken folder before anything is computed.
     refuse_taken(recipe.folder)
     run = open_run(recipe.run)
     if run.status == STOPPED:

@@ -1,4 +1,4 @@
-"""How an edited model differs from its base: tensor by tensor, and in what both say to the same prompts."""
+"""Compare an edited model with its base: tensor by tensor, and by their continuations of the same prompts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TensorDiff:
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """What both models say after one prompt."""
+    """The continuations of one prompt by both models."""
 
     prompt: str
     base: str
@@ -63,7 +63,7 @@ class Spoken:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """Everything ``diff`` found; :meth:`to_json` is the contract of ``--json``."""
+    """The result of ``diff``; :meth:`to_json` is the contract of ``--json``."""
 
     base: str
     edited: str
@@ -127,7 +127,7 @@ def diff(
 
 
 def _checked(source: ModelSource, reporter: Reporter) -> Checkpoint:
-    """Return a checkpoint; tell what keeps it from being the whole model, as comparing may be how one finds out why."""
+    """Return a checkpoint, and warn when it is not the whole model: the comparison may show the reason."""
     checkpoint = source.checkpoint
     try:
         bare = skeleton(load_config(source))
@@ -215,7 +215,7 @@ def speak(
     families: Sequence[Family] = (),
     reporter: Reporter | None = None,
 ) -> Diff:
-    """Return ``report`` with what both models say greedily after each prompt; one model is in memory at a time."""
+    """Return ``report`` with both models' greedy continuations of each prompt; one model is in memory at a time."""
     said = []
     for name in (report.base, report.edited):
         loaded = open_model(resolve_model(name), device=device, families=families)

@@ -1,4 +1,4 @@
-"""What can be edited in a model, and how healthy its editable matrices are; read from its files, never loading it."""
+"""The editable matrices of a model and their health; read from its files, without loading the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CURVE_POINTS = 512
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to compute beyond the bare view; ``spectral`` includes ``norms``."""
+    """The figures to compute beyond the bare view; ``spectral`` includes ``norms``."""
 
     norms: bool = False
     spectral: bool = False
@@ -105,7 +105,7 @@ class SiteInspection:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Everything ``inspect`` found; :meth:`to_json` is the contract of ``--json``."""
+    """The result of ``inspect``; :meth:`to_json` is the contract of ``--json``."""
 
     model: str
     base: str | None

@@ -149,7 +149,7 @@ def _block_output(model: PreTrainedModel, block: nn.Module) -> Tensor:
     try:
         with torch.no_grad(), hooked(block, record, stop=True):
             run(model.eval(), tokens[None])
-    # Whatever else such a model needs, it is not a language model that text alone can be written into.
+    # A model that fails here needs more input than text, so facts cannot be written into it as text.
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{_name(model)} could not be run on plain text: {error}") from error
     finally:

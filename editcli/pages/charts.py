@@ -1,4 +1,4 @@
-"""Which curves tell how a run went: charts as plain data, from a run's history and an inspection."""
+"""The charts of a run as plain data, from a run's history and an inspection."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from editcli.storage.files import write_bytes
 from editcli.storage.opening import PAGE, is_there, open_regular
 
 MARK = '<meta name="generator" content="editcli">'
-"""What tells a page of ours from any other file, so that only a page of ours is written over."""
+"""Marks a page as written by editcli; only such pages are overwritten."""
 MAX_ROWS = 5000
 """Edits that the table shows; beyond, a browser takes seconds to lay it out."""
 

@@ -1,4 +1,4 @@
-"""What became of each edit of a run: those that were refused or given up, and the outcome of every other."""
+"""The outcome of each edit of a run, and the edits that were refused or given up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``run.json``: what a run was asked for, what it was made from, how it ended; decoded once, into types.
+"""``run.json``: the recipe of a run, its sources and its outcome; decoded once, into types.
 
 Nothing here imports torch, so that a record can be checked before a model is thought of.
 """
@@ -224,7 +224,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What a run was made from."""
+    """The sources of a run."""
 
     base: BaseRef
     edits: FileRef
@@ -300,14 +300,14 @@ class RunRecord:
     """The same as `stopped_by`, under its older name; how the matrices fare is what `inspect` says."""
     targets: TargetCounts | None = optional()
     components: Options | None = optional()
-    """What each editor and stabilizer recorded of itself."""
+    """The record of each editor and stabilizer, by component."""
     preset: PresetRef | None = optional()
     recipe: Mapping[str, Any]
     """Every setting of the command; runs it again. `preset` is the whole content of the preset file, with its name and
     sha256."""
     provenance: Provenance
     source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={"unwritten": True})
-    """What it was decoded from, for the fields that this version does not know."""
+    """The decoded JSON object; it holds the fields that this version does not know."""
 
     @classmethod
     def from_json(cls, value: Any) -> RunRecord:

@@ -1,4 +1,4 @@
-"""What a run folder says about its stream: where it stands, which batches are in force, what is still to be done.
+"""The state of a stream, read from its run folder: its step, the batches in force and those still to be written.
 
 Reading changes nothing on disk. What the journal holds beyond the snapshot is left out: it is done again, with the same
 result, and what the snapshot holds beyond the journal is the line of its own step, which it carries.
@@ -33,7 +33,7 @@ class Recovered:
     waiting: tuple[BatchRecord, ...]
     """Batches that an undo took out of the way and that were not written again yet."""
     redo: tuple[tuple[EditRequest, ...], ...]
-    """What is left to be written of each of them."""
+    """The edits of each that are not written yet."""
 
     @property
     def live(self) -> list[BatchRecord]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from editcli.requests.texts import difference, find_alike, trimmed
 
 MARK = "{}"
-"""What stands in a prompt where the subject belongs."""
+"""The placeholder of the subject in a prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ _REPLACED: Mapping[str, str] = {
     "tokenizer": "with a tokenizer that has changed since",
     "reference": "with other reference text or statistics",
 }
-"""What to say of settings that are hashes."""
+"""Descriptions of settings that are hashes."""
 
 Measure = Callable[[Sequence[EditRequest]], Mapping[str, float | None]]
 

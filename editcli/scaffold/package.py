@@ -22,7 +22,7 @@ from editcli.scaffold.names import Names, choose_names, refuse_clash
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What differs between the kinds; ``texts`` are templates that the files' templates fill in."""
+    """The differences between the kinds; ``texts`` are templates that the files' templates fill in."""
 
     texts: Mapping[str, str]
     imports: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ LICENSES = ("Apache-2.0", "BSD-3-Clause", "MIT")
 
 @dataclass(frozen=True, slots=True)
 class Scaffolded:
-    """What was written: the folder, its files relative to it, what the plugin is called and how it is used."""
+    """The written package: its folder, its files relative to it, the name of the plugin and how to use it."""
 
     folder: Path
     files: tuple[str, ...]

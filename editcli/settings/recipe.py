@@ -143,7 +143,7 @@ class ChatLoading(Loading):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe(ChatLoading):
-    """What to write into which model, how, and where the result goes; raises :class:`OptionError` when impossible.
+    """The settings of a run: edits, model, method and output folder; raises :class:`OptionError` when impossible.
 
     ``None`` leaves a choice to the preset or to the program. ``settings`` holds component options as
     ``{component: {option: value}}``, for instance ``{"memit": {"remember": True}}``.

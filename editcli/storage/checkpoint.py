@@ -93,7 +93,7 @@ class Checkpoint:
 
     @cached_property
     def superseded(self) -> tuple[TensorEntry, ...]:
-        """What lies in the files and is not loaded from there: copies that a later file replaces."""
+        """Tensors in the files that are not loaded: a later file replaces them."""
         return tuple(entry for entry in self.stored if self.entries.get(entry.name) != entry)
 
     @property

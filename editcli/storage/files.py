@@ -74,7 +74,7 @@ def _clear_abandoned(path: Path) -> None:
         try:
             handle = os.open(left, os.O_RDWR | _NO_LINK)
         except OSError:
-            # Another process has removed it, or it is none of ours.
+            # Another process has removed it, or this process may not open it.
             continue
         try:
             if locked(handle):

@@ -1,4 +1,4 @@
-"""What every diagnostic has to hold; import :class:`DiagnosticContract` through :mod:`editcli.testing`."""
+"""The contract of every diagnostic; import :class:`DiagnosticContract` through :mod:`editcli.testing`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from editcli.testing.sessions import PlainEditor, same_tensors, through_bytes, t
 
 
 class DiagnosticContract(Contract):
-    """What every diagnostic has to hold; it watches the updates of :class:`PlainEditor`.
+    """The properties that every diagnostic must have; it watches the updates of :class:`PlainEditor`.
 
     A diagnostic that is off by default needs :attr:`options` that turn it on.
     """

@@ -1,4 +1,4 @@
-"""What every reader of edit files has to hold; import :class:`FormatContract` through :mod:`editcli.testing`."""
+"""The contract of every reader of edit files; import :class:`FormatContract` through :mod:`editcli.testing`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JUNK: tuple[Any, ...] = (None, 3, "", [], {}, [[]], [None], {"prompt": []})
 
 
 class FormatContract:
-    """What every format has to hold; set :attr:`component` and :attr:`records`, real records of that format."""
+    """The properties that every format must have; set :attr:`component` and :attr:`records`, its real records."""
 
     component: ClassVar[type[Format]]
     records: ClassVar[Sequence[Mapping[str, Any]]]

@@ -1,4 +1,4 @@
-"""What a search came to, as frozen data; :meth:`TuneReport.to_json` is the contract of ``tune --json``."""
+"""The result of a search, as frozen data; :meth:`TuneReport.to_json` is the contract of ``tune --json``."""
 
 from __future__ import annotations
 

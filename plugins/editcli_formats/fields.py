@@ -1,4 +1,4 @@
-"""What the readers share: taking fields out of foreign records, and putting ours together."""
+"""Shared by the readers: take fields out of foreign records, and build the fields of an edit."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Nas(Stabilizer):
         mean, error, size = 0.0, float("inf"), BATCH
         while len(norms) < len(requests) and not error < PRECISION * mean:
             left = requests[len(norms) :]
-            # What would remain after this batch is too little for one of its own.
+            # A remainder that is too small for a batch of its own joins this one.
             batch = left if len(left) < size + BATCH else left[:size]
             values = session.values(batch, prefixed=False)
             norms = torch.cat([norms, values.contribution.double().norm(dim=0).cpu()])
