@@ -64,7 +64,7 @@ class Curve:
     cohorts: Mapping[str, tuple[float, ...]]
     """Each of :data:`COLLAPSING` at the end in every quarter of the stream, the earliest quarter first."""
     growth: Growth | None
-    """How the largest R_n of any site grew, over all batches."""
+    """Growth of the largest R_n of any site, over all batches."""
     seconds_per_edit: float | None
     out: str
 

@@ -143,7 +143,7 @@ def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Itera
 
 
 def _cached(folder: Path) -> Iterator[tuple[Stored, Identity]]:
-    """Yield what lies in the cache, by module; a file that cannot be read is not ours to complain about."""
+    """Yield what lies in the cache, by module; skip files that cannot be read."""
     items = [item for path in folder.glob("*.safetensors") if (item := _read(path)) is not None]
     yield from sorted(items, key=lambda item: (item[1].tokenizer, item[1].corpus, natural(item[0].module)))
 

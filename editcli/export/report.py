@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Where on the hub a result is."""
+    """The place of a result on the hub."""
 
     repo: str
     revision: str
@@ -66,7 +66,7 @@ class ExportReport:
     format: str
     run: str
     status: str
-    """How the run ended: ``done``, or ``stopped`` by a guard."""
+    """The status of the run: ``done``, or ``stopped`` by a guard."""
     out: str
     base: str
     """Name of the base."""

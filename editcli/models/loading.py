@@ -104,7 +104,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is loaded."""
+    """Settings of loading a model."""
 
     device: str = "auto"
     dtype: str = "auto"

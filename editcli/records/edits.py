@@ -76,7 +76,7 @@ class RejectedLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerLine:
-    """How the edited model answered one prompt."""
+    """The answer of the edited model to one prompt."""
 
     exact: bool
     success: bool | None = None

@@ -37,7 +37,7 @@ RECORD = Path("editcli", "run.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditCounts:
-    """How many edits."""
+    """Number of edits."""
 
     read: Count
     """Of all files that the run read."""
@@ -183,7 +183,7 @@ class PilotsRef:
     sha256: str
     """Hash of it; empty for edits that came from a program."""
     limit: Count | None = later()
-    """How many edits were read at most; null for all."""
+    """Largest number of edits to read; null for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,9 +200,9 @@ class Reference:
     identity: str | None = optional()
     """Hash of the text that was read."""
     tokens: Count | None = optional()
-    """How many tokens were read."""
+    """Number of tokens read."""
     written_by_the_model: Count | None = optional()
-    """How many of them the model wrote itself."""
+    """Number of these tokens that the model wrote itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,9 +244,9 @@ class Provenance:
     versions: Mapping[str, str]
     """Of editcli, torch, transformers and Python."""
     device: str = later("")
-    """Where the model was."""
+    """Device that held the model."""
     dtype: str = later("")
-    """In which type it was loaded."""
+    """Type in which it was loaded."""
     threads: Count | None = later()
     """Threads of the processor."""
     written: str = later("")

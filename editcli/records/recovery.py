@@ -23,7 +23,7 @@ class Recovered:
 
     snapshot: Snapshot
     entries: tuple[Entry, ...]
-    """Everything that happened, in order, up to the snapshot."""
+    """All journal entries up to the snapshot, in order."""
     lines: tuple[str, ...]
     """The journal lines of ``entries``."""
     lost: int

@@ -55,7 +55,7 @@ _ROWS, _MIX = 256, 0x9E3779B97F4A7C15 - 2**64
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything a stream needs to go on after ``step`` batches."""
+    """The state that a stream continues from after ``step`` batches."""
 
     step: int
     sequence: int

@@ -143,7 +143,7 @@ Measure = Callable[[Sequence[EditRequest]], Mapping[str, float | None]]
 
 @dataclass(slots=True)
 class Position:
-    """How far a stream has come."""
+    """The progress of a stream."""
 
     step: int = 0
     sequence: int = 0

@@ -68,7 +68,7 @@ class Choices(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """How a model is loaded, where to compute, and the seed; raises :class:`OptionError` for an unusable value."""
+    """Settings of loading a model, the device, and the seed; raises :class:`OptionError` for an unusable value."""
 
     device: str = setting(
         "auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", section=MODEL, value="device", place=True, loads=True

@@ -84,7 +84,7 @@ class EvalRecipe(ChatLoading):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MomentsRecipe(Loading):
-    """Which second moments to compute, on what text, and where to put them besides the cache."""
+    """The settings of ``stats``: the second moments to compute, their text, and a file besides the cache."""
 
     model: str | None = None
     revision: str | None = like(Recipe, "revision")

@@ -53,7 +53,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: ``start`` and ``stop`` are byte offsets in the file."""
+    """The place of one tensor: ``start`` and ``stop`` are byte offsets in the file."""
 
     name: str
     file: str

@@ -212,7 +212,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | StoredTensor], 
 
 
 class _Layout(NamedTuple):
-    """How a tensor lies in a file: bytes in all, and for one number."""
+    """The size of a tensor in a file: bytes in all, and for one number."""
 
     dtype: str
     shape: tuple[int, ...]

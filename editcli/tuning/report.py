@@ -13,7 +13,7 @@ from editcli.tuning.study import TIE, Record
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which edits the trials write, and which are held out for the comparison at the end."""
+    """The edits that the trials write, and those held out for the comparison at the end."""
 
     trial: int
     held_out: int

@@ -102,7 +102,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Everything that is searched, around the point from which the search starts."""
+    """The whole search space, around the starting point of the search."""
 
     bounds: tuple[Bound, ...]
     layers: tuple[int, ...]

@@ -65,7 +65,7 @@ class Nas(Stabilizer):
 
     anchor: float
     pilots: int = 0
-    """How many pilots served."""
+    """Number of pilots that served."""
     error: float = 0.0
     """Standard error of the anchor; infinite after a single pilot."""
     source: str = BY_HAND
