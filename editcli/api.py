@@ -290,7 +290,7 @@ def ask(
     """Check what a program passes; raises :class:`editcli.EditError` for what cannot go together."""
     plugins = plugins or load_plugins()
     named = model is None or isinstance(model, (str, Path))
-    _refuse_idle(choices, named=named, kept=out is not None)
+    _refuse_idle(choices, named=named, saved=out is not None)
     if named and tokenizer is not None:
         raise OptionError("tokenizer= goes with a model that is loaded already; a folder or a hub id has its own")
     if not named and tokenizer is None:
@@ -373,13 +373,13 @@ def _recipe(edits: str | Path, out: str | Path | None, choices: Mapping[str, Any
     return Recipe.from_json({**values, "edits": str(edits), "out": MEMORY if out is None else str(out)})
 
 
-def _refuse_idle(choices: Mapping[str, Any], *, named: bool, kept: bool) -> None:
+def _refuse_idle(choices: Mapping[str, Any], *, named: bool, saved: bool) -> None:
     """Refuse settings that would do nothing: silence would look like consent."""
     declared = settings_of(Recipe)
     for name in choices:
         if name in declared and declared[name].loads and not named:
             raise OptionError(f"{name}= says how editcli loads a model, but this one is loaded already; leave it out")
-        if name in declared and declared[name].folder and not (kept and named):
+        if name in declared and declared[name].folder and not (saved and named):
             raise OptionError(
                 f"{name}= belongs to a run folder, but this run has none; pass out= with a model's folder"
             )

@@ -1,4 +1,4 @@
-"""How the C library keeps memory that was freed. Never imports torch."""
+"""Settings of the C library for freed memory. Never imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened, as frozen data, and how the library tells it while it happens.
+"""Results of a run as frozen data, and how the library reports progress.
 
 The library never prints: it calls a :class:`Reporter`. The command line passes one that draws with rich; library
 users pass their own or none.
@@ -97,7 +97,7 @@ class RunReport:
     already_true: tuple[str, ...] = ()
     """Edits whose target the model gave before anything was written."""
     components: Mapping[str, Any] = field(default_factory=dict)
-    """What each editor and stabilizer recorded of itself."""
+    """The record of each editor and stabilizer, by component."""
     preset: Mapping[str, Any] | None = None
     """Name, label and layers of the preset; of a preset file also its path and sha256."""
 

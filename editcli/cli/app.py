@@ -1,4 +1,4 @@
-"""What every command works with: the plugins, this process, settings of components, and where output goes."""
+"""The context of every command: the plugins, this process, settings of components, and where output goes."""
 
 from __future__ import annotations
 

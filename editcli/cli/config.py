@@ -98,7 +98,7 @@ def _is_settable(parameter: click.Parameter) -> bool:
 
 
 def _warn_near_misses(context: click.Context, app: App) -> None:
-    """Warn about a variable that looks like a mistyped one of ours; any other may belong to another command."""
+    """Warn about a variable that looks like a mistyped one of editcli; any other may belong to another command."""
     known = [str(parameter.envvar) for parameter in context.command.params if parameter.envvar]
     for name in sorted(os.environ):
         if name.startswith("EDITCLI_") and name not in known:

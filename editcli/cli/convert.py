@@ -1,4 +1,4 @@
-"""``editcli convert``: turn other tools' edit files into ours."""
+"""``editcli convert``: turn edit files of other tools into editcli's own."""
 
 from __future__ import annotations
 

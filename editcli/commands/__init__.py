@@ -1,1 +1,1 @@
-"""What a command does when it is not a run itself: one module each."""
+"""The work of the commands that are no runs themselves: one module each."""

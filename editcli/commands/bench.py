@@ -44,7 +44,7 @@ FIGURES = METRICS
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What a stack retained after so many edits."""
+    """The figures of a stack after ``edits`` edits."""
 
     edits: int
     ratio: float | None
@@ -64,7 +64,7 @@ class Curve:
     cohorts: Mapping[str, tuple[float, ...]]
     """Each of :data:`COLLAPSING` at the end in every quarter of the stream, the earliest quarter first."""
     growth: Growth | None
-    """How the largest R_n of any site grew, over all batches."""
+    """Growth of the largest R_n of any site, over all batches."""
     seconds_per_edit: float | None
     out: str
 
@@ -116,7 +116,7 @@ def bench(
     recipe = recipe.with_preset_read()
     read_requested(recipe, plugins)
     recipe.folder.mkdir(parents=True, exist_ok=True)
-    # What was run before and what is run today are asked at one time.
+    # Stacks that ran before and stacks that run today use one time in the chat template.
     recipe = with_clock(recipe, folders=[recipe.folder / "+".join(names) for names in stacks])
     curves = []
     with reporter.phase("Stacks", len(stacks), "stacks") as advance:
@@ -126,7 +126,7 @@ def bench(
             try:
                 status = _run(_recipe_of(recipe, names), plugins, reporter)
             except NumericalError as error:
-                # What one method cannot compute is a result of the bench, not its end.
+                # A method that fails is a result of the bench, not its end.
                 reporter.warn(f"stack {title} failed: {error}")
                 status = FAILED
             curves.append(replace(read_curve(title, recipe.folder / title), status=status))

@@ -25,7 +25,7 @@ from editcli.storage.choice import has_weights, is_fetched
 
 @dataclass(frozen=True, slots=True)
 class CheckedEdit:
-    """Where one edit sits in its tokens."""
+    """The positions of one edit in its tokens."""
 
     id: str
     line: int | None

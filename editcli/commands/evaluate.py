@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What ``eval`` found."""
+    """The result of ``eval``."""
 
     model: str
     edits_file: str | None

@@ -20,13 +20,13 @@ from editcli.settings.recipe import DTYPES, Recipe
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A run as its record tells it: what was asked for, of what, and what came out."""
+    """A run read from its record: its recipe, its sources and the hashes of its results."""
 
     file: Path
     recipe: Recipe
     """The run's own recipe, for an output folder of its own."""
     provenance: Provenance
-    """What it was made from, and the hashes of what came out."""
+    """The sources of the run, and the hashes of its results."""
 
 
 def read_recorded(file: Path) -> Recorded:
@@ -89,7 +89,7 @@ class Repetition:
     same_edits: bool
     """Whether the same edits are in force in both."""
     environment: tuple[str, ...]
-    """What was different about the machine, in words."""
+    """The differences of the machine, in words."""
 
     @property
     def identical(self) -> bool:

@@ -108,14 +108,14 @@ def show(
         return MomentsReport(None, tuple(stored for stored, _ in _cached(cache_folder())))
     source = resolve_model(model, revision=revision, weights=False, code=trust_remote_code)
     if lacks_weights(source.folder):
-        # Nothing was computed here from a model whose weights never were here; they are not fetched to say so.
+        # No moments were computed from weights that were never downloaded; do not fetch them to report that.
         return MomentsReport(source.name, ())
     loaded = describe_model(source, Loading(trust_remote_code=trust_remote_code), families)
     moments = SecondMoments(loaded)
     sites = [loaded.architecture.site(layer) for layer in range(loaded.architecture.layers)]
     cached = {identity.module for _, identity in _cached(moments.cache)}
-    wanted = {moments.identity(site).model for site in sites if site.module in cached}
-    stored = [stored for stored, identity in _cached(moments.cache) if identity.model in wanted]
+    models = {moments.identity(site).model for site in sites if site.module in cached}
+    stored = [stored for stored, identity in _cached(moments.cache) if identity.model in models]
     return MomentsReport(source.name, tuple(stored))
 
 
@@ -143,7 +143,7 @@ def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Itera
 
 
 def _cached(folder: Path) -> Iterator[tuple[Stored, Identity]]:
-    """Yield what lies in the cache, by module; a file that cannot be read is not ours to complain about."""
+    """Yield what lies in the cache, by module; skip files that cannot be read."""
     items = [item for path in folder.glob("*.safetensors") if (item := _read(path)) is not None]
     yield from sorted(items, key=lambda item: (item[1].tokenizer, item[1].corpus, natural(item[0].module)))
 

@@ -48,7 +48,7 @@ class Link(Protocol):
 
     @property
     def device(self) -> torch.device | None:
-        """Where tensors that are not on a CPU travel from and to; None where nothing travels."""
+        """The device that tensors are sent from and received on; None where none are sent."""
         ...
 
     def exchange(self, text: str) -> list[str]:
@@ -96,7 +96,7 @@ class Team:
 
     @property
     def part(self) -> int:
-        """Which of them is this rank's."""
+        """The index of this rank among them."""
         return self.rank if self.divided else 0
 
     @property

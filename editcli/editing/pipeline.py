@@ -27,7 +27,7 @@ SiteCheck = Callable[[Site, Update], None]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one batch wrote, site by site in the order of writing."""
+    """The updates of one batch, site by site in the order of writing."""
 
     problems: Mapping[Site, Problem]
     """Empty for an editor without target values."""
@@ -63,7 +63,7 @@ def edit_batch(
             for stabilizer in stabilizers:
                 values = stabilizer.stabilize_values(session, values)
         optimised = time.perf_counter()
-        # What is left to write then is the rounding between two ways to compute the same hidden state.
+        # Then only the rounding between two ways to compute the same hidden state is left to write.
         nothing = len(known) == len(requests) and values is not None and torch.equal(values.target, values.initial)
         problems: dict[Site, Problem] = {}
         updates: dict[Site, Update] = {}

@@ -307,7 +307,7 @@ class ModelSession:
         if not any(self._sinks):
             return bare
         behind = self._lookup_rows(requests, self.prefixes[:1])
-        return [other if sink else own for own, other, sink in zip(bare, behind, self._sinks, strict=True)]
+        return [other if sink else plain for plain, other, sink in zip(bare, behind, self._sinks, strict=True)]
 
     def _lookup_rows(self, requests: Sequence[EditRequest], contexts: tuple[str, ...]) -> list[Encoded]:
         """Return each request in each context, cut after its lookup token; a batch is tokenised once for all sites."""

@@ -28,7 +28,7 @@ from editcli.reporting import Silent
 WORDS = ("The", "Because", "I", "You", "In", "We", "A", "When")
 """Words whose last tokens are compared as first tokens of a text and behind others."""
 CONTEXT = "In short. "
-"""What they are compared behind."""
+"""The text before the words where they are not first."""
 ALIKE = 0.25
 """A first token is a sink where keys of first tokens differ by less than this share of what they differ by elsewhere.
 

@@ -34,7 +34,7 @@ class HarnessResult:
     tasks: Mapping[str, Mapping[str, float | None]]
     """``{task: {"acc,none": 0.5, "acc_stderr,none": 0.1}}``; None for what the harness could not compute."""
     samples: Mapping[str, int]
-    """How many documents of each task were asked."""
+    """Number of documents asked per task."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object."""

@@ -27,7 +27,7 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """What is read of an adapter's configuration."""
+    """The fields that are read of an adapter's configuration."""
 
     target_modules: tuple[str, ...]
 

@@ -1,4 +1,4 @@
-"""What a run added to one matrix, as a product of two thin ones.
+"""The change that a run made to one matrix, as a product of two thin ones.
 
 The change is the float32 weight that the run saved minus the base's: read-outs such as PRUNE's belong to it. Where the
 recorded factors explain it, they are compressed (two QR decompositions and a small SVD), which is exact and cheap;
@@ -65,21 +65,21 @@ def find_change(edited: Edited, site: Site, rank: int | None, *, device: torch.d
     delta = target - base
     limit = rank or share_rank(*delta.shape)
     kind = torch.float32 if master is not None else edited.run.after.dtype(name)
-    found = _triplets(delta, target, edited.run.segments, site, limit)
+    triplets = _triplets(delta, target, edited.run.segments, site, limit)
     floor = ROUNDING_MARGIN * rounding_level(target, kind)
-    if kind == torch.float32 and not found.explained:
+    if kind == torch.float32 and not triplets.explained:
         floor *= max(len(edited.run.history.batches), 1) ** 0.5
-    above = int((found.values > floor).sum())
-    needed = above if found.whole or above < len(found.values) else None
-    kept = min(limit, above)
-    root = found.values[:kept].sqrt()
-    left, right = ((side[:, :kept] * root).float() for side in (found.left, found.right))
+    above = int((triplets.values > floor).sum())
+    needed = above if triplets.whole or above < len(triplets.values) else None
+    size = min(limit, above)
+    root = triplets.values[:size].sqrt()
+    left, right = ((side[:, :size] * root).float() for side in (triplets.left, triplets.right))
     rest = base.double() + left.double() @ right.double().T
     report = SiteExport(
         module=site.module,
         layer=site.layer,
         shape=(delta.shape[0], delta.shape[1]),
-        rank=kept,
+        rank=size,
         needed=needed,
         relative_error=_relative(rest, target, base),
         saved_error=_relative(rest, saved, base),
@@ -127,8 +127,8 @@ def _triplets(delta: Tensor, target: Tensor, segments: Sequence[Path], site: Sit
     # One more than is kept tells whether there are more.
     count = min(limit + 1, min(delta.shape))
     # In float32 the iteration's own rounding would look like rank.
-    found = krylov.leading(delta.double(), count)
-    return _Triplets(found.left, found.values, found.right, whole=count == min(delta.shape), explained=False)
+    leading = krylov.leading(delta.double(), count)
+    return _Triplets(leading.left, leading.values, leading.right, whole=count == min(delta.shape), explained=False)
 
 
 def _compressed(left: Tensor, right: Tensor) -> _Triplets:
@@ -159,5 +159,5 @@ def _factors(segments: Sequence[Path], site: Site, delta: Tensor) -> tuple[Tenso
     return (torch.cat(lefts, dim=1), torch.cat(rights, dim=1)) if lefts else None
 
 
-def _relative(found: Tensor, target: Tensor, base: Tensor) -> float:
-    return ratio(spectra.distance(found, target), spectra.distance(target, base)) or 0.0
+def _relative(matrix: Tensor, target: Tensor, base: Tensor) -> float:
+    return ratio(spectra.distance(matrix, target), spectra.distance(target, base)) or 0.0

@@ -37,9 +37,9 @@ def measure_adapter(
     loading = replace(Loading.of(recipe), chat_template=recipe_of(edited.run.record).chat)
     loaded = open_model(edited.source, loading, families=families)
     put_on(loaded, adapter)
-    found = evaluate(loaded, asked, metrics=("counterfact",), reporter=reporter)
+    evaluation = evaluate(loaded, asked, metrics=("counterfact",), reporter=reporter)
     recorded = edited.run.record.efficacy
-    return Measured(len(asked), len(requests), efficacy(found), recorded and recorded.retained)
+    return Measured(len(asked), len(requests), efficacy(evaluation), recorded and recorded.retained)
 
 
 def put_on(loaded: LoadedModel, adapter: Path) -> None:

@@ -65,7 +65,7 @@ class PatchFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What ``manifest.json`` says."""
+    """The contents of ``manifest.json``."""
 
     format: int = FORMAT
     editcli: str

@@ -17,7 +17,7 @@ WHAT, MEASURE, HUB = "What", "Measure", "Hub"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRecipe(Loading):
-    """What to export from which run; raises :class:`OptionError` when it makes no sense."""
+    """The settings of an export; raises :class:`OptionError` when it makes no sense."""
 
     run: str
     format: str = setting(
@@ -69,7 +69,7 @@ class ExportRecipe(Loading):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PatchRecipe:
-    """Which patch to apply to which base."""
+    """The settings of ``apply-patch``: the patch and its base."""
 
     base: str
     """A folder or a hub id."""

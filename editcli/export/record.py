@@ -1,4 +1,4 @@
-"""What a result says about the run it came from: its record and its card, without this machine's paths."""
+"""The record and the card of an exported result: they describe its run, without this machine's paths."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def read_record(folder: Path) -> RunRecord:
         raise ModelError(f"{error}, or download or copy the patch again") from error
     if record is None or record.edits is None:
         raise ModelError(f"{folder / RECORD} is not the record of a run that ended; download or copy the patch again")
-    # What no card can be made of would fail after the model was written.
+    # A record that no card can be made of would fail after the model was written.
     _card(FULL, record)
     return record
 

@@ -1,4 +1,4 @@
-"""What an export or a patch came to, as frozen data; :meth:`to_json` is the contract of ``--json``."""
+"""The result of an export or a patch, as frozen data; :meth:`to_json` is the contract of ``--json``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """Where on the hub a result is."""
+    """The place of a result on the hub."""
 
     repo: str
     revision: str
@@ -66,7 +66,7 @@ class ExportReport:
     format: str
     run: str
     status: str
-    """How the run ended: ``done``, or ``stopped`` by a guard."""
+    """The status of the run: ``done``, or ``stopped`` by a guard."""
     out: str
     base: str
     """Name of the base."""

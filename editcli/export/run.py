@@ -32,7 +32,7 @@ from editcli.storage.folders import new_folder, refuse_taken
 def export(recipe: ExportRecipe, plugins: Plugins, reporter: Reporter | None = None) -> ExportReport:
     """Write what ``recipe`` asks for, verified, and push it if asked; raises an :class:`~editcli.errors.EditError`."""
     reporter = reporter or Silent()
-    # What can be refused at once is refused before anything is computed.
+    # Refuse a taken folder before anything is computed.
     refuse_taken(recipe.folder)
     run = open_run(recipe.run)
     if run.status == STOPPED:
@@ -140,12 +140,12 @@ class _Export:
 
     def _changes(self, edited: Edited) -> list[SiteChange]:
         device = double_device(choose_device(self.recipe.device))
-        layers, found = self.run.history.layers, []
+        layers, changes = self.run.history.layers, []
         with self.reporter.phase("Factoring", len(layers), "sites") as advance:
             for layer in layers:
-                found.append(find_change(edited, edited.architecture.site(layer), self.recipe.rank, device=device))
+                changes.append(find_change(edited, edited.architecture.site(layer), self.recipe.rank, device=device))
                 advance(1)
-        return found
+        return changes
 
     def _warn_truncated(self) -> None:
         worst = max(self.sites, key=lambda site: site.relative_error)

@@ -25,18 +25,18 @@ class FinishedRun:
     """A run whose model folder holds what its record says."""
 
     path: str
-    """What the user called it."""
+    """The name that the user gave it."""
     history: History
 
     @property
     def record(self) -> RunRecord:
-        """What is in its ``run.json``."""
+        """The record in its ``run.json``."""
         assert self.history.record is not None, "it was opened"
         return self.history.record
 
     @property
     def status(self) -> str:
-        """How it ended."""
+        """The status of the run at its end."""
         return self.record.status
 
     @cached_property
@@ -51,7 +51,7 @@ class FinishedRun:
         return paths if all(path.is_file() and is_own(path, self.history.folder.out) for path in paths) else ()
 
     def refuse_changed(self) -> None:
-        """Raise :class:`StateError` when another process went on with the run meanwhile."""
+        """Raise :class:`StateError` when another process has continued the run since it was opened."""
         if self.history.folder.read_record() != self.record:
             raise StateError(f"{self.path} was changed by another process meanwhile; export it again")
 

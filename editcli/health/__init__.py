@@ -1,1 +1,1 @@
-"""How healthy edited matrices are, read from files."""
+"""The health of edited matrices, read from files."""

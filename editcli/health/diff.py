@@ -1,4 +1,4 @@
-"""How an edited model differs from its base: tensor by tensor, and in what both say to the same prompts."""
+"""Compare an edited model with its base: tensor by tensor, and by their continuations of the same prompts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TensorDiff:
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """What both models say after one prompt."""
+    """The continuations of one prompt by both models."""
 
     prompt: str
     base: str
@@ -63,7 +63,7 @@ class Spoken:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """Everything ``diff`` found; :meth:`to_json` is the contract of ``--json``."""
+    """The result of ``diff``; :meth:`to_json` is the contract of ``--json``."""
 
     base: str
     edited: str
@@ -108,18 +108,18 @@ def diff(
     if not names:
         raise ModelError(f"{sources[0].name} and {sources[1].name} have no tensor in common; compare related models")
     same = [name for name in names if before.shape(name) == after.shape(name)]
-    found = []
+    changed = []
     with reporter.phase("Comparing", len(same), "tensors") as advance:
         for name in same:
             first, second = before.read(name), after.read(name)
             if not _equal(first, second):
-                found.append(_tensor_diff(name, first, second, ranks=ranks, device=device))
+                changed.append(_tensor_diff(name, first, second, ranks=ranks, device=device))
             advance(1)
     return Diff(
         base=sources[0].name,
         edited=sources[1].name,
         compared=len(same),
-        tensors=tuple(found),
+        tensors=tuple(changed),
         missing=tuple(name for name in before.names() if name not in after.entries),
         added=tuple(name for name in after.names() if name not in before.entries),
         reshaped=tuple(name for name in names if name not in set(same)),
@@ -127,7 +127,7 @@ def diff(
 
 
 def _checked(source: ModelSource, reporter: Reporter) -> Checkpoint:
-    """Return a checkpoint; tell what keeps it from being the whole model, as comparing may be how one finds out why."""
+    """Return a checkpoint, and warn when it is not the whole model: the comparison may show the reason."""
     checkpoint = source.checkpoint
     try:
         bare = skeleton(load_config(source))
@@ -175,8 +175,8 @@ def numerical_rank(difference: Tensor, floor: float, *, device: torch.device | N
 
 
 def _floor(values: Tensor, floor: float, difference: Tensor) -> float:
-    own = float(values[0]) * max(difference.shape) * torch.finfo(difference.dtype).eps if len(values) else 0.0
-    return max(floor, own)
+    rounding = float(values[0]) * max(difference.shape) * torch.finfo(difference.dtype).eps if len(values) else 0.0
+    return max(floor, rounding)
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -207,7 +207,7 @@ def _tensor_diff(name: str, first: Tensor, second: Tensor, *, ranks: bool, devic
 
 
 def speak(
-    found: Diff,
+    report: Diff,
     prompts: Sequence[str],
     *,
     tokens: int = 20,
@@ -215,11 +215,11 @@ def speak(
     families: Sequence[Family] = (),
     reporter: Reporter | None = None,
 ) -> Diff:
-    """Return ``found`` with what both models say greedily after each prompt; one model is in memory at a time."""
+    """Return ``report`` with both models' greedy continuations of each prompt; one model is in memory at a time."""
     said = []
-    for name in (found.base, found.edited):
+    for name in (report.base, report.edited):
         loaded = open_model(resolve_model(name), device=device, families=families)
         said.append(generate(loaded, prompts, tokens=tokens, top_k=1, reporter=reporter))
         del loaded  # The next model needs the room.
     spoken = tuple(Spoken(prompt, said[0][prompt].text, said[1][prompt].text) for prompt in dict.fromkeys(prompts))
-    return replace(found, generations=spoken)
+    return replace(report, generations=spoken)

@@ -49,7 +49,7 @@ _LEAST = 4
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How a norm ratio grew."""
+    """The growth of a norm ratio."""
 
     slope: float
     """Of ln R_n against edits, per edit."""
@@ -69,7 +69,7 @@ class Growth:
 
 
 def fit_growth(edits: Sequence[int], ratios: Sequence[float]) -> Growth | None:
-    """Fit every law to R_n after so many edits; None for too few points, or where R_n is constant or not a number."""
+    """Fit every law to R_n by number of edits; None for too few points, or where R_n is constant or not a number."""
     usable = all(count > 0 for count in edits) and all(1 / LARGEST < ratio < LARGEST for ratio in ratios)
     if not usable or len(edits) < _LEAST or min(ratios) == max(ratios):
         return None

@@ -1,4 +1,4 @@
-"""What can be edited in a model, and how healthy its editable matrices are; read from its files, never loading it."""
+"""The editable matrices of a model and their health; read from its files, without loading the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CURVE_POINTS = 512
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to compute beyond the bare view; ``spectral`` includes ``norms``."""
+    """The figures to compute beyond the bare view; ``spectral`` includes ``norms``."""
 
     norms: bool = False
     spectral: bool = False
@@ -105,7 +105,7 @@ class SiteInspection:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Everything ``inspect`` found; :meth:`to_json` is the contract of ``--json``."""
+    """The result of ``inspect``; :meth:`to_json` is the contract of ``--json``."""
 
     model: str
     base: str | None
@@ -201,16 +201,16 @@ class _Reader:
     source: ModelSource
     base: ModelSource | None
     architecture: Architecture
-    wanted: Wanted
+    selection: Wanted
     device: torch.device | None
 
     def site(self, layer: int, *, in_preset: bool) -> SiteInspection:
-        """Return one site with the figures that are wanted."""
+        """Return one site with the selected figures."""
         site, shape = self.architecture.site(layer), self.architecture.shape(layer)
         checkpoint = self.source.checkpoint
         dtype = str(checkpoint.dtype(checkpoint.tensor_for(f"{site.module}.weight"))).removeprefix("torch.")
         bare = SiteInspection(site, shape, dtype, in_preset)
-        if not (self.wanted.norms or self.wanted.spectral):
+        if not (self.selection.norms or self.selection.spectral):
             return bare
         weight = read_site(self.source, site, shape)
         if not bool(weight.isfinite().all()):
@@ -231,26 +231,28 @@ class _Reader:
             base=before,
             drift=drift,
             similarity=similarity,
-            verdict=_verdict(self.wanted.thresholds, now, before, drift),
+            verdict=_verdict(self.selection.thresholds, now, before, drift),
         )
 
     def _figures(self, weight: Tensor, vectors: int) -> tuple[Figures, spectra.Spectrum | None]:
-        """Return the figures of one matrix, with its spectrum when that is wanted."""
-        wanted = self.wanted
-        if not wanted.spectral:
-            value, error = spectra.spectral_norm(weight, method=wanted.method, device=self.device)
+        """Return the figures of one matrix, with its spectrum when the selection asks for it."""
+        selection = self.selection
+        if not selection.spectral:
+            value, error = spectra.spectral_norm(weight, method=selection.method, device=self.device)
             return Figures(spectra.frobenius(weight), value, error), None
-        found = spectra.spectrum(weight, tau=wanted.tau, vectors=vectors, method=wanted.method, device=self.device)
+        spectrum = spectra.spectrum(
+            weight, tau=selection.tau, vectors=vectors, method=selection.method, device=self.device
+        )
         return Figures(
-            frobenius=found.frobenius,
-            spectral=found.spectral,
-            error=found.error,
-            effective_rank=found.effective_rank,
-            stable_rank=found.stable_rank,
-            k_tau=found.k(wanted.tau),
-            values=tuple(found.values[:TOP_VALUES].tolist()),
-            curve=_thin(found.values),
-        ), found
+            frobenius=spectrum.frobenius,
+            spectral=spectrum.spectral,
+            error=spectrum.error,
+            effective_rank=spectrum.effective_rank,
+            stable_rank=spectrum.stable_rank,
+            k_tau=spectrum.k(selection.tau),
+            values=tuple(spectrum.values[:TOP_VALUES].tolist()),
+            curve=_thin(spectrum.values),
+        ), spectrum
 
 
 def read_site(source: ModelSource, site: Site, shape: tuple[int, int]) -> Tensor:
@@ -291,9 +293,9 @@ def _warn_of_other_base(
             return
 
 
-def _layers(wanted: Wanted, history: History | None, architecture: Architecture) -> tuple[int, ...]:
-    if wanted.layers is not None:
-        return wanted.layers
+def _layers(selection: Wanted, history: History | None, architecture: Architecture) -> tuple[int, ...]:
+    if selection.layers is not None:
+        return selection.layers
     if history is not None and history.layers:
         return history.layers
     return tuple(range(architecture.layers))

@@ -1,6 +1,6 @@
 """Say of an edited matrix whether it is fine, drifting or collapsing, by thresholds the user can change.
 
-The defaults are rules of thumb of ours: 1.25 is where a stream of edits begins to show in a weight's norm, and by 2.5
+The defaults are our rules of thumb: 1.25 is where a stream of edits begins to show in a weight's norm, and by 2.5
 the streams that we measured had lost most of their earlier edits. For updates at a right angle to the weight,
 drift^2 = ratio^2 - 1, which gives the thresholds on drift.
 """
@@ -81,8 +81,8 @@ def judge(
     findings = list(_findings(thresholds, {"ratio": ratio, "drift": drift, "spectral": spectral, "rank": rank}))
     if not findings:
         return UNKNOWN
-    word = worst(found for found, _ in findings)
-    return Verdict(word, tuple(reason for found, reason in findings if found == word and found != FINE))
+    word = worst(grade for grade, _ in findings)
+    return Verdict(word, tuple(reason for grade, reason in findings if grade == word and grade != FINE))
 
 
 def since(batches: Sequence[BatchRecord], module: str, thresholds: Thresholds) -> BatchRecord | None:

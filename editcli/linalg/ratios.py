@@ -6,7 +6,7 @@ from __future__ import annotations
 def ratio(part: float, whole: float) -> float | None:
     """Return ``part / whole``; None for a whole of 0.
 
-    Inserted blocks have matrices of zeros. Against such a base there is no growth and no drift, whatever was written:
+    Inserted blocks have matrices of zeros. Against zeros there is no growth and no drift, whatever was written:
     tables show that no figure is known, guards do not look at it, and the norms themselves say how large the weight is.
     """
     return part / whole if whole else None

@@ -64,7 +64,7 @@ class Conversation:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides how a prompt is rendered, as JSON values; the template's text by its hash."""
+        """The settings that decide how a prompt is rendered, as JSON values; the template's text by its hash."""
         return {**self.settings.to_json(), "template": hashlib.sha256(self.template.encode()).hexdigest()}
 
     def render(self, prompt: str) -> str:

@@ -1,4 +1,4 @@
-"""What a chat template is given besides the prompt; imports neither torch nor transformers."""
+"""The inputs of a chat template besides the prompt; imports neither torch nor transformers."""
 
 from __future__ import annotations
 

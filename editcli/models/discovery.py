@@ -70,9 +70,9 @@ def _candidates(block: nn.Module, width: int) -> Iterator[tuple[int, str, str]]:
         if len(maps) in (2, 3) and _owns_only(child, maps) and _is_mlp(list(maps.values()), width):
             yield _shape(list(maps.values())[-1])[0], name, f"{name}.{list(maps)[-1]}"
     # Some blocks hold the two maps of their MLP themselves; then the last one's output is the MLP's.
-    own = [(name, child) for name, child in block.named_children() if isinstance(child, (nn.Linear, Conv1D))]
-    if len(own) == 2 and _is_mlp([child for _, child in own], width):
-        yield _shape(own[-1][1])[0], own[-1][0], own[-1][0]
+    direct = [(name, child) for name, child in block.named_children() if isinstance(child, (nn.Linear, Conv1D))]
+    if len(direct) == 2 and _is_mlp([child for _, child in direct], width):
+        yield _shape(direct[-1][1])[0], direct[-1][0], direct[-1][0]
 
 
 def _linear_maps(module: nn.Module) -> dict[str, nn.Module]:
@@ -101,11 +101,11 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 def _find_final_norm(model: PreTrainedModel, blocks: str) -> str:
     """Return the path of the last module beside the blocks that holds vectors only, else of the one after them."""
-    parent, _, own = blocks.rpartition(".")
+    parent, _, last = blocks.rpartition(".")
     children = list(model.get_submodule(parent).named_children())
     names = [name for name, _ in children]
     norms = [name for name, part in children if _is_norm(part)]
-    after = names[names.index(own) + 1 :]
+    after = names[names.index(last) + 1 :]
     if not (norms or after):
         raise ModelError(f"no norm was found after the layers of {_name(model)}; {_ADVICE}")
     return f"{parent}.{norms[-1] if norms else after[0]}".lstrip(".")
@@ -149,7 +149,7 @@ def _block_output(model: PreTrainedModel, block: nn.Module) -> Tensor:
     try:
         with torch.no_grad(), hooked(block, record, stop=True):
             run(model.eval(), tokens[None])
-    # Whatever else such a model needs, it is not a language model that text alone can be written into.
+    # A model that fails here needs more input than text, so facts cannot be written into it as text.
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{_name(model)} could not be run on plain text: {error}") from error
     finally:

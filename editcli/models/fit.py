@@ -41,7 +41,7 @@ class Fit:
 
 
 def check_fit(checkpoint: Checkpoint, model: PreTrainedModel, reporter: Reporter) -> None:
-    """Refuse a checkpoint that does not fit ``model``, of which names and shapes are enough; tell what is strange."""
+    """Refuse a checkpoint that does not fit ``model``, whose names and shapes are enough; warn of oddities."""
     fit = examine(checkpoint, model)
     refuse_misfit(fit, checkpoint, model)
     for text in remarks(fit, checkpoint):

@@ -132,7 +132,7 @@ _BELOW = "*/*"
 _ADAPTER = "adapter_config.json"
 _AN_INDEX = ".safetensors.index.json"
 _FURTHER = ("editcli/run.json", "additional_chat_templates/*.jinja")
-"""What is needed of the files in folders."""
+"""The files in subfolders that are needed."""
 _CODE = "*.py"
 _PATCH = ("*.json", "*.safetensors", "*.md")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -342,7 +342,7 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Keep the client from remarking on what is said in one sentence when it fails, and does not matter otherwise."""
+    """Silence the warnings of the client: a failure is reported in one sentence, and a success needs none."""
     from huggingface_hub.utils import logging
 
     level = logging.get_verbosity()

@@ -49,7 +49,7 @@ BUNDLED = "bundled"
 """The name of the small trained model that ships inside the package."""
 
 _RUN = Path("editcli", "state.safetensors")
-"""What only a run has, before its model is in its folder; exports have its record as well."""
+"""A file that only a run has, before its model is in its folder; exports have the record of the run as well."""
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _REVISION = re.compile(r"^[\w./-]+$")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,7 +104,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a model is loaded."""
+    """Settings of loading a model."""
 
     device: str = "auto"
     dtype: str = "auto"
@@ -197,7 +197,7 @@ def open_model(
     config = load_config(source, trust_remote_code=trusted)
     tokens = load_tokens(source, config, chat_template=loading.chat_template, trust_remote_code=trusted)
     if not is_ordinary(checkpoint):
-        # What the loaded model says of such a checkpoint depends on the version of transformers.
+        # For a checkpoint like this, the error of the loaded model depends on the version of transformers.
         bare = skeleton(config, trusted)
         refuse_misfit(examine(checkpoint, bare), checkpoint, bare)
     model, fit = _read_weights(source, checkpoint, config, loading, split=split)
@@ -354,8 +354,8 @@ def _refuse_code(source: ModelSource, file: str, trusted: bool, error: Exception
 def choose_device(device: str) -> torch.device:
     """Return the device asked for, or the accelerator when there is one, else the CPU."""
     if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
     cannot = f"the device {device!r} cannot be used here"
     try:
         place = torch.device(device)

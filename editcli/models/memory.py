@@ -1,4 +1,4 @@
-"""How much memory a device has left, as far as the system says."""
+"""The memory that a device has left, as far as the system reports it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def free_bytes(device: torch.device) -> int | None:
         ask = getattr(torch.get_device_module(device), "mem_get_info", None)
         return None if ask is None else int(ask(device)[0])
     with warnings.catch_warnings():
-        # Where a container hides how busy the swap is, its size is known all the same.
+        # A container may hide the use of the swap, but its size is still known.
         warnings.simplefilter("ignore", RuntimeWarning)
         swap = psutil.swap_memory().free
     return min([psutil.virtual_memory().available + swap, *_group_bytes(_groups())])
@@ -34,13 +34,13 @@ def _groups() -> list[Path]:
         lines = [line.split(":", 2) for line in _SELF.read_text().splitlines()]
     except OSError:
         return []
-    found = []
+    folders = []
     for _, controllers, path in lines:
         if controllers in ("", "memory"):
             root = _CONTROL_GROUPS / controllers
-            own = root / path.lstrip("/")
-            found += [own, *own.parents[: len(own.parts) - len(root.parts)]]
-    return found
+            group = root / path.lstrip("/")
+            folders += [group, *group.parents[: len(group.parts) - len(root.parts)]]
+    return folders
 
 
 def _group_bytes(groups: Iterable[Path]) -> list[int]:

@@ -37,8 +37,8 @@ def replace_weight(module: nn.Module, value: Tensor) -> None:
         return
     hook = _hook(module)
     # The map may be shared by the whole model or lie on disk; the new weight only goes in front of it.
-    own = {"weight": value.to(device="cpu", dtype=weight.dtype).contiguous()}
-    hook.weights_map = ChainMap(own, getattr(hook.weights_map, "parents", None) or hook.weights_map)
+    replacement = {"weight": value.to(device="cpu", dtype=weight.dtype).contiguous()}
+    hook.weights_map = ChainMap(replacement, getattr(hook.weights_map, "parents", None) or hook.weights_map)
 
 
 def _hook(module: nn.Module) -> Any:

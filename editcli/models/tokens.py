@@ -279,13 +279,13 @@ class Tokens:
 
         A byte-level tokenizer may cut a character into several tokens.
         """
-        found, begun = [], 0
+        texts, begun = [], 0
         for stop in range(1, len(ids) + 1):
             text = self.tokenizer.decode(list(ids[begun:stop]), clean_up_tokenization_spaces=False)
             if "\ufffd" not in text or stop == len(ids):
-                found.append(text)
+                texts.append(text)
                 begun = stop
-        return tuple(found)
+        return tuple(texts)
 
     def character_at(self, encoded: Encoded, position: int) -> str:
         """Return the text of a token, together with the tokens before it that its first character began in."""

@@ -1,1 +1,1 @@
-"""What a run looks like on a page: charts, plots and the self-contained HTML report."""
+"""Pages about a run: charts, plots and the self-contained HTML report."""

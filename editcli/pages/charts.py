@@ -1,4 +1,4 @@
-"""Which curves tell how a run went: charts as plain data, from a run's history and an inspection."""
+"""The charts of a run as plain data, from a run's history and an inspection."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def history_charts(history: History) -> list[Chart]:
     return [chart for chart in charts if not chart.empty]
 
 
-def spectrum_charts(found: Inspection) -> list[Chart]:
+def spectrum_charts(inspection: Inspection) -> list[Chart]:
     """Return one chart per site of its singular values, beside the base's; empty without spectra."""
     charts = []
-    for site in found.sites:
+    for site in inspection.sites:
         base = Series("base", site.base.curve if site.base else (), faint=True)
         now = Series("edited" if site.base else "weight", site.now.curve if site.now else ())
         series = tuple(one for one in (base, now) if one.points)
@@ -78,14 +78,14 @@ def spectrum_charts(found: Inspection) -> list[Chart]:
     return [chart for chart in charts if not chart.empty]
 
 
-def norm_charts(found: Inspection) -> list[Chart]:
+def norm_charts(inspection: Inspection) -> list[Chart]:
     """Return R_n, drift, norms and effective rank over the layers."""
     charts = [
-        Chart("R_n by layer", "layer", "||W_n|| / ||W_0||", (_by_layer("R_n", found, _ratio),), reference=1.0),
-        Chart("Drift by layer", "layer", "||W_n - W_0|| / ||W_0||", (_by_layer("drift", found, _drift),)),
-        Chart("Frobenius norm by layer", "layer", "||W||_F", _pair(found, lambda f: f.frobenius)),
-        Chart("Spectral norm by layer", "layer", "sigma_1", _pair(found, lambda f: f.spectral)),
-        Chart("Effective rank by layer", "layer", "effective rank", _pair(found, lambda f: f.effective_rank)),
+        Chart("R_n by layer", "layer", "||W_n|| / ||W_0||", (_by_layer("R_n", inspection, _ratio),), reference=1.0),
+        Chart("Drift by layer", "layer", "||W_n - W_0|| / ||W_0||", (_by_layer("drift", inspection, _drift),)),
+        Chart("Frobenius norm by layer", "layer", "||W||_F", _pair(inspection, lambda f: f.frobenius)),
+        Chart("Spectral norm by layer", "layer", "sigma_1", _pair(inspection, lambda f: f.spectral)),
+        Chart("Effective rank by layer", "layer", "effective rank", _pair(inspection, lambda f: f.effective_rank)),
     ]
     return [chart for chart in charts if not chart.empty]
 
@@ -98,15 +98,17 @@ def _drift(site: SiteInspection) -> float | None:
     return site.drift
 
 
-def _pair(found: Inspection, figure: Callable[[Figures], float | None]) -> tuple[Series, ...]:
+def _pair(inspection: Inspection, figure: Callable[[Figures], float | None]) -> tuple[Series, ...]:
     """Return a figure of the base's matrices, if there is a base, and of the model's."""
-    base = _by_layer("base", found, lambda site: figure(site.base) if site.base else None)
-    now = _by_layer("edited" if base.points else "weight", found, lambda site: figure(site.now) if site.now else None)
+    base = _by_layer("base", inspection, lambda site: figure(site.base) if site.base else None)
+    now = _by_layer(
+        "edited" if base.points else "weight", inspection, lambda site: figure(site.now) if site.now else None
+    )
     return (Series(base.label, base.points, faint=True), now) if base.points else (now,)
 
 
-def _by_layer(label: str, found: Inspection, figure: Callable[[SiteInspection], float | None]) -> Series:
-    return Series(label, _known((site.site.layer, figure(site)) for site in found.sites))
+def _by_layer(label: str, inspection: Inspection, figure: Callable[[SiteInspection], float | None]) -> Series:
+    return Series(label, _known((site.site.layer, figure(site)) for site in inspection.sites))
 
 
 def _per_site(history: History, figure: Figure, edits: Sequence[int]) -> tuple[Series, ...]:

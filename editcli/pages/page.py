@@ -27,7 +27,7 @@ from editcli.storage.files import write_bytes
 from editcli.storage.opening import PAGE, is_there, open_regular
 
 MARK = '<meta name="generator" content="editcli">'
-"""What tells a page of ours from any other file, so that only a page of ours is written over."""
+"""Marks a page as written by editcli; only such pages are overwritten."""
 MAX_ROWS = 5000
 """Edits that the table shows; beyond, a browser takes seconds to lay it out."""
 
@@ -60,24 +60,24 @@ def require_jinja() -> None:
         raise OptionError("pages need jinja2; install it with: pip install 'editcli[report]'") from error
 
 
-def run_page(found: Inspection) -> str:
-    """Return the page of an inspected run; raise :class:`StateError` when ``found`` is no run."""
-    if found.history is None:
+def run_page(inspection: Inspection) -> str:
+    """Return the page of an inspected run; raise :class:`StateError` when ``inspection`` is no run."""
+    if inspection.history is None:
         raise StateError(
-            f"{found.model} is no output of editcli apply (it has no editcli/run.json); give a run's folder"
+            f"{inspection.model} is no output of editcli apply (it has no editcli/run.json); give a run's folder"
         )
-    history, record = found.history, found.history.record
+    history, record = inspection.history, inspection.history.record
     rows = list(edit_rows(history))
     counts = {word: sum(row.outcome == word for row in rows) for word in MEANINGS}
     return _render(
         "run.html.j2",
-        title=f"{Path((record and record.model) or found.model).name}, edited",
-        found=found,
+        title=f"{Path((record and record.model) or inspection.model).name}, edited",
+        inspection=inspection,
         record=record,
         methods=[name for name in (record.editor, *(record.stabilizers or ())) if name] if record else [],
         tiles=_tiles(record),
         charts=[_figure(chart) for chart in history_charts(history)],
-        spectra=[_figure(chart) for chart in (*_level_charts(found), *spectrum_charts(found))],
+        spectra=[_figure(chart) for chart in (*_level_charts(inspection), *spectrum_charts(inspection))],
         rows=rows[:MAX_ROWS],
         hidden=max(0, len(rows) - MAX_ROWS),
         counts={word: count for word, count in counts.items() if count},
@@ -86,10 +86,12 @@ def run_page(found: Inspection) -> str:
     )
 
 
-def chart_page(found: Inspection, charts: Sequence[Chart]) -> str:
+def chart_page(inspection: Inspection, charts: Sequence[Chart]) -> str:
     """Return a page of charts alone, for ``inspect --plot FILE.html``."""
     require_jinja()
-    return _render("charts.html.j2", title=found.model, found=found, charts=[_figure(chart) for chart in charts])
+    return _render(
+        "charts.html.j2", title=inspection.model, inspection=inspection, charts=[_figure(chart) for chart in charts]
+    )
 
 
 def write_page(path: Path, page: str) -> None:
@@ -135,9 +137,9 @@ def _figure(chart: Chart) -> dict[str, Any]:
     return {"title": chart.title, "svg": Markup(inline_svg(chart))}
 
 
-def _level_charts(found: Inspection) -> list[Chart]:
+def _level_charts(inspection: Inspection) -> list[Chart]:
     """Return the charts over layers that compare with the base; R_n and drift have curves of their own."""
-    return [chart for chart in norm_charts(found) if len(chart.series) > 1]
+    return [chart for chart in norm_charts(inspection) if len(chart.series) > 1]
 
 
 def _tiles(record: RunRecord | None) -> list[tuple[str, str, str]]:

@@ -51,15 +51,19 @@ def require_matplotlib() -> None:
         raise OptionError("charts need matplotlib; install it with: pip install 'editcli[report]'") from error
 
 
-def plot_inspection(found: Inspection, path: Path) -> None:
-    """Draw what an inspection found, and its run's curves, to a PNG, SVG or HTML file."""
-    charts = [*norm_charts(found), *(history_charts(found.history) if found.history else ()), *spectrum_charts(found)]
+def plot_inspection(inspection: Inspection, path: Path) -> None:
+    """Draw the charts of an inspection, and the curves of its run, to a PNG, SVG or HTML file."""
+    charts = [
+        *norm_charts(inspection),
+        *(history_charts(inspection.history) if inspection.history else ()),
+        *spectrum_charts(inspection),
+    ]
     if not charts:
-        raise OptionError(f"there is nothing to draw for {found.model}; add --norms or --spectral")
+        raise OptionError(f"there is nothing to draw for {inspection.model}; add --norms or --spectral")
     if path.suffix.lower() == ".html":
         from editcli.pages.page import chart_page
 
-        data = chart_page(found, charts).encode()
+        data = chart_page(inspection, charts).encode()
     else:
         data = draw(charts, path.suffix.lower().removeprefix("."))
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What a kind of model calls its parts.
+    """The names of the parts of one kind of model.
 
     ``blocks``, ``final_norm`` and ``head`` are paths from the model's root, ``mlp``, ``projection`` and ``mlp_norm``
     are paths from a block. Where a block has no module for its MLP, its last linear map stands for it.

@@ -72,7 +72,7 @@ class Values:
 
     @property
     def contribution(self) -> Tensor:
-        """What the MLP would have to output, v = m + delta, (d, n)."""
+        """The MLP output that reaches the targets, v = m + delta, (d, n)."""
         return self.target - self.initial + self.written
 
     def with_contribution(self, contribution: Tensor) -> Values:
@@ -90,7 +90,7 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What one site is asked to write: find D with D K close to R. ``keys`` (d_in, n), ``residual`` (d_out, n)."""
+    """The equation to solve at one site: find D with D K close to R. ``keys`` (d_in, n), ``residual`` (d_out, n)."""
 
     site: Site
     keys: Tensor
@@ -98,7 +98,7 @@ class Problem:
 
 
 class Update(ABC):
-    """What a site's weight gains, D (d_out, d_in): :class:`LowRank` or :class:`Dense`."""
+    """The change of a site's weight, D (d_out, d_in): :class:`LowRank` or :class:`Dense`."""
 
     __slots__ = ()
 
@@ -198,7 +198,7 @@ def update_of(parts: Mapping[str, Tensor]) -> Update:
 
 @dataclass(frozen=True, slots=True)
 class SiteGradients:
-    """What one site saw and was asked for, one column per token position: ``t`` positions of all edits together."""
+    """Inputs and output gradients of one site, one column per token position: ``t`` positions of all edits together."""
 
     inputs: Tensor
     """(d_in, t) float32, k: what the projection read."""
@@ -310,7 +310,7 @@ class NoOptions:
 
 
 class State(NamedTuple):
-    """What a component keeps between batches: tensors, and JSON values beside them."""
+    """The state of a component between batches: tensors, and JSON values beside them."""
 
     tensors: Mapping[str, Tensor] = {}
     json: Mapping[str, Any] = {}
@@ -318,7 +318,7 @@ class State(NamedTuple):
 
 
 class Component(ABC):
-    """What editors, stabilizers and diagnostics have in common.
+    """The common base of editors, stabilizers and diagnostics.
 
     A component is built with its options, prepared once on the unedited model, and may keep state: whatever ``state``
     returns is saved with the run and handed back to ``load_state`` when a stream is resumed.

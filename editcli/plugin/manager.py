@@ -136,9 +136,9 @@ class Plugins:
 
     def find(self, kind: str, name: str) -> Registered:
         """Return the component ``name`` of ``kind``; raise :class:`PluginError` with the near miss."""
-        found = self.all(kind)
-        if name in found:
-            return found[name]
+        components = self.all(kind)
+        if name in components:
+            return components[name]
         if name in self.broken:
             raise PluginError(f"{kind} {name!r} could not be loaded: {self.broken[name]}")
         for other in KINDS:
@@ -146,7 +146,7 @@ class Plugins:
                 hint = "" if other == "diagnostic" else f"; pass it as --{other}"
                 raise PluginError(f"{name!r} is {_a(other)}, not {_a(kind)}{hint}")
         lost = f" (not loaded: {', '.join(sorted(self.broken))})" if self.broken else ""
-        raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, found)}{lost}")
+        raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, components)}{lost}")
 
     def formats(self) -> tuple[Format, ...]:
         """Return one reader of each installed format, by name; raise :class:`PluginError` when two share a name."""
@@ -261,20 +261,20 @@ def load_plugins(
 def _discover(
     distributions: Iterable[importlib.metadata.Distribution] | None,
 ) -> dict[str, tuple[importlib.metadata.EntryPoint, Source]]:
-    found: dict[str, tuple[importlib.metadata.EntryPoint, Source]] = {}
+    entries: dict[str, tuple[importlib.metadata.EntryPoint, Source]] = {}
     for distribution in distributions if distributions is not None else importlib.metadata.distributions():
         for entry in distribution.entry_points:
             if entry.group != hookspecs.NAME:
                 continue
             source = Source(distribution.metadata["Name"], distribution.version)
-            known_entry, known = found.setdefault(entry.name, (entry, source))
+            known_entry, known = entries.setdefault(entry.name, (entry, source))
             # The same distribution is listed twice when its folder is on sys.path twice; that is no clash.
             if known.distribution != source.distribution:
                 raise PluginError(
                     f"two distributions bring a plugin named {entry.name!r}: {known.distribution} "
                     f"({known_entry.value}) and {source.distribution} ({entry.value}); uninstall one of them"
                 )
-    return found
+    return entries
 
 
 def catalogue(plugins: Plugins, name: str | None = None) -> list[dict[str, Any]]:

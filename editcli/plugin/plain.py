@@ -1,4 +1,4 @@
-"""What a component hands over for a file must be plain: finite JSON values, no tensors and no scalars of numpy."""
+"""Check that values of a component are plain enough for a file: finite JSON values, no tensors, no numpy scalars."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A preset is matched by the model's type and sizes, never by its name or folder. It is one TOML file, or one row of
 ``models.toml``, whose rows share profiles of settings. Labels: ``published`` figures come from the papers'
-configurations, ``tuned`` ones from a sweep of ours, ``guessed`` ones from proportions:
+configurations, ``tuned`` ones from our own sweep, ``guessed`` ones from proportions:
 
 - Layers. The published sites lie between 7 % and 39 % of the depth and are five or six in a row. The guess takes the
   last five layers of the middle of that range, 13 % to 28 %; for 32 layers these are the published 4-8.

@@ -60,7 +60,7 @@ class Preset:
     settings: Settings = field(default_factory=dict)
     """``{component: {option: value}}``; sections of components that are not in use have no effect."""
     source: str = ""
-    """Where the figures come from."""
+    """The source of the figures."""
     match: Sizes | None = None
     file: str | None = None
     """The file that a user passed; None for a preset of the package."""

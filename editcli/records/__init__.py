@@ -1,1 +1,1 @@
-"""What a run folder holds, and reading it back."""
+"""The contents of a run folder, and reading them back."""

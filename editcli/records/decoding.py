@@ -36,7 +36,7 @@ Options = Mapping[str, Mapping[str, Any]]
 
 
 class UnreadableError(ValueError):
-    """What should be a record is none; the text says where and why, but not in which file."""
+    """A value is not the record that it should be; the text says where and why, but not in which file."""
 
 
 def later(default: Any = None, *, factory: Any = dataclasses.MISSING) -> Any:

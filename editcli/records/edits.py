@@ -1,4 +1,4 @@
-"""What became of each edit of a run: those that were refused or given up, and the outcome of every other."""
+"""The outcome of each edit of a run, and the edits that were refused or given up."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class RejectedLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerLine:
-    """How the edited model answered one prompt."""
+    """The answer of the edited model to one prompt."""
 
     exact: bool
     success: bool | None = None

@@ -1,4 +1,4 @@
-"""What a run folder tells about the run: its base, its batches, its edits and how much each of them wrote."""
+"""The history of a run, read from its folder: base, batches, edits and how much each edit wrote."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TopEdit:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The record and the batches of one run folder; ``problem`` says what of it could not be read."""
+    """The record and the batches of one run folder; ``problem`` names the part that could not be read."""
 
     folder: RunFolder
     record: RunRecord | None
@@ -129,7 +129,7 @@ class History:
 
 
 def read_history(folder: Path) -> History | None:
-    """Read the run recorded in an output folder; None when the folder is no run of ours."""
+    """Read the run recorded in an output folder; None when the folder holds no run of editcli."""
     run = RunFolder(folder)
     if not run.is_run:
         return None

@@ -24,9 +24,9 @@ from editcli.storage.choice import is_plain_name
 BATCH, UNDO = "batch", "undo"
 """Kinds of journal lines."""
 START = "0" * 64
-"""What the first line names as its predecessor."""
+"""The hash that the first line names as its predecessor."""
 IMMEDIATE, RETAINED, DIAGNOSTICS = "immediate", "retained", "diagnostics"
-"""What is measured after a batch."""
+"""Groups of figures that are measured after a batch."""
 
 Line = Annotated[int, Meta(ge=1, le=2**53)]
 
@@ -94,7 +94,7 @@ class BatchRecord:
 
     @property
     def diagnostics(self) -> Figures:
-        """What the diagnostics showed."""
+        """The figures of the diagnostics."""
         return self.metrics.get(DIAGNOSTICS) or {}
 
     @property
@@ -143,7 +143,7 @@ Entry = BatchRecord | UndoRecord
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """What tells which kind of line follows, and where it belongs."""
+    """The fields that give the kind of a line and its place in the journal."""
 
     sequence: int
     kind: str

@@ -1,4 +1,4 @@
-"""``run.json``: what a run was asked for, what it was made from, how it ended; decoded once, into types.
+"""``run.json``: the recipe of a run, its sources and its outcome; decoded once, into types.
 
 Nothing here imports torch, so that a record can be checked before a model is thought of.
 """
@@ -37,7 +37,7 @@ RECORD = Path("editcli", "run.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditCounts:
-    """How many edits."""
+    """Number of edits."""
 
     read: Count
     """Of all files that the run read."""
@@ -183,7 +183,7 @@ class PilotsRef:
     sha256: str
     """Hash of it; empty for edits that came from a program."""
     limit: Count | None = later()
-    """How many edits were read at most; null for all."""
+    """Largest number of edits to read; null for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,9 +200,9 @@ class Reference:
     identity: str | None = optional()
     """Hash of the text that was read."""
     tokens: Count | None = optional()
-    """How many tokens were read."""
+    """Number of tokens read."""
     written_by_the_model: Count | None = optional()
-    """How many of them the model wrote itself."""
+    """Number of these tokens that the model wrote itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +224,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What a run was made from."""
+    """The sources of a run."""
 
     base: BaseRef
     edits: FileRef
@@ -244,9 +244,9 @@ class Provenance:
     versions: Mapping[str, str]
     """Of editcli, torch, transformers and Python."""
     device: str = later("")
-    """Where the model was."""
+    """Device that held the model."""
     dtype: str = later("")
-    """In which type it was loaded."""
+    """Type in which it was loaded."""
     threads: Count | None = later()
     """Threads of the processor."""
     written: str = later("")
@@ -300,14 +300,14 @@ class RunRecord:
     """The same as `stopped_by`, under its older name; how the matrices fare is what `inspect` says."""
     targets: TargetCounts | None = optional()
     components: Options | None = optional()
-    """What each editor and stabilizer recorded of itself."""
+    """The record of each editor and stabilizer, by component."""
     preset: PresetRef | None = optional()
     recipe: Mapping[str, Any]
     """Every setting of the command; runs it again. `preset` is the whole content of the preset file, with its name and
     sha256."""
     provenance: Provenance
     source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, metadata={"unwritten": True})
-    """What it was decoded from, for the fields that this version does not know."""
+    """The decoded JSON object; it holds the fields that this version does not know."""
 
     @classmethod
     def from_json(cls, value: Any) -> RunRecord:

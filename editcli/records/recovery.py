@@ -1,4 +1,4 @@
-"""What a run folder says about its stream: where it stands, which batches are in force, what is still to be done.
+"""The state of a stream, read from its run folder: its step, the batches in force and those still to be written.
 
 Reading changes nothing on disk. What the journal holds beyond the snapshot is left out: it is done again, with the same
 result, and what the snapshot holds beyond the journal is the line of its own step, which it carries.
@@ -23,7 +23,7 @@ class Recovered:
 
     snapshot: Snapshot
     entries: tuple[Entry, ...]
-    """Everything that happened, in order, up to the snapshot."""
+    """All journal entries up to the snapshot, in order."""
     lines: tuple[str, ...]
     """The journal lines of ``entries``."""
     lost: int
@@ -33,7 +33,7 @@ class Recovered:
     waiting: tuple[BatchRecord, ...]
     """Batches that an undo took out of the way and that were not written again yet."""
     redo: tuple[tuple[EditRequest, ...], ...]
-    """What is left to be written of each of them."""
+    """The edits of each that are not written yet."""
 
     @property
     def live(self) -> list[BatchRecord]:
@@ -50,16 +50,16 @@ def recover(folder: RunFolder) -> Recovered:
     """Read a stream; raise :class:`StateError` when snapshot, journal and segments do not fit together."""
     snapshot = folder.read_snapshot()
     lines = folder.journal_bytes()
-    kept = lines[: snapshot.sequence]
-    if snapshot.sequence and len(kept) >= snapshot.sequence - 1:
+    counted = lines[: snapshot.sequence]
+    if snapshot.sequence and len(counted) >= snapshot.sequence - 1:
         # The crash came between the snapshot and its line, or the line was damaged: the snapshot carries it.
-        kept = [*kept[: snapshot.sequence - 1], snapshot.line.encode()]
-    if len(kept) != snapshot.sequence:
+        counted = [*counted[: snapshot.sequence - 1], snapshot.line.encode()]
+    if len(counted) != snapshot.sequence:
         raise StateError(
-            f"{folder.journal} has {len(kept)} of the {snapshot.sequence} lines that {folder.state.name} counts; "
+            f"{folder.journal} has {len(counted)} of the {snapshot.sequence} lines that {folder.state.name} counts; "
             "restore it from a backup"
         )
-    checked = folder.check_lines(kept)
+    checked = folder.check_lines(counted)
     entries = tuple(entry for entry, _ in checked)
     requests = tuple(request for entry in live_batches(entries) for request in folder.read_requests(entry))
     if len(live_batches(entries)) != snapshot.step:
@@ -71,7 +71,7 @@ def recover(folder: RunFolder) -> Recovered:
         snapshot=snapshot,
         entries=entries,
         lines=tuple(text for _, text in checked),
-        lost=max(len(lines) - len(kept), 0),
+        lost=max(len(lines) - len(counted), 0),
         requests=requests,
         waiting=waiting,
         redo=tuple(_rest(folder, entry, removed_edits(entries)) for entry in waiting),

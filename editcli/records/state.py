@@ -55,7 +55,7 @@ _ROWS, _MIX = 256, 0x9E3779B97F4A7C15 - 2**64
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything a stream needs to go on after ``step`` batches."""
+    """The state that a stream continues from after ``step`` batches."""
 
     step: int
     sequence: int
@@ -65,11 +65,11 @@ class Snapshot:
     tensors: Mapping[str, Tensor]
     """``master/<module>`` (d_out, d_in) float32 and ``component/<name>/<key>``."""
     settings: Mapping[str, Any]
-    """What must match on resume: base fingerprint, stack, options, layers, seed, prefixes."""
+    """Settings that must match on resume: base fingerprint, stack, options, layers, seed, prefixes."""
     line: str
     """The journal line of the last step; empty before the first."""
     json: Mapping[str, Any] = field(default_factory=dict)
-    """What components keep beside their tensors, by ``component/<name>``."""
+    """JSON state of the components beside their tensors, by ``component/<name>``."""
 
     def master(self, module: str, shape: Sequence[int]) -> Tensor:
         """Return the float32 weight of a module; raise :class:`StateError` unless it is one of ``shape``."""
@@ -127,7 +127,7 @@ class _SegmentMetadata:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceSettings:
-    """What the second moments depend on besides the model: a file by its hash, or a text and how it is read."""
+    """Settings of the second moments besides the model: a file by its hash, or a text and how it is read."""
 
     file: str | None = optional()
     corpus: str | None = optional()
@@ -136,7 +136,7 @@ class ReferenceSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamSettings:
-    """What must be the same for a resumed stream to be the same stream; how many processes work is not."""
+    """Settings that a resumed stream must share with its first run; the number of processes may differ."""
 
     base: str
     """Fingerprint of the base."""
@@ -186,11 +186,11 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        """Whether this is an output folder of ours."""
+        """Whether this is an output folder of editcli."""
         return any(is_there(path) for path in (self.record, self.journal, self.state))
 
     def require(self) -> None:
-        """Raise :class:`StateError` unless this is an output folder of ours."""
+        """Raise :class:`StateError` unless this is an output folder of editcli."""
         if not self.is_run:
             raise StateError(f"{self.out} is not a run of editcli; pass the folder that 'editcli apply' wrote")
 
@@ -312,7 +312,7 @@ class RunFolder:
 
     @property
     def _advice(self) -> str:
-        """What to do about a lost snapshot: the model beside it is whole, but the stream cannot go on from it."""
+        """Advice about a lost snapshot: the model beside it is whole, but the stream cannot go on from it."""
         again = f"editcli apply --repeat {self.record}"
         return f"the model in {self.out} is not concerned; restore a backup, or repeat a run that had ended: {again}"
 

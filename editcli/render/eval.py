@@ -25,18 +25,22 @@ _FLAT = (
 )
 
 
-def evaluation_table(found: Measurement) -> RenderableType:
+def evaluation_table(measurement: Measurement) -> RenderableType:
     """Draw one row for each metric, the base beside the model where it was measured."""
-    figures = ("model", "over") if found.base_evaluation is None else ("base", "model", "over")
+    figures = ("model", "over") if measurement.base_evaluation is None else ("base", "model", "over")
     rows = table("metric", *figures, right=figures, padding=(0, 1))
     rows.columns[-1].style = "dim"
-    base = None if found.base_evaluation is None else _rows(found.base_evaluation, found.base_harness)
-    for name, (value, over) in _rows(found.evaluation, found.harness).items():
+    base = None if measurement.base_evaluation is None else _rows(measurement.base_evaluation, measurement.base_harness)
+    for name, (value, over) in _rows(measurement.evaluation, measurement.harness).items():
         cells = [] if base is None else [_figure(base[name][0] if name in base else None)]
         rows.add_row(name, *cells, _figure(value), over)
-    title = f"{plural(found.edits, 'edit')} of {found.edits_file} on {found.model}" if found.edits_file else found.model
+    title = (
+        f"{plural(measurement.edits, 'edit')} of {measurement.edits_file} on {measurement.model}"
+        if measurement.edits_file
+        else measurement.model
+    )
     shown = [rows] if rows.row_count else []
-    return Group(Text(title, style="bold"), *shown, *_drift_lines(found), *_legends(found))
+    return Group(Text(title, style="bold"), *shown, *_drift_lines(measurement), *_legends(measurement))
 
 
 def _rows(evaluation: Evaluation, harness: HarnessResult | None) -> dict[str, tuple[float | None, str]]:
@@ -50,11 +54,11 @@ def _rows(evaluation: Evaluation, harness: HarnessResult | None) -> dict[str, tu
     return rows
 
 
-def _legends(found: Measurement) -> Iterator[Text]:
-    if found.edits:
+def _legends(measurement: Measurement) -> Iterator[Text]:
+    if measurement.edits:
         yield Text(_LEGEND, style="dim")
-    if found.harness is not None:
-        yield Text(f"tasks and their metrics: lm-evaluation-harness {found.harness.version}", style="dim")
+    if measurement.harness is not None:
+        yield Text(f"tasks and their metrics: lm-evaluation-harness {measurement.harness.version}", style="dim")
 
 
 def metric_rows(evaluation: Evaluation) -> Iterator[tuple[str, float | None]]:
@@ -107,9 +111,9 @@ def _over(name: str, counts: Mapping[str, int]) -> str:
     return "" if not count else f"{count:,}"
 
 
-def _drift_lines(found: Measurement) -> Iterator[Text]:
-    if found.drift is not None:
-        drift = found.drift
+def _drift_lines(measurement: Measurement) -> Iterator[Text]:
+    if measurement.drift is not None:
+        drift = measurement.drift
         yield Text(
             f"general ability on {drift.tokens:,} tokens of text: perplexity {drift.perplexity_base:.4g} -> "
             f"{drift.perplexity:.4g}, KL to the base {drift.kl:.4g} nats a token"

@@ -23,7 +23,7 @@ class Format(ABC):
     name: ClassVar[str]
     """The name used with ``convert --from``."""
     reference: ClassVar[str] = ""
-    """Where the format comes from."""
+    """The source of the format."""
 
     @abstractmethod
     def sniff(self, record: Mapping[str, Any]) -> bool:

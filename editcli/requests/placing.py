@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from editcli.requests.texts import difference, find_alike, trimmed
 
 MARK = "{}"
-"""What stands in a prompt where the subject belongs."""
+"""The placeholder of the subject in a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,12 @@ def _margins(left: str, right: str) -> Iterator[str]:
 def _alike(prompt: str, subject: str) -> Placed:
     """Find a subject that the prompt writes otherwise; the prompt's spelling is what the model reads."""
     start, stop = trimmed(subject)
-    found = find_alike(prompt, subject[start:stop])
-    if len(found) > 1:
-        raise ValueError(_several(subject, len(found)))
-    if not found:
+    places = find_alike(prompt, subject[start:stop])
+    if len(places) > 1:
+        raise ValueError(_several(subject, len(places)))
+    if not places:
         raise ValueError(f"the subject {subject!r} is not in the prompt{_near(prompt, subject)}")
-    (first, last) = found[0]
+    (first, last) = places[0]
     spelling = prompt[first:last]
     placed = _trimmed(prompt[:first], spelling, prompt[last:])
     note = f"the prompt writes the subject otherwise ({difference(placed.subject, subject)}); its spelling is taken"

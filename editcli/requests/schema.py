@@ -29,7 +29,7 @@ class Neighbor:
     prompt: str
     target: str | None
     axis: str | None = None
-    """What the prompt asks about the edit, for instance ``reasoning`` or ``forgetfulness``."""
+    """The aspect of the edit that the prompt tests, for instance ``reasoning`` or ``forgetfulness``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class EditRequest:
     before: str
     """Prompt text before the subject; all of it where there is no subject."""
     subject: str
-    """What the fact is about; empty for a plain question."""
+    """The subject of the fact; empty for a plain question."""
     after: str
     """Prompt text after the subject."""
     target_new: str
@@ -51,7 +51,7 @@ class EditRequest:
     locality: tuple[Neighbor, ...] = ()
     """Unrelated questions, each with its own answer (zsRE, KnowEdit), or without: then the base model's counts."""
     portability: tuple[Neighbor, ...] = ()
-    """What follows from the edit, each with the answer that then holds (KnowEdit, MQuAKE)."""
+    """Prompts about consequences of the edit, each with the answer that then holds (KnowEdit, MQuAKE)."""
     join: str | None = None
     """Text between prompt and target; None leaves it to the writing system of both."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class EditRequest:
     """Line of the edits file, counted from 1."""
     file: str = "<edits>"
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    """What was put right while the record was read; worth a warning."""
+    """Corrections that were made while the record was read; worth a warning."""
 
     @property
     def has_subject(self) -> bool:

@@ -34,7 +34,7 @@ def supersede(
     not. Writing both in one batch would leave it to the solve which of them holds.
     """
     holding: dict[str, tuple[str, EditRequest]] = {}
-    kept: list[EditRequest] = []
+    in_force: list[EditRequest] = []
     replaced: list[Superseded] = []
     # Backwards, because the last edit of a prompt decides.
     for request in reversed(list(requests)):
@@ -43,7 +43,7 @@ def supersede(
         if holds == target:
             if request.id not in given_up:
                 holding[prompt] = (target, request)
-            kept.append(request)
+            in_force.append(request)
         else:
             replaced.append(Superseded(request, by))
-    return kept[::-1], replaced[::-1]
+    return in_force[::-1], replaced[::-1]

@@ -46,7 +46,7 @@ def squeezed(text: str) -> str:
 
 def find_alike(text: str, part: str) -> list[tuple[int, int]]:
     """Return where ``text`` has something that looks like ``part``: start and stop of each place, without overlaps."""
-    units, wanted = list(_units(text)), "".join(unit.fold for unit in _units(part))
+    units, pattern = list(_units(text)), "".join(unit.fold for unit in _units(part))
     folded = "".join(unit.fold for unit in units)
     starts: dict[int, int] = {}
     stops: dict[int, int] = {}
@@ -55,14 +55,14 @@ def find_alike(text: str, part: str) -> list[tuple[int, int]]:
         if unit.fold:
             starts[offset], stops[offset + len(unit.fold)] = unit.start, unit.stop
         offset += len(unit.fold)
-    found, at = [], folded.find(wanted) if wanted else -1
+    places, at = [], folded.find(pattern) if pattern else -1
     while at >= 0:
         # A match that ends inside a character has found another one: e is not e with an accent.
-        whole = at in starts and at + len(wanted) in stops
+        whole = at in starts and at + len(pattern) in stops
         if whole:
-            found.append((starts[at], stops[at + len(wanted)]))
-        at = folded.find(wanted, at + (len(wanted) if whole else 1))
-    return found
+            places.append((starts[at], stops[at + len(pattern)]))
+        at = folded.find(pattern, at + (len(pattern) if whole else 1))
+    return places
 
 
 def difference(text: str, other: str) -> str:

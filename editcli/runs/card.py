@@ -19,7 +19,7 @@ from editcli.storage.opening import CONFIG, check
 
 _FILES = ("edits", "stats", "corpus")
 _CARRIED = ("license", "license_name", "license_link", "language")
-"""What a base model's card says that holds for its edited copy as well."""
+"""Fields of a base model's card that hold for its edited copy as well."""
 
 
 def model_card(

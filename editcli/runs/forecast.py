@@ -181,7 +181,7 @@ def _activations(planned: Planned, base: LoadedModel, itemsize: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Foresight:
-    """How long the targets of some edits will take at most, in seconds, and what would shorten them."""
+    """The longest time that targets take, in seconds, and settings that would shorten it."""
 
     seconds: float
     remedies: tuple[tuple[str, float], ...]

@@ -1,4 +1,4 @@
-"""What makes a run this run and no other: for processes that work together, and for one that is resumed."""
+"""The identity of a run: compared by processes that work together, and when a run is resumed."""
 
 from __future__ import annotations
 

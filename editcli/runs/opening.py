@@ -196,7 +196,7 @@ def _earlier_record(job: Job) -> RunRecord | None:
     try:
         return job.store.folder.read_record()
     except StateError as error:
-        # The stream needs nothing that is in this file alone, and the end of the run writes it anew.
+        # The stream needs nothing that is in this file alone, and the end of the run writes it again.
         job.context.reporter.warn(f"{error}; it is written anew")
         return None
 

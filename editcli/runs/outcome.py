@@ -29,7 +29,7 @@ from editcli.settings.core import TargetOptions
 
 EFFICACY = ("efficacy_accuracy", "efficacy_success")
 COUNTED = ("optimised", "reached", "clamped")
-"""What is counted of targets."""
+"""The counts of targets in a record."""
 MISSED = 0.1
 """Share of the targets that may miss the stop loss before a warning says so."""
 
@@ -130,7 +130,7 @@ def rounded_differently(old: Provenance, new: Provenance) -> Iterator[str]:
     """Yield a warning for everything in two provenances that may make the same arithmetic round differently."""
     before = _arithmetic(old)
     for what, parts in _arithmetic(new).items():
-        # What only one of the two has belongs to another stack, which is refused with a sentence of its own.
+        # A part that only one of the two has belongs to another stack, which is refused with a sentence of its own.
         pairs = [(name, before[what].get(name, value), value) for name, value in parts.items()]
         others = [f"{name} was {earlier}, now {value}".strip() for name, earlier, value in pairs if earlier != value]
         if others:
@@ -199,8 +199,8 @@ def _before_after(before: Evaluation | None, after: Evaluation | None, name: str
         return None
     pair = {"before": before, "after": after}
     return {
-        **{when: getattr(found, f"{name}_success") for when, found in pair.items()},
-        "accuracy": {when: getattr(found, f"{name}_accuracy") for when, found in pair.items()},
+        **{when: getattr(evaluation, f"{name}_success") for when, evaluation in pair.items()},
+        "accuracy": {when: getattr(evaluation, f"{name}_accuracy") for when, evaluation in pair.items()},
     }
 
 

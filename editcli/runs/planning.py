@@ -106,7 +106,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What ``--dry-run`` shows."""
+    """The plan that ``--dry-run`` shows."""
 
     model: str
     preset: str

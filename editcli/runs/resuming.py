@@ -22,7 +22,7 @@ from editcli.statistics.corpus import SELF
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a run recorded of the choices that its recipe may have left to a preset or to the program."""
+    """The recorded choices of a run that its recipe may have left to a preset or to the program."""
 
     editor: str
     layers: tuple[int, ...]

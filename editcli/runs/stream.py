@@ -136,14 +136,14 @@ _REPLACED: Mapping[str, str] = {
     "tokenizer": "with a tokenizer that has changed since",
     "reference": "with other reference text or statistics",
 }
-"""What to say of settings that are hashes."""
+"""Descriptions of settings that are hashes."""
 
 Measure = Callable[[Sequence[EditRequest]], Mapping[str, float | None]]
 
 
 @dataclass(slots=True)
 class Position:
-    """How far a stream has come."""
+    """The progress of a stream."""
 
     step: int = 0
     sequence: int = 0

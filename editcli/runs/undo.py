@@ -41,7 +41,7 @@ class Undo:
     batches: int | None = None
     """The number of last batches to take back."""
     to: int | None = None
-    """Everything after this step; 0 is the base model."""
+    """Undo all batches after this step; 0 is the base model."""
     edits: tuple[str, ...] = ()
     """Ids of edits to leave out; what followed them is computed again."""
 

@@ -1,1 +1,1 @@
-"""What ``editcli plugins new`` writes."""
+"""The package that ``editcli plugins new`` writes."""

@@ -21,7 +21,7 @@ RESERVED = (*CORE, PREFIX, "new")
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a plugin called ``name`` and everything in it is called."""
+    """The names of a plugin and of everything in it, made from ``name``."""
 
     name: str
     """The component's and the entry point's name: a lower-case identifier."""

@@ -22,7 +22,7 @@ from editcli.scaffold.names import Names, choose_names, refuse_clash
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What differs between the kinds; ``texts`` are templates that the files' templates fill in."""
+    """The differences between the kinds; ``texts`` are templates that the files' templates fill in."""
 
     texts: Mapping[str, str]
     imports: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ LICENSES = ("Apache-2.0", "BSD-3-Clause", "MIT")
 
 @dataclass(frozen=True, slots=True)
 class Scaffolded:
-    """What was written: the folder, its files relative to it, what the plugin is called and how it is used."""
+    """The written package: its folder, its files relative to it, the name of the plugin and how to use it."""
 
     folder: Path
     files: tuple[str, ...]
@@ -142,8 +142,8 @@ def _values(names: Names, kind: Kind, *, license: str, author: str) -> dict[str,
         "api": str(API_VERSION),
         "dependencies": ", ".join(json.dumps(text) for text in (f"editcli>={version('editcli')}", *_bounds(kind))),
     }
-    own = {name: Template(text).substitute(plain) for name, text in kind.texts.items()}
-    return {**plain, **own}
+    filled = {name: Template(text).substitute(plain) for name, text in kind.texts.items()}
+    return {**plain, **filled}
 
 
 def _bounds(kind: Kind) -> list[str]:
@@ -153,7 +153,7 @@ def _bounds(kind: Kind) -> list[str]:
 
 def _render(names: Names, kind: Kind, values: Mapping[str, str]) -> dict[str, str]:
     """Return the text of every file by its path in the package's folder."""
-    own = {part: _fill(f"{names.kind}/{part}", values).rstrip("\n") for part in ("test_imports", "test_body")}
+    parts = {part: _fill(f"{names.kind}/{part}", values).rstrip("\n") for part in ("test_imports", "test_body")}
     package = f"src/{names.module}"
     return {
         "pyproject.toml": _fill("pyproject.toml", values),
@@ -163,7 +163,7 @@ def _render(names: Names, kind: Kind, values: Mapping[str, str]) -> dict[str, st
         ".github/workflows/test.yml": _fill("workflow.yml", values),
         f"{package}/__init__.py": _fill("init.py", values),
         f"{package}/{names.kind}.py": _fill(f"{names.kind}/method.py", values),
-        f"tests/test_{names.name}.py": _fill("test.py", {**values, **own}),
+        f"tests/test_{names.name}.py": _fill("test.py", {**values, **parts}),
     }
 
 

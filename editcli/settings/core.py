@@ -11,7 +11,7 @@ from editcli.plugin.options import option
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """How target values are optimised; the names are those of the published configurations where they have one."""
+    """The optimisation of target values; the names are those of the published configurations where they have one."""
 
     steps: int = option(25, "most evaluations of the loss for one edit (published: v_num_grad_steps)")
     lr: float = option(0.2, "Adam's learning rate (published: v_lr)")
@@ -44,7 +44,7 @@ class TargetOptions:
 
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """How much reference text is read."""
+    """The amount of reference text to read."""
 
     tokens_per_dim: int = option(
         10, "tokens read for each dimension of a key; half suffice where the package's text has no more"

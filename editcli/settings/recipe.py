@@ -68,7 +68,7 @@ class Choices(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """How a model is loaded, where to compute, and the seed; raises :class:`OptionError` for an unusable value."""
+    """Settings of loading a model, the device, and the seed; raises :class:`OptionError` for an unusable value."""
 
     device: str = setting(
         "auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", section=MODEL, value="device", place=True, loads=True
@@ -143,7 +143,7 @@ class ChatLoading(Loading):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe(ChatLoading):
-    """What to write into which model, how, and where the result goes; raises :class:`OptionError` when impossible.
+    """The settings of a run: edits, model, method and output folder; raises :class:`OptionError` when impossible.
 
     ``None`` leaves a choice to the preset or to the program. ``settings`` holds component options as
     ``{component: {option: value}}``, for instance ``{"memit": {"remember": True}}``.

@@ -23,7 +23,7 @@ KL_PRICE = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalRecipe(ChatLoading):
-    """What ``eval`` measures; raises :class:`OptionError` when it makes no sense."""
+    """The settings of ``eval``; raises :class:`OptionError` when it makes no sense."""
 
     model: str
     edits: str | None = None
@@ -84,7 +84,7 @@ class EvalRecipe(ChatLoading):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MomentsRecipe(Loading):
-    """Which second moments to compute, on what text, and where to put them besides the cache."""
+    """The settings of ``stats``: the second moments to compute, their text, and a file besides the cache."""
 
     model: str | None = None
     revision: str | None = like(Recipe, "revision")
@@ -100,7 +100,7 @@ class MomentsRecipe(Loading):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneRecipe:
-    """What to tune, on what, for how long; raises :class:`OptionError` when it makes no sense."""
+    """The settings of ``tune``; raises :class:`OptionError` when it makes no sense."""
 
     run: Recipe
     """Model, edits (:data:`editcli.tuning.space.SOURCE` for the bundled probes), methods, fixed settings and out."""

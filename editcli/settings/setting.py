@@ -37,9 +37,9 @@ class Setting:
     cli_only: bool = False
     """Whether only the command line may set it, because it deletes, continues a run or runs a stranger's code."""
     bare: str | None = None
-    """What it means on the command line without a value; None where it needs one."""
+    """Its value when the command line gives the option alone; None where it needs a value."""
     value: str = ""
-    """What its text names, such as ``file`` or ``device``: decides what a shell offers."""
+    """The kind of its text, such as ``file`` or ``device``: decides what a shell offers."""
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     least: int | None = None

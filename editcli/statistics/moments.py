@@ -42,7 +42,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Everything a site's second moment depends on."""
+    """The inputs that determine a second moment of a site."""
 
     weights: str
     tokenizer: str

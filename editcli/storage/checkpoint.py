@@ -53,7 +53,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: ``start`` and ``stop`` are byte offsets in the file."""
+    """The place of one tensor: ``start`` and ``stop`` are byte offsets in the file."""
 
     name: str
     file: str
@@ -93,7 +93,7 @@ class Checkpoint:
 
     @cached_property
     def superseded(self) -> tuple[TensorEntry, ...]:
-        """What lies in the files and is not loaded from there: copies that a later file replaces."""
+        """Tensors in the files that are not loaded: a later file replaces them."""
         return tuple(entry for entry in self.stored if self.entries.get(entry.name) != entry)
 
     @property
@@ -276,10 +276,10 @@ def _whole(value: Any) -> int:
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object; a name that is there twice would mean one tensor to us and another to the next reader."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name is in its header twice")
-    return found
+    return entries
 
 
 def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:

@@ -74,7 +74,7 @@ def _clear_abandoned(path: Path) -> None:
         try:
             handle = os.open(left, os.O_RDWR | _NO_LINK)
         except OSError:
-            # Another process has removed it, or it is none of ours.
+            # Another process has removed it, or this process may not open it.
             continue
         try:
             if locked(handle):
@@ -212,7 +212,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor | StoredTensor], 
 
 
 class _Layout(NamedTuple):
-    """How a tensor lies in a file: bytes in all, and for one number."""
+    """The size of a tensor in a file: bytes in all, and for one number."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -67,7 +67,7 @@ def _alone(partial: Path, busy: StateError) -> Iterator[Callable[[], None]]:
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         held = locked(descriptor)
-        # The process that held the folder may have given it its name meanwhile, or removed it.
+        # The process that held the folder may have renamed it to its final name, or removed it.
         if held is False or not _is_still(partial, descriptor):
             raise busy
         if held is None:

@@ -24,7 +24,7 @@ _PIECE = 4 * _MIB
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a file is for, and how many bytes of it are read at the most."""
+    """The purpose of a file, and the most bytes that are read of it."""
 
     noun: str
     limit: int
@@ -116,7 +116,7 @@ def check(path: Path | str, kind: Kind, *, folder: Path | None = None) -> None:
 
 
 def is_there(path: Path | str) -> bool:
-    """Tell whether anything lies under a name, be it a pipe or a link to nothing: who opens it says what is wrong."""
+    """Tell whether a name is taken, even by a pipe or a broken link: opening it reports the error."""
     return os.path.lexists(path)
 
 
@@ -133,7 +133,7 @@ def is_own(path: Path, folder: Path | None = None) -> bool:
 
 
 class _Bounded(io.FileIO):
-    """A file of which no more is read than its kind allows, however much it grows meanwhile."""
+    """A file that is read up to the limit of its kind, even when it grows while it is read."""
 
     def __init__(self, descriptor: int, place: Path, kind: Kind):
         super().__init__(descriptor, "rb")

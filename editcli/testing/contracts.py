@@ -1,4 +1,4 @@
-"""What every editor and stabilizer has to hold, as test classes that a plugin author inherits from.
+"""The contracts of editors and stabilizers, as test classes that a plugin author inherits from.
 
 ::
 
@@ -44,7 +44,7 @@ ORIENTATIONS = ("llama", "gpt2")
 
 
 class Contract:
-    """What all components have in common; set :attr:`component`, and :attr:`options` where defaults fail."""
+    """The properties that all components must have; set :attr:`component`, and :attr:`options` where defaults fail."""
 
     component: ClassVar[type[Any]]
     options: ClassVar[Mapping[str, Any]] = {}
@@ -80,7 +80,7 @@ class Contract:
         assert all(row["help"] for row in describe(self.component.Options))
 
     def test_options_can_be_written_as_text(self) -> None:
-        """What ``-o NAME.KEY=VALUE`` and a settings file say is what the component gets; a slip is refused."""
+        """The component gets the values of ``-o NAME.KEY=VALUE`` and of a settings file; a typing error is refused."""
         options = self.component.Options
         texts = {row["name"]: _as_text(row["default"]) for row in describe(options)}
         assert build(options, texts, owner=self.component.name) == options()
@@ -109,15 +109,15 @@ class Contract:
         assert all(torch.equal(session.weight(site), session.baseline(site)) for site in session.sites)
 
     def test_the_same_edits_give_the_same_weights(self, tmp_path: Path) -> None:
-        found = []
+        weights = []
         for noise in (1, 2):
             torch.manual_seed(noise)
             session, component = self.ready(tmp_path)
             # Each batch has random numbers of its own, which follow from the run's seed.
             torch.manual_seed(0)
             self.apply(session, component, tiny_requests(0))
-            found.append({site.module: weight for site, weight in session.masters().items()})
-        assert same_tensors(*found)
+            weights.append({site.module: weight for site, weight in session.masters().items()})
+        assert same_tensors(*weights)
 
     def test_a_resumed_stream_equals_an_unbroken_one(self, tmp_path: Path) -> None:
         """Two batches, a snapshot through bytes, a third batch: the same weights, bit by bit, as three batches."""
@@ -145,7 +145,7 @@ class Contract:
 
 
 class SteeringContract(Contract):
-    """What the components that decide what is written have in common: state that advances batch by batch, or never."""
+    """The common properties of editors and stabilizers: state that advances batch by batch, or never."""
 
     def replay(self, session: ModelSession, component: Any, batch: Sequence[EditRequest], written: Written) -> None:
         """Write a recorded batch again and let the component remember it, as an undo does."""
@@ -168,7 +168,7 @@ class SteeringContract(Contract):
 
 
 class EditorContract(SteeringContract):
-    """What every editor has to hold."""
+    """The properties that every editor must have."""
 
     def session(self, folder: Path, family: str | None = None) -> ModelSession:
         layers = self.layers[-1:] if self.component.single_site else self.layers
@@ -260,7 +260,7 @@ class EditorContract(SteeringContract):
 
 
 class StabilizerContract(SteeringContract):
-    """What every stabilizer has to hold; it is tested on the updates of :class:`PlainEditor`."""
+    """The properties that every stabilizer must have; it is tested on the updates of :class:`PlainEditor`."""
 
     def apply(self, session: ModelSession, component: Any, batch: Sequence[EditRequest]) -> Written:
         written = edit_batch(session, PlainEditor(), [component], batch, lambda *_: None)

@@ -1,4 +1,4 @@
-"""What every diagnostic has to hold; import :class:`DiagnosticContract` through :mod:`editcli.testing`."""
+"""The contract of every diagnostic; import :class:`DiagnosticContract` through :mod:`editcli.testing`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from editcli.testing.sessions import PlainEditor, same_tensors, through_bytes, t
 
 
 class DiagnosticContract(Contract):
-    """What every diagnostic has to hold; it watches the updates of :class:`PlainEditor`.
+    """The properties that every diagnostic must have; it watches the updates of :class:`PlainEditor`.
 
     A diagnostic that is off by default needs :attr:`options` that turn it on.
     """
@@ -33,9 +33,9 @@ class DiagnosticContract(Contract):
 
     def test_it_gives_named_numbers(self, tmp_path: Path) -> None:
         session, diagnostic = self.ready(tmp_path)
-        found = [self.figures(session, diagnostic, number) for number in range(3)]
-        assert any(found), "it never says anything; set options that turn it on"
-        for figures in found:
+        observed = [self.figures(session, diagnostic, number) for number in range(3)]
+        assert any(observed), "it never says anything; set options that turn it on"
+        for figures in observed:
             assert all(isinstance(name, str) and name for name in figures)
             # A tensor of one element would print alike and could not be written into the journal.
             assert all(type(value) is float for value in figures.values())

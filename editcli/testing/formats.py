@@ -1,4 +1,4 @@
-"""What every reader of edit files has to hold; import :class:`FormatContract` through :mod:`editcli.testing`."""
+"""The contract of every reader of edit files; import :class:`FormatContract` through :mod:`editcli.testing`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JUNK: tuple[Any, ...] = (None, 3, "", [], {}, [[]], [None], {"prompt": []})
 
 
 class FormatContract:
-    """What every format has to hold; set :attr:`component` and :attr:`records`, real records of that format."""
+    """The properties that every format must have; set :attr:`component` and :attr:`records`, its real records."""
 
     component: ClassVar[type[Format]]
     records: ClassVar[Sequence[Mapping[str, Any]]]
@@ -48,9 +48,9 @@ class FormatContract:
         form = self.component()
         for record in self.records:
             # An edit without an id is named by its line, so one without may stand alone only.
-            found = [from_record(edit, file=FILE, line=1) for edit in form.read(record)]
-            assert found
-            assert len({edit.id for edit in found}) == len(found)
+            edits = [from_record(edit, file=FILE, line=1) for edit in form.read(record)]
+            assert edits
+            assert len({edit.id for edit in edits}) == len(edits)
 
     def test_reading_leaves_the_record_alone_and_can_be_repeated(self) -> None:
         form = self.component()

@@ -1,4 +1,4 @@
-"""What ``tune`` maximises: the harmonic mean of what edits reach and spare, minus a price on drift from the base."""
+"""The objective of ``tune``: the harmonic mean of efficacy, generalization and specificity, minus a price on drift."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCORE = ".3f"
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a candidate reached on a set of edits; None where the edits have no prompts to measure it on.
+    """The figures of a candidate on a set of edits; None where the edits have no prompts to measure it on.
 
     Efficacy is the greedy answer's accuracy: a target that is merely likelier than the old answer is not yet said, and
     a setting that never reaches its targets can have a success of 0.76 at an accuracy of 0.22. Generalization and

@@ -1,4 +1,4 @@
-"""What a search needs before its first trial: the folder, the model, the edits, what is searched, and its identity."""
+"""Prepare a search before its first trial: its folder, model, edits, search space and identity."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WARM_UP = 4
 TRIALS = 10
 """Trials that the time should be enough for."""
 SHARE = 0.6
-"""What a trial costs on average, as a share of a whole one: many are ended early."""
+"""Mean cost of a trial, as a share of a whole one: many are ended early."""
 FEWEST, MOST = 8, 64
 """Edits of a trial: with fewer, one edit more or less decides; with more, few trials can be made."""
 DEFAULT_EDITS = 32

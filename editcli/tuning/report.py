@@ -1,4 +1,4 @@
-"""What a search came to, as frozen data; :meth:`TuneReport.to_json` is the contract of ``tune --json``."""
+"""The result of a search, as frozen data; :meth:`TuneReport.to_json` is the contract of ``tune --json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from editcli.tuning.study import TIE, Record
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Which edits the trials write, and which are held out for the comparison at the end."""
+    """The edits that the trials write, and those held out for the comparison at the end."""
 
     trial: int
     held_out: int

@@ -37,7 +37,7 @@ from editcli.tuning.workbench import Trial, Workbench
 
 PRESET, REPORT = "preset.toml", "tune.json"
 _UNUSABLE = (NumericalError, GuardError, OptionError)
-"""What a method raises where its settings do not work on this model."""
+"""Errors that a method raises where its settings do not work on this model."""
 
 
 class _Ended(Exception):
@@ -147,7 +147,7 @@ class Search:
         return self._seconds(self.study.start_record(), count) + self._seconds(self.study.best(), count)
 
     def _seconds(self, record: Record | None, edits: int) -> float:
-        """Return how long a trial's settings take for so many edits; 0 where there is no such trial yet."""
+        """Return how long a trial's settings take for a number of edits; 0 where there is no such trial yet."""
         if record is None:
             return 0.0
         return edits * self._pace.get(record.number, record.seconds / self.slices.split.trial)
@@ -171,7 +171,7 @@ class Search:
         except _Ended as end:
             ask.tell(end.state, seconds=time.monotonic() - started, figures=seen)
         except _UNUSABLE as error:
-            # What a method cannot do with these settings is a result, not the end of the search.
+            # A method that fails with these settings is a result, not the end of the search.
             ask.tell(states.FAILED, seconds=time.monotonic() - started, reason=str(error))
         else:
             self._pace[ask.number] = trial.seconds / len(edits)

@@ -1,4 +1,4 @@
-"""What ``tune`` searches: layers and settings, in one table; never imports torch or Optuna.
+"""The search space of ``tune``: layers and settings, in one table; never imports torch or Optuna.
 
 Bounds are derived from the preset that the search starts from, so that its own point always lies inside, and one
 table serves absolute and relative settings.
@@ -71,7 +71,7 @@ TABLE: tuple[Dimension, ...] = (
     Dimension("ft", "lr", 0.1, 10.0, scaled=True),
     Dimension("ultraedit", "lr", 0.1, 30.0, scaled=True),
 )
-"""What is searched besides layers. A row holds for the editor in use, and for the optimisation of targets."""
+"""The searched settings besides layers. A row holds for the editor in use, and for the optimisation of targets."""
 
 _DEFAULTS: Mapping[str, str] = {"targets.lr_kind": "absolute", "targets.decay_kind": "absolute"}
 """Values of options that a row asks for where the component has no such option."""
@@ -102,7 +102,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Everything that is searched, around the point from which the search starts."""
+    """The whole search space, around the starting point of the search."""
 
     bounds: tuple[Bound, ...]
     layers: tuple[int, ...]

@@ -42,7 +42,7 @@ class Record:
     point: Point
     layers: tuple[int, ...]
     settings: Mapping[str, Mapping[str, Any]]
-    """What was searched, by component and option."""
+    """The searched settings, by component and option."""
     score: float | None = None
     """Of all edits at the end; None for a trial that has not come that far."""
     figures: Figures | None = None

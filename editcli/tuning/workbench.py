@@ -50,7 +50,7 @@ raise to end the trial."""
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What a candidate reached on a set of edits."""
+    """The figures of a candidate on a set of edits."""
 
     figures: Figures
     seconds: float
@@ -165,7 +165,7 @@ class Workbench:
             if done == len(requests) or _part(done, len(requests)) == _part(looked, len(requests)):
                 watch(done, None)
                 continue
-            # What was written since the last look: all of it would cost more with every batch.
+            # Only the edits written since the last look: measuring all would cost more with every batch.
             since, looked = requests[looked:done], done
             watch(done, figures_of(evaluate(self.loaded, since, metrics=("counterfact",), reporter=self.reporter)))
 

@@ -37,7 +37,7 @@ class AlphaEdit(InverseGramEditor):
 
     @dataclass(frozen=True)
     class Options:
-        """What counts as unused, and how strongly the update is kept small."""
+        """The threshold of unused directions, and the weight of keeping the update small."""
 
         l2: float = option(10.0, "weight L2 of keeping the update small, against ||P k||^2 of an edit's key")
         l2_kind: Literal["absolute", "relative"] = option(

@@ -44,8 +44,8 @@ class CounterFact(Format):
             answered(record.get("locality_prompt"), record.get("locality_ground_truth")), rewrite.get("target_true")
         )
         paraphrases = [*texts(record.get("paraphrase_prompts")), *texts(record.get("rephrase_prompt"))]
-        own = texts(record.get("neighborhood_prompts"))
-        near["neighborhood_prompts"] = list(dict.fromkeys([*own, *near["neighborhood_prompts"]]))
+        neighborhood = texts(record.get("neighborhood_prompts"))
+        near["neighborhood_prompts"] = list(dict.fromkeys([*neighborhood, *near["neighborhood_prompts"]]))
         fields = {"id": identifier(record), **rewrite, "paraphrase_prompts": list(dict.fromkeys(paraphrases)), **near}
         yield filled({**fields, **rest(record, (*_USED, *(_REWRITE if nested is record else ())))})
 
@@ -75,8 +75,8 @@ def read_rewrite(rewrite: Mapping[str, Any]) -> dict[str, Any]:
 def _target(rewrite: Mapping[str, Any], name: str, *, optional: bool = False) -> str | None:
     """Return a target, which is a text or an object with ``str``."""
     value = rewrite.get(name)
-    found = first_text(value.get("str") if isinstance(value, Mapping) else value)
-    if found is None and not optional:
+    target = first_text(value.get("str") if isinstance(value, Mapping) else value)
+    if target is None and not optional:
         path = f"{name}.str" if isinstance(value, Mapping) else name
         raise ValueError(f"the field {path!r} is missing or not a text")
-    return None if found is None else found.strip()
+    return None if target is None else target.strip()

@@ -1,4 +1,4 @@
-"""What the readers share: taking fields out of foreign records, and putting ours together."""
+"""Shared by the readers: take fields out of foreign records, and build the fields of an edit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def first_text(value: Any) -> str | None:
     if isinstance(value, str):
         return value if value.strip() else None
     if isinstance(value, list):
-        return next((found for item in value if (found := first_text(item)) is not None), None)
+        return next((first for item in value if (first := first_text(item)) is not None), None)
     return None
 
 

@@ -65,7 +65,7 @@ class Nas(Stabilizer):
 
     anchor: float
     pilots: int = 0
-    """How many pilots served."""
+    """Number of pilots that served."""
     error: float = 0.0
     """Standard error of the anchor; infinite after a single pilot."""
     source: str = BY_HAND
@@ -95,7 +95,7 @@ class Nas(Stabilizer):
         mean, error, size = 0.0, float("inf"), BATCH
         while len(norms) < len(requests) and not error < PRECISION * mean:
             left = requests[len(norms) :]
-            # What would remain after this batch is too little for one of its own.
+            # A remainder that is too small for a batch of its own joins this one.
             batch = left if len(left) < size + BATCH else left[:size]
             values = session.values(batch, prefixed=False)
             norms = torch.cat([norms, values.contribution.double().norm(dim=0).cpu()])
@@ -171,7 +171,7 @@ def trimmed_mean(norms: Tensor, trim: float) -> tuple[float, float]:
     shortest of n kept and the others set to the longest of these, it is their deviation times sqrt(n) / m.
     """
     ordered = norms.sort().values
-    kept = max(1, round(len(ordered) * (1 - trim)))
-    mean = float(ordered[:kept].mean())
-    ordered[kept:] = ordered[kept - 1]
-    return mean, float(ordered.std()) * math.sqrt(len(ordered)) / kept if len(ordered) > 1 else math.inf
+    count = max(1, round(len(ordered) * (1 - trim)))
+    mean = float(ordered[:count].mean())
+    ordered[count:] = ordered[count - 1]
+    return mean, float(ordered.std()) * math.sqrt(len(ordered)) / count if len(ordered) > 1 else math.inf

@@ -38,13 +38,13 @@ class Prune(Stabilizer):
         if limit == 0:
             # Against a base of zeros every change is too large, and there is nothing to restrain it to.
             return weight
-        found = _leading(change, limit, session)
-        above = int((found.values > limit).sum())
+        leading = _leading(change, limit, session)
+        above = int((leading.values > limit).sum())
         self._restrained[site.module] = above
         if above == 0:
             return weight
-        values = found.values[:above].to(change)
-        left, right = found.left[:, :above].to(change), found.right[:, :above].to(change)
+        values = leading.values[:above].to(change)
+        left, right = leading.left[:, :above].to(change), leading.right[:, :above].to(change)
         excess = values - ((values / limit).log() + limit)
         return (base + change - left * excess @ right.T).to(weight.dtype)
 
@@ -59,9 +59,9 @@ def _leading(change: Tensor, limit: float, session: Session) -> Spectrum:
 
     size, count = min(change.shape), 8
     while True:
-        found = spectrum(change, vectors=min(count, size), device=session.device)
-        above = int((found.values > limit).sum())
-        whole = above < len(found.values) or len(found.values) == size
-        if whole and above <= found.left.shape[1]:
-            return found
+        leading = spectrum(change, vectors=min(count, size), device=session.device)
+        above = int((leading.values > limit).sum())
+        whole = above < len(leading.values) or len(leading.values) == size
+        if whole and above <= leading.left.shape[1]:
+            return leading
         count = max(2 * count, above)

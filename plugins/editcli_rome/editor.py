@@ -31,7 +31,7 @@ class Rome(InverseGramEditor):
 
     @dataclass(frozen=True)
     class Options:
-        """What to do about too little reference text."""
+        """A remedy for too little reference text."""
 
         ridge: float = option(0.0, "share of each input's second moment to add, for a moment that is singular")
 

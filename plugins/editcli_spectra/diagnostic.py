@@ -1,4 +1,4 @@
-"""Spectra of the edited weights, every so many batches."""
+"""Spectra of the edited weights, after every n-th batch."""
 
 from __future__ import annotations
 
