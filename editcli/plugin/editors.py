@@ -88,4 +88,10 @@ class InverseGramEditor(Editor):
             matrix = state.tensors.get(f"{site.module}.inverse_gram")
             if matrix is None:
                 raise StateError(f"the saved state of {self.name} has nothing for {site.module}; start a new run")
+            size = session.weight(site).shape[1]
+            if matrix.shape != (size, size) or not matrix.is_floating_point():
+                raise StateError(
+                    f"the saved state of {self.name} for {site.module} is {matrix.dtype} {tuple(matrix.shape)} in "
+                    f"place of numbers {size} x {size}; restore it from a backup"
+                )
             self.memory[site.module] = InverseGram(matrix.to(session.device), site.module, session.reporter)

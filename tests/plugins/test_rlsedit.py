@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from editcli.errors import OptionError
+from editcli.errors import OptionError, StateError
+from editcli.plugin.interfaces import State
 from editcli.plugin.options import build
 from editcli_memit.editor import Memit
 from editcli_rlsedit.editor import RlsEdit
@@ -57,3 +58,13 @@ def test_its_state_is_one_matrix_a_site(session):
 def test_no_anchor_at_all_is_refused():
     with pytest.raises(OptionError, match="lambda_reg"):
         build(RlsEdit.Options, {"mu_reg": 0.0}, owner="rlsedit")
+
+
+@pytest.mark.parametrize("change", [lambda q: q[None], lambda q: q[:-1], lambda q: q.int()])
+def test_a_saved_state_of_another_shape_is_refused(session, change):
+    editor = RlsEdit()
+    editor.prepare(session)
+    tensors = dict(editor.state().tensors)
+    name = f"{session.sites[-1].module}.inverse_gram"
+    with pytest.raises(StateError, match=session.sites[-1].module):
+        RlsEdit().load_state(session, State({**tensors, name: change(tensors[name])}))

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.special_files import SPARSE, a_socket, endless, folder, pipe, sparse
 from editcli.__main__ import main
 from editcli.errors import FileError, MissingFileError, StateError
 from editcli.requests.reader import read_edits
@@ -24,36 +24,6 @@ from editcli.storage.folders import new_folder
 from editcli.storage.opening import EDITS, KINDS, RECORD, TEMPLATE, check, open_regular, read_bytes, read_text
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes and devices lie in folders on POSIX systems alone")
-
-SPARSE = 12 << 30
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def endless(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def a_socket(path: Path) -> None:
-    before = Path.cwd()
-    os.chdir(path.parent)
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(path.name)
-    finally:
-        os.chdir(before)
-
-
-def folder(path: Path) -> None:
-    path.mkdir()
-
-
-def sparse(path: Path) -> None:
-    with path.open("wb") as file:
-        file.truncate(SPARSE)
-
 
 STRANGE = {
     "pipe": pipe,
