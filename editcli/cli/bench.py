@@ -10,7 +10,7 @@ import click
 from editcli.cli.app import App
 from editcli.cli.command import command
 from editcli.cli.options import assignments_option, option, options_of
-from editcli.settings.recipe import ChatLoading, Recipe
+from editcli.settings.recipe import ChatLoadingSettings, Recipe
 from editcli.settings.setting import settings_of
 
 EDITS = "sample_edits/stream.jsonl"
@@ -31,7 +31,7 @@ OUT_HELP = "Folder for one run per stack, bench.json and bench.png; a stopped be
 @options_of(
     Recipe,
     *("model", "revision", "edits", "batch_size", "limit", "preset", "eval_every", "out"),
-    *settings_of(ChatLoading),
+    *settings_of(ChatLoadingSettings),
     edits={"default": EDITS, "section": "Method", "help": "Stream for every stack."},
     batch_size={"default": 100, "help": "Edits written at once."},
     eval_every={"default": 1},

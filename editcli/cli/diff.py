@@ -5,7 +5,7 @@ from __future__ import annotations
 from editcli.cli.app import App
 from editcli.cli.command import command
 from editcli.cli.options import COUNT, argument, option, options_of
-from editcli.settings.recipe import Loading
+from editcli.settings.recipe import LoadingSettings
 
 
 @command()
@@ -23,7 +23,7 @@ from editcli.settings.recipe import Loading
     help="Show both models' continuations of TEXT; repeatable.",
 )
 @option("--tokens", type=COUNT, default=20, section="Generation", help="Tokens to write after each prompt.")
-@options_of(Loading, "device", device={"section": "Run"})
+@options_of(LoadingSettings, "device", device={"section": "Run"})
 def diff(app: App, /, base: str, edited: str, prompts: tuple[str, ...], tokens: int, ranks: bool, device: str) -> None:
     """Show which tensors of EDITED differ from BASE and by how much, and both models' answers to the same prompts.
 

@@ -10,7 +10,7 @@ import click
 from editcli.cli.app import App
 from editcli.cli.command import command
 from editcli.cli.options import argument, option, options_of, tau_option, threshold_option
-from editcli.settings.recipe import Loading
+from editcli.settings.recipe import LoadingSettings
 
 
 @command(json=False)
@@ -33,7 +33,7 @@ from editcli.settings.recipe import Loading
 )
 @tau_option
 @threshold_option
-@options_of(Loading, "device", device={"section": "Run", "help": "Where to decompose matrices."})
+@options_of(LoadingSettings, "device", device={"section": "Run", "help": "Where to decompose matrices."})
 def report(app: App, /, run: str, out: Path, spectra: bool, tau: float, **values: Any) -> None:
     """Write one self-contained HTML page about RUN, the output of "editcli apply".
 

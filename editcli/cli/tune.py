@@ -11,7 +11,7 @@ from editcli.cli.app import App
 from editcli.cli.command import command
 from editcli.cli.config import refuse_idle_options
 from editcli.cli.options import argument, assignments_option, options_of
-from editcli.settings.recipe import ChatLoading, Recipe
+from editcli.settings.recipe import ChatLoadingSettings, Recipe
 from editcli.settings.recipes import TuneRecipe
 from editcli.settings.setting import settings_of
 from editcli.tuning.space import SOURCE
@@ -29,7 +29,7 @@ METHOD = ("editor", "stabilizers", "preset", "layers", "batch_size", "stats", "s
     "limit",
     "on_error",
     "out",
-    *settings_of(ChatLoading),
+    *settings_of(ChatLoadingSettings),
     batch_size={"help": "Edits written at once.  [default: a quarter of a trial; 1 for rome]"},
     out={"default": "tune", "env": False, "help": "Folder for the trials, preset.toml, tune.json and tune.png."},
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from editcli.errors import OptionError
-from editcli.settings.recipe import Loading, Recipe
+from editcli.settings.recipe import LoadingSettings, Recipe
 from editcli.settings.setting import like, setting
 
 LORA, PATCH, FULL = "lora", "patch", "full"
@@ -16,7 +16,7 @@ WHAT, MEASURE, HUB = "What", "Measure", "Hub"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportRecipe(Loading):
+class ExportRecipe(LoadingSettings):
     """The settings of an export; raises :class:`OptionError` when it makes no sense."""
 
     run: str
@@ -41,7 +41,7 @@ class ExportRecipe(Loading):
     )
     evaluate: bool = like(Recipe, "evaluate", section=MEASURE, help="Evaluate the adapter on the run's edits.")
     sample: int = setting(100, "Evaluate N edits.", section=MEASURE, least=1)
-    seed: int = like(Loading, "seed", section=MEASURE)
+    seed: int = like(LoadingSettings, "seed", section=MEASURE)
     out: str = setting("", "A new folder.  [default: <run>-<format>]", section="Output", env=False, value="folder")
     push: str | None = setting(
         None, "Send the result to a new repository of the hub.", section=HUB, env=False, metavar="REPO"
@@ -52,7 +52,7 @@ class ExportRecipe(Loading):
     )
 
     def __post_init__(self) -> None:
-        Loading.__post_init__(self)
+        LoadingSettings.__post_init__(self)
         if self.rank is not None and self.format != LORA:
             raise OptionError(f"--rank is the rank of an adapter; a {self.format} has none: leave it out")
         if self.push is None and (self.private or self.revision is not None):
@@ -76,7 +76,7 @@ class PatchRecipe:
     patch: str
     """A folder or a hub id."""
     out: str = setting("", "A new folder.  [default: <patch>-applied]", section="Output", env=False, value="folder")
-    trust_remote_code: bool = like(Loading, "trust_remote_code")
+    trust_remote_code: bool = like(LoadingSettings, "trust_remote_code")
 
     def __post_init__(self) -> None:
         if not self.out:

@@ -67,7 +67,7 @@ class Choices(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loading:
+class LoadingSettings:
     """Settings of loading a model, the device, and the seed; raises :class:`OptionError` for an unusable value."""
 
     device: str = setting(
@@ -105,7 +105,7 @@ class Loading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatLoading(Loading):
+class ChatLoadingSettings(LoadingSettings):
     """The same, and whether and how the model's chat template wraps the prompts."""
 
     chat_template: bool = setting(
@@ -126,7 +126,7 @@ class ChatLoading(Loading):
 
     def __post_init__(self) -> None:
         # A dataclass with slots is built twice, and super() would name the first of the two.
-        Loading.__post_init__(self)
+        LoadingSettings.__post_init__(self)
         _require(self.chat_template or self.system is None, "--system goes into the chat template; add --chat-template")
         _require(
             self.chat_template or not self.template_args,
@@ -142,7 +142,7 @@ class ChatLoading(Loading):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe(ChatLoading):
+class Recipe(ChatLoadingSettings):
     """The settings of a run: edits, model, method and output folder; raises :class:`OptionError` when impossible.
 
     ``None`` leaves a choice to the preset or to the program. ``settings`` holds component options as
@@ -257,7 +257,7 @@ class Recipe(ChatLoading):
         if not self.out:
             # A frozen dataclass has no other way to compute one field from another.
             object.__setattr__(self, "out", default_out(self.edits))
-        ChatLoading.__post_init__(self)
+        ChatLoadingSettings.__post_init__(self)
         _require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other; choose one")
         split = self.parallel == "tensor"
         _require(not (split and self.device_map), "--parallel tensor and --device-map exclude each other; choose one")

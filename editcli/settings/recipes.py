@@ -7,7 +7,7 @@ from pathlib import Path
 
 from editcli.errors import OptionError
 from editcli.settings.core import StatisticsOptions
-from editcli.settings.recipe import ChatLoading, Loading, Recipe
+from editcli.settings.recipe import ChatLoadingSettings, LoadingSettings, Recipe
 from editcli.settings.setting import check_values, like, setting
 
 MEASURE, STATISTICS, SEARCH = "Measure", "Statistics", "Search"
@@ -22,7 +22,7 @@ KL_PRICE = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalRecipe(ChatLoading):
+class EvalRecipe(ChatLoadingSettings):
     """The settings of ``eval``; raises :class:`OptionError` when it makes no sense."""
 
     model: str
@@ -65,7 +65,7 @@ class EvalRecipe(ChatLoading):
         env=False,
         value="existing folder",
     )
-    seed: int = like(Loading, "seed", section=MEASURE)
+    seed: int = like(LoadingSettings, "seed", section=MEASURE)
     limit: int | None = like(Recipe, "limit")
     on_error: str = like(Recipe, "on_error")
     out: str | None = setting(
@@ -73,7 +73,7 @@ class EvalRecipe(ChatLoading):
     )
 
     def __post_init__(self) -> None:
-        ChatLoading.__post_init__(self)
+        ChatLoadingSettings.__post_init__(self)
         if self.harness_include and not self.harness:
             raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
         if self.text is not None and self.base is None:
@@ -83,7 +83,7 @@ class EvalRecipe(ChatLoading):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MomentsRecipe(Loading):
+class MomentsRecipe(LoadingSettings):
     """The settings of ``stats``: the second moments to compute, their text, and a file besides the cache."""
 
     model: str | None = None
@@ -94,7 +94,7 @@ class MomentsRecipe(Loading):
     )
     corpus: str | None = like(Recipe, "corpus", section=STATISTICS)
     options: StatisticsOptions | None = None
-    seed: int = like(Loading, "seed", section=STATISTICS)
+    seed: int = like(LoadingSettings, "seed", section=STATISTICS)
     out: str | None = setting(None, "Also write a file for apply --stats.", section="Output", env=False, value="file")
 
 

@@ -31,6 +31,7 @@ def base(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = load_file(path / SINGLE)
     weights[f"{ZERO}.weight"] = torch.zeros_like(weights[f"{ZERO}.weight"])
     save_file(weights, path / SINGLE, metadata={"format": "pt"})
+    (path.parent / "edits.jsonl").write_text(json.dumps(EDIT))
     return path
 
 
@@ -38,7 +39,6 @@ def base(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(base: Path, model: Path) -> Path:
     """A run that writes into a matrix of zeros and an ordinary one, under guards that watch both."""
     out, edits = base.parent / "out", base.parent / "edits.jsonl"
-    edits.write_text(json.dumps(EDIT))
     given = ("--model", str(base), "--corpus", str(model / "corpus.txt"), "--out", str(out), "--device", "cpu")
     quick = ("-o", "targets.steps=2", "-o", "targets.prefixes=1", "--layers", "1,2", "--diagnose-every", "1")
     assert main(["-q", "apply", str(edits), *given, *quick, "--stop-if", "drift>1e6", "--stop-if", "ratio>1e6"]) == 0
