@@ -27,6 +27,15 @@ class FrozenCache(DynamicCache):
         super().__init__()
         for index, (keys, values) in enumerate(layers):
             super().update(keys, values, index)
+            layer: Any = self.layers[index]
+            # The cache has made a copy; the given tensors are as good, and a caller may hold them as well.
+            layer.keys, layer.values = keys, values
+
+    @property
+    def pairs(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """The keys and values of each layer."""
+        layers: Any = self.layers
+        return tuple((layer.keys, layer.values) for layer in layers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

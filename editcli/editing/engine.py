@@ -1,0 +1,55 @@
+"""How one model's target values are computed on its device: layout, replays, attention and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from editcli.editing.layout import Layout, layout_for
+from editcli.editing.replay import Replays, replays_for
+from editcli.models.attention import grouped_agrees, grouped_attention
+from editcli.models.loading import LoadedModel
+from editcli.models.matmul import quick_linears
+from editcli.models.norms import fused_norms
+
+
+@dataclass(slots=True)
+class Engine:
+    """What the batches of one model share."""
+
+    loaded: LoadedModel
+    layout: Layout
+    replays: Replays
+    quick: bool
+    """Whether to use the kernels for an accelerator."""
+    whole: dict[tuple[int, bool], bool] = field(default_factory=dict)
+    """By layer and use of a cache: whether the model does more between its blocks than call one after the other."""
+    grouped: bool | None = None
+    """Whether the model computes the same with grouped attention; None until it was tried."""
+    used: set[str] = field(default_factory=set)
+    """Names of the ways in which batches were computed, for the record of a run."""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Compute with the fastest kernels for the device that give the same results."""
+        with ExitStack() as stack:
+            stack.enter_context(quick_linears(self.loaded.model))
+            if self.quick:
+                stack.enter_context(fused_norms(self.loaded.model))
+                if self.grouped is None:
+                    self.grouped = grouped_agrees(self.loaded.model, self.loaded.input_device)
+                if self.grouped:
+                    stack.enter_context(grouped_attention(self.loaded.model))
+                    self.used.add("grouped-attention")
+            yield
+            self.used.add(self.replays.name)
+
+
+def engine_for(loaded: LoadedModel) -> Engine:
+    """Return the engine for the device on which a model computes."""
+    device = torch.device(loaded.input_device)
+    layout, replays = layout_for(device.type), replays_for(loaded.model, device)
+    return Engine(loaded, layout, replays, quick=device.type != "cpu")

@@ -1,0 +1,222 @@
+"""Run a function of tensors many times: call by call, or by replaying one recording of its kernels.
+
+On a small piece of work an accelerator waits for the program, which issues every kernel from Python. A CUDA graph
+records the kernels once and issues them in one call. It reads and writes fixed addresses, so a recording has inputs of
+its own, into which each call copies its tensors. It holds for tensors of the same shapes and types, and as long as the
+model's weights stay where they are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from editcli.models.blocks import FrozenCache
+
+Constant = TypeVar("Constant")
+Outputs = tuple[Tensor, ...]
+
+
+class Replays(Protocol):
+    """A way to run functions of tensors."""
+
+    @property
+    def name(self) -> str:
+        """The name for the record of a run."""
+        ...
+
+    def __call__(
+        self, key: Hashable, function: Callable[..., Outputs], constant: Constant, *varying: Tensor
+    ) -> Outputs:
+        """Return ``function(constant, *varying)``.
+
+        ``key`` names the function with all that it depends on besides its arguments; ``constant`` is an object of
+        tensors that many calls share.
+        """
+        ...
+
+    def clear(self) -> None:
+        """Free all memory that later calls do not need."""
+        ...
+
+
+class Eager:
+    """Calls the function."""
+
+    name = "eager"
+
+    def __call__(
+        self, key: Hashable, function: Callable[..., Outputs], constant: Constant, *varying: Tensor
+    ) -> Outputs:
+        """Return the function's result."""
+        return function(constant, *varying)
+
+    def clear(self) -> None:
+        """Nothing is held."""
+
+
+class NotReplayableError(Exception):
+    """An argument holds an object whose tensors are not known."""
+
+
+@dataclass(slots=True)
+class Recording:
+    """A recorded function with its own inputs and outputs."""
+
+    inputs: list[Tensor]
+    outputs: Outputs
+    replay: Callable[[], None]
+    constant: Any = None
+    """A weak reference to the object whose tensors the inputs hold."""
+
+    def __call__(self, constant: Any, tensors: Sequence[Tensor], varying: Sequence[Tensor]) -> Outputs:
+        """Copy the arguments that changed, replay, and return copies of the outputs."""
+        shared = len(self.inputs) - len(varying)
+        if self.constant is None or self.constant() is not constant:
+            for held, tensor in zip(self.inputs[:shared], tensors, strict=True):
+                held.copy_(tensor)
+            self.constant = weakref.ref(constant)
+        for held, tensor in zip(self.inputs[shared:], varying, strict=True):
+            held.copy_(tensor)
+        self.replay()
+        return tuple(output.clone() for output in self.outputs)
+
+
+Record = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
+"""Runs a function of no arguments while it records it; returns the outputs and what replays it into them."""
+
+
+class Recorded:
+    """Records each function once for each shape of its arguments; where that fails, calls it from then on."""
+
+    def __init__(self, model: nn.Module, record: Record, *, name: str):
+        self.failure: str | None = None
+        """Why nothing is recorded any more."""
+        self._model, self._record, self._name = model, record, name
+        self._recordings: dict[Hashable, Recording] = {}
+        self._weights: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name for the record of a run: that of the plain way once a recording failed."""
+        return self._name if self.failure is None else Eager.name
+
+    def __call__(
+        self, key: Hashable, function: Callable[..., Outputs], constant: Constant, *varying: Tensor
+    ) -> Outputs:
+        """Return the function's result, from a recording if there is one for these shapes."""
+        if self.failure is not None:
+            return function(constant, *varying)
+        tensors: list[Tensor] = []
+        try:
+            outline = _outline(constant, tensors, {})
+        except NotReplayableError as reason:
+            self.failure = str(reason)
+            return function(constant, *varying)
+        self._forget_moved_weights()
+        kinds = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in (*tensors, *varying))
+        name = (key, outline, kinds)
+        if name in self._recordings:
+            return self._recordings[name](constant, tensors, varying)
+        # The call itself prepares the libraries, which must not happen while kernels are recorded.
+        result = function(constant, *varying)
+        self._add(name, function, tensors, varying)
+        return result
+
+    def clear(self) -> None:
+        """Drop all recordings with their memory."""
+        self._recordings.clear()
+
+    def _add(
+        self, name: Any, function: Callable[..., Outputs], tensors: Sequence[Tensor], varying: Sequence[Tensor]
+    ) -> None:
+        shared = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        own = [tensor.clone(memory_format=torch.contiguous_format) for tensor in varying]
+        constant = _rebuild(name[1], shared, {})
+        try:
+            outputs, replay = self._record(lambda: function(constant, *own))
+        except torch.OutOfMemoryError:
+            raise
+        # Every model's own code runs here, and what cannot be recorded is its to say: the plain way always works.
+        except RuntimeError as error:
+            self.failure = str(error).splitlines()[0]
+            self.clear()
+            return
+        self._recordings[name] = Recording([*shared, *own], outputs, replay)
+
+    def _forget_moved_weights(self) -> None:
+        """Drop the recordings if a weight lies elsewhere than when they were made."""
+        weights = tuple(parameter.data_ptr() for parameter in self._model.parameters())
+        if weights != self._weights:
+            self.clear()
+            self._weights = weights
+
+
+class CudaGraphs:
+    """Records kernels as CUDA graphs; all graphs share one pool of scratch memory, since none runs beside another."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
+        """Return the outputs of ``function``, which were not computed yet, and the replay that computes them."""
+        with torch.cuda.device(self._device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                outputs = function()
+        return outputs, graph.replay
+
+
+def replays_for(model: nn.Module, device: torch.device) -> Replays:
+    """Return how to run the steps of ``model`` on ``device``."""
+    kinds = {parameter.device for parameter in model.parameters()}
+    # accelerate's hooks move tensors between devices, which a graph cannot hold.
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if device.type != "cuda" or len(kinds) != 1 or hooked:
+        return Eager()
+    return Recorded(model, CudaGraphs(device), name="cuda-graphs")
+
+
+def _outline(value: Any, tensors: list[Tensor], seen: dict[int, int]) -> Hashable:
+    """Return a description of ``value`` without its tensors, which are appended to ``tensors``, each once."""
+    if isinstance(value, Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = len(tensors)
+            tensors.append(value)
+        return ("tensor", seen[id(value)])
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return ("plain", value)
+    if isinstance(value, (tuple, list)):
+        return (type(value), *(_outline(item, tensors, seen) for item in value))
+    if isinstance(value, dict):
+        return (dict, *((key, _outline(item, tensors, seen)) for key, item in value.items()))
+    if isinstance(value, FrozenCache):
+        return (FrozenCache, _outline(value.pairs, tensors, seen))
+    if is_dataclass(value):
+        return (type(value), *(_outline(getattr(value, field.name), tensors, seen) for field in fields(value)))
+    raise NotReplayableError(f"a block of the model takes an argument of the type {type(value).__name__}")
+
+
+def _rebuild(outline: Any, tensors: Sequence[Tensor], made: dict[Any, Any]) -> Any:
+    """Return the object of an outline on other tensors; a cache that occurs twice stays one object."""
+    kind, *parts = outline
+    if kind == "tensor":
+        return tensors[parts[0]]
+    if kind == "plain":
+        return parts[0]
+    if kind is dict:
+        return {key: _rebuild(item, tensors, made) for key, item in parts}
+    if kind is FrozenCache:
+        if outline not in made:
+            made[outline] = FrozenCache(_rebuild(parts[0], tensors, made))
+        return made[outline]
+    items = [_rebuild(item, tensors, made) for item in parts]
+    return kind(items) if kind in (tuple, list) else kind(*items)
