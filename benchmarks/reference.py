@@ -125,7 +125,7 @@ class _Steered:
             hidden = first(output)
             where = torch.zeros(hidden.shape[:2], device=hidden.device)
             where[range(len(texts)), [text.lookup for text in texts]] = 1
-            return with_first(output, hidden + where[:, :, None] * delta)
+            return with_first(output, hidden + (where[:, :, None] * delta).to(hidden.dtype))
 
         def see_head(module: object, entered: Tensor, output: object) -> None:
             read.append(entered)

@@ -93,7 +93,7 @@ AT_CLAMP = 1 - 1e-4
 """Fraction of the clamp from which an offset counts as at the clamp: projecting rounds."""
 
 
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+@dataclass(frozen=True, eq=False)
 class _Losses:
     """The tensors from which offsets of a chunk's rows give its losses.
 
