@@ -29,6 +29,8 @@ class Engine:
     """By layer and use of a cache: whether the model does more between its blocks than call one after the other."""
     grouped: bool | None = None
     """Whether the model computes the same with grouped attention; None until it was tried."""
+    apart: bool = False
+    """Whether it does so, too, with past keys and values left where they lie."""
     used: set[str] = field(default_factory=set)
     """Names of the ways in which batches were computed, for the record of a run."""
 
@@ -40,7 +42,9 @@ class Engine:
             if self.quick:
                 stack.enter_context(fused_norms(self.loaded.model))
                 if self.grouped is None:
-                    self.grouped = grouped_agrees(self.loaded.model, self.loaded.input_device)
+                    model, device = self.loaded.model, self.loaded.input_device
+                    self.grouped = grouped_agrees(model, device)
+                    self.apart = self.grouped and grouped_agrees(model, device, apart=True)
                 if self.grouped:
                     stack.enter_context(grouped_attention(self.loaded.model))
                     self.used.add("grouped-attention")

@@ -19,6 +19,10 @@ from typing import Protocol
 from editcli.models.sizes import column_size, power_of_two, row_size, row_size_within
 
 
+LEAST_PAST = 16
+"""Past columns on an accelerator, which attention alone reads: fewer save nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Rows that are computed together, the widest first, and the size to which they are padded."""
@@ -135,8 +139,8 @@ class Bucketed:
         return levels[0][0], least[0][1]
 
     def past(self, columns: int) -> int:
-        """Return the next power of two from 16 on; none stays none."""
-        return power_of_two(columns, least=16) if columns else 0
+        """Return the next size from 16 on; none stays none."""
+        return column_size(max(columns, LEAST_PAST)) if columns else 0
 
     def logits(self, count: int, group: Group) -> int:
         """Return the number of rows, doubled until it holds ``count``; none stays none, and few a size of rows."""

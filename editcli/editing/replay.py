@@ -16,7 +16,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from editcli.models.blocks import FrozenCache
+from editcli.models.frozen_cache import FrozenCache
+
+ALIGNMENT = 256
+"""Bytes between the starts of two tensors in an arena are a multiple of this."""
 
 Constant = TypeVar("Constant")
 Outputs = tuple[Tensor, ...]
@@ -64,24 +67,47 @@ class NotReplayableError(Exception):
     """An argument holds an object whose tensors are not known."""
 
 
+@dataclass(eq=False)
+class Arena:
+    """Memory for the inputs of recordings, one after the other: it holds those of the recording that ran last."""
+
+    memory: Tensor
+    """(bytes,)"""
+    held: Callable[[], Any] = lambda: None
+    """A weak reference to the object whose tensors are there."""
+
+    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return tensors of the shapes and types of ``tensors`` in this memory."""
+        views, start = list[Tensor](), 0
+        for tensor in tensors:
+            part = self.memory[start : start + tensor.numel() * tensor.element_size()]
+            views.append(part.view(tensor.dtype).view(tensor.shape))
+            start += _aligned(tensor)
+        return views
+
+
+def _aligned(tensor: Tensor) -> int:
+    """Return a tensor's bytes, rounded up so that the next one may be of any type and fast to read."""
+    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(slots=True)
 class Recording:
-    """A recorded function with its own inputs and outputs."""
+    """A recorded function with inputs in an arena, other inputs of its own, and outputs."""
 
-    inputs: list[Tensor]
+    arena: Arena
+    shared: list[Tensor]
+    own: list[Tensor]
     outputs: Outputs
     replay: Callable[[], None]
-    constant: Any = None
-    """A weak reference to the object whose tensors the inputs hold."""
 
     def __call__(self, constant: Any, tensors: Sequence[Tensor], varying: Sequence[Tensor]) -> Outputs:
-        """Copy the arguments that changed, replay, and return copies of the outputs."""
-        shared = len(self.inputs) - len(varying)
-        if self.constant is None or self.constant() is not constant:
-            for held, tensor in zip(self.inputs[:shared], tensors, strict=True):
+        """Copy the arguments that are not there yet, replay, and return copies of the outputs."""
+        if self.arena.held() is not constant:
+            for held, tensor in zip(self.shared, tensors, strict=True):
                 held.copy_(tensor)
-            self.constant = weakref.ref(constant)
-        for held, tensor in zip(self.inputs[shared:], varying, strict=True):
+            self.arena.held = weakref.ref(constant)
+        for held, tensor in zip(self.own, varying, strict=True):
             held.copy_(tensor)
         self.replay()
         return tuple(output.clone() for output in self.outputs)
@@ -99,6 +125,8 @@ class Recorded:
         """Why nothing is recorded any more."""
         self._model, self._record, self._name = model, record, name
         self._recordings: dict[Hashable, Recording] = {}
+        self._arenas: list[Arena] = []
+        self._outlines: weakref.WeakKeyDictionary[Any, tuple[Hashable, list[Tensor]]] = weakref.WeakKeyDictionary()
         self._weights: tuple[int, ...] = ()
 
     @property
@@ -112,42 +140,65 @@ class Recorded:
         """Return the function's result, from a recording if there is one for these shapes."""
         if self.failure is not None:
             return function(constant, *varying)
-        tensors: list[Tensor] = []
         try:
-            outline = _outline(constant, tensors, {})
+            outline, tensors = self._outlined(constant)
         except NotReplayableError as reason:
-            self.failure = str(reason)
+            self._give_up(str(reason))
             return function(constant, *varying)
-        self._forget_moved_weights()
-        kinds = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in (*tensors, *varying))
-        name = (key, outline, kinds)
+        name = (key, outline, *(_kind(tensor) for tensor in varying))
         if name in self._recordings:
             return self._recordings[name](constant, tensors, varying)
         # The call itself prepares the libraries, which must not happen while kernels are recorded.
         result = function(constant, *varying)
-        self._add(name, function, tensors, varying)
+        self._add(name, function, constant, varying)
         return result
 
     def clear(self) -> None:
         """Drop all recordings with their memory."""
         self._recordings.clear()
+        self._arenas.clear()
+
+    def _outlined(self, constant: Any) -> tuple[Hashable, list[Tensor]]:
+        """Return an object's outline with the kinds of its tensors, and the tensors; a new object is walked once."""
+        if constant not in self._outlines:
+            self._forget_moved_weights()
+            tensors: list[Tensor] = []
+            outline = _outline(constant, tensors, {})
+            self._outlines[constant] = (outline, tuple(_kind(tensor) for tensor in tensors)), tensors
+        return self._outlines[constant]
 
     def _add(
-        self, name: Any, function: Callable[..., Outputs], tensors: Sequence[Tensor], varying: Sequence[Tensor]
+        self, name: Any, function: Callable[..., Outputs], constant: Any, varying: Sequence[Tensor]
     ) -> None:
-        shared = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-        own = [tensor.clone(memory_format=torch.contiguous_format) for tensor in varying]
-        constant = _rebuild(name[1], shared, {})
+        (outline, _), tensors = self._outlines[constant]
+        arena = self._arena(tensors)
+        shared, own = arena.views(tensors), [tensor.clone() for tensor in varying]
+        for held, tensor in zip(shared, tensors, strict=True):
+            held.copy_(tensor)
+        arena.held = weakref.ref(constant)
+        rebuilt = _rebuild(outline, shared, {})
         try:
-            outputs, replay = self._record(lambda: function(constant, *own))
+            outputs, replay = self._record(lambda: function(rebuilt, *own))
         except torch.OutOfMemoryError:
             raise
         # Every model's own code runs here, and what cannot be recorded is its to say: the plain way always works.
         except RuntimeError as error:
-            self.failure = str(error).splitlines()[0]
-            self.clear()
+            self._give_up(str(error).splitlines()[0])
             return
-        self._recordings[name] = Recording([*shared, *own], outputs, replay)
+        self._recordings[name] = Recording(arena, shared, own, outputs, replay)
+
+    def _arena(self, tensors: Sequence[Tensor]) -> Arena:
+        """Return memory that holds copies of ``tensors``: the widest chunk comes first, so one is mostly enough."""
+        size, device = sum(_aligned(tensor) for tensor in tensors), tensors[0].device
+        for arena in self._arenas:
+            if len(arena.memory) >= size and arena.memory.device == device:
+                return arena
+        self._arenas.append(Arena(torch.empty(size, dtype=torch.uint8, device=device)))
+        return self._arenas[-1]
+
+    def _give_up(self, reason: str) -> None:
+        self.failure = reason
+        self.clear()
 
     def _forget_moved_weights(self) -> None:
         """Drop the recordings if a weight lies elsewhere than when they were made."""
@@ -155,6 +206,10 @@ class Recorded:
         if weights != self._weights:
             self.clear()
             self._weights = weights
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
 
 
 class CudaGraphs:
@@ -199,7 +254,7 @@ def _outline(value: Any, tensors: list[Tensor], seen: dict[int, int]) -> Hashabl
     if isinstance(value, dict):
         return (dict, *((key, _outline(item, tensors, seen)) for key, item in value.items()))
     if isinstance(value, FrozenCache):
-        return (FrozenCache, _outline(value.pairs, tensors, seen))
+        return (FrozenCache, _outline(value.pairs, tensors, seen), value.apart)
     if is_dataclass(value):
         return (type(value), *(_outline(getattr(value, field.name), tensors, seen) for field in fields(value)))
     raise NotReplayableError(f"a block of the model takes an argument of the type {type(value).__name__}")
@@ -216,7 +271,7 @@ def _rebuild(outline: Any, tensors: Sequence[Tensor], made: dict[Any, Any]) -> A
         return {key: _rebuild(item, tensors, made) for key, item in parts}
     if kind is FrozenCache:
         if outline not in made:
-            made[outline] = FrozenCache(_rebuild(parts[0], tensors, made))
+            made[outline] = FrozenCache(_rebuild(parts[0], tensors, made), apart=parts[1])
         return made[outline]
     items = [_rebuild(item, tensors, made) for item in parts]
     return kind(items) if kind in (tuple, list) else kind(*items)

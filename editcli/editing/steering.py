@@ -18,8 +18,9 @@ from torch import Tensor
 
 from editcli.editing.layout import Group, Layout, layout_for
 from editcli.editing.prompt_cache import KVCache, encode
-from editcli.models.blocks import Blocks, Call, FrozenCache
+from editcli.models.blocks import Blocks, Call
 from editcli.models.forward import first, hooked, run
+from editcli.models.frozen_cache import FrozenCache
 from editcli.models.kv_cache import cache_options
 from editcli.models.loading import LoadedModel
 from editcli.models.tokens import Encoded
@@ -71,14 +72,16 @@ class Steering:
         cached: bool,
         budget: int,
         layout: Layout | None = None,
+        apart: bool = False,
     ):
         self.loaded, self.rows, self.layer, self.budget = loaded, tuple(rows), layer, budget
+        self.apart = apart
+        """Whether the model's attention reads past and new keys where they lie."""
         self.layout = layout or layout_for(torch.device(loaded.input_device).type)
         self.allowance = self.layout.setup / self._block_size()
         """Tokens of padding that cost as much as one more call of a block."""
         self._from_lookup = cached and self._cacheable()
-        begun = [row.text.ids[: self._start(row)] for row in rows]
-        cache = encode(loaded, begun, [row.stems for row in rows], budget=self._tokens())
+        cache = encode(loaded, self._begun(), self._stems(), budget=self._tokens())
         self.width = [len(row.text.ids) - self._start(row) for row in rows]
         self._lookup = torch.tensor([row.text.lookup - self._start(row) for row in rows])
         self.outputs, self._hidden, example = self._observe(cache)
@@ -127,6 +130,15 @@ class Steering:
         exact = chunk.hidden.dtype == torch.float32
         self.whole = not bool((whole - alone).abs().max() <= (1e-3 if exact else 5e-2) * whole.abs().max())
 
+    def _begun(self) -> list[tuple[int, ...]]:
+        """Return the tokens of each row that are computed once."""
+        return [row.text.ids[: self._start(row)] for row in self.rows]
+
+    def _stems(self) -> list[tuple[Hashable, ...]]:
+        """Return the names of shared beginnings, or none where sharing saves less work than its passes cost."""
+        levels, tokens = len(self.rows[0].stems), sum(map(len, self._begun()))
+        return [row.stems if tokens > levels * self.allowance else () for row in self.rows]
+
     def _start(self, row: Row) -> int:
         """Return the first token position that is computed again."""
         return row.text.lookup if self._from_lookup else 0
@@ -164,7 +176,8 @@ class Steering:
             return ids.to(device), {}
         # With a cache it is masked all the same, so that it gets no position beyond the model's context.
         mask = torch.cat([past.mask, real], dim=1)
-        return ids.to(device), cache_options(self.loaded.model, mask, width, FrozenCache(past.layers), device)
+        stored = FrozenCache(past.layers, apart=self.apart)
+        return ids.to(device), cache_options(self.loaded.model, mask, width, stored, device)
 
     @torch.no_grad()
     def _observe(self, cache: KVCache) -> tuple[Tensor, Tensor, Any]:

@@ -43,6 +43,7 @@ from editcli.editing.steering import Chunk, Row, Steering
 from editcli.errors import ModelError, NumericalError
 from editcli.models.forward import positions
 from editcli.models.loading import LoadedModel
+from editcli.models.tokens import Text, Tokens
 from editcli.plugin.interfaces import Values
 from editcli.reporting import Reporter
 from editcli.requests.schema import EditRequest
@@ -196,7 +197,7 @@ def _rows(
     """
     tokens = loaded.tokens
     contexts = ("", *prefixes)
-    texts = [tokens.locate(r.in_context(c), r.target_new) for r in requests for c in contexts]
+    texts = [text for request in requests for text in _located(tokens, request, contexts)]
     encoded = [text.without_last() for text in tokens.encode(texts)]
     starts = [1 if sink and prefixes and begins(bare) else 0 for bare in encoded[:: len(contexts)]]
     opened = [replace(r, before=contexts[start], after=" is a") for r, start in zip(requests, starts, strict=True)]
@@ -217,6 +218,16 @@ def _rows(
                 f"{tokens.max_length}; lower targets.prefix_tokens"
             )
     return rows
+
+
+def _located(tokens: Tokens, request: EditRequest, contexts: Sequence[str]) -> list[Text]:
+    """Return the text of an edit in each context; the space before its target is found out once, on the bare one."""
+    bare = tokens.locate(request.in_context(contexts[0]), request.target_new)
+    assert bare.target is not None
+    start = bare.target[0]
+    joint, target = bare.text[start - bare.joint : start], bare.text[start:]
+    others = [replace(request.in_context(context), join=joint) for context in contexts[1:]]
+    return [bare, *(tokens.locate(other, target) for other in others)]
 
 
 def _micro_batches(rows: Sequence[Sequence[Row]], budget: int) -> list[list[int]]:
@@ -256,7 +267,13 @@ class _Optimiser:
         self.norm = loaded.architecture.mlp_norm(layer)
         self.rows = [replace(row, edit=edit) for edit, texts in enumerate(rows) for row in texts]
         self.steering = Steering(
-            loaded, self.rows, layer, cached=options.cached, budget=options.batch_tokens, layout=engine.layout
+            loaded,
+            self.rows,
+            layer,
+            cached=options.cached,
+            budget=options.batch_tokens,
+            layout=engine.layout,
+            apart=engine.apart,
         )
         first = [sum(map(len, rows[:edit])) for edit in range(len(rows))]
         self.initial, self.written = self.steering.at_lookup()[first], self.steering.outputs[first]

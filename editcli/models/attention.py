@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from editcli.models.forward import run
+from editcli.models.frozen_cache import PAST, FrozenCache
+from editcli.models.kv_cache import cache_options, supports_kv_cache
 
 NAME = "editcli_grouped"
 """The name under which transformers finds the function."""
@@ -48,27 +50,46 @@ def grouped_attention(model: nn.Module) -> Iterator[bool]:
 
 
 @torch.no_grad()
-def grouped_agrees(model: nn.Module, device: torch.device | str) -> bool:
-    """Tell whether ``model`` computes the same with :func:`grouped`: some families choose their attention elsewhere."""
+def grouped_agrees(model: nn.Module, device: torch.device | str, *, apart: bool = False) -> bool:
+    """Tell whether ``model`` computes the same with :func:`grouped`: some families choose their attention elsewhere.
+
+    With ``apart`` past keys and values stay where they lie, which a family that changes them on the way does not find.
+    """
     embeddings: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    if embeddings is None:
+    if embeddings is None or (apart and not supports_kv_cache(model, device)):
         return False
     ids = ((torch.arange(2 * TRIAL) + 3) % len(embeddings.weight)).view(2, TRIAL).to(device)
-    mask = torch.ones_like(ids)
-    mask[1, : TRIAL // 2] = 0
-    places = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    plain = run(model, ids, attention_mask=mask, position_ids=places).logits
+    mask, half = torch.ones(2, TRIAL, dtype=torch.long), TRIAL // 2
+    # The second text begins later, behind padding.
+    mask[1, : half // 2] = 0
+    options = _without_cache(mask, device)
+    plain = run(model, ids, **options).logits
     with grouped_attention(model) as used:
         if not used:
             return False
         try:
-            close = run(model, ids, attention_mask=mask, position_ids=places).logits
+            close = _second_half(model, ids, mask, device) if apart else run(model, ids, **options).logits
         # A family's own code may know the names of transformers only.
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
             return False
-    plain, close = (logits[mask.bool().to(logits.device)].float() for logits in (plain, close))
+    seen = mask[:, -close.shape[1] :].bool().to(close.device)
+    plain, close = (logits[:, -close.shape[1] :][seen].float() for logits in (plain, close))
     exact = next(model.parameters()).dtype == torch.float32
     return bool((plain - close).abs().max() <= (1e-4 if exact else 5e-2) * plain.abs().max())
+
+
+def _without_cache(mask: Tensor, device: torch.device | str) -> dict[str, Any]:
+    places = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return {"attention_mask": mask.to(device), "position_ids": places.to(device)}
+
+
+def _second_half(model: nn.Module, ids: Tensor, mask: Tensor, device: torch.device | str) -> Tensor:
+    """Return the logits of the second half of two texts, behind the keys and values of the first."""
+    half, cache = ids.shape[1] // 2, DynamicCache()
+    run(model, ids[:, :half], **cache_options(model, mask[:, :half], half, cache, device))
+    layers: Any = cache.layers
+    past = FrozenCache([(layer.keys, layer.values) for layer in layers], apart=True)
+    return run(model, ids[:, half:], **cache_options(model, mask, half, past, device)).logits
 
 
 def grouped(
@@ -93,9 +114,13 @@ def grouped(
         return plain(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **more
         )
-    key_heads, columns = key.shape[1], key.shape[2]
+    key_heads, past = key.shape[1], getattr(key, PAST, None)
     shared = (rows, key_heads, heads // key_heads * tokens)
-    products = torch.matmul(query.reshape(*shared, width), key.transpose(-1, -2))
+    queries = query.reshape(*shared, width)
+    products = torch.matmul(queries, key.transpose(-1, -2))
+    if past is not None:
+        products = torch.cat([torch.matmul(queries, past.transpose(-1, -2)), products], dim=-1)
+    columns = products.shape[-1]
     scores = products.view(rows, key_heads, heads // key_heads, tokens, columns).float()
     scores = scores * (width**-0.5 if scaling is None else scaling)
     if attention_mask is None:
@@ -104,8 +129,12 @@ def grouped(
             attention_mask = torch.ones(tokens, columns, dtype=torch.bool, device=query.device).tril()[None, None]
     if attention_mask is not None:
         scores = _masked(scores, attention_mask[..., :columns])
-    weights = scores.softmax(dim=-1).to(value.dtype)
-    mixed = torch.matmul(weights.view(*shared, columns), value)
+    weights = scores.softmax(dim=-1).to(value.dtype).view(*shared, columns)
+    if past is None:
+        mixed = torch.matmul(weights, value)
+    else:
+        split = past.shape[2]
+        mixed = torch.matmul(weights[..., :split], getattr(value, PAST)) + torch.matmul(weights[..., split:], value)
     return mixed.view(rows, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
