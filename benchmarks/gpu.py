@@ -43,6 +43,9 @@ PHASES = ("targets", "keys", "solve", "write")
 ROUNDS = {1: 5, 10: 3, 100: 2}
 """Batches that count, by size, after one that does not; a larger batch is timed once."""
 LARGE = 512
+"""A batch from this size on is timed without a warm-up."""
+PROFILED = 5
+"""Steps of a batch that is profiled."""
 
 
 def now(device: torch.device) -> float:
@@ -206,6 +209,9 @@ class Measured:
     padding: float
     """The share of padded tokens in the layouts that were made."""
     peak_bytes: int | None
+    """The most bytes that were allocated at once."""
+    reserved_bytes: int | None
+    """The most bytes that the allocator held, scratch memory of recordings included."""
 
 
 @dataclass(slots=True)
@@ -239,7 +245,7 @@ class Script:
         rows = []
         for way, size in plan:
             if not self.over or not rows:
-                rows.append(self._measure(bench, name, way, size, published, rate))
+                rows.append(self._measure(bench, name, way, size, published, rate, busy=size == common))
                 Console().print(_line(rows[-1]))
         return {
             "layers": sites,
@@ -251,19 +257,23 @@ class Script:
 
     def _published(self, bench: Bench, options: TargetOptions) -> float:
         """Return the seconds of one edit's target by the published procedure, the second of two edits."""
-        session = bench.session
+        session, seconds = bench.session, 0.0
         for edit in sample_edits(2):
             started = now(self.device)
             plain_target(session.loaded, edit, session.prefixes, session.layers[-1], options, second_head=True)
             seconds = now(self.device) - started
         return seconds
 
-    def _measure(self, bench: Bench, name: str, way: str, size: int, published: float, rate: float) -> Measured:
+    def _measure(
+        self, bench: Bench, name: str, way: str, size: int, published: float, rate: float, *, busy: bool
+    ) -> Measured:
         session, loaded = bench.session, bench.session.loaded
         engine = ways()[way](loaded)
         counted = Counted(engine.layout)
         session.engine = replace(engine, layout=counted)
         rounds, edits = ROUNDS.get(size, 1), sample_edits(size * (ROUNDS.get(size, 1) + 2))
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()
         reset_peak(self.device)
         blocks = range(loaded.architecture.layers)
         mlps = [loaded.architecture.mlp(layer) for layer in blocks] if way == "compiled" else []
@@ -277,8 +287,8 @@ class Script:
                 bench.batch(edits[done * size : (done + 1) * size])
             spent = dict(bench.spent)
             # The peak of a profile is not that of the program.
-            peak = memory(self.device, "max_memory_allocated")
-            busy = self._busy(bench, edits[-size:], spent["targets"] / done) if size < LARGE else None
+            peak, reserved = (memory(self.device, f"max_memory_{kind}") for kind in ("allocated", "reserved"))
+            share = self._busy(bench, edits[-size:]) if busy else None
         session.engine.replays.clear()
         per_second = done * size / sum(spent.values())
         work = self.steps * bench.target_operations(edits[size : 2 * size]) * done
@@ -292,19 +302,28 @@ class Script:
             edits_per_second=per_second,
             speedup=per_second * published,
             matrix_share=work / spent["targets"] / rate,
-            busy=busy,
+            busy=share,
             shapes=len(counted.shapes),
             padding=1 - counted.real / counted.computed,
             peak_bytes=peak,
+            reserved_bytes=reserved,
         )
 
-    def _busy(self, bench: Bench, edits: Sequence[EditRequest], seconds: float) -> float | None:
-        """Return the device's seconds of one more batch's targets over the seconds without a profile."""
+    def _busy(self, bench: Bench, edits: Sequence[EditRequest]) -> float | None:
+        """Return the device's share of the time of one more batch's targets, with few steps."""
         if not self.profiled or self.device.type != "cuda":
             return None
+        session, all_steps = bench.session, bench.session.options
+        # Few steps, because a profile keeps every kernel.
+        session.options = replace(all_steps, steps=PROFILED)
+        session.values(edits)
+        started = now(self.device)
+        session.values(edits)
+        seconds = now(self.device) - started
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            bench.session.values(edits)
+            session.values(edits)
             now(self.device)
+        session.options = all_steps
         events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
         total = sum(event.self_device_time_total for event in events)
         for event in events[:8]:
@@ -357,12 +376,11 @@ def main(
     write_result("gpu", result, out)
 
 
-COLUMNS = ("shape", "way", "batch", "edits/s", "x published", "matrix", "busy", "shapes", "padding", "peak GB")
+COLUMNS = ("way", "batch", "edits/s", "x", "matrix", "busy", "shapes", "pad", "GB", "held")
 
 
 def _cells(row: Measured) -> tuple[str, ...]:
     return (
-        row.shape,
         row.way,
         str(row.batch_size),
         f"{row.edits_per_second:.2f}",
@@ -371,20 +389,23 @@ def _cells(row: Measured) -> tuple[str, ...]:
         "n/a" if row.busy is None else f"{row.busy:.0%}",
         str(row.shapes),
         f"{row.padding:.0%}",
-        "n/a" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}",
+        *("n/a" if size is None else f"{size / 1e9:.1f}" for size in (row.peak_bytes, row.reserved_bytes)),
     )
 
 
 def _line(row: Measured) -> str:
     spent = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in row.seconds_per_batch.items())
-    return f"{' '.join(_cells(row))} | {spent} | {row.engine}"
+    return f"{row.shape} {' '.join(_cells(row))} | {spent} | {row.engine}"
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(*COLUMNS, title=f"{result['device']}, {result['steps']} steps, {result['seconds']:.0f} s")
-    for shape in result["shapes"].values():
+    title = f"{result['device']}, {result['steps']} steps, {result['seconds']:.0f} s; x: published at 1"
+    table = Table(*COLUMNS, title=title)
+    for name, shape in result["shapes"].items():
+        table.add_row(f"[bold]{name}[/]")
         for row in shape["rows"]:
             table.add_row(*_cells(Measured(**row)))
+        table.add_section()
     return table
 
 

@@ -25,8 +25,8 @@ from torch import nn
 from benchmarks.common import median, sample_edits, write_result
 from benchmarks.reference import plain_target
 from benchmarks.targets import last_layer, opened
-from editcli.editing import prompt_cache as past
 from editcli.editing import engine, steering, targets
+from editcli.editing import prompt_cache as past
 from editcli.editing.layout import Exact
 from editcli.editing.session import generate_prefixes
 from editcli.editing.targets import target_costs

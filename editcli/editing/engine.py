@@ -14,6 +14,10 @@ from editcli.models.attention import grouped_agrees, grouped_attention
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import quick_linears
 from editcli.models.norms import fused_norms
+from editcli.settings.core import BATCH_TOKENS, TargetOptions
+
+SHARE = 0.4
+"""The part of a device's free memory that a micro-batch may take by estimate; the rest is for what is not counted."""
 
 
 @dataclass(slots=True)
@@ -34,6 +38,12 @@ class Engine:
     used: set[str] = field(default_factory=set)
     """Names of the ways in which batches were computed, for the record of a run."""
 
+    def most_tokens(self, options: TargetOptions, layer: int) -> int:
+        """Return the most tokens of a micro-batch: ``targets.batch_tokens``, or at its default what fits a device."""
+        if not self.quick or options.batch_tokens != BATCH_TOKENS:
+            return options.batch_tokens
+        return max(BATCH_TOKENS, fitting_tokens(self.loaded, layer))
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Compute with the fastest kernels for the device that give the same results."""
@@ -50,6 +60,26 @@ class Engine:
                     self.used.add("grouped-attention")
             yield
             self.used.add(self.replays.name)
+
+
+def fitting_tokens(loaded: LoadedModel, layer: int) -> int:
+    """Estimate how many tokens of target optimisation above ``layer`` fit a part of the device's free memory.
+
+    Per token and layer about eight tensors of the stream's width and four of the MLP's live until the backward pass;
+    about every fourth token has float32 logits, with their gradient.
+    """
+    device = torch.device(loaded.input_device)
+    module = torch.get_device_module(device)
+    ask = getattr(module, "mem_get_info", None)
+    if ask is None:
+        return 0
+    unused = module.memory_reserved(device) - module.memory_allocated(device)
+    free = ask(device)[0] + unused
+    architecture = loaded.architecture
+    outer, inner = architecture.shape(layer)
+    weight = architecture.head.get_parameter("weight")
+    through = (architecture.layers - layer - 1) * (8 * outer + 4 * inner) * weight.element_size()
+    return int(SHARE * free / (through + len(weight) * 3))
 
 
 def engine_for(loaded: LoadedModel) -> Engine:

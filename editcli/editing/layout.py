@@ -3,8 +3,8 @@
 A CPU is busy with every token, so a chunk there is as narrow as its rows, and it shrinks with every edit that is done.
 An accelerator is idle between two kernels, and it prepares anew for every new shape; so rows, columns, past columns
 and logits are padded there to a few sizes, which repeat from step to step and from batch to batch, and the rows are
-laid out anew only when that saves more than half of the work. Padding changes no result: padded rows and columns have no weight
-in any loss, and no token sees a later one.
+laid out anew only when that saves more than half of the work. Padding changes no result: padded rows and columns have
+no weight in any loss, and no token sees a later one.
 
 Work is counted in tokens; ``allowance`` is the number of tokens whose work costs as much as one more call of a block.
 """
@@ -17,7 +17,6 @@ from itertools import groupby
 from typing import Protocol
 
 from editcli.models.sizes import column_size, power_of_two, row_size, row_size_within
-
 
 LEAST_PAST = 16
 """Past columns on an accelerator, which attention alone reads: fewer save nothing."""
@@ -177,5 +176,7 @@ def _pieces(count: int, columns: int, allowance: float, most: int) -> list[int]:
         return [count]
     split = [part, *_pieces(count - part, columns, allowance, most)]
     # A single row is no size to split many rows into: each piece is a call.
-    alone = whole > largest or (part > 1 and sum(split) * columns + len(split) * allowance < whole * columns + allowance)
+    alone = whole > largest or (
+        part > 1 and sum(split) * columns + len(split) * allowance < whole * columns + allowance
+    )
     return split if alone else [whole]

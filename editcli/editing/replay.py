@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from editcli.models.frozen_cache import FrozenCache
 ALIGNMENT = 256
 """Bytes between the starts of two tensors in an arena are a multiple of this."""
 
-Constant = TypeVar("Constant")
 Outputs = tuple[Tensor, ...]
+Outlined = tuple[tuple[Hashable, ...], list[Tensor]]
+"""An object's description with the kinds of its tensors, and the tensors."""
 
 
 class Replays(Protocol):
@@ -33,9 +34,7 @@ class Replays(Protocol):
         """The name for the record of a run."""
         ...
 
-    def __call__(
-        self, key: Hashable, function: Callable[..., Outputs], constant: Constant, *varying: Tensor
-    ) -> Outputs:
+    def __call__(self, key: Hashable, function: Callable[..., Outputs], constant: object, *varying: Tensor) -> Outputs:
         """Return ``function(constant, *varying)``.
 
         ``key`` names the function with all that it depends on besides its arguments; ``constant`` is an object of
@@ -53,9 +52,7 @@ class Eager:
 
     name = "eager"
 
-    def __call__(
-        self, key: Hashable, function: Callable[..., Outputs], constant: Constant, *varying: Tensor
-    ) -> Outputs:
+    def __call__(self, key: Hashable, function: Callable[..., Outputs], constant: object, *varying: Tensor) -> Outputs:
         """Return the function's result."""
         return function(constant, *varying)
 
@@ -126,7 +123,9 @@ class Recorded:
         self._model, self._record, self._name = model, record, name
         self._recordings: dict[Hashable, Recording] = {}
         self._arenas: list[Arena] = []
-        self._outlines: weakref.WeakKeyDictionary[Any, tuple[Hashable, list[Tensor]]] = weakref.WeakKeyDictionary()
+        self._outlines: weakref.WeakKeyDictionary[Any, tuple[tuple[Hashable, ...], list[Tensor]]] = (
+            weakref.WeakKeyDictionary()
+        )
         self._weights: tuple[int, ...] = ()
 
     @property
@@ -134,9 +133,7 @@ class Recorded:
         """The name for the record of a run: that of the plain way once a recording failed."""
         return self._name if self.failure is None else Eager.name
 
-    def __call__(
-        self, key: Hashable, function: Callable[..., Outputs], constant: Constant, *varying: Tensor
-    ) -> Outputs:
+    def __call__(self, key: Hashable, function: Callable[..., Outputs], constant: object, *varying: Tensor) -> Outputs:
         """Return the function's result, from a recording if there is one for these shapes."""
         if self.failure is not None:
             return function(constant, *varying)
@@ -158,7 +155,7 @@ class Recorded:
         self._recordings.clear()
         self._arenas.clear()
 
-    def _outlined(self, constant: Any) -> tuple[Hashable, list[Tensor]]:
+    def _outlined(self, constant: object) -> Outlined:
         """Return an object's outline with the kinds of its tensors, and the tensors; a new object is walked once."""
         if constant not in self._outlines:
             self._forget_moved_weights()
@@ -167,16 +164,14 @@ class Recorded:
             self._outlines[constant] = (outline, tuple(_kind(tensor) for tensor in tensors)), tensors
         return self._outlines[constant]
 
-    def _add(
-        self, name: Any, function: Callable[..., Outputs], constant: Any, varying: Sequence[Tensor]
-    ) -> None:
-        (outline, _), tensors = self._outlines[constant]
+    def _add(self, name: Any, function: Callable[..., Outputs], constant: object, varying: Sequence[Tensor]) -> None:
+        outlined, tensors = self._outlines[constant]
         arena = self._arena(tensors)
         shared, own = arena.views(tensors), [tensor.clone() for tensor in varying]
         for held, tensor in zip(shared, tensors, strict=True):
             held.copy_(tensor)
         arena.held = weakref.ref(constant)
-        rebuilt = _rebuild(outline, shared, {})
+        rebuilt = _rebuild(outlined[0], shared, {})
         try:
             outputs, replay = self._record(lambda: function(rebuilt, *own))
         except torch.OutOfMemoryError:

@@ -147,7 +147,8 @@ def optimise(
     rows = _rows(loaded, requests, prefixes, options, sink=sink)
     parts: list[tuple[list[int], tuple[Tensor, ...]]] = []
     with reporter.phase(label, len(requests), "edits") as advance, engine.running():
-        pending, progress = _micro_batches(rows, options.batch_tokens)[::-1], _Progress(advance)
+        budget = engine.most_tokens(options, layer)
+        pending, progress = _micro_batches(rows, budget)[::-1], _Progress(advance)
         while pending:
             edits = pending.pop()
             progress.restart_at(sum(len(finished) for finished, _ in parts))
@@ -271,7 +272,7 @@ class _Optimiser:
             self.rows,
             layer,
             cached=options.cached,
-            budget=options.batch_tokens,
+            budget=engine.most_tokens(options, layer),
             layout=engine.layout,
             apart=engine.apart,
         )
@@ -345,7 +346,9 @@ class _Optimiser:
         edits = set(active.nonzero().flatten().tolist())
         groups = self.steering.groups([index for index, row in enumerate(self.rows) if row.edit in edits])
         now = [part.group for part in parts]
-        return self._parts(groups) if self.engine.layout.shrinks(now, groups, allowance=self.steering.allowance) else parts
+        return (
+            self._parts(groups) if self.engine.layout.shrinks(now, groups, allowance=self.steering.allowance) else parts
+        )
 
     def _parts(self, groups: Sequence[Group]) -> list[_Part]:
         return [self._part(group) for group in groups]

@@ -10,6 +10,10 @@ ROWS = 16
 """The smallest number of rows beyond a single one; the next sizes are 4 times the one before."""
 
 
+STEP = 32
+"""Long texts are padded to multiples of this."""
+
+
 def row_size(count: int) -> int:
     """Return the smallest size of 1, 16, 64, 256, ... that holds ``count`` rows."""
     size = 1 if count <= 1 else ROWS
@@ -43,3 +47,8 @@ def power_of_two(count: int, *, least: int = 1) -> int:
     while size < count:
         size *= 2
     return size
+
+
+def text_size(count: int) -> int:
+    """Return the tokens to which texts of at most ``count`` tokens are padded where they are read once."""
+    return column_size(count) if count <= STEP else -(-count // STEP) * STEP

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_a_stream_of_a_thousand_edits_has_few_shapes_and_little_padding() -> Non
         ends = [generator.randint(6, 25) for _ in edits]
         # Six contexts and the essence of each edit.
         rows = [[*[width] * 6, 1] for width in edits]
-        groups: list[Group] = []
+        groups, widths_now = list[Group](), list[int]()
         for step in range(25):
             if step % layout.patience == 0:
                 left = [edit for edit, end in enumerate(ends) if end > step]
@@ -150,7 +151,9 @@ def test_edits_stop_where_they_would_alone(setup: float, stop: str, tmp_path: Pa
     """Looking at every fourth step only changes no edit's loss, offset or end."""
     loaded = opened(tmp_path / "model", "llama")
     first = values(loaded, requests(), replace(OPTIONS, steps=1), engine_for(loaded))[3]
-    options = replace(OPTIONS, steps=14, stop=stop, stop_patience=1, stop_loss=float(first.sort().values[0, 1:3].mean()))
+    options = replace(
+        OPTIONS, steps=14, stop=stop, stop_patience=1, stop_loss=float(first.sort().values[0, 1:3].mean())
+    )
     exact = values(loaded, requests(), options, engine_for(loaded))
     fast = values(loaded, requests(), options, accelerated(loaded, setup=setup))
     for one, other in zip(fast, exact, strict=True):
@@ -195,7 +198,7 @@ def test_a_weight_that_moved_drops_the_recordings(tmp_path: Path) -> None:
     engine = accelerated(loaded)
     before = values(loaded, requests(), OPTIONS, engine)
     head = loaded.architecture.projection(LAYER + 1)
-    head.weight = torch.nn.Parameter(-head.weight.detach(), requires_grad=False)
+    head.weight = torch.nn.Parameter(-head.get_parameter("weight").detach(), requires_grad=False)
     after, exact = values(loaded, requests(), OPTIONS, engine), values(loaded, requests(), OPTIONS, engine_for(loaded))
     torch.testing.assert_close(after[0], exact[0], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(before[0], after[0], rtol=1e-2)
@@ -203,10 +206,12 @@ def test_a_weight_that_moved_drops_the_recordings(tmp_path: Path) -> None:
 
 def test_half_precision_stays_within_its_rounding(tmp_path: Path) -> None:
     loaded = opened(tmp_path / "model", "llama")
-    loaded.model.to(torch.bfloat16)
+    model: Any = loaded.model
+    model.to(torch.bfloat16)
     options = replace(OPTIONS, steps=3)
-    exact, fast = values(loaded, requests(), options, engine_for(loaded)), values(
-        loaded, requests(), options, accelerated(loaded)
+    exact, fast = (
+        values(loaded, requests(), options, engine_for(loaded)),
+        values(loaded, requests(), options, accelerated(loaded)),
     )
     assert float((fast[0] - exact[0]).norm() / exact[0].norm()) < 0.1
     assert len(FACTS) == fast[3].numel()

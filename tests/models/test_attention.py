@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from editcli.models.attention import NAME, REPLACED, grouped, grouped_agrees, grouped_attention
-from editcli.models.norms import fused_norms
 from editcli.models.loading import LoadedModel, open_model, resolve_model
+from editcli.models.norms import fused_norms
 from editcli.testing import tiny_model_folder
 from tests.support.families import families
 
