@@ -111,7 +111,8 @@ class _Steered:
             seen["h"] = first(output)[0, text.lookup]
 
         def see_mlp(module: object, entered: Tensor, output: object) -> None:
-            seen["m"] = first(output).reshape(len(text.ids), -1)[text.lookup] * self.scale
+            flat = first(output).flatten(0, -2)
+            seen["m"] = flat[text.lookup] * self.scale
 
         with hooked(self.block, see_block), hooked(self.mlp, see_mlp):
             self._run([text])

@@ -7,13 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from editcli.editing.layout import Layout, layout_for
 from editcli.editing.replay import Replays, replays_for
 from editcli.models.attention import grouped_agrees, grouped_attention
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import quick_linears
-from editcli.models.norms import fused_norms
+from editcli.models.norms import Fused, fusable_norms, replaced_norms
 from editcli.settings.core import BATCH_TOKENS, TargetOptions
 
 SHARE = 0.4
@@ -35,6 +36,8 @@ class Engine:
     """Whether the model computes the same with grouped attention; None until it was tried."""
     apart: bool = False
     """Whether it does so, too, with past keys and values left where they lie."""
+    norms: list[tuple[nn.Module, Fused]] = field(default_factory=list)
+    """The norms that torch computes in one kernel, with the forward that does."""
     used: set[str] = field(default_factory=set)
     """Names of the ways in which batches were computed, for the record of a run."""
 
@@ -50,11 +53,12 @@ class Engine:
         with ExitStack() as stack:
             stack.enter_context(quick_linears(self.loaded.model))
             if self.quick:
-                stack.enter_context(fused_norms(self.loaded.model))
                 if self.grouped is None:
                     model, device = self.loaded.model, self.loaded.input_device
+                    self.norms = fusable_norms(model)
                     self.grouped = grouped_agrees(model, device)
                     self.apart = self.grouped and grouped_agrees(model, device, apart=True)
+                stack.enter_context(replaced_norms(self.norms))
                 if self.grouped:
                     stack.enter_context(grouped_attention(self.loaded.model))
                     self.used.add("grouped-attention")

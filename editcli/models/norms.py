@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,25 +18,36 @@ SAMPLE = 4
 """Hidden states on which a norm is compared with torch's."""
 
 
+Fused = Callable[[Tensor], Tensor]
+"""A norm's forward."""
+
+
+def fusable_norms(model: nn.Module) -> list[tuple[nn.Module, Fused]]:
+    """Return the norms of ``model`` that equal torch's RMS norm, each with it; no list of families names them."""
+    same, norms = dict[Any, bool](), list[tuple[nn.Module, Fused]]()
+    for module in model.modules():
+        fused = _fused(module)
+        if fused is None:
+            continue
+        weight = module.get_parameter("weight")
+        kind = (type(module), weight.shape, weight.dtype, weight.device, _epsilon(module))
+        if kind not in same:
+            same[kind] = _agree(module, fused)
+        if same[kind]:
+            norms.append((module, fused))
+    return norms
+
+
 @contextmanager
-def fused_norms(model: nn.Module) -> Iterator[None]:
-    """Run the norms of ``model`` that equal torch's RMS norm through it; no list of families names them."""
-    same: dict[Any, bool] = {}
+def replaced_norms(norms: Sequence[tuple[nn.Module, Fused]]) -> Iterator[None]:
+    """Run norms through their other forward."""
     with ExitStack() as stack:
-        for module in model.modules():
-            fused = _fused(module)
-            if fused is None:
-                continue
-            weight = module.get_parameter("weight")
-            kind = (type(module), weight.shape, weight.dtype, weight.device, _epsilon(module))
-            if kind not in same:
-                same[kind] = _agree(module, fused)
-            if same[kind]:
-                stack.enter_context(replaced_forward(module, fused))
+        for module, fused in norms:
+            stack.enter_context(replaced_forward(module, fused))
         yield
 
 
-def _fused(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _fused(module: nn.Module) -> Fused | None:
     """Return torch's RMS norm with a module's weight, or None for a module that cannot be one."""
     if list(dict(module.named_parameters())) != ["weight"] or "forward" in module.__dict__:
         return None
@@ -52,7 +63,7 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 @torch.no_grad()
-def _agree(module: nn.Module, fused: Callable[[Tensor], Tensor]) -> bool:
+def _agree(module: nn.Module, fused: Fused) -> bool:
     """Compare on hidden states of ordinary size, up to the rounding of their type."""
     weight = module.get_parameter("weight")
     steps = torch.linspace(-3.0, 3.0, SAMPLE * len(weight), device=weight.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from editcli.models.attention import NAME, REPLACED, grouped, grouped_agrees, grouped_attention
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.models.norms import fused_norms
+from editcli.models.norms import fusable_norms, replaced_norms
 from editcli.testing import tiny_model_folder
 from tests.support.families import families
 
@@ -82,7 +82,7 @@ def test_a_family_that_would_compute_something_else_keeps_its_own(family: str, t
     with torch.no_grad():
         plain = loaded.model(input_ids=ids).logits
         if grouped_agrees(loaded.model, "cpu"):
-            with grouped_attention(loaded.model) as used, fused_norms(loaded.model):
+            with grouped_attention(loaded.model) as used, replaced_norms(fusable_norms(loaded.model)):
                 assert used
                 assert loaded.model.config._attn_implementation == NAME
                 torch.testing.assert_close(loaded.model(input_ids=ids).logits, plain, rtol=1e-4, atol=1e-4)
