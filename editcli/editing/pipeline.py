@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from editcli.editing import feedback
 from editcli.editing.session import ModelSession
 from editcli.linalg.ratios import jump, ratio
 from editcli.plugin.interfaces import Editor, LowRank, Problem, Site, Stabilizer, Update, Values, update_of
@@ -40,6 +41,8 @@ class Written:
     ``clamped``; empty if not counted."""
     already_true: tuple[str, ...] = ()
     """Ids of edits whose target the model gave before anything was written."""
+    lost: Mapping[Site, feedback.Lost] = field(default_factory=dict)
+    """What stabilizers with error feedback took from each update; a site without an entry keeps its earlier loss."""
 
 
 def edit_batch(
@@ -67,14 +70,16 @@ def edit_batch(
         nothing = len(known) == len(requests) and values is not None and torch.equal(values.target, values.initial)
         problems: dict[Site, Problem] = {}
         updates: dict[Site, Update] = {}
+        lost: dict[Site, feedback.Lost] = {}
         with session.reporter.phase("Writing", len(session.sites), "layers") as advance:
             for site in session.sites:
                 problem = None
                 if values is not None:
                     problem = problems[site] = _problem(session, editor, requests, site, values)
-                update = _zero(problem) if nothing and problem else _update(session, editor, site, problem)
-                for stabilizer in () if nothing else stabilizers:
-                    update = stabilizer.stabilize_update(session, site, update, problem)
+                if nothing and problem:
+                    update: Update = _zero(problem)
+                else:
+                    update, lost[site] = solved(session, editor, stabilizers, site, problem)
                 # Rounded and laid out once, so that the recorded parts reproduce the weight bit by bit.
                 update = update_of({name: _as_recorded(part) for name, part in update.parts.items()})
                 refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
@@ -88,7 +93,7 @@ def edit_batch(
     dropped = {} if values is None else {requests[column].id: why for column, why in values.dropped.items()}
     seconds = {"targets": optimised - started, "solve": time.perf_counter() - optimised}
     already_true = tuple(requests[column].id for column in known)
-    return Written(problems, updates, dropped, seconds, counts, already_true)
+    return Written(problems, updates, dropped, seconds, counts, already_true, lost)
 
 
 def _targets(session: ModelSession, editor: Editor, requests: Sequence[EditRequest]) -> Values | None:
@@ -109,11 +114,38 @@ def _problem(
     return problem
 
 
-def _update(session: ModelSession, editor: Editor, site: Site, problem: Problem | None) -> Update:
-    update = editor.update(session, site) if problem is None else editor.solve(session, problem)
+def solved(
+    session: ModelSession, editor: Editor, stabilizers: Sequence[Stabilizer], site: Site, problem: Problem | None
+) -> tuple[Update, feedback.Lost]:
+    """Return the update of a site after every stabilizer, and what those with error feedback took from it."""
+    lost = feedback.owed(stabilizers, site)
+    if problem is None:
+        update = editor.update(session, site)
+    else:
+        update = editor.solve(session, feedback.asking(problem, lost))
+    update = feedback.returning(update, lost)
     # At once, because a stabilizer that picks entries would hide those that are not numbers.
     refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
-    return update
+    return feedback.stabilised(session, stabilizers, site, update, problem)
+
+
+def lost_again(
+    session: ModelSession,
+    editor: Editor,
+    stabilizers: Sequence[Stabilizer],
+    site: Site,
+    problem: Problem | None,
+    update: Update,
+) -> Mapping[Site, feedback.Lost]:
+    """Return what a recorded batch lost at a site, by the operations of the first time; call it before writing.
+
+    Empty where no stabilizer feeds back, and where the batch asked for nothing.
+    """
+    if not any(stabilizer.feeds_back for stabilizer in stabilizers):
+        return {}
+    if problem is not None and feedback.writes_nothing(problem, update):
+        return {}
+    return {site: solved(session, editor, stabilizers, site, problem)[1]}
 
 
 def _known(session: ModelSession, values: Values) -> list[int]:
@@ -157,3 +189,4 @@ def commit(
     editor.remember(session, requests, problems)
     for stabilizer in stabilizers:
         stabilizer.remember(session, problems, written.updates)
+    feedback.keep(stabilizers, written.lost)

@@ -28,8 +28,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
+from editcli.errors import StateError
 from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
@@ -95,6 +97,10 @@ class Problem:
     site: Site
     keys: Tensor
     residual: Tensor
+
+    def to(self, device: torch.device) -> Problem:
+        """Return the same on another device."""
+        return Problem(self.site, self.keys.to(device), self.residual.to(device))
 
 
 class Update(ABC):
@@ -426,6 +432,34 @@ class Stabilizer(Component):
     ``problems`` are updates that it judges by their keys or residual. An editor without target values has neither
     values nor problems, and a run with one warns of a stabilizer that acts on nothing else.
     """
+    feeds_back: bool = False
+    """Whether the next batch is given what :meth:`stabilize_update` took from this one: error feedback.
+
+    See :mod:`editcli.editing.feedback`. Set :attr:`remembers` as well. It is of no use to a linear projection, which
+    takes the same part from every update and would take it again.
+    """
+
+    lost: Mapping[str, Tensor] = MappingProxyType({})
+    """f(D) - D of the last batch by module name, (d_out, d_in) float32 each; empty unless :attr:`feeds_back`."""
+
+    def state(self) -> State:
+        """Return :attr:`lost` as ``<module>.lost``; a stabilizer with more state adds to it."""
+        return State({f"{module}.lost": lost for module, lost in self.lost.items()})
+
+    def load_state(self, session: Session, state: State) -> None:
+        """Take :attr:`lost` back, and prepare the rest again; raise :class:`StateError` where it does not fit."""
+        self.prepare(session)
+        parts = {site: state.tensors.get(f"{site.module}.lost") for site in session.sites} if self.feeds_back else {}
+        for site, lost in parts.items():
+            if lost is None:
+                continue
+            weight = session.weight(site)
+            if lost.shape != weight.shape or not lost.is_floating_point():
+                raise StateError(
+                    f"the saved state of {self.name} for {site.module} is {lost.dtype} {tuple(lost.shape)} in place of "
+                    f"numbers {weight.shape[0]} x {weight.shape[1]}; restore it from a backup"
+                )
+            self.lost = {**self.lost, site.module: lost.to(weight.device)}
 
     def stabilize_values(self, session: Session, values: Values) -> Values:
         """Return the values to write instead."""

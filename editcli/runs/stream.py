@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from editcli.distributed.team import Team
-from editcli.editing.pipeline import Written, commit, edit_batch
+from editcli.editing import feedback
+from editcli.editing.pipeline import Written, commit, edit_batch, lost_again
 from editcli.editing.session import ModelSession
 from editcli.errors import PluginError, StateError
 from editcli.heap import give_back
@@ -343,23 +344,28 @@ class Stream:
         editor, session, requests = self.stack.editor, self.session, segment.requests
         problems: list[Problem] = []
         updates: dict[Site, Update] = {}
+        lost: dict[Site, feedback.Lost] = {}
+        fed_back = any(stabilizer.feeds_back for stabilizer in self.stack.stabilizers)
         with self._seeded(step):
-            if editor.remembers and not editor.needs_values:
-                # Such an editor remembers its measurement of the batch.
+            if (editor.remembers or fed_back) and not editor.needs_values:
+                # Such an editor remembers its measurement of the batch, or solves from it again.
                 editor.begin(session, requests)
             for site in session.sites:
                 shape, device = session.weight(site).shape, session.weight(site).device
                 parts = segment.update(site.module, shape).parts
                 updates[site] = update_of({name: tensor.to(device) for name, tensor in parts.items()})
-                session.write(site, updates[site])
+                problem = None
                 # Earlier versions recorded the change of an editor without target values as a problem too.
                 if editor.needs_values:
-                    problem = segment.problem(site, shape)
-                    problems.append(Problem(site, problem.keys.to(device), problem.residual.to(device)))
+                    problem = segment.problem(site, shape).to(device)
+                    problems.append(problem)
+                lost |= lost_again(session, editor, self.stack.stabilizers, site, problem, updates[site])
+                session.write(site, updates[site])
             if editor.remembers:
                 editor.remember(session, requests, problems)
             for stabilizer in self.stack.remembering:
                 stabilizer.remember(session, problems, updates)
+            feedback.keep(self.stack.stabilizers, lost)
             for diagnostic in self.stack.watching:
                 diagnostic.observe(session, updates)
             self.stack.settle(session)

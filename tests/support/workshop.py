@@ -22,7 +22,7 @@ from tests.support.facts import CAPITALS, write_lines
 
 STACKS = {
     "memit": ("--editor", "memit", "--stabilizer", "nas", "--stabilizer", "revive"),
-    "remembering": ("--editor", "memit", "-o", "memit.remember=true"),
+    "remembering": ("--editor", "memit", "-o", "memit.remember=true", "-s", "rect", "-o", "rect.feedback=true"),
     "alphaedit": (
         *("--editor", "alphaedit", "--stabilizer", "nas", "--stabilizer", "revive"),
         *("-o", "alphaedit.nullspace_threshold=0.9", "-o", "alphaedit.threshold_kind=relative"),
