@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -45,6 +46,42 @@ class Written:
     """What stabilizers with error feedback took from each update; a site without an entry keeps its earlier loss."""
 
 
+@dataclass(slots=True)
+class _Draft:
+    """A batch while it is written."""
+
+    problems: dict[Site, Problem] = field(default_factory=dict)
+    updates: dict[Site, Update] = field(default_factory=dict)
+    lost: dict[Site, feedback.Lost] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"targets": 0.0, "solve": 0.0})
+    targets: Counter[str] = field(default_factory=Counter)
+    known: Sequence[int] | None = None
+    """Columns of the edits whose target the model gave before anything was written."""
+    dropped: Mapping[int, str] | None = None
+    """Columns that were given up in every stage."""
+
+    def count(self, values: Values | None) -> None:
+        """Count how a stage's targets ended."""
+        self.targets.update(count_targets(values))
+
+    def give_up(self, values: Values | None) -> None:
+        """Note what a stage gave up; an edit that another stage wrote is not given up."""
+        dropped = {} if values is None else values.dropped
+        earlier = dropped if self.dropped is None else self.dropped
+        self.dropped = {column: why for column, why in earlier.items() if column in dropped}
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch and what writes it; ``check`` is called before each site is written."""
+
+    session: ModelSession
+    editor: Editor
+    stabilizers: Sequence[Stabilizer]
+    requests: Sequence[EditRequest]
+    check: SiteCheck
+
+
 def edit_batch(
     session: ModelSession,
     editor: Editor,
@@ -56,44 +93,62 @@ def edit_batch(
 
     The components remember later, through :func:`commit`, once the batch is known to be kept.
     """
-    before = session.masters()
+    before, draft = session.masters(), _Draft()
+    batch = _Batch(session, editor, stabilizers, requests, check)
     try:
-        started = time.perf_counter()
-        values = _targets(session, editor, requests)
-        counts = count_targets(values)
-        known = editor.already_true(requests) if values is None else _known(session, values)
-        if values is not None:
-            for stabilizer in stabilizers:
-                values = stabilizer.stabilize_values(session, values)
-        optimised = time.perf_counter()
-        # Then only the rounding between two ways to compute the same hidden state is left to write.
-        nothing = len(known) == len(requests) and values is not None and torch.equal(values.target, values.initial)
-        problems: dict[Site, Problem] = {}
-        updates: dict[Site, Update] = {}
-        lost: dict[Site, feedback.Lost] = {}
-        with session.reporter.phase("Writing", len(session.sites), "layers") as advance:
-            for site in session.sites:
-                problem = None
-                if values is not None:
-                    problem = problems[site] = _problem(session, editor, requests, site, values)
-                if nothing and problem:
-                    update: Update = _zero(problem)
-                else:
-                    update, lost[site] = solved(session, editor, stabilizers, site, problem)
-                # Rounded and laid out once, so that the recorded parts reproduce the weight bit by bit.
-                update = update_of({name: _as_recorded(part) for name, part in update.parts.items()})
-                refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
-                check(site, update)
-                session.write(site, update)
-                updates[site] = update
-                advance(1)
+        # An editor without target values measures all sites at once.
+        for stage in session.stages if editor.needs_values else (session,):
+            _write_stage(stage, batch, draft)
     except BaseException:
         session.restore(before)
         raise
-    dropped = {} if values is None else {requests[column].id: why for column, why in values.dropped.items()}
-    seconds = {"targets": optimised - started, "solve": time.perf_counter() - optimised}
-    already_true = tuple(requests[column].id for column in known)
-    return Written(problems, updates, dropped, seconds, counts, already_true, lost)
+    dropped = {requests[column].id: why for column, why in (draft.dropped or {}).items()}
+    already_true = tuple(requests[column].id for column in draft.known or ())
+    counts = {name: draft.targets[name] for name in ("optimised", "reached", "clamped") if draft.targets}
+    return Written(draft.problems, draft.updates, dropped, draft.seconds, counts, already_true, draft.lost)
+
+
+def _write_stage(stage: ModelSession, batch: _Batch, draft: _Draft) -> None:
+    """Optimise the targets of a stage on the model as written so far, and write its sites."""
+    editor, requests = batch.editor, batch.requests
+    started = time.perf_counter()
+    values = _targets(stage, editor, requests)
+    draft.count(values)
+    known = editor.already_true(requests) if values is None else _known(stage, values)
+    # What a later stage finds answered, an earlier one has written.
+    draft.known = known if draft.known is None else draft.known
+    if values is not None:
+        for stabilizer in batch.stabilizers:
+            values = stabilizer.stabilize_values(stage, values)
+    draft.give_up(values)
+    optimised = time.perf_counter()
+    # Then only the rounding between two ways to compute the same hidden state is left to write.
+    nothing = len(known) == len(requests) and values is not None and torch.equal(values.target, values.initial)
+    with stage.reporter.phase("Writing", len(stage.sites), "layers") as advance:
+        for site in stage.sites:
+            _write_site(stage, site, batch, draft, values=values, nothing=nothing)
+            advance(1)
+    draft.seconds["targets"] += optimised - started
+    draft.seconds["solve"] += time.perf_counter() - optimised
+
+
+def _write_site(
+    stage: ModelSession, site: Site, batch: _Batch, draft: _Draft, *, values: Values | None, nothing: bool
+) -> None:
+    """Solve the problem of a site and write its update; with ``nothing``, the update that changes nothing."""
+    problem = None
+    if values is not None:
+        problem = draft.problems[site] = _problem(stage, batch.editor, batch.requests, site, values)
+    if nothing and problem:
+        update: Update = _zero(problem)
+    else:
+        update, draft.lost[site] = solved(stage, batch.editor, batch.stabilizers, site, problem)
+    # Rounded and laid out once, so that the recorded parts reproduce the weight bit by bit.
+    update = update_of({name: _as_recorded(part) for name, part in update.parts.items()})
+    refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
+    batch.check(site, update)
+    batch.session.write(site, update)
+    draft.updates[site] = update
 
 
 def _targets(session: ModelSession, editor: Editor, requests: Sequence[EditRequest]) -> Values | None:

@@ -54,7 +54,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Optimised target values of a batch at the last edited layer, (d, n) each, float32.
+    """Optimised target values of a batch at the last layer of its stage, (d, n) each, float32.
 
     ``target`` is z = h + delta, ``initial`` is h, ``written`` is m, the output of that layer's MLP.
     """
@@ -237,6 +237,15 @@ class Session(Protocol):
         ...
 
     @property
+    def stages(self) -> Sequence[Session]:
+        """The parts of a batch that have targets of their own, in the order they are written: sessions of some sites.
+
+        One with all sites; with ``targets.per_layer`` one for each site. The last site of a stage is where its target
+        values are.
+        """
+        ...
+
+    @property
     def reporter(self) -> Reporter:
         """Where to report progress."""
         ...
@@ -389,7 +398,7 @@ class Editor(Component):
         return None
 
     def values(self, session: Session, requests: Sequence[EditRequest]) -> Values:
-        """Optimise the batch's target values on the current model; called once per batch, before the first write."""
+        """Optimise the batch's target values on the current model; called once per stage, before its first write."""
         return session.values(requests)
 
     def problem(self, session: Session, requests: Sequence[EditRequest], site: Site, values: Values) -> Problem:

@@ -30,6 +30,9 @@ class TargetOptions:
         "loss", "greedy: an edit is also done once its target is the greedy answer in all its contexts (ENCORE's MPES)"
     )
     stop_patience: int = option(2, "with stop=greedy, more steps in a row at which the target has to stay that answer")
+    per_layer: bool = option(
+        False, "write the first and the last of the layers alone, each with a target of its own (BLUE)"
+    )
     prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
     prefix_tokens: int = option(10, "tokens of each generated prefix")
     batch_tokens: int = option(24576, "most tokens in one forward pass")

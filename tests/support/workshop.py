@@ -26,6 +26,7 @@ STACKS = {
     "alphaedit": (
         *("--editor", "alphaedit", "--stabilizer", "nas", "--stabilizer", "revive"),
         *("-o", "alphaedit.nullspace_threshold=0.9", "-o", "alphaedit.threshold_kind=relative"),
+        *("-o", "targets.per_layer=true"),
     ),
     "rlsedit": ("--editor", "rlsedit", "--stabilizer", "nas", "--stabilizer", "revive"),
     "ultraedit": ("--editor", "ultraedit", "-o", "ultraedit.lr=1e-3", "-o", "ultraedit.pilots=4"),
