@@ -33,6 +33,7 @@ class TargetOptions:
     per_layer: bool = option(
         False, "write the first and the last of the layers alone, each with a target of its own (BLUE)"
     )
+    merge: bool = option(True, "edits of one subject in one batch share one offset (MEMIT-Merge)")
     prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
     prefix_tokens: int = option(10, "tokens of each generated prefix")
     batch_tokens: int = option(24576, "most tokens in one forward pass")

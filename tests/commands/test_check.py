@@ -97,6 +97,17 @@ def test_different_targets_for_one_prompt_are_a_warning(file: Any, model: Path):
     assert ":2: " in warning
 
 
+@pytest.mark.parametrize(("merge", "outcome"), [(True, "share one target"), (False, "few of them will hold")])
+def test_several_facts_of_one_subject_in_a_batch_are_a_warning(file: Any, model: Path, merge: bool, outcome: str):
+    river = {"prompt": "The river of {} is", "subject": "France", "target_new": "London"}
+    facts = ({"prompt": "The capital of {} is", "subject": "France"}, river, {**river, "subject": "Italy"})
+    path, settings = file(*facts), {"targets": {"merge": merge}}
+    (warning,) = check(path, model=model, settings=settings).warnings
+    assert outcome in warning
+    assert "'France' (line 1, line 2)" in warning
+    assert check(path, model=model, settings=settings, editor="ultraedit").warnings == ()
+
+
 def test_a_missing_file_or_model_is_refused(file: Any, model: Path, tmp_path: Path):
     with pytest.raises(RequestError, match=r"none\.jsonl"):
         check(tmp_path / "none.jsonl", model=model)
