@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from editcli.editing import feedback
+from editcli.editing.outdated import Outdated, release
 from editcli.editing.session import ModelSession
 from editcli.linalg.ratios import jump, ratio
 from editcli.plugin.interfaces import Editor, LowRank, Problem, Site, Stabilizer, Update, Values, update_of
@@ -42,6 +43,8 @@ class Written:
     ``clamped``; empty if not counted."""
     already_true: tuple[str, ...] = ()
     """Ids of edits whose target the model gave before anything was written."""
+    released: tuple[str, ...] = ()
+    """Ids of earlier edits whose keys the editor's memory let go of, at one site at least."""
     lost: Mapping[Site, feedback.Lost] = field(default_factory=dict)
     """What stabilizers with error feedback took from each update; a site without an entry keeps its earlier loss."""
 
@@ -57,6 +60,8 @@ class _Draft:
     targets: Counter[str] = field(default_factory=Counter)
     known: Sequence[int] | None = None
     """Columns of the edits whose target the model gave before anything was written."""
+    released: dict[str, None] = field(default_factory=dict)
+    """Ids of edits whose keys left the memory of a site, in order."""
     dropped: Mapping[int, str] | None = None
     """Columns that were given up in every stage."""
 
@@ -80,6 +85,7 @@ class _Batch:
     stabilizers: Sequence[Stabilizer]
     requests: Sequence[EditRequest]
     check: SiteCheck
+    outdated: Sequence[Outdated]
 
 
 def edit_batch(
@@ -88,24 +94,38 @@ def edit_batch(
     stabilizers: Sequence[Stabilizer],
     requests: Sequence[EditRequest],
     check: SiteCheck,
+    *,
+    outdated: Sequence[Outdated] = (),
 ) -> Written:
     """Write ``requests`` into the model; on any error the weights are what they were before.
 
+    The memory of an editor lets go of the ``outdated`` edits, which ``requests`` contradict.
     The components remember later, through :func:`commit`, once the batch is known to be kept.
     """
     before, draft = session.masters(), _Draft()
-    batch = _Batch(session, editor, stabilizers, requests, check)
+    batch = _Batch(session, editor, stabilizers, requests, check, outdated)
     try:
         # An editor without target values measures all sites at once.
         for stage in session.stages if editor.needs_values else (session,):
             _write_stage(stage, batch, draft)
+        for site, problem in draft.problems.items():
+            draft.problems[site] = editor.completed(session, requests, problem).mapped(_as_recorded)
     except BaseException:
         session.restore(before)
         raise
     dropped = {requests[column].id: why for column, why in (draft.dropped or {}).items()}
     already_true = tuple(requests[column].id for column in draft.known or ())
     counts = {name: draft.targets[name] for name in ("optimised", "reached", "clamped") if draft.targets}
-    return Written(draft.problems, draft.updates, dropped, draft.seconds, counts, already_true, draft.lost)
+    return Written(
+        problems=draft.problems,
+        updates=draft.updates,
+        dropped=dropped,
+        seconds=draft.seconds,
+        targets=counts,
+        already_true=already_true,
+        released=tuple(draft.released),
+        lost=draft.lost,
+    )
 
 
 def _write_stage(stage: ModelSession, batch: _Batch, draft: _Draft) -> None:
@@ -138,7 +158,11 @@ def _write_site(
     """Solve the problem of a site and write its update; with ``nothing``, the update that changes nothing."""
     problem = None
     if values is not None:
-        problem = draft.problems[site] = _problem(stage, batch.editor, batch.requests, site, values)
+        problem = _problem(stage, batch.editor, batch.requests, site, values)
+        given_up = {batch.requests[column].id for column in values.dropped}
+        keys, ids = release(stage, batch.editor, site, batch.outdated, given_up=given_up)
+        problem = draft.problems[site] = replace(problem, released=keys)
+        draft.released |= dict.fromkeys(ids)
     if nothing and problem:
         update: Update = _zero(problem)
     else:
@@ -164,7 +188,7 @@ def _problem(
 ) -> Problem:
     """Return the problem of a site as a segment holds it."""
     problem = editor.problem(session, requests, site, values)
-    problem = Problem(problem.site, _as_recorded(problem.keys), _as_recorded(problem.residual))
+    problem = problem.mapped(_as_recorded)
     refuse_nonfinite("the problem to solve", [problem.keys, problem.residual], where=f"at {site.module}")
     return problem
 

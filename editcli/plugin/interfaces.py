@@ -97,10 +97,26 @@ class Problem:
     site: Site
     keys: Tensor
     residual: Tensor
+    released: Tensor | None = None
+    """(d_in, m) keys that the editor's memory lets go of before it solves: those of edits that this batch contradicts;
+    None for none."""
+    held: Tensor | None = None
+    """(d_in, n) keys by which the batch is remembered, where they are not ``keys``; see :meth:`Editor.completed`."""
 
-    def to(self, device: torch.device) -> Problem:
-        """Return the same on another device."""
-        return Problem(self.site, self.keys.to(device), self.residual.to(device))
+    @property
+    def remembered(self) -> Tensor:
+        """The keys by which the batch is remembered, (d_in, n)."""
+        return self.keys if self.held is None else self.held
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """The tensors that it is made of, by the names of its fields; a run records them."""
+        parts = {"keys": self.keys, "residual": self.residual, "released": self.released, "held": self.held}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """Return the problem with every tensor changed by ``change``, which keeps shapes."""
+        return Problem(self.site, **{name: change(part) for name, part in self.parts.items()})
 
 
 class Update(ABC):
@@ -408,6 +424,25 @@ class Editor(Component):
     def solve(self, session: Session, problem: Problem) -> Update:
         """Return the update that writes ``problem``; changes nothing, neither the model nor this editor."""
         raise NotImplementedError(f"{type(self).__name__} must implement solve()")
+
+    @property
+    def releases(self) -> bool:
+        """Whether its memory can let go of the keys of edits that a later batch contradicts: :meth:`releasable`."""
+        return False
+
+    def releasable(self, session: Session, site: Site, keys: Tensor) -> Sequence[int]:
+        """Return the columns of ``keys`` (d_in, m), remembered earlier, that the memory of ``site`` can let go of.
+
+        :meth:`solve` and :meth:`remember` find these keys in :attr:`Problem.released` then. Called if :attr:`releases`.
+        """
+        return ()
+
+    def completed(self, session: Session, requests: Sequence[EditRequest], problem: Problem) -> Problem:
+        """Return a problem with what :meth:`remember` reads from the model once all sites of its batch are written.
+
+        It is recorded, so that an undo and a later release have the same keys. The default adds nothing.
+        """
+        return problem
 
     def begin(self, session: Session, requests: Sequence[EditRequest]) -> None:
         """Measure a batch on the current model, before its first write; for an editor without target values."""
