@@ -16,7 +16,7 @@ from typing import Any, cast
 from editcli.distributed.team import Team
 from editcli.editing.session import ModelSession, PilotSource
 from editcli.errors import OptionError, RequestError, StateError
-from editcli.evaluation.admission import Gate, thinking_warning, without_subject
+from editcli.evaluation.admission import Gate, thinking_warning, without_subject, without_targets
 from editcli.formatting import size
 from editcli.models.architectures import Architecture, Family
 from editcli.models.fit import check_fit
@@ -373,8 +373,15 @@ def _method(
 def _gate(recipe: Recipe, base: LoadedModel, name: str, settings: Mapping[str, Any], plugins: Plugins) -> Gate:
     editor = cast("type[Editor]", plugins.find("editor", name).component)
     targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
-    others = without_subject(cast("type[Editor]", one.component) for one in plugins.all("editor").values())
-    return Gate(base.tokens, editor, targets, others, recipe.evaluate)
+    editors = [cast("type[Editor]", one.component) for one in plugins.all("editor").values()]
+    return Gate(
+        tokens=base.tokens,
+        editor=editor,
+        targets=targets,
+        without_subject=without_subject(editors),
+        without_targets=without_targets(editors),
+        measured=recipe.evaluate,
+    )
 
 
 def usable(file: EditFile, gate: Gate, *, skip_bad: bool) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:

@@ -108,6 +108,18 @@ def test_several_facts_of_one_subject_in_a_batch_are_a_warning(file: Any, model:
     assert check(path, model=model, settings=settings, editor="ultraedit").warnings == ()
 
 
+def test_long_targets_and_plain_questions_are_refused_with_the_editors_that_take_them(file: Any, model: Path):
+    lines = "\n".join(["Rome is in Italy and Paris is in France"] * 9)
+    path = file({"target_new": lines}, {"prompt": "The capital is", "subject": None})
+    long, plain = check(path, model=model).rejected
+    assert "targets.longest=100" in str(long)
+    for error, named in ((long, "optimises no targets"), (plain, "needs none")):
+        assert f"{named}: " in str(error)
+        assert all(f"--editor {name}" in str(error) for name in ("ft", "ultraedit"))
+    assert check(path, model=model, editor="ft").rejected == ()
+    assert len(check(path, model=model, settings={"targets": {"longest": None}}).rejected) == 1
+
+
 def test_a_missing_file_or_model_is_refused(file: Any, model: Path, tmp_path: Path):
     with pytest.raises(RequestError, match=r"none\.jsonl"):
         check(tmp_path / "none.jsonl", model=model)
