@@ -6,6 +6,7 @@ evaluated weights are the saved ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -97,6 +98,17 @@ class ModelSession:
         self.engine = engine_for(loaded)
         self.written = False
         """Whether any weight was written: from then on nothing may be measured as on the unedited model."""
+
+    @property
+    def stages(self) -> tuple[ModelSession, ...]:
+        """The session itself; with ``targets.per_layer`` one for each site, which shares everything else with it."""
+        return tuple(self._of(site) for site in self.sites) if self.options.per_layer else (self,)
+
+    def _of(self, site: Site) -> ModelSession:
+        """Return this session with one site alone: its last layer is where targets are optimised and measured."""
+        alone = copy.copy(self)
+        alone.sites, alone.layers = (site,), (site.layer,)
+        return alone
 
     @property
     def device(self) -> torch.device:

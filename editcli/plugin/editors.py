@@ -59,17 +59,29 @@ class InverseGramEditor(Editor):
                 )
                 advance(1)
 
+    @property
+    def releases(self) -> bool:
+        return self.remembers
+
+    def releasable(self, session: Session, site: Site, keys: Tensor) -> Sequence[int]:
+        return self.memory[site.module].releasable(keys)
+
     def solve(self, session: Session, problem: Problem) -> Update:
-        return self.memory[problem.site.module].solve(problem.keys, problem.residual)
+        memory = self.memory[problem.site.module]
+        if problem.released is not None:
+            memory = memory.released(problem.released)
+        return memory.solve(problem.keys, problem.residual)
 
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
         if self.remembers:
             for problem in problems:
-                self.advance(problem.site, problem.keys)
+                self.advance(problem.site, problem.remembered, released=problem.released)
 
-    def advance(self, site: Site, keys: Tensor) -> None:
-        """Down-date the Q of ``site`` by ``keys`` (d_in, n)."""
-        self.memory[site.module] = self.memory[site.module].downdated(keys)
+    def advance(self, site: Site, keys: Tensor, *, released: Tensor | None = None) -> None:
+        """Down-date the Q of ``site`` by ``keys`` (d_in, n), after it let go of ``released`` (d_in, m)."""
+        memory = self.memory[site.module]
+        memory = memory if released is None else memory.released(released)
+        self.memory[site.module] = memory.downdated(keys)
 
     def state(self) -> State:
         """Return Q of each site as ``<module>.inverse_gram``, nothing for an editor that does not remember."""

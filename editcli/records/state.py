@@ -93,7 +93,24 @@ class Segment:
     def problem(self, site: Site, shape: Sequence[int]) -> Problem:
         """Return the problem of a site with a (d_out, d_in) matrix; raise :class:`StateError` where it does not fit."""
         residual, keys = self._pair(site.module, ("residual", "keys"), shape)
-        return Problem(site, keys, residual)
+        more = {name: self._keys(site.module, name, (shape[1], None)) for name in ("released", "held")}
+        if more["held"] is not None and more["held"].shape != keys.shape:
+            raise StateError(f"the keys of {site.module} in {self.name} do not fit together; restore it from a backup")
+        return Problem(site, keys, residual, **more)
+
+    def remembered(self, modules: Iterable[str], column: int) -> dict[str, Tensor]:
+        """Return the keys by which an edit was remembered, (d_in,) by module; raise :class:`StateError`."""
+        found = {}
+        for module in modules:
+            held = self._keys(module, "held", (None, len(self.requests)))
+            keys = _matrix(self.tensors, f"{module}.keys", (None, len(self.requests)), self.name)
+            found[module] = (keys if held is None else held)[:, column]
+        return found
+
+    def _keys(self, module: str, name: str, shape: Sequence[int | None]) -> Tensor | None:
+        """Return keys that only some segments hold."""
+        part = f"{module}.{name}"
+        return _matrix(self.tensors, part, shape, self.name) if part in self.tensors else None
 
     def _pair(self, module: str, parts: Sequence[str], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         outer, inner = (
@@ -327,7 +344,7 @@ class RunFolder:
         tensors: dict[str, Tensor] = {}
         for site, update in updates.items():
             # An editor without target values solves no problem.
-            problem = {"keys": problems[site].keys, "residual": problems[site].residual} if site in problems else {}
+            problem = problems[site].parts if site in problems else {}
             for name, tensor in {**problem, **update.parts}.items():
                 # Copies, because an editor may use the keys themselves as a factor, and the format shares nothing.
                 tensors[f"{site.module}.{name}"] = tensor.clone()

@@ -16,7 +16,7 @@ from typing import Any, cast
 from editcli.distributed.team import Team
 from editcli.editing.session import ModelSession, PilotSource
 from editcli.errors import OptionError, RequestError, StateError
-from editcli.evaluation.admission import Gate, thinking_warning, without_subject
+from editcli.evaluation.admission import Gate, thinking_warning, without_subject, without_targets
 from editcli.formatting import size
 from editcli.models.architectures import Architecture, Family
 from editcli.models.fit import check_fit
@@ -87,6 +87,11 @@ class Planned:
     """Bytes of the edited copy on disk."""
     footprint: Footprint | None = None
     """The memory that the run takes; None for a model that is loaded already."""
+
+    @property
+    def target_layers(self) -> tuple[int, ...]:
+        """The layers at which targets are optimised."""
+        return self.layers if self.targets.per_layer else self.layers[-1:]
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -217,7 +222,8 @@ def _measured_seconds(planned: Planned, reporter: Reporter) -> float:
     session = ModelSession(loaded, planned.layers, options=planned.targets, reporter=reporter, seed=planned.recipe.seed)
     sample = planned.requests[:TRIAL_EDITS]
     started = time.perf_counter()
-    session.values(sample)
+    for stage in session.stages:
+        stage.values(sample)
     return (time.perf_counter() - started) * len(planned.requests) / len(sample)
 
 
@@ -256,8 +262,8 @@ def plan_on(
     architecture = base.architecture
     preset, name, settings = _method(recipe, base, plugins, before)
     editor = component(plugins, "editor", name, settings)
-    sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor)
     gate = _gate(recipe, base, name, settings, plugins)
+    sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor, per_layer=gate.targets.per_layer)
     requests, rejected, total = usable(file, gate, skip_bad=skip)
     check_guards(guards, requests, measured=recipe.evaluate)
     return Planned(
@@ -321,9 +327,18 @@ def diagnostics(recipe: Recipe, plugins: Plugins) -> tuple[Diagnostic, ...]:
 
 
 def choose_sites(
-    recipe: Recipe, preset: Preset, architecture: Architecture, checkpoint: Checkpoint, editor: Editor
+    recipe: Recipe,
+    preset: Preset,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    editor: Editor,
+    *,
+    per_layer: bool = False,
 ) -> tuple[Site, ...]:
-    """Return the sites to edit: the layers asked for, else the preset's; only the last for a single-site editor."""
+    """Return the sites to edit: the layers asked for, else the preset's; only the last for a single-site editor.
+
+    ``per_layer`` leaves the first and the last of them, which have targets of their own: BLUE.
+    """
     layers = recipe.layers or preset.layers_for(editor.name)
     if not layers:
         raise OptionError(f"the model has only {architecture.layers} layers, too few to guess sites; pass --layers")
@@ -332,6 +347,8 @@ def choose_sites(
     sites = tuple(architecture.site(layer) for layer in layers)
     if editor.single_site:
         sites = sites[-1:]
+    elif per_layer and editor.needs_values:
+        sites = tuple(dict.fromkeys((sites[0], sites[-1])))
     for site in sites:
         checkpoint.tensor_for(f"{site.module}.weight")
     return sites
@@ -356,8 +373,15 @@ def _method(
 def _gate(recipe: Recipe, base: LoadedModel, name: str, settings: Mapping[str, Any], plugins: Plugins) -> Gate:
     editor = cast("type[Editor]", plugins.find("editor", name).component)
     targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
-    others = without_subject(cast("type[Editor]", one.component) for one in plugins.all("editor").values())
-    return Gate(base.tokens, editor, targets, others, recipe.evaluate)
+    editors = [cast("type[Editor]", one.component) for one in plugins.all("editor").values()]
+    return Gate(
+        tokens=base.tokens,
+        editor=editor,
+        targets=targets,
+        without_subject=without_subject(editors),
+        without_targets=without_targets(editors),
+        measured=recipe.evaluate,
+    )
 
 
 def usable(file: EditFile, gate: Gate, *, skip_bad: bool) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:

@@ -84,9 +84,10 @@ def recorded_recipe(folder: RunFolder) -> Recipe | None:
 
 
 def _targets_before(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the target options of the time when steps had one unit and one clamp held for every family."""
+    """Return the target options of the time when steps had one unit, one clamp held for every family, each edit had an
+    offset of its own, and a target any length."""
     clamp = {"norm_clamp": values["clamp"]} if "clamp" in values else {}
-    return {"lr_kind": "absolute", "decay_kind": "absolute", **clamp}
+    return {"lr_kind": "absolute", "decay_kind": "absolute", "merge": False, "longest": None, **clamp}
 
 
 def _with_defaults(values: Mapping[str, Any], options: type[Any] | None) -> dict[str, Any]:

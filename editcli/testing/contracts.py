@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from editcli.editing.pipeline import Written, commit, edit_batch
+from editcli.editing import feedback
+from editcli.editing.pipeline import Written, commit, edit_batch, lost_again
 from editcli.editing.session import ModelSession
 from editcli.errors import EditError, OptionError, RequestError
 from editcli.plugin.interfaces import Dense, LowRank, Problem, Session, Site, Stabilizer, Update, Values
@@ -268,9 +269,12 @@ class StabilizerContract(SteeringContract):
         return written
 
     def replay(self, session: ModelSession, component: Any, batch: Sequence[EditRequest], written: Written) -> None:
+        lost: dict[Site, feedback.Lost] = {}
         for site, update in written.updates.items():
+            lost |= lost_again(session, PlainEditor(), [component], site, written.problems[site], update)
             session.write(site, update)
         component.remember(session, list(written.problems.values()), written.updates)
+        feedback.keep([component], lost)
 
     def test_it_acts_on_what_it_declares(self) -> None:
         """A run warns of a stabilizer without effect by ``acts_on``, so it names every stage that is overridden."""

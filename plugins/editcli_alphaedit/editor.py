@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from editcli.plugin import EditRequest, InverseGramEditor, OptionError, Problem, Session, Site, State, option
@@ -81,9 +81,15 @@ class AlphaEdit(InverseGramEditor):
         """
         return LARGEST_JUMP if 2 * self.ranks[site.module] < self.memory[site.module].matrix.shape[0] else None
 
+    def completed(self, session: Session, requests: Sequence[EditRequest], problem: Problem) -> Problem:
+        keys = session.keys(requests, problem.site).to(problem.keys)
+        # No layer above a site changes what it reads, so they differ only where a subject came to an attention sink.
+        return problem if bool((keys == problem.keys).all()) else replace(problem, held=keys)
+
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
-        for problem in problems:
-            self.advance(problem.site, session.keys(requests, problem.site))
+        # A record has only keys that differ, and the model still has the weights that all were read from.
+        problems = [p if p.held is not None else self.completed(session, requests, p) for p in problems]
+        super().remember(session, requests, problems)
 
     def state(self) -> State:
         """Return Q as ``<module>.inverse_gram``, and rank(P) by module as ``ranks``."""

@@ -6,6 +6,8 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from editcli.plugin import (
@@ -39,7 +41,8 @@ class Nas(Stabilizer):
 
         v <- a v / ||v||            v <- m, the edit is dropped, when ||v|| > guard a
 
-    The anchor is one number, measured once at the last edited layer and never again. Pilots are measured
+    The anchor is one number, measured once at the last edited layer and never again; with ``targets.per_layer`` each
+    layer has one. Pilots are measured
     in batches, in an order that their content decides, until the standard error of their trimmed mean is below
     :data:`PRECISION`.
     """
@@ -69,6 +72,8 @@ class Nas(Stabilizer):
     error: float = 0.0
     """Standard error of the anchor; infinite after a single pilot."""
     source: str = BY_HAND
+    layers: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """With ``targets.per_layer`` the anchor, its error and the number of pilots of each layer, by module name."""
 
     def prepare(self, session: Session) -> None:
         if self.options.anchor is not None:
@@ -84,8 +89,12 @@ class Nas(Stabilizer):
             "batch": BATCH,
             "precision": PRECISION,
         }
-        measured = session.calibrated(self.name, parts, lambda: self._measure(requests, session))
-        self.anchor, self.error, self.pilots = float(measured[0]), float(measured[1]), int(measured[2])
+        for stage in session.stages:
+            measure = partial(self._measure, requests, stage)
+            anchor, error, pilots = stage.calibrated(self.name, parts, measure).tolist()
+            self.anchor, self.error, self.pilots = anchor, error, int(pilots)
+            if len(session.stages) > 1:
+                self.layers = {**self.layers, stage.sites[-1].module: self._figures()}
 
     def _measure(self, requests: Sequence[EditRequest], session: Session) -> Tensor:
         """Return (anchor, its standard error, how many pilots served), (3,) float64."""
@@ -107,23 +116,28 @@ class Nas(Stabilizer):
         return torch.tensor([mean, error, len(norms)], dtype=torch.float64)
 
     def stabilize_values(self, session: Session, values: Values) -> Values:
-        contribution = values.contribution
+        contribution, anchor = values.contribution, self._anchor(session)
         norms = contribution.double().norm(dim=0)
         # Comparing this way round drops a NaN too; a contribution of norm zero has no direction to scale along.
-        usable = (norms <= self.options.guard * self.anchor) & (norms > 0)
-        scaled = contribution * (self.anchor / norms).to(contribution.dtype)
-        lost = {column: self._reason(float(norms[column])) for column in (~usable).nonzero().flatten().tolist()}
+        usable = (norms <= self.options.guard * anchor) & (norms > 0)
+        scaled = contribution * (anchor / norms).to(contribution.dtype)
+        lost = {column: self._reason(float(norms[column]), anchor) for column in (~usable).nonzero().flatten().tolist()}
         return values.with_contribution(scaled).drop(lost)
 
-    def _reason(self, norm: float) -> str:
-        if norm > self.options.guard * self.anchor:
-            limit = f"more than nas.guard={self.options.guard:g} times the anchor {self.anchor:.3g}"
+    def _anchor(self, session: Session) -> float:
+        """Return the anchor of the layer where a stage's values are."""
+        return self.layers[session.sites[-1].module]["anchor"] if self.layers else self.anchor
+
+    def _reason(self, norm: float, anchor: float) -> str:
+        if norm > self.options.guard * anchor:
+            limit = f"more than nas.guard={self.options.guard:g} times the anchor {anchor:.3g}"
             return f"its contribution has norm {norm:.3g}, {limit}"
         return f"its contribution has norm {norm:.3g}, which has no direction to keep"
 
     def state(self) -> State:
-        """Return ``anchor``, its standard ``error``, the number of ``pilots`` and their ``source``."""
-        return State(json={"anchor": self.anchor, "error": self._error, "pilots": self.pilots, "source": self.source})
+        """Return ``anchor``, its standard ``error``, the number of ``pilots`` and ``source``, and ``layers`` if any."""
+        layers = {"layers": dict(self.layers)} if self.layers else {}
+        return State(json={**self._figures(), "source": self.source, **layers})
 
     def load_state(self, session: Session, state: State) -> None:
         saved = state.json or _earlier(state.tensors)
@@ -132,6 +146,13 @@ class Nas(Stabilizer):
         error = saved.get("error")
         self.anchor, self.error = saved["anchor"], math.inf if error is None else error
         self.pilots, self.source = saved["pilots"], saved["source"]
+        self.layers = saved.get("layers", {})
+        lacking = [stage.sites[-1].module for stage in session.stages] if self.layers else []
+        if any(module not in self.layers for module in lacking):
+            raise StateError("the saved state of nas lacks the anchor of a layer; start a new run")
+
+    def _figures(self) -> dict[str, Any]:
+        return {"anchor": self.anchor, "error": self._error, "pilots": self.pilots}
 
     @property
     def _error(self) -> float | None:
@@ -140,7 +161,9 @@ class Nas(Stabilizer):
 
     def record(self) -> dict[str, Any]:
         error = self._error if self.pilots else None
-        return {"anchor": self.anchor, "standard_error": error, "pilots": self.pilots, "source": self.source}
+        layers = {"layers": dict(self.layers)} if self.layers else {}
+        whole = {"anchor": self.anchor, "standard_error": error, "pilots": self.pilots, "source": self.source}
+        return {**whole, **layers}
 
 
 def _earlier(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

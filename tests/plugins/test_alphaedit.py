@@ -32,7 +32,7 @@ def test_a_stream_of_batches_equals_the_published_update(session):
             assert_close(witness.updates[site].dense(), expected, 1e-8)
             assert_close(written.updates[site].dense(), expected)
         for site in session.sites:
-            keys = session.keys(batch, site)
+            keys = session.keys(batch, site).float().double()
             past[site] = past[site] + keys @ keys.T
 
 

@@ -73,7 +73,8 @@ RECORD = {
 }
 LINE = json.loads((EARLIER / "editcli/journal.jsonl").read_text("utf-8").splitlines()[0])
 ENDING = {name: LINE.pop(name) for name in ("seconds", "weights", "previous")}
-BATCH = {**LINE, "targets": {"optimised": 2}, "superseded": {"a": "b"}, "already_true": ["a"], **ENDING}
+MORE = {"targets": {"optimised": 2}, "superseded": {"a": "b"}, "released": ["c"], "already_true": ["a"]}
+BATCH = {**LINE, **MORE, **ENDING}
 UNDO = {
     "sequence": 1,
     "kind": "undo",
