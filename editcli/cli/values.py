@@ -134,7 +134,7 @@ VALUES: Mapping[str, Value] = {
     "corpus": Value("TEXT", _words("english", "self"), "file"),
     "device": Value("DEVICE", _words("auto", "cpu", "cuda", "mps")),
     "device_map": Value("MAP", _words("auto", "balanced", "sequential")),
-    "editor": Value("NAME", _components("editor", "stack"), "file"),
+    "editor": Value("NAME", _components("editor", "stack")),
     "existing folder": Value("DIR", paths="dir", type=click.Path(exists=True, file_okay=False)),
     "file": Value("FILE", paths="file"),
     "folder": Value("DIR", paths="dir"),

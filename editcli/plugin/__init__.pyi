@@ -7,6 +7,7 @@ from editcli.errors import PluginError as PluginError
 from editcli.errors import RequestError as RequestError
 from editcli.errors import StateError as StateError
 from editcli.errors import StatisticsError as StatisticsError
+from editcli.linalg.precision import double as double
 from editcli.linalg.ratios import ratio as ratio
 from editcli.linalg.spectra import Spectrum as Spectrum
 from editcli.linalg.spectra import spectral_norm as spectral_norm

@@ -124,16 +124,16 @@ def test_an_unusable_stack_names_its_file_and_the_key(text: str, named: str) -> 
 def test_what_a_stack_names_wrongly_is_said_with_its_name(plugins: Plugins, tmp_path: Path, text: str) -> None:
     file = tmp_path / "wrong.toml"
     file.write_text(text)
-    with pytest.raises(OptionError, match="stack wrong.*did you mean"):
+    with pytest.raises(OptionError, match=r"stack wrong.*did you mean"):
         Recipe(edits="f", editor=str(file)).resolved(plugins)
-    with pytest.raises(OptionError, match="none.toml cannot be read"):
+    with pytest.raises(OptionError, match=r"none\.toml cannot be read"):
         Recipe(edits="f", editor=str(tmp_path / "none.toml")).resolved(plugins)
 
 
 def test_a_stack_is_offered_as_a_near_miss_and_is_no_stabilizer(plugins: Plugins) -> None:
     with pytest.raises(PluginError, match="did you mean 'calm'"):
         Recipe(edits="f", editor="calmm").resolved(plugins)
-    with pytest.raises(PluginError, match="named stack.*--editor"):
+    with pytest.raises(PluginError, match=r"named stack.*--editor"):
         Recipe(edits="f", stabilizers=("calm",)).resolved(plugins)
 
 
