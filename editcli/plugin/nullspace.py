@@ -6,31 +6,35 @@ module never imports torch at import time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from editcli.errors import OptionError
+from editcli.plugin.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Threshold = Literal["absolute", "relative", "median", "directions"]
-"""Kinds of threshold: an eigenvalue, a share of the trace, a multiple of the median, a share of the directions."""
 
-THRESHOLD_HELP = (
-    "absolute: eigenvalues of C below it; median: below this many times the median eigenvalue; directions: this share "
-    "of the directions, the least used; relative: the smallest that hold this share of the trace"
-)
+@dataclass(frozen=True)
+class NullSpaceOptions:
+    """Which directions of the keys count as unused; the options of an editor derive from it."""
+
+    nullspace_threshold: float = option(2e-2, "what counts as unused; its meaning is threshold_kind")
+    threshold_kind: Literal["absolute", "relative", "median", "directions"] = option(
+        "absolute",
+        "absolute: eigenvalues of C below it; median: below this many times the median eigenvalue; directions: this "
+        "share of the directions, the least used; relative: the smallest that hold this share of the trace",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.nullspace_threshold > 0:
+            raise ValueError("nullspace_threshold must be greater than 0")
+        if self.threshold_kind == "directions" and self.nullspace_threshold >= 1:
+            raise ValueError("nullspace_threshold must be below 1 where it is a share of the directions")
 
 
-def check_threshold(options: Any) -> None:
-    """Raise ValueError unless ``nullspace_threshold`` and ``threshold_kind`` of an editor's options go together."""
-    if not options.nullspace_threshold > 0:
-        raise ValueError("nullspace_threshold must be greater than 0")
-    if options.threshold_kind == "directions" and options.nullspace_threshold >= 1:
-        raise ValueError("nullspace_threshold must be below 1 where it is a share of the directions")
-
-
-def null_space(values: Tensor, options: Any, *, owner: str, site: str) -> Tensor:
+def null_space(values: Tensor, options: NullSpaceOptions, *, owner: str, site: str) -> Tensor:
     """Return which of ``values``, the ascending eigenvalues of C, count as unused, (d_in,) bool.
 
     Raises :class:`OptionError` that names the option of the editor ``owner`` when no direction or every direction of
@@ -47,11 +51,8 @@ def null_space(values: Tensor, options: Any, *, owner: str, site: str) -> Tensor
     )
 
 
-def unused(values: Tensor, options: Any) -> Tensor:
-    """Return which of the ascending eigenvalues ``values`` count as unused, (d_in,) bool.
-
-    ``options`` has ``nullspace_threshold`` and ``threshold_kind``.
-    """
+def unused(values: Tensor, options: NullSpaceOptions) -> Tensor:
+    """Return which of the ascending eigenvalues ``values`` count as unused, (d_in,) bool."""
     threshold, kind = options.nullspace_threshold, options.threshold_kind
     if kind == "absolute":
         return values < threshold

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from editcli.plugin import (
-    THRESHOLD_HELP,
     EditRequest,
     InverseGramEditor,
+    NullSpaceOptions,
     Problem,
     Session,
     Site,
     State,
     StateError,
-    Threshold,
-    check_threshold,
     null_space,
     option,
     unused,
@@ -56,15 +54,13 @@ class AlphaEdit(InverseGramEditor):
     tempered_by: ClassVar[str] = "lower alphaedit.nullspace_threshold or raise alphaedit.l2"
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(NullSpaceOptions):
         """The threshold of unused directions, and the weights of keeping the update small and the reference text."""
 
         l2: float = option(10.0, "weight L2 of keeping the update small, against ||P k||^2 of an edit's key")
         l2_kind: Literal["absolute", "relative"] = option(
             "absolute", "relative: in units of the mean ||P k||^2 on reference text, which no model's scale changes"
         )
-        nullspace_threshold: float = option(2e-2, "what counts as unused; its meaning is threshold_kind")
-        threshold_kind: Threshold = option("absolute", THRESHOLD_HELP)  # noqa: RUF009
         leak: float = option(0.0, "weight l1 of the reference text inside the null space (BetaEdit: 3000)")
         leak_kind: Literal["absolute", "relative"] = option(
             "absolute", "relative: as a share of d_in, about which ||k||^2 is in units of C (BetaEdit: 0.2)"
@@ -72,7 +68,7 @@ class AlphaEdit(InverseGramEditor):
         refresh: int = option(0, "edits after which the null space is found again (BetaEdit: 1000); 0: never")
 
         def __post_init__(self) -> None:
-            check_threshold(self)
+            super().__post_init__()
             if not (self.l2 > 0 and self.leak >= 0 and self.refresh >= 0):
                 raise ValueError("l2 must be greater than 0, and leak and refresh must not be negative")
             if self.refresh and not self.leak:
