@@ -14,6 +14,8 @@ from editcli.linalg.spectra import spectral_norm as spectral_norm
 from editcli.linalg.spectra import spectrum as spectrum
 from editcli.plugin.editors import InverseGramEditor as InverseGramEditor
 from editcli.plugin.families import Family as Family
+from editcli.plugin.finetuning import FineTuningEditor as FineTuningEditor
+from editcli.plugin.finetuning import shuffled as shuffled
 from editcli.plugin.hookspecs import API_VERSION as API_VERSION
 from editcli.plugin.hookspecs import hookimpl as hookimpl
 from editcli.plugin.interfaces import Component as Component
