@@ -35,6 +35,7 @@ from editcli.plugin.interfaces import Values as Values
 from editcli.plugin.leastsquares import InverseGram as InverseGram
 from editcli.plugin.leastsquares import eigh as eigh
 from editcli.plugin.leastsquares import ridge as ridge
+from editcli.plugin.nullspace import NullSpace as NullSpace
 from editcli.plugin.nullspace import NullSpaceOptions as NullSpaceOptions
 from editcli.plugin.nullspace import null_space as null_space
 from editcli.plugin.nullspace import unused as unused

@@ -55,12 +55,8 @@ class AlphaEdit(InverseGramEditor):
 
     @dataclass(frozen=True)
     class Options(NullSpaceOptions):
-        """The threshold of unused directions, and the weights of keeping the update small and the reference text."""
+        """The unused directions, the weight of a small update, and BetaEdit's additions."""
 
-        l2: float = option(10.0, "weight L2 of keeping the update small, against ||P k||^2 of an edit's key")
-        l2_kind: Literal["absolute", "relative"] = option(
-            "absolute", "relative: in units of the mean ||P k||^2 on reference text, which no model's scale changes"
-        )
         leak: float = option(0.0, "weight l1 of the reference text inside the null space (BetaEdit: 3000)")
         leak_kind: Literal["absolute", "relative"] = option(
             "absolute", "relative: as a share of d_in, about which ||k||^2 is in units of C (BetaEdit: 0.2)"
@@ -69,8 +65,8 @@ class AlphaEdit(InverseGramEditor):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if not (self.l2 > 0 and self.leak >= 0 and self.refresh >= 0):
-                raise ValueError("l2 must be greater than 0, and leak and refresh must not be negative")
+            if min(self.leak, self.refresh) < 0:
+                raise ValueError("leak and refresh must not be negative")
             if self.refresh and not self.leak:
                 raise ValueError("refresh weighs the edits' keys against the reference text; set leak above 0 too")
 
@@ -86,19 +82,13 @@ class AlphaEdit(InverseGramEditor):
         self._l2: dict[str, float] = {}
 
     def initial_inverse(self, session: Session, site: Site) -> Tensor:
-        values, vectors = session.decomposition(site)
-        small = null_space(values, self.options, owner=self.name, site=site.module)
-        null = vectors[:, small]
-        self.ranks[site.module] = rank = null.shape[1]
-        share = f"{rank} of {len(values)} directions ({rank / len(values):.1%})"
-        session.reporter.note(f"{site.module}: edits may use {share}")
-        # The mean of ||P k||^2 on reference text is trace(P C), the sum of the eigenvalues that P keeps.
-        unit = float(values[small].sum()) if self.options.l2_kind == "relative" else 1.0
-        self._l2[site.module] = l2 = self.options.l2 * max(unit, 1e-30)
+        null = null_space(session, site, self.options, owner=self.name)
+        size = len(null.vectors)
+        self.ranks[site.module], self._l2[site.module] = len(null.values), null.l2
         if self.options.refresh:
             self._moments[site.module] = session.second_moment(site)
-            self.past[site.module] = vectors.new_zeros(vectors.shape)
-        root = null / (l2 + self._leak(len(values)) * values[small].clamp_min(0)).sqrt()
+            self.past[site.module] = null.vectors.new_zeros(size, size)
+        root = null.vectors / (null.l2 + self._leak(size) * null.values).sqrt()
         return root @ root.T
 
     def largest_jump(self, site: Site) -> float | None:
