@@ -94,13 +94,14 @@ class BenchReport:
 
 
 def parse_stacks(text: str, plugins: Plugins) -> tuple[tuple[str, ...], ...]:
-    """Read ``memit,memit+nas``: an editor's name, then its stabilizers'; raises on a name that is not known."""
+    """Read ``memit,encore+nas``: an editor's or a stack's name, then stabilizers'; raises on one that is not known."""
     stacks = []
     for part in text.split(","):
         names = tuple(name.strip() for name in part.split("+"))
         if not all(names):
             raise OptionError(f"cannot read the stack {part!r}: write EDITOR+STABILIZER, for instance memit+nas+revive")
-        plugins.find("editor", names[0])
+        if plugins.stack(names[0]) is None:
+            plugins.find("editor", names[0])
         for name in names[1:]:
             plugins.find("stabilizer", name)
         stacks.append(names)
@@ -124,7 +125,7 @@ def bench(
             title = "+".join(names)
             reporter.note(f"Stack {title}")
             try:
-                status = _run(_recipe_of(recipe, names), plugins, reporter)
+                status = _run(_recipe_of(recipe, names).resolved(plugins), plugins, reporter)
             except NumericalError as error:
                 # A method that fails is a result of the bench, not its end.
                 reporter.warn(f"stack {title} failed: {error}")

@@ -21,6 +21,7 @@ from editcli.editing.activations import Activations, Hook
 from editcli.editing.engine import engine_for
 from editcli.editing.sinks import begins, first_is_sink
 from editcli.errors import StateError, StatisticsError
+from editcli.linalg.precision import double
 from editcli.models.generate import continue_rows
 from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of, read_weight, replace_weight
@@ -69,6 +70,7 @@ class ModelSession:
         options: TargetOptions | None = None,
         prefixes: Sequence[str] | None = None,
         second_moment: SecondMoment | None = None,
+        gradient_moment: SecondMoment | None = None,
         pilots: PilotSource | None = None,
         save_dtype: torch.dtype | None = None,
         cache: Path | Cache | None = None,
@@ -85,6 +87,7 @@ class ModelSession:
             prefixes = generate_prefixes(loaded, self.options, seed=seed, reporter=self.reporter)
         self.prefixes = tuple(prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
+        self._gradient_moment = gradient_moment
         # One cache for all, so that a failure to write is reported once.
         self._files = cache if isinstance(cache, Cache) else Cache(cache, self.reporter)
         self._decompose = Decompositions(self._files, self.reporter)
@@ -141,6 +144,14 @@ class ModelSession:
             moment = self._second_moment(site)
             self._moments[site] = moment if self._solve_device is None else moment.to(self._solve_device)
         return self._moments[site]
+
+    def gradient_moment(self, site: Site) -> Tensor:
+        """Return B = E[g g^T], (d_out, d_out) float64, of the unedited model on reference text."""
+        if self.written:
+            raise StatisticsError(f"{site.module}: statistics belong to the unedited model, but it was edited already")
+        if self._gradient_moment is None:
+            raise StatisticsError(f"{site.module}: this session was opened without reference-text statistics")
+        return double(self._gradient_moment(site), self._home(site))
 
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return the ascending eigenvalues and the eigenvectors of C in float64, from the cache if it has them."""
@@ -211,6 +222,7 @@ class ModelSession:
         *,
         positions: Literal["target", "all"] = "target",
         trial: Mapping[Site, Tensor] | None = None,
+        ended: bool = False,
     ) -> Gradients:
         """Run one forward and backward pass of the targets' cross-entropy, on bare prompts; writes nothing."""
         measured = gradients.measure(
@@ -218,6 +230,7 @@ class ModelSession:
             self.sites,
             requests,
             every_position=positions == "all",
+            ended=ended,
             trial=trial or {},
             batch_tokens=self.options.batch_tokens,
         )

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from editcli.distributed.team import agree_on_models
+from editcli.editing.curvature import GradientMoments
 from editcli.editing.session import PilotSource
 from editcli.editing.shared_session import TeamSession
 from editcli.errors import StateError
@@ -249,6 +250,7 @@ def _session(job: Job, base: Base, moments: SecondMoments) -> TeamSession:
         options=planned.targets,
         prefixes=_settings(recovered, job.store).prefixes if recovered else None,
         second_moment=moments,
+        gradient_moment=GradientMoments(base.loaded, planned.sites, moments, team=job.context.team),
         cache=moments.files,
         pilots=job.schedule.pilots,
         save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
