@@ -306,7 +306,7 @@ def relink(folder: Path, lines: list[Any]) -> None:
     path = folder / "editcli/state.safetensors"
     tensors, metadata = read_safetensors(path)
     metadata["line"] = texts[-1]
-    with contextlib.suppress(EditError, ValueError, KeyError, TypeError, OSError, AttributeError):
+    with contextlib.suppress(EditError, ValueError, KeyError, TypeError, OSError, AttributeError, RecursionError):
         metadata["consumed"] = consume(START, list(_live(folder, lines)))
     write_state(path, tensors, metadata)
 

@@ -32,6 +32,7 @@ from editcli.plugin.interfaces import Values as Values
 from editcli.plugin.leastsquares import InverseGram as InverseGram
 from editcli.plugin.leastsquares import ridge as ridge
 from editcli.plugin.options import option as option
+from editcli.plugin.saved import SavedState as SavedState
 from editcli.reporting import Reporter as Reporter
 from editcli.reporting import Silent as Silent
 from editcli.requests.formats import Format as Format

@@ -18,7 +18,6 @@ from editcli.records.decoding import (
     Options,
     Size,
     UnreadableError,
-    convert,
     encode,
     later,
     optional,
@@ -26,6 +25,7 @@ from editcli.records.decoding import (
     refuse_nul,
 )
 from editcli.reporting import Rejection, RunReport, SiteReport
+from editcli.storage.conversion import convert
 from editcli.storage.opening import is_there
 
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"

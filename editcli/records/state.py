@@ -22,11 +22,11 @@ from torch import Tensor
 
 from editcli.errors import EditError, FileError, ModelError, RequestError, StateError
 from editcli.plugin.interfaces import Dense, LowRank, Problem, Site, Update
+from editcli.plugin.saved import misfit
 from editcli.records.decoding import (
     Count,
     Options,
     UnreadableError,
-    convert,
     encode,
     later,
     optional,
@@ -37,6 +37,7 @@ from editcli.records.journal import BatchRecord, Entry, read_lines
 from editcli.records.record import RunRecord, read_record
 from editcli.requests.schema import EditRequest, from_record
 from editcli.storage.checkpoint import file_digest, read_header
+from editcli.storage.conversion import convert
 from editcli.storage.files import (
     is_leftover,
     read_metadata,
@@ -496,15 +497,9 @@ def _matrix(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int | None
     tensor = tensors.get(name)
     if tensor is None:
         raise StateError(f"{name} is not in {where}; restore it from a backup")
-    fits = tensor.ndim == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-    if not fits or not tensor.is_floating_point():
-        asked = " x ".join("n" if size is None else str(size) for size in shape)
-        raise StateError(
-            f"{name} in {where} is {tensor.dtype} {tuple(tensor.shape)} in place of numbers {asked}; restore it from a "
-            "backup"
-        )
-    if not bool(tensor.isfinite().all()):
-        raise StateError(f"{name} in {where} holds numbers that are not finite; restore it from a backup")
+    fault = misfit(tensor, shape)
+    if fault is not None:
+        raise StateError(f"{name} in {where} {fault}; restore it from a backup")
     return tensor
 
 

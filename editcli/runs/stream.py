@@ -120,7 +120,7 @@ class Stack:
                 continue
             try:
                 part.load_state(session, state)
-            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            except UNFIT as error:
                 raise StateError(
                     f"{name} cannot take its state from the snapshot ({error}); restore it from a backup"
                 ) from error
@@ -128,6 +128,8 @@ class Stack:
         session.forget_moments()
 
 
+UNFIT = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
+"""What a component may raise at a state that is not the one that it saved, besides :class:`StateError`."""
 CHECKPOINT_SHARE = 0.05
 """Largest share of a run's time that snapshots may take when their spacing is left to the program."""
 

@@ -6,13 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from editcli.plugin import EditRequest, InverseGramEditor, OptionError, Problem, Session, Site, State, option
+from editcli.plugin import (
+    EditRequest,
+    InverseGramEditor,
+    OptionError,
+    Problem,
+    SavedState,
+    Session,
+    Site,
+    State,
+    option,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_JUMP = 0.5
 """Most that one batch may change R_n through a small null space; a larger change has destroyed the layer."""
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """What a snapshot holds beside Q."""
+
+    ranks: dict[str, int]
 
 
 class AlphaEdit(InverseGramEditor):
@@ -91,9 +108,17 @@ class AlphaEdit(InverseGramEditor):
 
     def load_state(self, session: Session, state: State) -> None:
         super().load_state(session, state)
-        # Earlier versions saved each rank as a tensor.
-        earlier = {s.module: state.tensors[f"{s.module}.rank"] for s in session.sites if "ranks" not in state.json}
-        self.ranks = state.json.get("ranks") or {module: int(rank) for module, rank in earlier.items()}
+        saved = SavedState(self.name, state)
+        if "ranks" in state.json:
+            ranks = saved.fields(_Ranks).ranks
+        else:
+            # Earlier versions saved each rank as a tensor.
+            ranks = {site.module: saved.count(f"{site.module}.rank") for site in session.sites}
+        for site in session.sites:
+            rank, size = ranks.get(site.module), session.weight(site).shape[1]
+            if rank is None or not 0 < rank < size:
+                raise saved.refusal(f"the rank of {site.module} is {rank}, not between 0 and {size}")
+        self.ranks = {site.module: ranks[site.module] for site in session.sites}
 
     def record(self) -> dict[str, Any]:
         """Return rank(P) and rank(P) / d_in per site."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +15,6 @@ class Moments:
     count: int = 0
     mean: Tensor | None = None
     squares: Tensor | None = None
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Moments:
-        """Take back what :meth:`tensors` returned."""
-        return cls(int(tensors["count"]), tensors["mean"], tensors["squares"])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return ``count``, ``mean`` and ``squares`` as tensors."""

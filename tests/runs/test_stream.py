@@ -14,13 +14,13 @@ import torch
 
 import editcli
 from editcli.errors import EditError, GuardError, NumericalError, RequestError, StateError
-from editcli.records.decoding import convert
 from editcli.records.record import Provenance
 from editcli.records.recovery import recover
 from editcli.records.state import RunFolder
 from editcli.requests.schema import from_record
 from editcli.runs.outcome import rounded_differently
 from editcli.runs.stream import Stack, Stream
+from editcli.storage.conversion import convert
 from tests.support.facts import CAPITALS, capital
 from tests.support.reporters import Listener
 from tests.support.workshop import STOP_AFTER, same_stream

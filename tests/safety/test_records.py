@@ -21,7 +21,6 @@ from editcli.export.record import recipe_of
 from editcli.records.decoding import (
     MAX_VALUES,
     UnreadableError,
-    convert,
     decode,
     encode,
     parse,
@@ -36,6 +35,7 @@ from editcli.records.record import Provenance, RunRecord, read_record
 from editcli.records.state import RunFolder, StreamSettings, requests_of
 from editcli.runs.card import model_card
 from editcli.settings.recipe import Recipe
+from editcli.storage.conversion import convert
 from editcli.storage.lines import MAX_DEPTH
 from tests.support.places import ROOT
 
