@@ -17,7 +17,7 @@ from typing import Any
 from editcli.errors import NumericalError, OptionError, StateError
 from editcli.health.growth import Growth, fit_growth
 from editcli.plugin.manager import Plugins
-from editcli.records.edits import OutcomeLine, read_lines
+from editcli.records.edits import OutcomeLine, read_table
 from editcli.records.history import History, read_history
 from editcli.records.journal import RETAINED, BatchRecord
 from editcli.records.record import ENDED, INTERRUPTED, RUNNING, read_record
@@ -218,7 +218,7 @@ def _counted(history: History) -> list[tuple[int, BatchRecord]]:
 
 def _cohorts(history: History) -> dict[str, tuple[float, ...]]:
     """Return both efficacies of each quarter of the stream, from the final evaluation; nothing without one."""
-    lines = read_lines(history.folder.outcomes, OutcomeLine)
+    lines = read_table(history.folder.outcomes, OutcomeLine).lines
     answers = {line.id: line.efficacy[0] for line in lines if line.efficacy}
     ids = [name for batch in history.batches for name in batch.edits if name in answers]
     size = len(ids) // COHORTS

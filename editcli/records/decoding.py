@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from editcli.formatting import finite
 from editcli.storage.conversion import UnreadableError, reason
 from editcli.storage.lines import is_deep
 from editcli.storage.opening import RECORD, Kind, read_bytes
@@ -91,12 +92,21 @@ def encode(value: Any, source: Any = None) -> Any:
     return value
 
 
-def to_text(value: Any, read: Callable[[Any], Any]) -> str:
-    """Return a value as a JSON text that can be parsed and ``read`` again; else raise :class:`UnreadableError`."""
+class TooLargeError(UnreadableError):
+    """A record would be larger than what is read of it."""
+
+
+def to_text(value: Any, read: Callable[[Any], Any], *, limit: int = RECORD.limit) -> str:
+    """Return a value as a JSON text that can be parsed and ``read`` again; else raise :class:`UnreadableError`.
+
+    A number that is not finite becomes null. Raises :class:`TooLargeError` beyond ``limit`` bytes.
+    """
     try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (ValueError, TypeError, RecursionError) as error:
         raise UnreadableError(str(error)) from error
+    if len(text.encode("utf-8", "surrogatepass")) > limit:
+        raise TooLargeError(f"it would be larger than {limit:,} bytes, the most that is read of it")
     read(parse(text))
     return text
 

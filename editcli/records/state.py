@@ -31,10 +31,9 @@ from editcli.records.decoding import (
     later,
     optional,
     parse,
-    to_text,
 )
 from editcli.records.journal import BatchRecord, Entry, read_lines
-from editcli.records.record import RunRecord, read_record
+from editcli.records.record import RunRecord, read_record, record_text, refuse_link
 from editcli.requests.schema import EditRequest, from_record
 from editcli.storage.checkpoint import file_digest, read_header
 from editcli.storage.conversion import convert
@@ -230,8 +229,7 @@ class RunFolder:
     def refuse_links(self) -> None:
         """Raise :class:`StateError` where a part of the record is a link: what it leads to would be written to."""
         for path in (self.folder, self.lock, self.journal, self.state, self.record, self.updates):
-            if path.is_symlink():
-                raise StateError(f"{path} is a symbolic link, which editcli does not follow to write; put a copy there")
+            refuse_link(path)
         for path, is_right, kind in (
             (self.folder, self.folder.is_dir, "folder"),
             (self.updates, self.updates.is_dir, "folder"),
@@ -379,6 +377,15 @@ class RunFolder:
             raise StateError(f"{path} holds other edits than the journal says; restore it from a backup")
         return requests
 
+    def refuse_full(self, line: str) -> None:
+        """Raise :class:`StateError` where the journal with one more line would be larger than what is read of it."""
+        size = self.journal.stat().st_size if self.journal.exists() else 0
+        if size + len(line.encode()) + 1 > JOURNAL.limit:
+            raise StateError(
+                f"{self.journal} would be larger than {JOURNAL.limit:,} bytes, the most that is read of it; end this "
+                "run, and start another one from its model with the edits that are left, in larger batches"
+            )
+
     def append(self, line: str) -> None:
         """Append one line to the journal and make it durable; a line that does not fit is taken back."""
         new = not self.journal.exists()
@@ -434,7 +441,7 @@ class RunFolder:
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write run.json; raise :class:`StateError` before the first byte where it could not be read again."""
         try:
-            text = to_text(record, RunRecord.from_json)
+            text = record_text(record)
         except UnreadableError as error:
             raise StateError(f"{self.record} would not be readable: {error}; report it with the command") from error
         write_bytes(self.record, text.encode())

@@ -440,7 +440,6 @@ def clock_of(places: Iterable[Path], team: Team) -> str:
 def _recorded_clock(folder: Path) -> str | None:
     """Return the time that a run's chat template read; None where there is no run or no such time."""
     recipe = recorded_recipe(RunFolder(folder))
-    # If a time was lost with a damaged record, the stream's settings refuse to continue.
     return None if recipe is None else recipe.template_clock
 
 

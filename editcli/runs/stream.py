@@ -9,7 +9,6 @@ together, given back together.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from editcli.distributed.team import Team
 from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
 from editcli.errors import PluginError, StateError
+from editcli.formatting import finite
 from editcli.heap import give_back
 from editcli.linalg.ratios import jump, ratio
 from editcli.plugin.interfaces import (
@@ -42,13 +42,6 @@ from editcli.records.state import RunFolder, Segment, Snapshot, weights_digest
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.settings.guards import Guard, refuse_nonfinite, with_default
-
-
-def finite(value: Any) -> Any:
-    """Return figures as JSON can hold them: one that is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,6 +465,8 @@ class Stream:
         consumed = consume(self.position.consumed, requests)
         entry = replace(report, segment=segment, sha256=digest, consumed=consumed, weights=weights)
         line = journal_line(entry, self.position.line)
+        if self.writes:
+            self.folder.refuse_full(line)
         position = Position(entry.step, entry.sequence, consumed, line, [*self.position.requests, *requests])
         if self._due(report.step):
             self._snapshot(position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ class Share:
             raise ValueError("share must lie between 0 and 1")
 
 
-def saved(name: str = "q", tensor: torch.Tensor | None = None, **fields: object) -> SavedState:
+def saved(name: str = "q", tensor: torch.Tensor | None = None, **fields: Any) -> SavedState:
     return SavedState("mine", State({} if tensor is None else {name: tensor}, fields))
 
 

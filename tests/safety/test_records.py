@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -36,6 +37,7 @@ from editcli.records.state import RunFolder, StreamSettings, requests_of
 from editcli.runs.card import model_card
 from editcli.settings.recipe import Recipe
 from editcli.storage.conversion import convert
+from editcli.storage.files import write_json, write_lines
 from editcli.storage.lines import MAX_DEPTH
 from tests.support.places import ROOT
 
@@ -300,11 +302,61 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     folder.create()
     folder.write_record(RECORD)
     before = folder.record.read_bytes()
-    for value in (float("nan"), float("inf"), "\ud800", {1, 2}, "a\x00b", 10**400):
+    for value in ("\ud800", {1, 2}, "a\x00b", 10**400):
         with pytest.raises(StateError, match="would not be readable"):
             folder.write_record({**RECORD, "components": {"memit": {"figure": value}}})
+    # Null can take the place of a figure, but not of a count.
+    with pytest.raises(StateError, match="would not be readable"):
+        folder.write_record({**RECORD, "edits": {"read": float("nan"), "applied": 0, "rejected": 0}})
     assert folder.record.read_bytes() == before
     assert [path.name for path in folder.folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_figure_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    folder, figures = RunFolder(tmp_path), {"a": float("nan"), "b": [float("-inf"), 1.5], "c": {"d": float("inf")}}
+    folder.create()
+    folder.write_record({**RECORD, "components": {"memit": figures}})
+    record = folder.read_record()
+    assert record is not None
+    assert record.components == {"memit": {"a": None, "b": [None, 1.5], "c": {"d": None}}}
+    write_json(tmp_path / "bench.json", {"figures": figures, "out": "a\udcffb"})
+    written = json.loads((tmp_path / "bench.json").read_text("utf-8"), parse_constant=pytest.fail)
+    assert written == {"figures": {"a": None, "b": [None, 1.5], "c": {"d": None}}, "out": "a\udcffb"}
+    write_lines(tmp_path / "lines.jsonl", [figures, 1])
+    lines = (tmp_path / "lines.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(lines[0], parse_constant=pytest.fail)["a"] is None
+
+
+def test_a_record_stays_as_small_as_what_is_read_of_it(tmp_path: Path) -> None:
+    """A stream of a million edits names the first refused ones; the file of all lies beside it."""
+    folder, count = RunFolder(tmp_path), 20_000
+    folder.create()
+    rejected = [{"id": f"edit-{number}", "line": number, "reason": "no " * 730} for number in range(count)]
+    counts = {"read": count, "applied": 0, "rejected": count}
+    folder.write_record({**RECORD, "rejected": rejected, "already_true": ["x"] * count, "edits": counts})
+    assert folder.record.stat().st_size <= 40 << 20
+    record = folder.read_record()
+    assert record is not None
+    assert record.edits is not None
+    assert (len(record.rejected or ()), record.edits.rejected) == (10_000, count)
+
+
+def test_a_record_that_is_too_large_all_the_same_is_not_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    with pytest.raises(StateError, match="larger than 41,943,040 bytes"):
+        folder.write_record({**RECORD, "components": {"memit": {"text": "x" * (41 << 20)}}})
+    assert not folder.record.exists()
+
+
+def test_a_journal_that_is_full_is_told_before_a_line_is_lost(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    folder.append("{}")
+    folder.refuse_full("{}")
+    os.truncate(folder.journal, 256 << 20)
+    with pytest.raises(StateError, match="larger than 268,435,456 bytes"):
+        folder.refuse_full("{}")
 
 
 def test_size_and_depth_are_bounded(tmp_path: Path) -> None:
