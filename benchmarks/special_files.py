@@ -26,6 +26,7 @@ from typing import Any
 import click
 
 from benchmarks.common import write_result
+from benchmarks.rights import give_up_rights, permissions_hold
 from benchmarks.workshop import APPLY, STACKS, TARGETS, Ended, Workshop
 
 ROOT = Path(__file__).parents[1]
@@ -37,10 +38,6 @@ MOST = 4 << 30
 """Bytes at which a command is refused memory."""
 PATIENCE = 120.0
 """Seconds after which a command hangs."""
-_CAPABILITIES = 0x20080522
-"""Version 3 of Linux's capability sets: effective, permitted, inheritable, and the three again for higher numbers."""
-_READ_AND_WRITE_ALL = 0b110
-"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH."""
 CODES = (0, 1, 2, 3)
 
 MEMIT = (*APPLY, *STACKS["memit"])
@@ -262,24 +259,9 @@ def _work_of(path: Path) -> Path:
 def _bounded() -> None:
     """Give up what a command needs in no case: rights of root, and memory that the whole machine would miss."""
     resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))
-    _without_rights()
-
-
-def _without_rights() -> None:
-    """Give up root's right to read and write whatever it likes, where this process has it."""
-    if os.geteuid() != 0 or sys.platform != "linux":
-        return
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    head = (ctypes.c_uint32 * 2)(_CAPABILITIES, 0)
-    sets = (ctypes.c_uint32 * 6)()
-    if libc.capget(head, sets):
-        raise OSError(ctypes.get_errno(), "capget")
-    for index in range(3):
-        sets[index] &= ~_READ_AND_WRITE_ALL
-    if libc.capset(head, sets):
-        raise OSError(ctypes.get_errno(), "capset")
+    give_up_rights()
+    if not permissions_hold():
+        sys.exit("permissions do not hold for this user, so files without them show nothing; run it as another")
 
 
 @click.command()

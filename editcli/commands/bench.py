@@ -29,6 +29,7 @@ from editcli.runs.planning import read_requested, with_clock
 from editcli.settings.recipe import Recipe
 from editcli.settings.setting import settings_of
 from editcli.storage.files import write_json
+from editcli.storage.folders import holding
 
 COLLAPSE = 0.60
 """CP@60: a stack has collapsed once its retained efficacy is below this."""
@@ -115,7 +116,15 @@ def bench(
     # A stream or a preset that cannot be read is refused before anything is written.
     recipe = recipe.with_preset_read()
     read_requested(recipe, plugins)
-    recipe.folder.mkdir(parents=True, exist_ok=True)
+    with holding(recipe.folder):
+        curves = _curves(recipe, stacks, plugins, reporter)
+    report = BenchReport(recipe.edits, recipe.batch_size, tuple(curves), str(recipe.folder))
+    write_json(recipe.folder / "bench.json", report.to_json())
+    return report
+
+
+def _curves(recipe: Recipe, stacks: Sequence[Sequence[str]], plugins: Plugins, reporter: Reporter) -> list[Curve]:
+    """Run the stacks one after the other, up to the first that is interrupted."""
     # Stacks that ran before and stacks that run today use one time in the chat template.
     recipe = with_clock(recipe, folders=[recipe.folder / "+".join(names) for names in stacks])
     curves = []
@@ -133,9 +142,7 @@ def bench(
             advance(1)
             if status == INTERRUPTED:
                 break
-    report = BenchReport(recipe.edits, recipe.batch_size, tuple(curves), str(recipe.folder))
-    write_json(recipe.folder / "bench.json", report.to_json())
-    return report
+    return curves
 
 
 def read_curve(stack: str, out: Path) -> Curve:

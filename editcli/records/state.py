@@ -46,6 +46,7 @@ from editcli.storage.files import (
     write_bytes,
     write_safetensors,
 )
+from editcli.storage.folders import may_write
 from editcli.storage.opening import JOURNAL, is_there, read_bytes
 
 FORMAT = 1
@@ -209,6 +210,7 @@ class RunFolder:
         output folder that is made here is removed again when the block fails before the journal was begun.
         """
         self.refuse_links()
+        self.refuse_unwritable()
         created = not self.out.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)
@@ -237,6 +239,12 @@ class RunFolder:
         ):
             if is_there(path) and not is_right():
                 raise StateError(f"{path} is no {kind}, so it is not what editcli wrote; remove it")
+
+    def refuse_unwritable(self) -> None:
+        """Raise :class:`StateError` where a folder of the run may not be written, before any part of it changes."""
+        for path in (self.out, self.folder, self.updates):
+            if path.is_dir() and not may_write(path):
+                raise StateError(f"{path} cannot be written: there is no permission; change it, or work on a copy")
 
     def _sweep(self) -> None:
         """Remove the unfinished files of a process that was killed."""
