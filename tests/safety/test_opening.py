@@ -22,7 +22,7 @@ from editcli.requests.reader import read_edits
 from editcli.storage import opening
 from editcli.storage.files import atomic, write_bytes
 from editcli.storage.folders import new_folder
-from editcli.storage.opening import EDITS, KINDS, RECORD, TEMPLATE, check, open_regular, read_bytes, read_text
+from editcli.storage.opening import EDITS, KINDS, RECORD, TEMPLATE, check, is_there, open_regular, read_bytes, read_text
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes and devices lie in folders on POSIX systems alone")
 
