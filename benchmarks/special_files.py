@@ -206,7 +206,7 @@ class Exhibition:
         STRANGE[case.strange](path)
         ended = self._run(work, case.command)
         beyond = ended.peak - self._peak(case.command)
-        fault = _fault(case, ended, work, beyond)
+        fault = fault_of(case, ended, work, beyond)
         shutil.rmtree(work)
         return Shown(ended, beyond, fault)
 
@@ -243,7 +243,7 @@ def _may_be_usage(case: Case, ended: Ended) -> bool:
     return case.file.startswith(EDITS) or "Invalid value for" in ended.said
 
 
-def _fault(case: Case, ended: Ended, work: Path, beyond: int) -> str | None:
+def fault_of(case: Case, ended: Ended, work: Path, beyond: int) -> str | None:
     """Return what is wrong with the end of a case; None where it is as documented."""
     errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
     left = [path.name for path in work.rglob(".*") if path.suffix in (".tmp", ".partial")]

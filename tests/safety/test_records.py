@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import hostile
 from benchmarks.hostile import ROWS, attacking
+from benchmarks.special_files import Case, fault_of
+from benchmarks.workshop import Ended
 from editcli.errors import EditError, FileError, StateError
 from editcli.export.patch import MANIFEST, read_manifest
 from editcli.export.record import recipe_of
@@ -396,6 +400,47 @@ def test_no_command_ends_in_a_traceback(attack: Any, row: str) -> None:
     for number in range(first, first + 12 * len(ROWS), len(ROWS)):
         attack.example(number)
     assert not attack.counts.failures
+
+
+def test_the_attack_notices_what_is_wrong(attack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would find nothing if it took a traceback, a usage error, a hang or a gigabyte for an answer."""
+
+    def ends(answer: Callable[[], tuple[int, str]]) -> str:
+        monkeypatch.setattr(attack.shop, "run", lambda words: answer())
+        return attack._outcome("run", "inspect", loud=False)[1]
+
+    def large() -> tuple[int, str]:
+        assert len(b"x" * (512 << 20)) > 0
+        return 0, ""
+
+    monkeypatch.setattr(hostile, "MEMORY", 64 << 20)
+    assert ends(lambda: (0, "")) == ""
+    assert ends(lambda: (1, "error: so\n")) == ""
+    assert "ZeroDivisionError" in ends(lambda: (1 // 0, ""))
+    assert "exit code 2" in ends(lambda: (2, "error: so\n"))
+    assert "without a sentence" in ends(lambda: (1, "so\n"))
+    if sys.platform.startswith("linux"):
+        assert "MiB more than otherwise" in ends(large)
+    monkeypatch.setattr(hostile, "SECONDS", 0.01)
+    assert "HangError" in ends(lambda: (sum(range(10**9)), ""))
+
+
+def test_the_special_files_notice_what_is_wrong(tmp_path: Path) -> None:
+    case, said = Case("run/editcli/run.json", "a folder", "inspect", ("inspect",)), "error: so\n"
+    assert fault_of(case, Ended(1, said, 0.1, 0), tmp_path, 0) is None
+    for ended, beyond in (
+        (Ended(2, said, 0.1, 0), 0),
+        (Ended(-9, said, 0.1, 0, timed_out=True), 0),
+        (Ended(1, "", 0.1, 0), 0),
+        (Ended(0, said, 0.1, 0), 0),
+        (Ended(1, f"Traceback\n{said}", 0.1, 0), 0),
+        (Ended(1, said, 0.1, 0), (1 << 30) + 1),
+    ):
+        assert fault_of(case, ended, tmp_path, beyond) is not None
+    edits = Case("facts.jsonl", "a folder", "check", ("check",))
+    assert fault_of(edits, Ended(2, said, 0.1, 0), tmp_path, 0) is None
+    (tmp_path / ".run.json.x.tmp").touch()
+    assert fault_of(case, Ended(1, said, 0.1, 0), tmp_path, 0) is not None
 
 
 def test_the_attack_changes_records_and_puts_them_back(attack: Any) -> None:
