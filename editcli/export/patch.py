@@ -17,10 +17,11 @@ from torch import Tensor
 
 from editcli.errors import FileError, ModelError
 from editcli.export.source import Edited
-from editcli.records.decoding import Count, UnreadableError, convert, encode, read_json
+from editcli.records.decoding import Count, UnreadableError, encode, read_json
 from editcli.records.record import RunRecord
 from editcli.runs.output import side_files
 from editcli.storage.checkpoint import DTYPES, Checkpoint, file_digest, opened_tensors, read_header
+from editcli.storage.conversion import convert
 from editcli.storage.files import tensor_digest, write_json, write_safetensors
 
 FORMAT = 1

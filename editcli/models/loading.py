@@ -320,6 +320,7 @@ def load_tokens(
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.folder, use_fast=True, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        _try_out(tokenizer)
     # The tokenizers library raises a bare Exception for a file that it cannot parse.
     except Exception as error:
         _refuse_code(source, "tokenizer_config.json", trust_remote_code, error)
@@ -331,6 +332,13 @@ def load_tokens(
     text_config = config.get_text_config()
     length = getattr(text_config, "max_position_embeddings", None)
     return Tokens(tokenizer, max_length=length, chat_template=chat_template)
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Use a tokenizer once: a setting of another type is noticed only then, as one of many errors."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    _ = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
 
 
 def _refuse_code(source: ModelSource, file: str, trusted: bool, error: Exception) -> None:

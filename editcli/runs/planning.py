@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,6 +48,7 @@ from editcli.settings.core import StatisticsOptions, TargetOptions
 from editcli.settings.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.settings.recipe import Recipe
 from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.folders import may_write
 
 DEFAULT_EDITOR = "rlsedit"
 DEFAULT_BATCH = 100
@@ -434,7 +434,7 @@ def check_output(recipe: Recipe, source: ModelSource) -> None:
     parent = _existing(out)
     if not parent.is_dir():
         raise StateError(f"{out} cannot be made: {parent} is a file; choose another --out")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not may_write(parent):
         raise StateError(f"{out} cannot be written: no permission in {parent}; choose another --out")
 
 
@@ -464,7 +464,6 @@ def clock_of(places: Iterable[Path], team: Team) -> str:
 def _recorded_clock(folder: Path) -> str | None:
     """Return the time that a run's chat template read; None where there is no run or no such time."""
     recipe = recorded_recipe(RunFolder(folder))
-    # If a time was lost with a damaged record, the stream's settings refuse to continue.
     return None if recipe is None else recipe.template_clock
 
 

@@ -67,7 +67,7 @@ def choose(folder: Path) -> Choice:
         if path.is_file() and name.endswith(_SAFE_INDEX):
             return _sharded(path)
         if path.is_file() and name.endswith(_SAFE):
-            _refuse_strange(path)
+            _refuse_link_out(path)
             return Choice((name,))
     raise _no_checkpoint(folder, named)
 
@@ -154,7 +154,7 @@ def _sharded(path: Path) -> Choice:
             raise ModelError(f"{folder} lacks the shard {name} that its index names; download it again")
         if not name.endswith(_SAFE):
             raise ModelError(f"{path} names the shard {name}, which is not a safetensors file; save the model again")
-        _refuse_strange(folder / name)
+        _refuse_link_out(folder / name)
     if not mapped:
         raise ModelError(f"{path} is not a usable shard index: it names no tensor; download it again")
     if not isinstance(index.get("metadata"), dict):
@@ -176,10 +176,10 @@ def _read_index(path: Path) -> Mapping[str, Any]:
     return index
 
 
-def _refuse_strange(path: Path) -> None:
-    """Refuse a link out of the folder to something that does not even call itself weights."""
-    if not is_own(path) and path.resolve().suffix != _SAFE:
-        raise ModelError(f"{path} is a link to {path.resolve()}, which is not a safetensors file; refused")
+def _refuse_link_out(path: Path) -> None:
+    """Refuse a link out of the folder: it may lead to a private file, and its content would be copied."""
+    if not is_own(path):
+        raise ModelError(f"{path} is a link to {path.resolve()}, out of its folder; put a copy of the file there")
 
 
 def _refuse_distributed(folder: Path) -> None:

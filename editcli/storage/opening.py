@@ -116,8 +116,17 @@ def check(path: Path | str, kind: Kind, *, folder: Path | None = None) -> None:
 
 
 def is_there(path: Path | str) -> bool:
-    """Tell whether a name is taken, even by a pipe or a broken link: opening it reports the error."""
-    return os.path.lexists(path)
+    """Tell whether a name is taken, even by a pipe or a broken link: opening it reports the error.
+
+    Raises :class:`FileError` where the folder may not be entered, since what lies in it is not known then.
+    """
+    try:
+        os.lstat(path)
+    except PermissionError as error:
+        raise _unreadable(Path(path), error) from error
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def is_own(path: Path, folder: Path | None = None) -> bool:
