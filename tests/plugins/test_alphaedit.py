@@ -175,7 +175,7 @@ def test_a_refreshing_stream_continues_from_its_state(session):
     saved = through_bytes(editor.state())
     other.load_state(session, saved)
     assert same_state(other.state(), saved)
-    with pytest.raises(StateError, match="has no .*past"):
+    with pytest.raises(StateError, match=r"has no .*past"):
         other.load_state(session, State({k: v for k, v in saved.tensors.items() if "past" not in k}, saved.json))
 
 

@@ -110,7 +110,7 @@ def test_the_state_of_a_whitening_stream_has_the_scatter(session):
     write_batch(session, editor, requests_of("a", 3))
     other.load_state(session, editor.state())
     assert torch.equal(other.moments[session.sites[0].module].scatter, editor.moments[session.sites[0].module].scatter)
-    with pytest.raises(StateError, match="has no .*scatter"):
+    with pytest.raises(StateError, match=r"has no .*scatter"):
         UltraEdit(UltraEdit.Options(whiten=True)).load_state(
             session, State({k: v for k, v in editor.state().tensors.items() if "scatter" not in k})
         )
