@@ -208,7 +208,7 @@ class _Reader:
         """Return one site with the selected figures."""
         site, shape = self.architecture.site(layer), self.architecture.shape(layer)
         checkpoint = self.source.checkpoint
-        dtype = str(checkpoint.dtype(checkpoint.tensor_for(f"{site.module}.weight"))).removeprefix("torch.")
+        dtype = checkpoint.stored_as(checkpoint.tensor_for(f"{site.module}.weight"))
         bare = SiteInspection(site, shape, dtype, in_preset)
         if not (self.selection.norms or self.selection.spectral):
             return bare

@@ -22,7 +22,7 @@ from editcli.models.offload import read_offloaded
 from editcli.models.sharded import is_split
 from editcli.reporting import Reporter
 from editcli.storage.checkpoint import DTYPES, Checkpoint, TensorEntry
-from editcli.storage.choice import CONFIG, listed
+from editcli.storage.choice import listed
 
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that torch multiplies matrices of; whatever else weights are stored in needs a rule of its own."""
@@ -71,25 +71,24 @@ def fit_of(info: Mapping[str, Any], model: PreTrainedModel) -> Fit:
 
 def refuse_misfit(fit: Fit, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Raise :class:`ModelError` unless every parameter of the model is stored, in its shape and a usable dtype."""
-    folder = checkpoint.folder
+    place, said = checkpoint.place, checkpoint.described_by
+    remedy = f"download the checkpoint again, or correct its {said}"
     odd = [entry for entry in checkpoint.entries.values() if not _is_computed(entry)]
     names = _stored_names(model) if odd else frozenset()
     unusable = next((entry for entry in odd if entry.name in names), None)
     if unusable is not None:
         raise ModelError(
-            f"{unusable.name} of {folder} is stored as {unusable.dtype}, in which torch does not compute; choose the "
+            f"{unusable.name} of {place} is stored as {unusable.dtype}, in which torch does not compute; choose the "
             "checkpoint that it was made from, or convert it to bfloat16"
         )
     if fit.reshaped:
-        raise ModelError(
-            f"{folder} does not fit its {CONFIG}: {_shapes(fit.reshaped[0], checkpoint, model)}; {_REMEDY}"
-        )
+        raise ModelError(f"{place} does not fit its {said}: {_shapes(fit.reshaped[0], checkpoint, model)}; {remedy}")
     if fit.missing:
         count = len(fit.missing)
         what = "a tensor" if count == 1 else f"{count:,} tensors"
         raise ModelError(
-            f"{folder} lacks {what} that its {CONFIG} asks for, and transformers would fill in random numbers: "
-            f"{listed(fit.missing)}; {_REMEDY}"
+            f"{place} lacks {what} that its {said} asks for, and transformers would fill in random numbers: "
+            f"{listed(fit.missing)}; {remedy}"
         )
 
 
@@ -99,7 +98,7 @@ def remarks(fit: Fit, checkpoint: Checkpoint) -> tuple[str, ...]:
     unused = tuple(name for name in fit.unused if name in checkpoint.entries or name not in checkpoint.choice.mapped)
     if not unused:
         return checkpoint.remarks()
-    what = f"{checkpoint.folder / CONFIG} describes a model that does not use {listed(unused)} of its weights"
+    what = f"{checkpoint.description} describes a model that does not use {listed(unused)} of its weights"
     return (*checkpoint.remarks(), what)
 
 
@@ -131,7 +130,7 @@ def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any
     # Transformers raises many kinds of errors for an unusable checkpoint; the user can correct it.
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"transformers cannot load the checkpoint in {checkpoint.folder}: {lines[0]}") from error
+        raise ModelError(f"transformers cannot load the checkpoint in {checkpoint.place}: {lines[0]}") from error
     return info
 
 
@@ -148,9 +147,6 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if shown:
             log.enable_progress_bar()
-
-
-_REMEDY = f"download the checkpoint again, or correct {CONFIG}"
 
 
 def _uninitialised(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -225,8 +221,8 @@ def _refusal(name: str, parameter: Tensor, checkpoint: Checkpoint) -> ModelError
         stored, overflowed = name, False
     if overflowed:
         kind = str(parameter.dtype).removeprefix("torch.")
-        return ModelError(f"{stored} of {checkpoint.folder} overflows in {kind}; use --dtype bfloat16 or float32")
+        return ModelError(f"{stored} of {checkpoint.place} overflows in {kind}; use --dtype bfloat16 or float32")
     return ModelError(
-        f"{stored} of {checkpoint.folder} holds numbers that are not finite (NaN or infinite), so the model computes "
+        f"{stored} of {checkpoint.place} holds numbers that are not finite (NaN or infinite), so the model computes "
         "nothing; download it again or choose another checkpoint"
     )

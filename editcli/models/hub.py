@@ -242,8 +242,8 @@ def _refuse_other(name: str, commit: str | None, folder: Path) -> None:
         raise ModelError(f"the hub's cache lacks config.json of {name}, and the hub cannot be reached to fetch it")
     if any(file.endswith(".gguf") for file in files):
         raise ModelError(
-            f"{name} holds GGUF files, which cannot be edited; choose the repository with safetensors that they were "
-            "made from"
+            f"{name} holds GGUF files; fetch the one to edit with 'hf download {name} FILE' and pass that file, or "
+            "choose the repository with safetensors that they were made from"
         )
     raise ModelError(f"{name} has no config.json on the hub, so it is no model of transformers")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,9 +26,12 @@ from torch import Tensor
 
 from editcli.errors import FileError, ModelError
 from editcli.formatting import shorten
-from editcli.storage.choice import Choice, choose, left_out, listed
+from editcli.storage.choice import CONFIG, Choice, choose, left_out, listed
 from editcli.storage.lines import no_constant
 from editcli.storage.opening import INDEX, TENSORS, Kind, open_regular, read_text
+
+if TYPE_CHECKING:
+    from editcli.storage.packing import Stored
 
 _MAX_HEADER = 100 << 20
 _MAX_DIMENSIONS = 64
@@ -64,10 +67,85 @@ class TensorEntry:
 
 
 class Checkpoint:
-    """The tensors of a model folder; raises :class:`ModelError` where the folder is not a usable checkpoint."""
+    """The weights of a model on disk: read by name, and written as they were but for some.
+
+    This class is a folder of safetensors files whose tensors are the weights themselves. Where a format packs weights
+    in another way, a subclass says what a weight is called, how it is read and in which pieces it is stored. Raises
+    :class:`ModelError` where there is no usable checkpoint.
+    """
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+
+    @property
+    def place(self) -> Path:
+        """The path under which the model can be opened again."""
+        return self.folder
+
+    @property
+    def described_by(self) -> str:
+        """What tells the sizes of the model, for messages."""
+        return CONFIG
+
+    @property
+    def description(self) -> str:
+        """Where the sizes of the model are told, for messages."""
+        return str(self.folder / CONFIG)
+
+    @property
+    def saved_files(self) -> tuple[str, ...]:
+        """The files of weights of an edited copy."""
+        return self.files
+
+    @property
+    def pieces(self) -> Mapping[str, TensorEntry]:
+        """All tensors that an edited copy holds, by their names in the files."""
+        return self.entries
+
+    def reopened(self) -> Checkpoint:
+        """Return this checkpoint with everything that is known of its files forgotten."""
+        return type(self)(self.folder)
+
+    def copy_in(self, folder: Path) -> Checkpoint:
+        """Return the edited copy of this checkpoint in another folder."""
+        return type(self)(folder)
+
+    def encode(self, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> Stored:
+        """Return a weight, in the model's layout, as this checkpoint stores it.
+
+        ``dtype`` is the type to store; None is the checkpoint's own, or the nearest better one that can be written.
+        """
+        return weight.detach().to(dtype or self.dtype(name))
+
+    def recoded(self, name: str, dtype: torch.dtype | None = None) -> tuple[str, str] | None:
+        """Return the types of a weight now and once it is written where no other was asked for; None if they agree."""
+        return None
+
+    def stored_as(self, name: str) -> str:
+        """Return what the files call the type of a weight."""
+        return str(self.dtype(name)).removeprefix("torch.")
+
+    def state(self, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """Return all weights in ``dtype``; None where transformers itself reads the files as they are."""
+        return None
+
+    def stored_digest(self, name: str) -> str:
+        """Return the sha256 of a weight's content as it lies in the files."""
+        return self.digest_of_pieces((name,))
+
+    def digest_of_pieces(self, names: Iterable[str]) -> str:
+        """Return the sha256 of the bytes of some pieces, in the order of their names."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            entry = self.pieces[name]
+            with open_regular(self.folder / entry.file, TENSORS) as file:
+                file.seek(entry.start)
+                _feed(digest, file, entry.stop - entry.start)
+        return digest.hexdigest()
+
+    def is_like(self, other: Checkpoint) -> bool:
+        """Tell whether another folder holds the same files, with the same index."""
+        return self.files == other.files and self.choice.index == other.choice.index
 
     @cached_property
     def choice(self) -> Choice:
@@ -200,7 +278,7 @@ def read_header(path: Path, *, folder: Path | None = None) -> dict[str, TensorEn
     for name, fields in header.items():
         if name != "__metadata__":
             entries[name] = _entry(path, name, fields, base, size)
-    _refuse_overlaps(path, entries.values())
+    refuse_overlaps(path, entries.values())
     stop = max((entry.stop for entry in entries.values()), default=base)
     if stop != size:
         raise ModelError(f"{path} is damaged: {size - stop:,} bytes follow its last tensor; copy the file again")
@@ -282,7 +360,7 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
+def refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
     """Raise where two tensors share bytes: editing one would change the other."""
     ordered = sorted((entry for entry in entries if entry.stop > entry.start), key=lambda entry: entry.start)
     for one, other in itertools.pairwise(ordered):

@@ -30,6 +30,7 @@ CONFIG = "config.json"
 
 _SAFE, _SAFE_INDEX = ".safetensors", ".safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt")
+_WHOLE = ".gguf"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AN_INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack)\.index(\.[\w-]+)?\.json$")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
@@ -208,6 +209,9 @@ def _no_checkpoint(folder: Path, named: str | None) -> ModelError:
             f"{folder} has no {SINGLE} and no {INDEX}, and transformers does not load {listed(safe)} by itself; load "
             "the model in the way that it needs (variant=...) and save it with save_pretrained"
         )
+    whole = tuple(name for name in others if name.endswith(_WHOLE))
+    if whole:
+        return ModelError(f"{folder} has no {SINGLE}, but {listed(whole)}; pass the path of that file itself")
     if any(name.endswith(_PICKLES) for name in others):
         return ModelError(
             f"{folder} has its weights only as pickle files, which editcli never opens; convert it to "
