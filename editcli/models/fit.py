@@ -112,14 +112,34 @@ def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any
 
     Tensors in a dtype that cannot be computed in are held back, so that they count as missing.
     """
+    return _loaded_hollow(checkpoint, model)[1]
+
+
+def stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+    """Return the stored name of every parameter of ``model`` that transformers loads as it is, under whatever name.
+
+    Transformers loads a checkpoint in which every tensor holds its own number and nothing else, and the numbers that
+    the parameters have afterwards tell the names. Allocates nothing for what is stored.
+    """
+    loaded, _ = _loaded_hollow(checkpoint, model)
+    stored, names = list(checkpoint.entries.values()), dict[str, str]()
+    for name, parameter in loaded.named_parameters(remove_duplicate=False):
+        number = 0 if parameter.is_meta or not parameter.numel() else int(parameter.detach().reshape(-1)[0])
+        # A parameter that was put together from several tensors has another shape than each of them.
+        if 0 < number <= len(stored) and stored[number - 1].shape == tuple(parameter.shape):
+            names[name] = stored[number - 1].name
+    return names
+
+
+def _loaded_hollow(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Have transformers load the names and shapes of a checkpoint; every tensor holds its number, counted from 1."""
     # Every element of such a tensor is the same one in memory, so that a checkpoint of any size takes a few bytes.
-    one = torch.zeros((), dtype=torch.float32)
-    entries = checkpoint.entries.values()
-    hollow = {entry.name: one.expand(entry.shape) for entry in entries if _is_computed(entry)}
+    entries = enumerate(checkpoint.entries.values(), start=1)
+    hollow = {entry.name: torch.tensor(float(n)).expand(entry.shape) for n, entry in entries if _is_computed(entry)}
     kind: Any = _uninitialised(type(model))
     try:
         with quiet():
-            _, info = kind.from_pretrained(
+            loaded, info = kind.from_pretrained(
                 None,
                 config=model.config,
                 state_dict=hollow,
@@ -131,7 +151,7 @@ def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"transformers cannot load the checkpoint in {checkpoint.place}: {lines[0]}") from error
-    return info
+    return loaded, info
 
 
 @contextmanager

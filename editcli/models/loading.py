@@ -11,7 +11,7 @@ import importlib.resources
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,7 @@ from editcli.models.fit import (
     refuse_misfit,
     refuse_nonfinite,
     remarks,
+    stored_names,
 )
 from editcli.models.gguf import GgufCheckpoint, gguf_in
 from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page, repository_of
@@ -41,6 +42,7 @@ from editcli.models.kv_cache import supports_kv_cache
 from editcli.models.offload import device_of
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
+from editcli.models.towers import auto_class
 from editcli.reporting import Reporter, Silent
 from editcli.storage.beside import check_small_files
 from editcli.storage.checkpoint import Checkpoint, file_digest, owned
@@ -77,7 +79,14 @@ class ModelSource:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The model's files; their headers are read once."""
-        return Checkpoint(self.folder) if self.gguf is None else GgufCheckpoint(self.gguf, skeleton)
+        return Checkpoint(self.folder, self._names) if self.gguf is None else GgufCheckpoint(self.gguf, skeleton)
+
+    def _names(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        try:
+            return stored_names(checkpoint, skeleton(load_config(self)))
+        except ModelError:
+            # A model that only its own code can build has no other names than those that were looked for already.
+            return {}
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -260,7 +269,7 @@ def _read_weights(
     dtype = choose_dtype(loading.dtype, config, place)
     with _in_one_sentence(source, place), quiet():
         state = checkpoint.state(dtype)
-        model_class: Any = transformers.AutoModelForCausalLM
+        model_class: Any = auto_class(config)
         if state is None:
             options |= {"trust_remote_code": loading.trust_remote_code, "local_files_only": True}
             options["use_safetensors"] = True

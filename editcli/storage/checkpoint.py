@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,8 +74,14 @@ class Checkpoint:
     :class:`ModelError` where there is no usable checkpoint.
     """
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, names: Callable[[Checkpoint], Mapping[str, str]] | None = None):
+        """Take a folder; ``names`` tells under which name each parameter is stored, where transformers renames it."""
+        self.folder, self._names_of = Path(folder), names
+
+    @cached_property
+    def renamed(self) -> Mapping[str, str]:
+        """The stored name of each parameter, as far as transformers can build the model."""
+        return {} if self._names_of is None else self._names_of(self)
 
     @property
     def place(self) -> Path:
@@ -104,11 +110,11 @@ class Checkpoint:
 
     def reopened(self) -> Checkpoint:
         """Return this checkpoint with everything that is known of its files forgotten."""
-        return type(self)(self.folder)
+        return Checkpoint(self.folder, self._names_of)
 
     def copy_in(self, folder: Path) -> Checkpoint:
         """Return the edited copy of this checkpoint in another folder."""
-        return type(self)(folder)
+        return Checkpoint(folder, self._names_of)
 
     def encode(self, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> Stored:
         """Return a weight, in the model's layout, as this checkpoint stores it.
@@ -218,7 +224,8 @@ class Checkpoint:
         """Return the stored name of a model's parameter.
 
         A checkpoint saved from the bare backbone lacks the prefix of the causal model (``transformer.``), and the other
-        way round; the name is then unique by its end.
+        way round; the name is then unique by its end. Whatever else transformers renames while it loads is found by
+        having it load a checkpoint without content.
         """
         if parameter in self.entries:
             return parameter
@@ -230,6 +237,8 @@ class Checkpoint:
         longer = [name for name in self.entries if name.endswith(f".{parameter}")]
         if len(longer) == 1:
             return longer[0]
+        if parameter in self.renamed:
+            return self.renamed[parameter]
         raise ModelError(f"{self.folder} has no tensor for the parameter {parameter}")
 
     def fingerprint(self) -> str:
