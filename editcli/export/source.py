@@ -135,7 +135,7 @@ def _refuse_other_weights(run: FinishedRun) -> None:
 def _find(run: FinishedRun, base: str | None, *, code: bool) -> ModelSource:
     if base is not None:
         return resolve_model(base, code=code)
-    source = first_model(run.history.bases, code=code)
+    source = first_model(run.history.bases, code=code, convert=run.history.converts)
     if source is not None:
         return source
     known = ", ".join(run.history.bases)

@@ -273,7 +273,7 @@ def _base_source(base: str | Path | None, history: History | None, reporter: Rep
     if base is not None:
         return resolve_model(base)
     known = history.bases if history else ()
-    source = first_model(known)
+    source = first_model(known, convert=history is not None and history.converts)
     if source is None and known:
         reporter.warn(f"the base of this run, {known[-1]}, is not where it was; pass --base to compare with it")
     return source

@@ -261,8 +261,8 @@ def _no_weights(name: str, commit: str | None, folder: Path, candidates: list[st
         )
     if any(fnmatch(file, pattern) for file in files if "/" not in file for pattern in _PICKLES):
         return (
-            f"{name} has its weights on the hub only as pickle files, which editcli never opens; convert it to "
-            "safetensors first (load it with transformers where you trust it, then save_pretrained)"
+            f"{name} has its weights on the hub only as pickle files; fetch them with 'hf download "
+            f"{name}' and pass that folder with --convert-bin"
         )
     return f"{name} {lacks}; is it a causal language model of transformers?"
 

@@ -11,6 +11,9 @@ import importlib.resources
 import importlib.util
 import itertools
 import re
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,9 +49,10 @@ from editcli.models.towers import auto_class
 from editcli.reporting import Reporter, Silent
 from editcli.storage.beside import check_small_files
 from editcli.storage.checkpoint import Checkpoint, file_digest, owned
-from editcli.storage.choice import refuse_adapter
+from editcli.storage.choice import has_safetensors, refuse_adapter
 from editcli.storage.gguf import SUFFIX
 from editcli.storage.opening import is_there
+from editcli.storage.pickles import convert_pickles, has_pickles
 
 BUNDLED = "bundled"
 """The name of the small trained model that ships inside the package."""
@@ -61,6 +65,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 @dataclass(frozen=True)
+class Converted:
+    """A model in pickle files, and its temporary copy in safetensors, which is removed together with this."""
+
+    origin: Path
+    folder: Path
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """A model folder on this disk, and the name that the user gave for it."""
 
@@ -70,6 +85,13 @@ class ModelSource:
     """Branch, tag or commit of a hub id, as it was asked for."""
     gguf: Path | None = None
     """The file that holds the whole model; None for an ordinary folder."""
+    converted: Converted | None = None
+    """The folder of which this one is a temporary copy; None for any other."""
+
+    @property
+    def place(self) -> Path:
+        """The path under which the model can be found again."""
+        return self.checkpoint.place if self.converted is None else self.converted.origin
 
     @property
     def commit(self) -> str | None:
@@ -145,13 +167,19 @@ def bundled_folder() -> Path:
 
 
 def resolve_model(
-    source: str | Path | None, *, revision: str | None = None, weights: bool = True, code: bool = False
+    source: str | Path | None,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    code: bool = False,
+    convert: bool = False,
 ) -> ModelSource:
     """Return the local folder of a model; fetch a hub id when it is not cached. Raises :class:`ModelError`.
 
     ``ID@REVISION`` names a branch, tag or commit of a hub id as well, wherever a model can be named. Without
     ``weights`` only the small files of a hub id are fetched, and its Python files with ``code`` alone. A folder of the
-    hub's cache is the commit that it is a copy of, under the repository's id.
+    hub's cache is the commit that it is a copy of, under the repository's id. With ``convert`` a folder of pickle
+    files is converted into a temporary copy, which goes with the source.
     """
     if source is None or str(source) == BUNDLED:
         return ModelSource(BUNDLED, bundled_folder())
@@ -170,6 +198,8 @@ def resolve_model(
             raise ModelError(f"{name} is a folder without config.json; is it a Hugging Face model folder?")
         folder = folder.resolve()
         check_small_files(folder)
+        if convert and weights and has_pickles(folder) and not has_safetensors(folder):
+            return _converted(name, folder)
         repository = repository_of(folder)
         return ModelSource(name, folder) if repository is None else ModelSource(repository, folder, folder.name)
     if folder.exists():
@@ -194,17 +224,23 @@ def _of_file(name: str, file: Path) -> ModelSource:
     return source
 
 
+def _converted(name: str, folder: Path) -> ModelSource:
+    made = Converted(folder, Path(tempfile.mkdtemp(prefix="editcli-bin-")))
+    convert_pickles(folder, made.folder)
+    return ModelSource(name, made.folder, converted=made)
+
+
 def model_in(folder: Path) -> ModelSource:
     """Return the model that a run or an export has written to a folder."""
     file = None if is_there(folder / "config.json") else gguf_in(folder)
     return ModelSource(str(folder), folder, gguf=file)
 
 
-def first_model(places: Iterable[str], *, code: bool = False) -> ModelSource | None:
+def first_model(places: Iterable[str], *, code: bool = False, convert: bool = False) -> ModelSource | None:
     """Return the first of some places where there is a model; None where there is none in any of them."""
     for place in places:
         try:
-            return resolve_model(place, code=code)
+            return resolve_model(place, code=code, convert=convert)
         except ModelError:
             # It was moved or is out of reach; another place may still lead to it.
             continue

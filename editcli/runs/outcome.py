@@ -105,7 +105,7 @@ def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> Prove
     return Provenance(
         base=BaseRef(
             name=source.name,
-            folder=str(source.checkpoint.place),
+            folder=str(source.place),
             revision=source.revision,
             commit=source.commit,
             fingerprint=loaded.checkpoint.fingerprint(),
