@@ -188,8 +188,13 @@ def refuse_config(config: PretrainedConfig) -> None:
     what = f"a model of type {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{what} has an encoder and a decoder; choose a decoder-only causal language model")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError("the model's weights are quantised; choose the unquantised checkpoint it was made from")
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None:
+        said = packed if isinstance(packed, dict) else getattr(packed, "__dict__", {})
+        raise ModelError(
+            f"the model's weights are quantised ({said.get('quant_method', 'in an unknown way')}), which editcli does "
+            "not pack anew; edit the unquantised checkpoint that they were made from, and quantise the result"
+        )
     text = config.get_text_config()
     if any(_count(getattr(part, key, None)) > 1 for part in (config, text) for key in EXPERT_KEYS):
         raise ModelError(f"{what} is a mixture of experts, which has no single MLP to edit; choose a dense model")

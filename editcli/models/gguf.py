@@ -127,15 +127,15 @@ class GgufCheckpoint(Checkpoint):
         """The one file of an edited copy."""
         return (SAVED,)
 
-    @property
+    @cached_property
     def pieces(self) -> Mapping[str, TensorEntry]:
         """All tensors under the file's own names."""
         return self.header.tensors
 
     @cached_property
     def stored(self) -> tuple[TensorEntry, ...]:
-        """The tensors that transformers uses."""
-        return tuple(self.entries.values())
+        """All tensors."""
+        return tuple(self.header.tensors.values())
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
@@ -184,6 +184,7 @@ class GgufCheckpoint(Checkpoint):
 
     def recoded(self, name: str, dtype: torch.dtype | None = None) -> tuple[str, str] | None:
         """Return the types of a weight now and as it is written, where they differ though none was asked for."""
+        self._is_turned(self._own[name])
         now, then = self.stored_as(name), self._kind(name, dtype)
         return None if dtype is not None or now == then else (now, then)
 

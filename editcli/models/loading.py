@@ -39,6 +39,7 @@ from editcli.models.fit import (
     remarks,
     stored_names,
 )
+from editcli.models.fp8 import Fp8Checkpoint, is_fp8, quantisation_of
 from editcli.models.gguf import GgufCheckpoint, gguf_in
 from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page, repository_of
 from editcli.models.kv_cache import supports_kv_cache
@@ -101,7 +102,9 @@ class ModelSource:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The model's files; their headers are read once."""
-        return Checkpoint(self.folder, self._names) if self.gguf is None else GgufCheckpoint(self.gguf, skeleton)
+        if self.gguf is not None:
+            return GgufCheckpoint(self.gguf, skeleton)
+        return (Fp8Checkpoint if is_fp8(self.folder) else Checkpoint)(self.folder, self._names)
 
     def _names(self, checkpoint: Checkpoint) -> Mapping[str, str]:
         try:
@@ -390,6 +393,9 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         _refuse_code(source, "config.json", trust_remote_code, error)
         raise ModelError(f"cannot read the config of {source.folder}: {first_line(error)}") from error
+    if quantisation_of(source.folder) and isinstance(source.checkpoint, Fp8Checkpoint):
+        # The weights are handed over as plain numbers.
+        delattr(config, "quantization_config")
     kind = getattr(config, "dtype", None)
     if isinstance(kind, torch.dtype) and kind not in COMPUTED:
         raise ModelError(

@@ -7,8 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from editcli.distributed.team import agree_on_models
 from editcli.editing.session import PilotSource
 from editcli.editing.shared_session import TeamSession
@@ -251,7 +249,7 @@ def _session(job: Job, base: Base, moments: SecondMoments) -> TeamSession:
         second_moment=moments,
         cache=moments.files,
         pilots=job.schedule.pilots,
-        save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
+        save_dtype=planning.save_dtype(recipe),
         reporter=job.context.reporter,
         seed=recipe.seed,
         solve_device=None if recipe.solve_device is None else choose_device(recipe.solve_device),

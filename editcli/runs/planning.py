@@ -13,6 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from editcli.distributed.team import Team
 from editcli.editing.session import ModelSession, PilotSource
 from editcli.errors import OptionError, RequestError, StateError
@@ -342,8 +344,13 @@ def choose_sites(
     if editor.single_site:
         sites = sites[-1:]
     for site in sites:
-        checkpoint.tensor_for(f"{site.module}.weight")
+        checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"), save_dtype(recipe))
     return sites
+
+
+def save_dtype(recipe: Recipe) -> torch.dtype | None:
+    """Return the type in which edited weights are to be saved; None for the checkpoint's own."""
+    return None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype)
 
 
 def gate_of(recipe: Recipe, base: LoadedModel, plugins: Plugins) -> Gate:

@@ -16,7 +16,7 @@ from editcli.runs.context import Context
 from editcli.runs.forecast import warn_of_long_work
 from editcli.runs.outcome import missed_targets, rounded_differently
 from editcli.runs.output import Verified
-from editcli.runs.planning import Planned
+from editcli.runs.planning import Planned, save_dtype
 
 SHOWN = 5
 """Edits that a remark names at the most."""
@@ -46,10 +46,8 @@ def announce(planned: Planned, *, new: bool, reporter: Reporter) -> None:
 def _recoded(planned: Planned) -> Iterator[str]:
     """Yield a sentence for every type of the edited matrices that is read but cannot be written."""
     checkpoint, sites = planned.source.checkpoint, dict[tuple[str, str], list[str]]()
-    if planned.recipe.save_dtype != "auto":
-        return
     for site in planned.sites:
-        kinds = checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"))
+        kinds = checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"), save_dtype(planned.recipe))
         if kinds is not None:
             sites.setdefault(kinds, []).append(site.module)
     for (now, then), modules in sites.items():

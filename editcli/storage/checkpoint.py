@@ -103,7 +103,7 @@ class Checkpoint:
         """The files of weights of an edited copy."""
         return self.files
 
-    @property
+    @cached_property
     def pieces(self) -> Mapping[str, TensorEntry]:
         """All tensors that an edited copy holds, by their names in the files."""
         return self.entries
@@ -124,7 +124,10 @@ class Checkpoint:
         return weight.detach().to(dtype or self.dtype(name))
 
     def recoded(self, name: str, dtype: torch.dtype | None = None) -> tuple[str, str] | None:
-        """Return the types of a weight now and once it is written where no other was asked for; None if they agree."""
+        """Return the types of a weight now and once it is written where no other was asked for; None if they agree.
+
+        Raises :class:`ModelError` where the weight cannot be written so.
+        """
         return None
 
     def stored_as(self, name: str) -> str:
@@ -178,20 +181,20 @@ class Checkpoint:
     @cached_property
     def superseded(self) -> tuple[TensorEntry, ...]:
         """Tensors in the files that are not loaded: a later file replaces them."""
-        return tuple(entry for entry in self.stored if self.entries.get(entry.name) != entry)
+        return tuple(entry for entry in self.stored if self.pieces.get(entry.name) != entry)
 
     @property
     def is_indexed_exactly(self) -> bool:
         """Whether the index, if there is one, names every tensor with its file and nothing else."""
         choice = self.choice
-        return choice.index is None or choice.mapped == {name: entry.file for name, entry in self.entries.items()}
+        return choice.index is None or choice.mapped == {name: entry.file for name, entry in self.pieces.items()}
 
     def index_text(self) -> str:
         """Return the index that this checkpoint should have: the tensors that are loaded, with their files."""
         assert self.choice.index is not None, "a single file needs no index"
         index = json.loads(read_text(self.folder / self.choice.index, INDEX, folder=self.folder))
-        mapped = {name: entry.file for name, entry in self.entries.items()}
-        total = sum(entry.stop - entry.start for entry in self.entries.values())
+        mapped = {name: entry.file for name, entry in self.pieces.items()}
+        total = sum(entry.stop - entry.start for entry in self.pieces.values())
         metadata = {**index["metadata"], "total_size": total}
         return json.dumps({**index, "metadata": metadata, "weight_map": mapped}, indent=2, sort_keys=True) + "\n"
 
@@ -213,7 +216,7 @@ class Checkpoint:
 
     def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         """Return one tensor as stored."""
-        path = self.folder / self.entries[name].file
+        path = self.folder / self.pieces[name].file
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 return owned(file.get_tensor(name))
@@ -406,7 +409,7 @@ def _copies(checkpoint: Checkpoint) -> Mapping[tuple[str, str], tuple[str, ...]]
     """Return the tensors that are stored twice, by the file that holds the spare copy and the file that counts."""
     copies: dict[tuple[str, str], tuple[str, ...]] = {}
     for entry in checkpoint.superseded:
-        used = checkpoint.entries.get(entry.name)
+        used = checkpoint.pieces.get(entry.name)
         if used is not None:
             key = (entry.file, used.file)
             copies[key] = (*copies.get(key, ()), entry.name)
