@@ -32,7 +32,7 @@ from editcli.requests.schema import EditRequest
 from editcli.settings.core import TargetOptions
 from editcli.statistics.cache import Cache, fingerprint
 from editcli.statistics.decompositions import Decompositions
-from editcli.storage.checkpoint import file_digest
+from editcli.storage.packing import Stored, value_of
 
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 """First words of the generated prefixes, as in ROME's code."""
@@ -177,13 +177,13 @@ class ModelSession:
         """Return the key of a calibration in the cache, and the values that it depends on."""
         if self.written:
             raise StatisticsError(f"{name} is calibrated on the unedited model, but the model was edited already")
-        checkpoint, tokenizer = self.loaded.checkpoint, self.loaded.source.folder / "tokenizer.json"
+        checkpoint = self.loaded.checkpoint
         conversation = self.loaded.tokens.conversation
         identity = {
             "component": name,
             # A model in memory has no files, so its tensors are hashed instead.
             "model": checkpoint.fingerprint() or checkpoint.digest_of(checkpoint.names()),
-            "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else "",
+            "tokenizer": self.loaded.source.tokenizer_digest,
             "chat": None if conversation is None else conversation.identity,
             "dtype": str(next(self.loaded.model.parameters()).dtype),
             "modules": [site.module for site in self.sites],
@@ -284,8 +284,7 @@ class ModelSession:
         self.written = True
         master = weight.to(device=self._masters[site].device, dtype=torch.float32)
         self._masters[site] = master
-        cast = master.to(self.save_dtype(site))
-        replace_weight(self._projection(site), cast.T if site.transposed else cast)
+        replace_weight(self._projection(site), value_of(self.encoded(site, master)))
         self._activations.forget(above=site.layer)
 
     def restore(self, masters: Mapping[Site, Tensor]) -> None:
@@ -312,6 +311,16 @@ class ModelSession:
     def save_dtype(self, site: Site) -> torch.dtype:
         """Return the dtype in which a site's weight will be saved."""
         return self._save_dtype or self.loaded.checkpoint.dtype(self.stored_name(site))
+
+    def encoded(self, site: Site, weight: Tensor) -> Stored:
+        """Return a site's weight, (d_out, d_in), as the checkpoint stores it, in the layout of the model."""
+        oriented = weight.T if site.transposed else weight
+        return self.loaded.checkpoint.encode(self.stored_name(site), oriented, self._save_dtype)
+
+    def as_saved(self, site: Site, weight: Tensor) -> Tensor:
+        """Return the numbers that a reader of the saved file gets of a weight, (d_out, d_in)."""
+        value = value_of(self.encoded(site, weight)).to(weight.device)
+        return value.T if site.transposed else value
 
     def masters(self) -> Mapping[Site, Tensor]:
         """Return all current weights; replaced, never changed in place, by later writes."""

@@ -221,7 +221,7 @@ class _Reader:
         """Return one site with the selected figures."""
         site, shape = self.architecture.site(layer), self.architecture.shape(layer)
         checkpoint = self.source.checkpoint
-        dtype = str(checkpoint.dtype(checkpoint.tensor_for(f"{site.module}.weight"))).removeprefix("torch.")
+        dtype = checkpoint.stored_as(checkpoint.tensor_for(f"{site.module}.weight"))
         bare = SiteInspection(site, shape, dtype, in_preset)
         if not (self.selection.norms or self.selection.spectral):
             return bare
@@ -286,7 +286,7 @@ def _base_source(base: str | Path | None, history: History | None, reporter: Rep
     if base is not None:
         return resolve_model(base)
     known = history.bases if history else ()
-    source = first_model(known)
+    source = first_model(known, convert=history is not None and history.converts)
     if source is None and known:
         reporter.warn(f"the base of this run, {known[-1]}, is not where it was; pass --base to compare with it")
     return source

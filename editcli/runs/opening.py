@@ -7,8 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from editcli.distributed.team import agree_on_models
 from editcli.editing.curvature import GradientMoments
 from editcli.editing.session import PilotSource
@@ -247,7 +245,7 @@ def _session(job: Job, base: Base, moments: SecondMoments) -> TeamSession:
         gradient_moment=GradientMoments(base.loaded, planned.sites, moments, team=job.context.team),
         cache=moments.files,
         pilots=job.schedule.pilots,
-        save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
+        save_dtype=planning.save_dtype(recipe),
         reporter=job.context.reporter,
         seed=recipe.seed,
         solve_device=None if recipe.solve_device is None else choose_device(recipe.solve_device),

@@ -45,12 +45,15 @@ TEXT = Kind("a text", 256 * _MIB)
 EDITS = Kind("an edits file", 4 * _GIB, piped=True)
 CORPUS = Kind("a corpus", 8 * _GIB)
 BESIDE = Kind("a file beside a model", _GIB)
+PICKLE = Kind("a file of tensors", 1 << 40)
 TENSORS = Kind("a safetensors file", 1 << 50)
 """Tensors are read one by one, and only after the header has been checked against the size of the file."""
+GGUF = Kind("a GGUF file", 1 << 50)
+"""Likewise."""
 
 KINDS = (
     *(CONFIG, INDEX, TOKENIZER, TEMPLATE, RECORD, JOURNAL, TABLE, SETTINGS, PAGE, TEXT, EDITS, CORPUS, BESIDE),
-    TENSORS,
+    *(TENSORS, GGUF, PICKLE),
 )
 """All kinds. A JSON document takes up to 22 times its size in memory, so 40 MiB of it stay under 1 GB."""
 
