@@ -231,9 +231,10 @@ def shares(gpu: Mapping[str, Any] | None) -> Iterator[str]:
 
 def share_of(gpu: Mapping[str, Any] | None) -> float:
     """Return the share of the peak that passes of the model reach: an accelerator's own figure where there is one."""
-    if gpu is None or not gpu.get("matrix_flops") or gpu["device"].startswith("cpu"):
+    if gpu is None or gpu["device"].startswith("cpu"):
         return ASSUMED_SHARE
-    return gpu["target_flops"] / gpu["matrix_flops"]
+    rows = [row for shape in gpu["shapes"].values() for row in shape["rows"] if row["way"] == "shipped"]
+    return max(row["matrix_share"] for row in rows)
 
 
 def memory() -> Iterator[str]:

@@ -111,10 +111,11 @@ class _Losses:
     """(t,) the target tokens."""
     weight: Tensor
     """(t + essences,) the factor of each position in its edit's loss."""
-    probs: Tensor
-    """(essences, vocabulary) the distributions at delta = 0."""
-    entropies: Tensor
-    """(essences,) their entropies."""
+    before: tuple[Tensor, Tensor] | None
+    """The essences' distributions at delta = 0, (essences, vocabulary), and their entropies, (essences,).
+
+    None where they are not known yet: then delta is 0.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +304,6 @@ class _Optimiser:
         streak = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
         active = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
         self._check()
-        self._remember([index for index, row in enumerate(self.rows) if row.is_essence])
         groups = self.steering.groups(range(len(self.rows)))
         parts, left = self._parts(groups), len(delta)
         for step in range(1, options.steps + 1):
@@ -386,7 +386,7 @@ class _Optimiser:
             head=positions(heads, device),
             token=torch.tensor([*tokens, *[0] * len(first)], dtype=torch.long, device=device),
             weight=torch.tensor([0.0 if row is None else row.weight for row in owners], device=device),
-            **self._before([row for row in group.members if self.rows[row].is_essence], len(second)),
+            before=self._before([row for row in group.members if self.rows[row].is_essence], len(second)),
         )
         return _Part(
             group,
@@ -395,20 +395,26 @@ class _Optimiser:
             owner=torch.tensor([0 if row is None else row.edit for row in owners], device=device),
         )
 
-    def _before(self, essences: Sequence[int], padding: int) -> dict[str, Tensor]:
+    def _before(self, essences: Sequence[int], padding: int) -> tuple[Tensor, Tensor] | None:
         """Return the distributions and entropies of some essence rows, and zeros behind them."""
-        if not essences:
-            empty = self.length.new_zeros(padding)
-            return {"probs": empty[:, None], "entropies": empty}
+        if not self.before or not essences:
+            return None
         probs, entropies = (torch.stack(each) for each in zip(*(self.before[row] for row in essences), strict=True))
-        return {"probs": pad(probs, (0, 0, 0, padding)), "entropies": pad(entropies, (0, padding))}
+        return pad(probs, (0, 0, 0, padding)), pad(entropies, (0, padding))
+
+    def _remember(self, part: _Part, before: tuple[Tensor, Tensor]) -> _Part:
+        """Keep the distributions of a part's essences, and return the part with them."""
+        essences = [row for row in part.group.members if self.rows[row].is_essence]
+        for row, distribution, entropy in zip(essences, *before, strict=False):
+            self.before[row] = distribution, entropy
+        return replace(part, losses=replace(part.losses, before=before))
 
     @torch.enable_grad()
-    def _evaluate(self, parts: Sequence[_Part], delta: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _evaluate(self, parts: list[_Part], delta: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return each edit's loss, (n,), its gradient, (n, d), if ``with_gradient``, and its misses, (n,).
 
         A miss is a target token that is not the greedy answer; they are counted if ``targets.stop`` is greedy. Rows of
-        edits that are not in ``parts`` are undefined.
+        edits that are not in ``parts`` are undefined. The first evaluation adds the essences' distributions to them.
         """
         variable = delta.clone().requires_grad_(True)
         shift = self._shift(variable)
@@ -417,14 +423,16 @@ class _Optimiser:
         missed = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
         function = self._with_gradient if with_gradient else self._losses
         key = (function.__name__, self.steering.layer, self.options.stop)
-        for part in parts:
+        for number, part in enumerate(parts):
             # One backward pass per chunk, so that the activations of only one chunk are held.
-            way = self._way()
-            each, misses, *gradient = way(key, function, part.losses, shift.detach()[part.edit])
+            results = self._way()(key, function, part.losses, shift.detach()[part.edit])
+            each, misses, *others = results
             loss.index_add_(0, part.owner, each)
             missed.index_add_(0, part.owner[: len(misses)], misses)
             if with_gradient:
-                upstream.index_add_(0, part.edit, gradient[0])
+                upstream.index_add_(0, part.edit, others.pop(0))
+            if others:
+                parts[number] = self._remember(part, (others[0], others[1]))
         (gradient,) = torch.autograd.grad((shift * upstream).sum() + decay.sum(), variable)
         return loss + decay.detach(), gradient, missed
 
@@ -432,25 +440,28 @@ class _Optimiser:
         """Return how to run a step; the model's own forward pass is never recorded."""
         return Eager() if self.steering.whole else self.engine.replays
 
-    def _with_gradient(self, losses: _Losses, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return :meth:`_losses` and the gradient of their sum with respect to ``offset``, (rows, d)."""
+    def _with_gradient(self, losses: _Losses, offset: Tensor) -> tuple[Tensor, ...]:
+        """Return :meth:`_losses` with the gradient of their sum with respect to ``offset``, (rows, d), as the third."""
         offset = offset.detach().requires_grad_(True)
-        each, misses = self._losses(losses, offset)
-        return each.detach(), misses, torch.autograd.grad(each.sum(), offset)[0]
+        each, misses, *before = self._losses(losses, offset)
+        return each.detach(), misses, torch.autograd.grad(each.sum(), offset)[0], *before
 
-    def _losses(self, losses: _Losses, offset: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, losses: _Losses, offset: Tensor) -> tuple[Tensor, ...]:
         """Return the weighted cross-entropies of target tokens and divergences of essences, and the misses.
 
         Misses, (t,), are 1 where another token is likelier than the target; empty unless ``targets.stop`` is greedy.
+        Where the essences' distributions are not known yet, they and their entropies follow.
         """
         logits = self.steering.logits(losses.chunk, offset, losses.head).to(offset.device)
         num_targets = len(losses.token)
         checked = losses.token[: num_targets if self.options.stop == "greedy" else 0]
         misses = ~greedy(logits.detach(), checked) & (losses.weight[: len(checked)] != 0)
-        probs = losses.probs if len(losses.probs) else logits.new_zeros(0, logits.shape[1])
+        known = losses.before is not None
+        probs, entropies = losses.before or _distributions(logits.detach()[num_targets:])
         nll = cross_entropies(logits, losses.token, probs)
-        nll = torch.cat([nll[:num_targets], nll[num_targets:] - losses.entropies])
-        return nll * losses.weight, misses.long()
+        nll = torch.cat([nll[:num_targets], nll[num_targets:] - entropies])
+        found = () if known or not len(entropies) else (probs, entropies)
+        return nll * losses.weight, misses.long(), *found
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -464,39 +475,6 @@ class _Optimiser:
             known[name] = steering.whole
         steering.whole = known[name]
 
-    def _head(self, group: Group) -> tuple[Tensor, Tensor]:
-        """Return the positions of the logits at the lookup tokens of a group's rows, padded rows included."""
-        members = [*group.members, *[group.members[0]] * (group.rows - len(group.members))]
-        columns = [self.steering.columns(row, [self.rows[row].text.lookup])[0] for row in members]
-        return positions(list(enumerate(columns)), self.initial.device)
-
-    @torch.no_grad()
-    def _remember(self, essences: Sequence[int]) -> None:
-        """Keep the distributions of essence rows at delta = 0."""
-        for group in self.steering.groups(essences):
-            probs, entropies = self._distributions(group)
-            for row, distribution, entropy in zip(group.members, probs, entropies, strict=False):
-                self.before[row] = distribution, entropy
-
-    def _distributions(self, group: Group) -> tuple[Tensor, ...]:
-        """Return the distributions at delta = 0 after the lookup tokens of a group and their entropies."""
-        empty = self.length.new_zeros(group.rows)
-        losses = _Losses(
-            chunk=self.steering.chunk(group),
-            head=self._head(group),
-            token=torch.zeros(0, dtype=torch.long, device=empty.device),
-            weight=empty,
-            probs=empty[:, None],
-            entropies=empty,
-        )
-        return self._way()(("before", self.steering.layer), self._at_zero, losses)
-
-    def _at_zero(self, losses: _Losses) -> tuple[Tensor, Tensor]:
-        zero = losses.chunk.hidden.new_zeros(len(losses.weight), self.initial.shape[1], dtype=torch.float32)
-        logits = self.steering.logits(losses.chunk, zero, losses.head)
-        probs = logits.log_softmax(dim=1).exp()
-        return probs, torch.logsumexp(logits, dim=1) - torch.linalg.vecdot(probs, logits)
-
     def _shift(self, delta: Tensor) -> Tensor:
         """Return the change of the residual stream by delta, (n, d).
 
@@ -507,6 +485,12 @@ class _Optimiser:
             return delta
         kind = next(self.norm.parameters()).dtype
         return self.norm((self.written + delta).to(kind)).float() - self.norm(self.written.to(kind)).float()
+
+
+def _distributions(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distributions of rows of ``logits``, (n, vocabulary), and their entropies, (n,)."""
+    probs = logits.log_softmax(dim=1).exp()
+    return probs, torch.logsumexp(logits, dim=1) - torch.linalg.vecdot(probs, logits)
 
 
 def _unused(heads: Sequence[tuple[int, int]], group: Group) -> Iterator[tuple[int, int]]:

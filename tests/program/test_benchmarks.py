@@ -24,24 +24,39 @@ def run(command: click.Command, out: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(out.read_text())["result"]
 
 
-SMALL = ("--shape", "tiny", "--device", "cpu", "--batch-size", "3", "--layers", "1,2", "--steps", "2")
+SMALL = ("--shapes", "tiny", "--device", "cpu", "--layers", "1,2", "--steps", "2")
 
 
 @pytest.fixture(scope="module")
 def small_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(gpu.main, tmp_path_factory.mktemp("gpu") / "gpu.json", *SMALL, "--batches", "1")
+    out = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    return run(gpu.main, out, *SMALL, "--batches", "1,3", "--ways", "shipped,eager,exact")
 
 
 def test_the_script_for_an_accelerator_runs_on_a_cpu(small_gpu: dict[str, Any]) -> None:
-    assert set(small_gpu["seconds_per_batch"]) == {"targets", "keys", "solve", "write"}
-    assert all(seconds > 0 for seconds in small_gpu["seconds_per_batch"].values())
-    assert small_gpu["edits_per_second"] == pytest.approx(3 / sum(small_gpu["seconds_per_batch"].values()))
-    assert 0 < small_gpu["target_flops"] < small_gpu["matrix_flops"]
-    assert small_gpu["peak_bytes"] is None
+    shape = small_gpu["shapes"]["tiny"]
+    assert [(row["way"], row["batch_size"]) for row in shape["rows"]] == [
+        ("shipped", 1),
+        ("shipped", 3),
+        ("eager", 3),
+        ("exact", 3),
+    ]
+    for row in shape["rows"]:
+        assert set(row["seconds_per_batch"]) == {"targets", "keys", "solve", "write"}
+        assert all(seconds > 0 for seconds in row["seconds_per_batch"].values())
+        expected = row["batch_size"] / sum(row["seconds_per_batch"].values())
+        assert row["edits_per_second"] == pytest.approx(expected)
+        assert row["speedup"] == pytest.approx(expected * shape["published_seconds"])
+        assert 0 < row["matrix_share"] < 1
+        assert row["peak_bytes"] is None
+    shipped, eager, exact = shape["rows"][1:]
+    assert shipped["padding"] == exact["padding"] < eager["padding"]
+    assert eager["engine"] == "eager, grouped-attention"
 
 
-def test_every_batch_but_the_first_stops_at_the_limit(tmp_path: Path) -> None:
-    assert run(gpu.main, tmp_path / "gpu.json", *SMALL, "--batches", "3", "--limit", "0")["batches"] == 1
+def test_nothing_is_started_after_the_limit(tmp_path: Path) -> None:
+    rows = run(gpu.main, tmp_path / "gpu.json", *SMALL, "--batches", "1,3", "--limit", "0")["shapes"]["tiny"]["rows"]
+    assert [row["batches"] for row in rows] == [1]
 
 
 def test_the_solves_agree(tmp_path: Path) -> None:
@@ -97,5 +112,5 @@ def test_every_result_that_is_kept_has_its_section() -> None:
 
 def test_fresh_results_have_their_section(small_gpu: dict[str, Any]) -> None:
     lines = list(SPEED["gpu"]({"result": small_gpu}))
-    assert lines[0] == "## tiny on cpu"
-    assert any(line.startswith("| edits per second |") for line in lines)
+    assert lines[0] == "## Real shapes on cpu"
+    assert sum(line.startswith("| tiny |") for line in lines) == 4
