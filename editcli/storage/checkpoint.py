@@ -200,7 +200,7 @@ def read_header(path: Path, *, folder: Path | None = None) -> dict[str, TensorEn
     for name, fields in header.items():
         if name != "__metadata__":
             entries[name] = _entry(path, name, fields, base, size)
-    _refuse_overlaps(path, entries.values())
+    _refuse_overlaps(path, entries.values(), base)
     stop = max((entry.stop for entry in entries.values()), default=base)
     if stop != size:
         raise ModelError(f"{path} is damaged: {size - stop:,} bytes follow its last tensor; copy the file again")
@@ -282,10 +282,15 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
-    """Raise where two tensors share bytes: editing one would change the other."""
+def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry], base: int) -> None:
+    """Raise where two tensors share bytes, since editing one would change the other, or bytes belong to none."""
     ordered = sorted((entry for entry in entries if entry.stop > entry.start), key=lambda entry: entry.start)
+    if ordered and ordered[0].start != base:
+        raise ModelError(f"{path} is damaged: bytes before its first tensor belong to none; copy the file again")
     for one, other in itertools.pairwise(ordered):
+        if other.start > one.stop:
+            names = f"{shorten(one.name)} and {shorten(other.name)}"
+            raise ModelError(f"{path} is damaged: bytes between {names} belong to no tensor; copy the file again")
         if other.start < one.stop:
             names = f"{shorten(one.name)} and {shorten(other.name)}"
             raise ModelError(f"{path} is damaged: {names} share bytes; copy the file again")
