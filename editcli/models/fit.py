@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +27,12 @@ from editcli.storage.choice import listed
 
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that torch multiplies matrices of; whatever else weights are stored in needs a rule of its own."""
+
+UNUSABLE = (
+    *(OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError, ArithmeticError),
+    SafetensorError,
+)
+"""What transformers and safetensors raise for a model folder that cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +155,7 @@ def _loaded_hollow(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[PreT
                 output_loading_info=True,
             )
     # Transformers raises many kinds of errors for an unusable checkpoint; the user can correct it.
-    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+    except UNUSABLE as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"transformers cannot load the checkpoint in {checkpoint.place}: {lines[0]}") from error
     return loaded, info

@@ -29,6 +29,7 @@ from editcli.models.architectures import Architecture, Family, resolve, skeleton
 from editcli.models.chat_settings import ChatSettings
 from editcli.models.fit import (
     COMPUTED,
+    UNUSABLE,
     Fit,
     examine,
     fit_of,
@@ -344,7 +345,7 @@ def _in_one_sentence(source: ModelSource, place: torch.device) -> Iterator[None]
             "--device-map auto"
         ) from error
     # Transformers and safetensors raise many kinds of errors for an unusable folder; the user can correct it.
-    except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, ArithmeticError) as error:
+    except UNUSABLE as error:
         raise ModelError(f"cannot load the model in {source.folder}: {first_line(error)}") from error
 
 

@@ -291,6 +291,7 @@ def read_header(path: Path, *, folder: Path | None = None) -> dict[str, TensorEn
         if name != "__metadata__":
             entries[name] = _entry(path, name, fields, base, size)
     refuse_overlaps(path, entries.values())
+    _refuse_gaps(path, entries.values(), base)
     stop = max((entry.stop for entry in entries.values()), default=base)
     if stop != size:
         raise ModelError(f"{path} is damaged: {size - stop:,} bytes follow its last tensor; copy the file again")
@@ -374,11 +375,26 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
     """Raise where two tensors share bytes: editing one would change the other."""
-    ordered = sorted((entry for entry in entries if entry.stop > entry.start), key=lambda entry: entry.start)
-    for one, other in itertools.pairwise(ordered):
+    for one, other in itertools.pairwise(_in_order(entries)):
         if other.start < one.stop:
             names = f"{shorten(one.name)} and {shorten(other.name)}"
             raise ModelError(f"{path} is damaged: {names} share bytes; copy the file again")
+
+
+def _refuse_gaps(path: Path, entries: Iterable[TensorEntry], base: int) -> None:
+    """Raise where bytes from ``base`` on belong to no tensor, which the format forbids."""
+    ordered = _in_order(entries)
+    if ordered and ordered[0].start != base:
+        raise ModelError(f"{path} is damaged: bytes before its first tensor belong to none; copy the file again")
+    for one, other in itertools.pairwise(ordered):
+        if other.start > one.stop:
+            names = f"{shorten(one.name)} and {shorten(other.name)}"
+            raise ModelError(f"{path} is damaged: bytes between {names} belong to no tensor; copy the file again")
+
+
+def _in_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
+    """Return the tensors that have any bytes, as they lie in the file."""
+    return sorted((entry for entry in entries if entry.stop > entry.start), key=lambda entry: entry.start)
 
 
 def _loads_what_the_index_names() -> bool:

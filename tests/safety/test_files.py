@@ -41,6 +41,8 @@ HOSTILE = {
     "huge length": struct.pack("<Q", 1 << 63) + b"{}",
     "length beyond the file": struct.pack("<Q", 3) + b"{}",
     "overlap": header_bytes({"x": tensor(0, 4), "y": tensor(0, 4)}, bytes(8)),
+    "bytes before the first tensor": header_bytes({"x": tensor(4, 8)}, bytes(8)),
+    "bytes between two tensors": header_bytes({"x": tensor(0, 4), "y": tensor(8, 12)}, bytes(12)),
     "partial overlap": header_bytes({"x": tensor(0, 8, shape=(2,)), "y": tensor(4, 8)}, bytes(8)),
     "negative": header_bytes({"x": tensor(-4, 0)}, bytes(8)),
     "backwards": header_bytes({"x": tensor(4, 0)}, bytes(8)),
