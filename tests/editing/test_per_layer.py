@@ -1,4 +1,4 @@
-"""``targets.per_layer``: the first and the last layer alone, each with a target of its edited (BLUE, arXiv 2502.03748)."""
+"""``targets.per_layer``: the first and the last layer alone, each with its own target (BLUE, arXiv 2502.03748)."""
 
 from __future__ import annotations
 

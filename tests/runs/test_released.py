@@ -41,7 +41,8 @@ def batches(out: str) -> list[BatchRecord]:
 
 
 def stream(out: str | None, choices: dict[str, Any], *edits: list[dict[str, Any]], resume: bool = False) -> Any:
-    with editcli.EditStream(out, **choices, **({"resume": True} if resume else {})) as opened:
+    choices = {**choices, "resume": True} if resume else choices
+    with editcli.EditStream(out, **choices) as opened:
         for batch in edits:
             opened.apply(batch)
         return {name: part.clone() for name, part in opened.model.state_dict().items()}
