@@ -84,9 +84,13 @@ class Counted:
     """A layout that counts the shapes of its groups and their padding."""
 
     def __init__(self, layout: Layout):
-        self.layout, self.setup, self.patience = layout, layout.setup, layout.patience
+        self.layout, self.patience = layout, layout.patience
         self.shapes: set[tuple[int, int]] = set()
         self.real = self.computed = 0
+
+    def allowance(self, block: int) -> float:
+        """Return the layout's allowance."""
+        return self.layout.allowance(block)
 
     def groups(self, widths: Sequence[int], *, allowance: float, most: int) -> list[Group]:
         """Return the groups of the layout."""
@@ -121,8 +125,8 @@ def ways() -> dict[str, Callable[[LoadedModel], Engine]]:
 
 
 @contextmanager
-def compiled(model: nn.Module, mlps: Sequence[nn.Module]) -> Iterator[None]:
-    """Run a model's MLPs through torch.compile, whose kernels join the operations between two products."""
+def compiled(mlps: Sequence[nn.Module]) -> Iterator[None]:
+    """Run MLPs through torch.compile, whose kernels join the operations between two products."""
     with ExitStack() as stack:
         for mlp in mlps:
             stack.enter_context(replaced_forward(mlp, torch.compile(mlp.forward, dynamic=True)))
@@ -136,6 +140,8 @@ class Bench:
     session: ModelSession
     device: torch.device
     grams: dict[Site, InverseGram] = field(default_factory=dict)
+    compiled: Sequence[nn.Module] = ()
+    """MLPs that run through torch.compile while targets are optimised."""
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
     def prepare(self) -> None:
@@ -146,7 +152,9 @@ class Bench:
 
     def batch(self, edits: Sequence[EditRequest]) -> None:
         """Write one batch as the program does, one phase after the other."""
-        values = self._timed("targets", lambda: self.session.values(edits))
+        # Compiled modules call no hooks, which the keys are read by.
+        with compiled(self.compiled):
+            values = self._timed("targets", lambda: self.session.values(edits))
         for site in self.session.sites:
             problem = self._timed("keys", lambda site=site: self._read(edits, site, values))
             update = self._timed("solve", lambda site=site, problem=problem: self._solve(site, problem))
@@ -275,20 +283,21 @@ class Script:
         if self.device.type != "cpu":
             torch.get_device_module(self.device).empty_cache()
         reset_peak(self.device)
-        blocks = range(loaded.architecture.layers)
-        mlps = [loaded.architecture.mlp(layer) for layer in blocks] if way == "compiled" else []
-        with compiled(loaded.model, mlps):
-            if size < LARGE:
-                bench.batch(edits[:size])
-            bench.spent = dict.fromkeys(PHASES, 0.0)
-            done = 0
-            while done < rounds and (done == 0 or not self.over):
-                done += 1
-                bench.batch(edits[done * size : (done + 1) * size])
-            spent = dict(bench.spent)
-            # The peak of a profile is not that of the program.
-            peak, reserved = (memory(self.device, f"max_memory_{kind}") for kind in ("allocated", "reserved"))
-            share = self._busy(bench, edits[-size:]) if busy else None
+        last = loaded.architecture.layers - 1
+        above = range(session.layers[-1] + 1, last)
+        # The last one is cut to the positions that are read, in a way of its own.
+        bench.compiled = [loaded.architecture.mlp(layer) for layer in above] if way == "compiled" else ()
+        if size < LARGE:
+            bench.batch(edits[:size])
+        bench.spent = dict.fromkeys(PHASES, 0.0)
+        done = 0
+        while done < rounds and (done == 0 or not self.over):
+            done += 1
+            bench.batch(edits[done * size : (done + 1) * size])
+        spent = dict(bench.spent)
+        # The peak of a profile is not that of the program.
+        peak, reserved = (memory(self.device, f"max_memory_{kind}") for kind in ("allocated", "reserved"))
+        share = self._busy(bench, edits[-size:]) if busy else None
         session.engine.replays.clear()
         per_second = done * size / sum(spent.values())
         work = self.steps * bench.target_operations(edits[size : 2 * size]) * done
@@ -316,13 +325,14 @@ class Script:
         session, all_steps = bench.session, bench.session.options
         # Few steps, because a profile keeps every kernel.
         session.options = replace(all_steps, steps=PROFILED)
-        session.values(edits)
-        started = now(self.device)
-        session.values(edits)
-        seconds = now(self.device) - started
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        with compiled(bench.compiled):
             session.values(edits)
-            now(self.device)
+            started = now(self.device)
+            session.values(edits)
+            seconds = now(self.device) - started
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                session.values(edits)
+                now(self.device)
         session.options = all_steps
         events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
         total = sum(event.self_device_time_total for event in events)

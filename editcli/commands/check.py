@@ -107,8 +107,7 @@ def check(
         system=system,
         template_args=template_args,
         trust_remote_code=trust_remote_code,
-    )
-    recipe.check(plugins)
+    ).resolved(plugins)
     source = planning.located(recipe, weights=False)
     base = planning.described(recipe, source, plugins)
     if has_weights(source.folder) and (source.commit is None or is_fetched(source.folder)):

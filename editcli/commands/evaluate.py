@@ -202,7 +202,7 @@ def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
         return None if recipe.base is None else resolve_model(recipe.base, code=code)
     history = read_history(source.folder)
     places = history.bases if history is not None else ()
-    base = first_model(places, code=code)
+    base = first_model(places, code=code, convert=history is not None and history.converts)
     if base is not None:
         return base
     known = f"its base {places[0]} is not where it was" if places else "it records no base"

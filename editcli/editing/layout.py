@@ -40,9 +40,8 @@ class Group:
 class Layout(Protocol):
     """A policy for one kind of device."""
 
-    @property
-    def setup(self) -> float:
-        """Multiplications with weights that cost as much as the overhead of one call of a block."""
+    def allowance(self, block: int) -> float:
+        """Return the tokens whose work costs as much as one more call of a block of ``block`` weights."""
         ...
 
     @property
@@ -72,7 +71,12 @@ class Exact:
     """No more padding than the widest row of a chunk asks for."""
 
     setup: float = 60e6
+    """Multiplications with weights that cost as much as the overhead of one call of a block."""
     patience: int = 1
+
+    def allowance(self, block: int) -> float:
+        """Return the overhead of a call over the multiplications of a token."""
+        return self.setup / block
 
     def groups(self, widths: Sequence[int], *, allowance: float, most: int) -> list[Group]:
         """Let a narrower row join a group while the padding that this costs is less work than another call."""
@@ -105,9 +109,16 @@ class Bucketed:
     """Rows, columns, past columns and logits in few sizes."""
 
     setup: float = 8e10
+    """The same; a block's kernels are issued again for every call."""
+    rest: float = 2e7
+    """Weights whose products cost as much per token as a block's other operations, which are many for a small block."""
     patience: int = 4
     worth: float = 0.4
     """Rows are laid out anew where that leaves at most this share of the work."""
+
+    def allowance(self, block: int) -> float:
+        """Return the overhead of a call over the work of a token."""
+        return self.setup / (block + self.rest)
 
     def groups(self, widths: Sequence[int], *, allowance: float, most: int) -> list[Group]:
         """Choose the sizes of columns that cost least, then fill pieces of few sizes, the widest rows first."""

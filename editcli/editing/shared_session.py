@@ -83,14 +83,16 @@ class TeamSession(ModelSession):
         *,
         positions: Literal["target", "all"] = "target",
         trial: Mapping[Site, Tensor] | None = None,
+        ended: bool = False,
     ) -> Gradients:
         """Run one forward and backward pass of this rank's share and return what all ranks saw."""
         share = self.team.share(self._weigh(requests))
         if self.team.parts == 1 or not requests:
-            return super().gradients(requests, positions=positions, trial=trial)
+            return super().gradients(requests, positions=positions, trial=trial, ended=ended)
         tensors: list[Tensor] = []
         if share:
-            measured = super().gradients([requests[item] for item in share], positions=positions, trial=trial)
+            some = [requests[item] for item in share]
+            measured = super().gradients(some, positions=positions, trial=trial, ended=ended)
             numbers = torch.tensor(share)
             tensors = [numbers, measured.loss]
             for site in self.sites:

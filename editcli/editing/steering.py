@@ -78,7 +78,7 @@ class Steering:
         self.apart = apart
         """Whether the model's attention reads past and new keys where they lie."""
         self.layout = layout or layout_for(torch.device(loaded.input_device).type)
-        self.allowance = self.layout.setup / self._block_size()
+        self.allowance = self.layout.allowance(self._block_size())
         """Tokens of padding that cost as much as one more call of a block."""
         self._from_lookup = cached and self._cacheable()
         cache = encode(loaded, self._begun(), self._stems(), budget=self._tokens())

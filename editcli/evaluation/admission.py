@@ -56,8 +56,8 @@ class Gate:
         tokens, longest = len(encoded.target_ids), self.targets.longest
         if longest is not None and tokens > longest:
             raise request.refusal(
-                f"the target has {tokens} tokens, and {self.editor.name} asks one value for {longest} at most; raise "
-                f"targets.longest{others}"
+                f"the target has {tokens} tokens, and {self.editor.name} writes at most {longest} with one value; "
+                f"raise targets.longest{others}"
             )
         limit, length = self.tokens.max_length, len(encoded.ids) + self.targets.prefix_tokens + ROOM
         if limit is not None and self.targets.prefixes and length > limit:

@@ -116,20 +116,20 @@ def grouped(
         )
     key_heads, past = key.shape[1], getattr(key, PAST, None)
     shared = (rows, key_heads, heads // key_heads * tokens)
-    queries = query.reshape(*shared, width)
+    # Scaled before the products, which are many times as many.
+    queries = (query * (width**-0.5 if scaling is None else scaling)).reshape(*shared, width)
     products = torch.matmul(queries, key.transpose(-1, -2))
     if past is not None:
         products = torch.cat([torch.matmul(queries, past.transpose(-1, -2)), products], dim=-1)
     columns = products.shape[-1]
-    scores = products.view(rows, key_heads, heads // key_heads, tokens, columns).float()
-    scores = scores * (width**-0.5 if scaling is None else scaling)
+    scores = products.view(rows, key_heads, heads // key_heads, tokens, columns)
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if causal and tokens > 1:
             attention_mask = torch.ones(tokens, columns, dtype=torch.bool, device=query.device).tril()[None, None]
     if attention_mask is not None:
         scores = _masked(scores, attention_mask[..., :columns])
-    weights = scores.softmax(dim=-1).to(value.dtype).view(*shared, columns)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype).view(*shared, columns)
     if past is None:
         mixed = torch.matmul(weights, value)
     else:

@@ -1,35 +1,25 @@
 """The sizes to which an accelerator's tensors are padded, so that few shapes occur: each new shape costs preparation.
 
-Rows come in fours of each other and columns in steps of a third to a half: a row is a whole text, and many rows can be
-split into several pieces, but a text that is wider than its piece cannot.
+Few rows come in fours of each other, many in equal steps, and columns in steps of a third to a half: many rows can be
+split into several pieces, but a text cannot.
 """
 
 from __future__ import annotations
 
-ROWS = 16
-"""The smallest number of rows beyond a single one; the next sizes are 4 times the one before."""
-
-
+ROWS = (1, 16, 64, 256)
+"""The smallest numbers of rows; the next sizes are multiples of the last."""
 STEP = 32
 """Long texts are padded to multiples of this."""
 
 
 def row_size(count: int) -> int:
-    """Return the smallest size of 1, 16, 64, 256, ... that holds ``count`` rows."""
-    size = 1 if count <= 1 else ROWS
-    while size < count:
-        size *= 4
-    return size
+    """Return the smallest size of 1, 16, 64, 256, 512, 768, ... that holds ``count`` rows."""
+    return next((size for size in ROWS if size >= count), -(-count // ROWS[-1]) * ROWS[-1])
 
 
 def row_size_within(count: int) -> int:
-    """Return the largest size of 1, 16, 64, 256, ... that is at most ``count``, which is at least 1."""
-    if count < ROWS:
-        return 1
-    size = ROWS
-    while size * 4 <= count:
-        size *= 4
-    return size
+    """Return the largest size of 1, 16, 64, 256, 512, 768, ... that is at most ``count``, which is at least 1."""
+    return max(size for size in (*ROWS, count // ROWS[-1] * ROWS[-1]) if size <= count)
 
 
 def column_size(count: int) -> int:

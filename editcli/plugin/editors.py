@@ -9,8 +9,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from editcli.errors import StateError
 from editcli.plugin.interfaces import Editor, Problem, Session, Site, State, Update
+from editcli.plugin.saved import SavedState
 from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
@@ -90,20 +90,17 @@ class InverseGramEditor(Editor):
         return State({f"{module}.inverse_gram": gram.matrix for module, gram in self.memory.items()})
 
     def load_state(self, session: Session, state: State) -> None:
-        """Take Q back bit by bit; an editor that does not remember is prepared again from the statistics."""
+        """Take Q back bit by bit; an editor that does not remember is prepared again from the statistics.
+
+        Raises :class:`StateError` where a Q is missing or is not (d_in, d_in) finite numbers.
+        """
         from editcli.plugin.leastsquares import InverseGram
 
         if not self.remembers:
             self.prepare(session)
             return
+        saved = SavedState(self.name, state)
         for site in session.sites:
-            matrix = state.tensors.get(f"{site.module}.inverse_gram")
-            if matrix is None:
-                raise StateError(f"the saved state of {self.name} has nothing for {site.module}; start a new run")
             size = session.weight(site).shape[1]
-            if matrix.shape != (size, size) or not matrix.is_floating_point():
-                raise StateError(
-                    f"the saved state of {self.name} for {site.module} is {matrix.dtype} {tuple(matrix.shape)} in "
-                    f"place of numbers {size} x {size}; restore it from a backup"
-                )
+            matrix = saved.tensor(f"{site.module}.inverse_gram", (size, size))
             self.memory[site.module] = InverseGram(matrix.to(session.device), site.module, session.reporter)

@@ -286,6 +286,14 @@ class Session(Protocol):
         """
         ...
 
+    def gradient_moment(self, site: Site) -> Tensor:
+        """Return B = E[g g^T], (d_out, d_out) float64, of the unedited model; raises after the first write.
+
+        g is the gradient of the reference text's summed cross-entropy with respect to the projection's output, so
+        that C and B are the factors of that loss's curvature in W (K-FAC).
+        """
+        ...
+
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return the eigenvalues of C, (d_in,) ascending, and its eigenvectors, (d_in, d_in), in float64.
 
@@ -311,6 +319,7 @@ class Session(Protocol):
         *,
         positions: Literal["target", "all"] = "target",
         trial: Mapping[Site, Tensor] | None = None,
+        ended: bool = False,
     ) -> Gradients:
         """Run one forward and backward pass of the targets' cross-entropy, on bare prompts; writes nothing.
 
@@ -318,7 +327,8 @@ class Session(Protocol):
         ``positions`` chooses the columns: ``"target"`` those whose output predicts a token of the target (the
         prompt's last token up to the target's last but one), ``"all"`` every token of prompt and target that is not
         padding, so that dL/dW = gradients @ inputs.T. ``trial`` maps sites to (d_out, d_in) weights that stand in
-        for the current ones during this pass only; other sites keep theirs. Columns come edit by edit, left to right.
+        for the current ones during this pass only; other sites keep theirs. ``ended`` appends the tokenizer's end of
+        text to every target, where it has one. Columns come edit by edit, left to right.
         """
         ...
 

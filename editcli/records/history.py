@@ -52,6 +52,11 @@ class History:
         return self.record.provenance.base.places if self.record else ()
 
     @property
+    def converts(self) -> bool:
+        """Whether the user let the base be converted from pickle files."""
+        return self.record is not None and self.record.recipe.get("convert_bin") is True
+
+    @property
     def saved_sites(self) -> tuple[RecordedSite, ...]:
         """The edited matrices as the finished run recorded them."""
         return (self.record and self.record.sites) or ()

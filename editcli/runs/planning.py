@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from editcli.distributed.team import Team
 from editcli.editing.session import ModelSession, PilotSource
@@ -49,6 +50,7 @@ from editcli.settings.core import StatisticsOptions, TargetOptions
 from editcli.settings.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.settings.recipe import Recipe
 from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.folders import may_write
 
 DEFAULT_EDITOR = "rlsedit"
 DEFAULT_BATCH = 100
@@ -153,10 +155,13 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     # An output or a configuration that cannot be used is refused before weights are fetched.
     source = located(recipe, weights=False)
     check_output(recipe, source)
+    if recipe.convert_bin:
+        source = located(recipe)
     before = made(recipe, plugins)
     recipe = before.complete(recipe) if before else recipe
     base = described(recipe, source, plugins)
-    located(recipe)
+    if source.converted is None:
+        located(recipe)
     warn_of_thinking(base.tokens, reporter)
     check_fit(base.checkpoint, base.model, reporter)
     planned = replace(plan_on(base, recipe, plugins, file, before=before), model_bytes=needed_bytes(base.checkpoint))
@@ -229,7 +234,13 @@ def _measured_seconds(planned: Planned, reporter: Reporter) -> float:
 
 def located(recipe: Recipe, *, weights: bool = True) -> ModelSource:
     """Return where the model of a recipe lies, fetched when it is a hub id."""
-    return resolve_model(recipe.model, revision=recipe.revision, weights=weights, code=recipe.trust_remote_code)
+    return resolve_model(
+        recipe.model,
+        revision=recipe.revision,
+        weights=weights,
+        code=recipe.trust_remote_code,
+        convert=recipe.convert_bin,
+    )
 
 
 def warn_of_thinking(tokens: Tokens, reporter: Reporter) -> None:
@@ -350,8 +361,13 @@ def choose_sites(
     elif per_layer and editor.needs_values:
         sites = tuple(dict.fromkeys((sites[0], sites[-1])))
     for site in sites:
-        checkpoint.tensor_for(f"{site.module}.weight")
+        checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"), save_dtype(recipe))
     return sites
+
+
+def save_dtype(recipe: Recipe) -> torch.dtype | None:
+    """Return the type in which edited weights are to be saved; None for the checkpoint's own."""
+    return None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype)
 
 
 def gate_of(recipe: Recipe, base: LoadedModel, plugins: Plugins) -> Gate:
@@ -421,7 +437,8 @@ def check_output(recipe: Recipe, source: ModelSource) -> None:
         raise StateError(f"{out} is a symbolic link to {out.readlink()}; pass the folder itself as --out")
     if out.exists() and not out.is_dir():
         raise StateError(f"{out} is a file; choose another --out")
-    if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:
+    folder = (source.folder if source.converted is None else source.converted.origin).resolve()
+    if out.resolve() == folder or out.resolve() in folder.parents:
         raise StateError(f"{out} holds the base model itself; choose another --out")
     if recipe.resume and not (run.is_run or run.is_fresh):
         raise StateError(f"{out} is not a run of editcli, so there is nothing to resume; leave out --resume")
@@ -434,7 +451,7 @@ def check_output(recipe: Recipe, source: ModelSource) -> None:
     parent = _existing(out)
     if not parent.is_dir():
         raise StateError(f"{out} cannot be made: {parent} is a file; choose another --out")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not may_write(parent):
         raise StateError(f"{out} cannot be written: no permission in {parent}; choose another --out")
 
 
@@ -464,7 +481,6 @@ def clock_of(places: Iterable[Path], team: Team) -> str:
 def _recorded_clock(folder: Path) -> str | None:
     """Return the time that a run's chat template read; None where there is no run or no such time."""
     recipe = recorded_recipe(RunFolder(folder))
-    # If a time was lost with a damaged record, the stream's settings refuse to continue.
     return None if recipe is None else recipe.template_clock
 
 

@@ -9,7 +9,6 @@ together, given back together.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from editcli.editing import feedback
 from editcli.editing.pipeline import Written, commit, edit_batch, lost_again
 from editcli.editing.session import ModelSession
 from editcli.errors import PluginError, StateError
+from editcli.formatting import finite
 from editcli.heap import give_back
 from editcli.linalg.ratios import jump, ratio
 from editcli.plugin.interfaces import (
@@ -44,13 +44,6 @@ from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.runs.remembered import RememberedKeys
 from editcli.settings.guards import Guard, refuse_nonfinite, with_default
-
-
-def finite(value: Any) -> Any:
-    """Return figures as JSON can hold them: one that is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +115,7 @@ class Stack:
                 continue
             try:
                 part.load_state(session, state)
-            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            except UNFIT as error:
                 raise StateError(
                     f"{name} cannot take its state from the snapshot ({error}); restore it from a backup"
                 ) from error
@@ -130,6 +123,8 @@ class Stack:
         session.forget_moments()
 
 
+UNFIT = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
+"""What a component may raise at a state that is not the one that it saved, besides :class:`StateError`."""
 CHECKPOINT_SHARE = 0.05
 """Largest share of a run's time that snapshots may take when their spacing is left to the program."""
 
@@ -482,6 +477,8 @@ class Stream:
         consumed = consume(self.position.consumed, requests)
         entry = replace(report, segment=segment, sha256=digest, consumed=consumed, weights=weights)
         line = journal_line(entry, self.position.line)
+        if self.writes:
+            self.folder.refuse_full(line)
         position = Position(entry.step, entry.sequence, consumed, line, [*self.position.requests, *requests])
         if self._due(report.step):
             self._snapshot(position)

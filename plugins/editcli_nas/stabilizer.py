@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,10 +14,10 @@ from editcli.plugin import (
     EditRequest,
     NumericalError,
     OptionError,
+    SavedState,
     Session,
     Stabilizer,
     State,
-    StateError,
     Values,
     option,
 )
@@ -30,6 +30,24 @@ BATCH = 32
 """Pilots of the first batch, the fewest that an anchor rests on; later batches are multiples of it."""
 PRECISION = 0.01
 """Standard error, as a share of the anchor, at which no more pilots are needed."""
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a snapshot holds."""
+
+    anchor: float
+    pilots: int
+    source: str
+    error: float | None = None
+    layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """The same figures by layer, where each has an anchor of its own."""
+
+    def __post_init__(self) -> None:
+        if not (self.anchor > 0 and self.pilots >= 0 and (self.error is None or self.error >= 0)):
+            raise ValueError("anchor must be greater than 0, and error and pilots must not be negative")
+        if not all((figures.get("anchor") or 0.0) > 0 for figures in self.layers.values()):
+            raise ValueError("every layer's anchor must be greater than 0")
 
 
 class Nas(Stabilizer):
@@ -140,16 +158,16 @@ class Nas(Stabilizer):
         return State(json={**self._figures(), "source": self.source, **layers})
 
     def load_state(self, session: Session, state: State) -> None:
-        saved = state.json or _earlier(state.tensors)
-        if not {"anchor", "pilots", "source"} <= set(saved):
-            raise StateError("the saved state of nas has no anchor; start a new run")
-        error = saved.get("error")
-        self.anchor, self.error = saved["anchor"], math.inf if error is None else error
-        self.pilots, self.source = saved["pilots"], saved["source"]
-        self.layers = saved.get("layers", {})
-        lacking = [stage.sites[-1].module for stage in session.stages] if self.layers else []
-        if any(module not in self.layers for module in lacking):
-            raise StateError("the saved state of nas lacks the anchor of a layer; start a new run")
+        saved = SavedState(self.name, state)
+        if "anchor" in saved:
+            saved = SavedState(self.name, State(json=_earlier(saved)))
+        figures = saved.fields(_Saved)
+        self.anchor, self.error = figures.anchor, math.inf if figures.error is None else figures.error
+        self.pilots, self.source = figures.pilots, figures.source
+        self.layers = dict(figures.layers)
+        stages = [stage.sites[-1].module for stage in session.stages] if self.layers else []
+        if any(module not in self.layers for module in stages):
+            raise saved.refusal("the anchor of a layer is missing")
 
     def _figures(self) -> dict[str, Any]:
         return {"anchor": self.anchor, "error": self._error, "pilots": self.pilots}
@@ -166,14 +184,17 @@ class Nas(Stabilizer):
         return {**whole, **layers}
 
 
-def _earlier(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _earlier(saved: SavedState) -> dict[str, Any]:
     """Return the state that earlier versions saved as tensors, the text as UTF-8 bytes."""
-    if not {"anchor", "pilots", "source"} <= set(tensors):
-        return {}
-    # Runs that began before the error was measured have none.
-    error = float(tensors["error"]) if "error" in tensors else None
-    source = bytes(tensors["source"].tolist()).decode()
-    return {"anchor": float(tensors["anchor"]), "error": error, "pilots": int(tensors["pilots"]), "source": source}
+    # Runs that began before the error was measured have none; after a single pilot it was infinite.
+    error = saved.state.tensors.get("error")
+    finite = error is not None and bool(error.isfinite().all())
+    return {
+        "anchor": float(saved.tensor("anchor", ())),
+        "pilots": saved.count("pilots"),
+        "source": bytes(saved.tensor("source", (None,), types=("uint8",)).tolist()).decode("utf-8", "replace"),
+        "error": float(saved.tensor("error", ())) if finite else None,
+    }
 
 
 def _missing(count: int, error: float) -> int:

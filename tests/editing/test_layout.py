@@ -52,6 +52,11 @@ def test_an_accelerator_sees_sizes_only(widths: list[int], allowance: float) -> 
         assert layout.logits(len(group.members), group) >= len(group.members)
 
 
+def test_an_allowance_counts_calls_in_tokens() -> None:
+    assert Exact(setup=6e7).allowance(2_000_000) == 30
+    assert Bucketed(setup=8e10, rest=2e7).allowance(20_000_000) == 2000
+
+
 @given(count=st.integers(1, 5000))
 def test_sizes_hold_what_they_are_for(count: int) -> None:
     for size in (row_size, column_size, power_of_two):
@@ -72,7 +77,7 @@ def test_a_stream_of_a_thousand_edits_has_few_shapes_and_little_padding() -> Non
     layout, generator = Bucketed(), random.Random(0)
     widths = [width for width, count in COUNTS.items() for _ in range(count)]
     generator.shuffle(widths)
-    allowance, shapes, real, computed = layout.setup / 218e6, set[tuple[int, int]](), 0, 0
+    allowance, shapes, real, computed = layout.allowance(218_000_000), set[tuple[int, int]](), 0, 0
     for start in range(0, 1000, 100):
         edits = widths[start : start + 100]
         ends = [generator.randint(6, 25) for _ in edits]
@@ -124,7 +129,7 @@ def twice(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...
 def accelerated(loaded: LoadedModel, *, setup: float = 1e4) -> Engine:
     """Return the engine of an accelerator on the CPU, with a recorder that computes; no graph is captured here."""
     replays = Recorded(loaded.model, twice, name="recorded")
-    return Engine(loaded, Bucketed(setup=setup), replays, quick=True)
+    return Engine(loaded, Bucketed(setup=setup, rest=0.0), replays, quick=True)
 
 
 def values(loaded: LoadedModel, facts: Sequence[EditRequest], options: TargetOptions, engine: Engine) -> list[Tensor]:
