@@ -101,12 +101,12 @@ class Segment:
 
     def remembered(self, modules: Iterable[str], column: int) -> dict[str, Tensor]:
         """Return the keys by which an edit was remembered, (d_in,) by module; raise :class:`StateError`."""
-        found = {}
+        edits, columns = len(self.requests), {}
         for module in modules:
-            held = self._keys(module, "held", (None, len(self.requests)))
-            keys = _matrix(self.tensors, f"{module}.keys", (None, len(self.requests)), self.name)
-            found[module] = (keys if held is None else held)[:, column]
-        return found
+            held = self._keys(module, "held", (None, edits))
+            keys = _matrix(self.tensors, f"{module}.keys", (None, edits), self.name) if held is None else held
+            columns[module] = keys[:, column]
+        return columns
 
     def _keys(self, module: str, name: str, shape: Sequence[int | None]) -> Tensor | None:
         """Return keys that only some segments hold."""

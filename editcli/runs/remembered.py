@@ -41,9 +41,9 @@ class RememberedKeys:
         self._note(report)
         if self._here is None:
             return
-        kept = {site.module: problem.remembered.cpu() for site, problem in problems.items()}
+        parts = {site.module: problem.remembered.cpu() for site, problem in problems.items()}
         for column, request in enumerate(requests):
-            self._here[request.id] = {module: keys[:, column].clone() for module, keys in kept.items()}
+            self._here[request.id] = {module: keys[:, column].clone() for module, keys in parts.items()}
 
     def outdated(self, requests: Sequence[EditRequest]) -> list[Outdated]:
         """Return the edits that ``requests`` contradict and whose keys are still in the memory; the same on every rank.
@@ -67,10 +67,10 @@ class RememberedKeys:
     def _read(self, pairs: Sequence[Superseded]) -> list[Tensor]:
         """Return the keys of the contradicted edits for each matrix, (d_in, m)."""
         if self._here is not None:
-            found = [self._here[one.request.id] for one in pairs]
+            edits = [self._here[one.request.id] for one in pairs]
         else:
-            found = [self._recorded(one.request.id) for one in pairs]
-        return [torch.stack([keys[module] for keys in found], dim=1) for module in self._modules]
+            edits = [self._recorded(one.request.id) for one in pairs]
+        return [torch.stack([keys[module] for keys in edits], dim=1) for module in self._modules]
 
     def _recorded(self, edit: str) -> Mapping[str, Tensor]:
         report = self._reports[edit]

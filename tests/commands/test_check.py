@@ -112,7 +112,7 @@ def test_long_targets_and_plain_questions_are_refused_with_the_editors_that_take
     lines = "\n".join(["Rome is in Italy and Paris is in France"] * 9)
     path = file({"target_new": lines}, {"prompt": "The capital is", "subject": None})
     long, plain = check(path, model=model).rejected
-    assert "targets.longest=100" in str(long)
+    assert "at most 100 with one value; raise targets.longest" in str(long)
     for error, named in ((long, "optimises no targets"), (plain, "needs none")):
         assert f"{named}: " in str(error)
         assert all(f"--editor {name}" in str(error) for name in ("ft", "ultraedit"))

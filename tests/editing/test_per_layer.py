@@ -1,4 +1,4 @@
-"""``targets.per_layer``: the first and the last layer alone, each with a target of its own (BLUE, arXiv 2502.03748)."""
+"""``targets.per_layer``: the first and the last layer alone, each with its own target (BLUE, arXiv 2502.03748)."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def key(loaded: LoadedModel, request: EditRequest, layer: int) -> Tensor:
 
 def test_a_batch_is_the_papers_procedure(folder: Path) -> None:
     """For l in order: the target of l on the model as written so far, the whole residual, one least-squares update."""
-    own = session(folder)
-    written = write(own, Memit(Memit.Options(mom2_update_weight=WEIGHT)))
+    edited = session(folder)
+    written = write(edited, Memit(Memit.Options(mom2_update_weight=WEIGHT)))
     loaded = opened(folder)
     for layer in (0, 2):
         targets = [plain_target(loaded, request, PREFIXES, layer, OPTIONS).target for request in REQUESTS]
@@ -95,26 +95,26 @@ def test_a_batch_is_the_papers_procedure(folder: Path) -> None:
 
 
 def test_every_stage_counts_its_targets_and_what_is_known_is_known_before_the_first(folder: Path) -> None:
-    own = session(folder, options=replace(OPTIONS, stop_loss=1e9))
-    written = write(own, Memit(), Revive())
+    edited = session(folder, options=replace(OPTIONS, stop_loss=1e9))
+    written = write(edited, Memit(), Revive())
     assert written.targets == {"optimised": 2 * len(REQUESTS), "reached": 2 * len(REQUESTS), "clamped": 0}
     assert written.already_true == tuple(request.id for request in REQUESTS)
-    assert all(torch.equal(own.weight(site), own.baseline(site)) for site in own.sites)
+    assert all(torch.equal(edited.weight(site), edited.baseline(site)) for site in edited.sites)
 
 
 def test_nas_has_an_anchor_for_every_layer(folder: Path) -> None:
-    own, nas = session(folder), Nas()
-    written = write(own, Memit(), nas)
+    edited, nas = session(folder), Nas()
+    written = write(edited, Memit(), nas)
     alone = {}
-    for site in own.sites:
+    for site in edited.sites:
         single = Nas()
         single.prepare(session(folder, (site.layer,), replace(OPTIONS, per_layer=False)))
         alone[site.module] = single.anchor
     assert {module: figures["anchor"] for module, figures in nas.layers.items()} == pytest.approx(alone)
-    assert len(set(alone.values())) == len(own.sites)
+    assert len(set(alone.values())) == len(edited.sites)
     assert set(nas.record()["layers"]) == set(alone)
     resumed = Nas()
-    resumed.load_state(own, nas.state())
+    resumed.load_state(edited, nas.state())
     assert resumed.state() == nas.state()
     assert written.dropped == {}
 
@@ -131,7 +131,7 @@ def test_an_edit_that_one_layer_writes_is_not_given_up(folder: Path) -> None:
 
 
 def test_an_editor_without_targets_has_one_stage(folder: Path) -> None:
-    own, plain = session(folder), session(folder, options=replace(OPTIONS, per_layer=False))
-    for one in (own, plain):
+    edited, plain = session(folder), session(folder, options=replace(OPTIONS, per_layer=False))
+    for one in (edited, plain):
         write(one, FineTuning())
-    assert all(torch.equal(own.weight(site), plain.weight(site)) for site in own.sites)
+    assert all(torch.equal(edited.weight(site), plain.weight(site)) for site in edited.sites)

@@ -41,13 +41,32 @@ def batches(out: str) -> list[BatchRecord]:
 
 
 def stream(out: str | None, choices: dict[str, Any], *edits: list[dict[str, Any]], resume: bool = False) -> Any:
-    with editcli.EditStream(out, **choices, **({"resume": True} if resume else {})) as opened:
+    choices = {**choices, "resume": True} if resume else choices
+    with editcli.EditStream(out, **choices) as opened:
         for batch in edits:
             opened.apply(batch)
         return {name: part.clone() for name, part in opened.model.state_dict().items()}
 
 
-def test_the_same_bytes_follow_with_and_without_a_break_and_after_an_undo(choices: dict[str, Any]) -> None:
+PLAIN: dict[str, Any] = {"editor": "rlsedit"}
+EVERYTHING = {
+    "editor": "alphaedit",
+    "stabilizers": ("nas", "revive", "rect"),
+    "settings": {
+        "targets": {"steps": 2, "prefixes": 0, "per_layer": True},
+        "alphaedit": {"threshold_kind": "directions", "nullspace_threshold": 0.5, "l2": 1e-3},
+        "nas": {"guard": 100.0},
+        "rect": {"feedback": True},
+    },
+}
+"""A target for each layer and error feedback, between stabilizers of every kind."""
+
+
+@pytest.mark.parametrize("stack", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+def test_the_same_bytes_follow_with_and_without_a_break_and_after_an_undo(
+    choices: dict[str, Any], stack: dict[str, Any]
+) -> None:
+    choices = {**choices, **stack}
     stream("once", choices, FIRST, NEXT, NEWER)
     assert [batch.released for batch in batches("once")] == [None, None, ("France",)]
     stream("twice", choices, FIRST, NEXT)
@@ -65,9 +84,9 @@ def test_the_same_bytes_follow_with_and_without_a_break_and_after_an_undo(choice
 
 
 def test_a_stream_in_memory_releases_what_one_with_a_folder_does(choices: dict[str, Any]) -> None:
-    kept, held = (stream(out, choices, FIRST, NEXT, NEWER, NEWEST) for out in ("out", None))
+    saved, held = (stream(out, choices, FIRST, NEXT, NEWER, NEWEST) for out in ("out", None))
     assert [batch.released for batch in batches("out")][2:] == [("France",), ("new",)]
-    assert all(torch.equal(part, held[name]) for name, part in kept.items())
+    assert all(torch.equal(part, held[name]) for name, part in saved.items())
 
 
 def test_the_memory_holds_the_new_key_and_not_the_old_one(choices: dict[str, Any]) -> None:
@@ -96,8 +115,8 @@ def test_a_superseded_edit_is_no_forgotten_one(choices: dict[str, Any]) -> None:
     assert record["edits"]["applied"] == 3
     assert [(one["id"], one["superseded_by"]) for one in record["rejected"]] == [("France", "new")]
     edits = write_lines(Path("first.jsonl"), FIRST)
-    found = measure(EvalRecipe(model="out", edits=str(edits), device="cpu"), load_plugins())
-    assert found.edits == 1
-    assert found.to_json()["superseded"] == [{"id": "France", "superseded_by": "new"}]
+    measured = measure(EvalRecipe(model="out", edits=str(edits), device="cpu"), load_plugins())
+    assert measured.edits == 1
+    assert measured.to_json()["superseded"] == [{"id": "France", "superseded_by": "new"}]
     undo(Undo(run="out"), load_plugins())
     assert measure(EvalRecipe(model="out", edits=str(edits), device="cpu"), load_plugins()).edits == 2
