@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -87,6 +87,8 @@ class Planned:
     """Tokens of all prompts with their targets."""
     model_bytes: int = 0
     """Bytes of the edited copy on disk."""
+    recoded: tuple[tuple[str, str, str], ...] = ()
+    """Edited modules whose type cannot be written, with that type and the one in its place."""
     footprint: Footprint | None = None
     """The memory that the run takes; None for a model that is loaded already."""
 
@@ -297,6 +299,7 @@ def plan_on(
         guards=guards,
         batch_size=recipe.batch_size or (1 if editor.single_site else DEFAULT_BATCH),
         target_tokens=total,
+        recoded=tuple(_recoded(recipe, sites, base.checkpoint)),
     )
 
 
@@ -361,8 +364,16 @@ def choose_sites(
     elif per_layer and editor.needs_values:
         sites = tuple(dict.fromkeys((sites[0], sites[-1])))
     for site in sites:
-        checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"), save_dtype(recipe))
+        checkpoint.tensor_for(f"{site.module}.weight")
     return sites
+
+
+def _recoded(recipe: Recipe, sites: Sequence[Site], checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
+    """Yield the sites that are written in another type than they have, with both types; refuse what cannot be."""
+    for site in sites:
+        kinds = checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"), save_dtype(recipe))
+        if kinds is not None:
+            yield site.module, *kinds
 
 
 def save_dtype(recipe: Recipe) -> torch.dtype | None:

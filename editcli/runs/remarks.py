@@ -16,7 +16,7 @@ from editcli.runs.context import Context
 from editcli.runs.forecast import warn_of_long_work
 from editcli.runs.outcome import missed_targets, rounded_differently
 from editcli.runs.output import Verified
-from editcli.runs.planning import Planned, save_dtype
+from editcli.runs.planning import Planned
 
 SHOWN = 5
 """Edits that a remark names at the most."""
@@ -45,11 +45,9 @@ def announce(planned: Planned, *, new: bool, reporter: Reporter) -> None:
 
 def _recoded(planned: Planned) -> Iterator[str]:
     """Yield a sentence for every type of the edited matrices that is read but cannot be written."""
-    checkpoint, sites = planned.source.checkpoint, dict[tuple[str, str], list[str]]()
-    for site in planned.sites:
-        kinds = checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"), save_dtype(planned.recipe))
-        if kinds is not None:
-            sites.setdefault(kinds, []).append(site.module)
+    sites = dict[tuple[str, str], list[str]]()
+    for module, now, then in planned.recoded:
+        sites.setdefault((now, then), []).append(module)
     for (now, then), modules in sites.items():
         yield f"{_listed(modules)}: stored as {now}, which can be read but not written; saved as {then}"
 

@@ -193,7 +193,7 @@ def test_every_option_can_be_set_by_a_variable_unless_it_is_dangerous_or_of_the_
     assert isinstance(apply, Command)
     without = {p.name for p in apply.params if isinstance(p, click.Option) and not p.envvar}
     expected = {"assignments", "overwrite", "resume", "repeated", "dry_run", "trust_remote_code", "as_json"}
-    expected |= {"verbose", "quiet"}
+    expected |= {"verbose", "quiet", "convert_bin"}
     assert without - {"help"} <= expected
 
 
