@@ -100,6 +100,8 @@ class RunReport:
     """The record of each editor and stabilizer, by component."""
     preset: Mapping[str, Any] | None = None
     """Name, label and layers of the preset; of a preset file also its path and sha256."""
+    protocols: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Protocol and scorer of each metric that was measured."""
 
     @property
     def unchanged(self) -> bool:
@@ -124,6 +126,7 @@ class RunReport:
             "efficacy": self.efficacy,
             "generalization": self.generalization,
             "specificity": self.specificity,
+            "protocols": self.protocols,
             "sites": [
                 {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "cast_loss": s.cast_loss}
                 for s in self.sites

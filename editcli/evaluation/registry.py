@@ -104,6 +104,10 @@ METRICS: tuple[Metric, ...] = (*TEACHER_FORCED, *TEXTS, *ABILITY)
 """Every metric, in the order in which tables show them; a new one is declared here and nowhere else."""
 
 
+ANSWERS = tuple(metric.name for metric in TEACHER_FORCED[:6])
+"""The figures that every run measures: both forms of efficacy, generalization and specificity."""
+
+
 def metric_of(name: str) -> Metric:
     """Return the metric at a path; raise :class:`KeyError` where none is registered."""
     for metric in METRICS:
@@ -122,7 +126,7 @@ def one_protocol(names: Iterable[str]) -> Protocol:
 
     Everything that averages or ranks metrics calls this first.
     """
-    kinds = {metric_of(name).protocol for name in names}
+    kinds: set[Protocol] = {metric_of(name).protocol for name in names}
     if len(kinds) != 1:
         raise ValueError(f"figures of different protocols ({', '.join(sorted(kinds))}) have no common mean or rank")
     return kinds.pop()

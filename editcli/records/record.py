@@ -82,6 +82,16 @@ class Generality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricRef:
+    """The way in which a metric was taken."""
+
+    protocol: str
+    """teacher_forced, generated, choice or distribution."""
+    scorer: str
+    """How an answer became a number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedSite:
     """An edited matrix as it was saved."""
 
@@ -288,6 +298,8 @@ class RunRecord:
     """Success before and after, and accuracy; null without paraphrase_prompts."""
     specificity: Generality | None = optional()
     """Success before and after, and accuracy; null without neighborhood_prompts."""
+    protocols: Mapping[str, MetricRef] | None = optional()
+    """Protocol and scorer of each metric, those of the journal's batches included."""
     sites: tuple[RecordedSite, ...] | None = optional()
     """The edited matrices."""
     seconds: Mapping[str, Size | None] | None = optional()
@@ -340,6 +352,7 @@ class RunRecord:
             efficacy=encode(self.efficacy) or {},
             generalization=encode(self.generalization),
             specificity=encode(self.specificity),
+            protocols=encode(self.protocols) or {},
             sites=tuple(SiteReport(s.module, s.layer, s.ratio, s.drift, s.cast_loss) for s in self.sites or ()),
             seconds={name: value or 0.0 for name, value in (self.seconds or {}).items()},
             out=self.out or "",

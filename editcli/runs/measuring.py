@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from editcli.evaluation.metrics import Evaluation, evaluate
+from editcli.evaluation.registry import ANSWERS
 from editcli.models.loading import LoadedModel
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
@@ -18,14 +19,8 @@ from editcli.settings.guards import needs_retained
 SAMPLED_EDITS = 200
 """Edits in the sample: enough for a share to be known to a few percent, few enough to ask often."""
 
-METRICS = (
-    "efficacy_accuracy",
-    "efficacy_success",
-    "generalization_accuracy",
-    "generalization_success",
-    "specificity_accuracy",
-    "specificity_success",
-)
+METRICS = ANSWERS
+"""The figures of the sample along the stream."""
 
 
 @dataclass(frozen=True, slots=True)

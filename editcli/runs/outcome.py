@@ -12,6 +12,7 @@ import torch
 from editcli.distributed.team import versions
 from editcli.editing.session import ModelSession
 from editcli.evaluation.metrics import Evaluation
+from editcli.evaluation.registry import ANSWERS, protocols_of
 from editcli.linalg.ratios import ratio
 from editcli.models.loading import LoadedModel
 from editcli.plugin.interfaces import Site
@@ -80,6 +81,7 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         },
         generalization=_before_after(before, after, "generalization"),
         specificity=_before_after(before, after, "specificity"),
+        protocols=protocols_of(ANSWERS) if planned.recipe.evaluate else {},
         sites=tuple(_site_reports(stream.session, ending.weights)),
         seconds=dict(ending.seconds),
         out=ending.out,
