@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from editcli.commands.quantised import QuantisedEvaluation, measure_quantised
 from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
 from editcli.errors import ModelError, OptionError
 from editcli.evaluation.ability import Drift, general_drift
@@ -24,6 +26,8 @@ from editcli.models.loading import (
     open_model,
     resolve_model,
 )
+from editcli.models.quantisation import parse_quantisations
+from editcli.models.quantised import open_quantised
 from editcli.records.history import read_history
 from editcli.reporting import Reporter, Silent
 from editcli.requests.reader import EditFile, read_edits
@@ -50,6 +54,7 @@ class Measurement:
     base_evaluation: Evaluation | None = None
     base_harness: HarnessResult | None = None
     drift: Drift | None = None
+    quantised: tuple[QuantisedEvaluation, ...] = ()
     warnings: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
 
@@ -64,6 +69,7 @@ class Measurement:
             "harness": None if self.harness is None else self.harness.to_json(),
             "base": None if self.base_evaluation is None else self._base_json(self.base_evaluation),
             "drift": None if self.drift is None else self.drift.to_json(),
+            "quantised": [one.to_json() for one in self.quantised],
         }
 
     def _base_json(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -80,9 +86,7 @@ def measure(
     """
     team = team or Team()
     reporter = reporter if reporter is not None and team.leads else Silent()
-    _refuse_company(recipe, team)
-    if recipe.harness:
-        require_harness()
+    _refuse_unmeasurable(recipe, team)
     file = _read(recipe, plugins)
     for text in (*file.warnings, *(f"left out: {error}" for error in file.rejected)):
         reporter.warn(text)
@@ -91,8 +95,7 @@ def measure(
     recipe = _with_clock(recipe, source, team)
     base_source = _base(recipe, source)
     texts = list(general_text(recipe.text)) if base_source is not None else []
-    parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
-    agree_on_inputs(team, "recipe, edits and text", parts)
+    _agree(team, recipe, file, requests, texts)
     families = plugins.families()
     loading = Loading.of(recipe)
     loaded = open_model(source, loading, families=families, reporter=reporter)
@@ -100,12 +103,11 @@ def measure(
     warning = thinking_warning(loaded.tokens)
     if warning is not None:
         reporter.warn(warning)
-    if team.size > 1:
-        # A fingerprint costs a pass over the files, which a process on its own has no use for.
-        agree_on_models(team, [one.checkpoint.fingerprint() for one in (loaded, base) if one is not None])
+    _agree_on_models(team, loaded, base)
     if base is not None:
         requests = answer_locality(base, requests, reporter=reporter, team=team)
-    evaluation = _evaluate(loaded, requests, recipe, reporter, team)
+    measured = partial(_evaluate, requests=requests, recipe=recipe, reporter=reporter, team=team)
+    evaluation = measured(loaded)
     if recipe.out is not None and team.leads:
         _write_raw(Path(recipe.out), evaluation)
     return Measurement(
@@ -115,9 +117,14 @@ def measure(
         evaluation=evaluation,
         harness=_harness(loaded, recipe, reporter),
         base=None if base_source is None else base_source.name,
-        base_evaluation=None if base is None else _evaluate(base, requests, recipe, reporter, team),
+        base_evaluation=None if base is None else measured(base),
         base_harness=None if base is None else _harness(base, recipe, reporter),
         drift=None if base is None else general_drift(loaded, base, texts, reporter=reporter, team=team),
+        quantised=measure_quantised(
+            parse_quantisations(recipe.quantise),
+            partial(open_quantised, source, loading=loading, families=families, reporter=reporter),
+            measured,
+        ),
         rejected=tuple(str(error) for error in file.rejected),
     )
 
@@ -139,6 +146,28 @@ def _refuse_company(recipe: EvalRecipe, team: Team) -> None:
         )
     if recipe.edits == "-":
         raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
+
+
+def _refuse_unmeasurable(recipe: EvalRecipe, team: Team) -> None:
+    """Raise :class:`OptionError` for what cannot be measured here, before any weights are loaded."""
+    _refuse_company(recipe, team)
+    if recipe.harness:
+        require_harness()
+    for one in parse_quantisations(recipe.quantise):
+        one.require()
+
+
+def _agree(
+    team: Team, recipe: EvalRecipe, file: EditFile, requests: Sequence[EditRequest], texts: Sequence[str]
+) -> None:
+    parts = {"recipe": asdict(recipe), "file": file.sha256, "edits": [r.digest for r in requests], "text": texts}
+    agree_on_inputs(team, "recipe, edits and text", parts)
+
+
+def _agree_on_models(team: Team, *models: LoadedModel | None) -> None:
+    if team.size > 1:
+        # A fingerprint costs a pass over the files, which a process on its own has no use for.
+        agree_on_models(team, [one.checkpoint.fingerprint() for one in models if one is not None])
 
 
 def _read(recipe: EvalRecipe, plugins: Plugins) -> EditFile:

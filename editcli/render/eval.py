@@ -12,6 +12,7 @@ from editcli.commands.evaluate import Measurement
 from editcli.evaluation.harness import HarnessResult
 from editcli.evaluation.metrics import Evaluation
 from editcli.formatting import number, plural
+from editcli.render.quantised import quantised_table
 from editcli.render.tables import table
 
 _FLAT = (
@@ -40,7 +41,8 @@ def evaluation_table(measurement: Measurement) -> RenderableType:
         else measurement.model
     )
     shown = [rows] if rows.row_count else []
-    return Group(Text(title, style="bold"), *shown, *_drift_lines(measurement), *_legends(measurement))
+    copies = quantised_table(measurement.evaluation, measurement.quantised, metric_rows)
+    return Group(Text(title, style="bold"), *shown, *copies, *_drift_lines(measurement), *_legends(measurement))
 
 
 def _rows(evaluation: Evaluation, harness: HarnessResult | None) -> dict[str, tuple[float | None, str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from editcli.errors import OptionError
+from editcli.models.quantisation import NAMES, parse_quantisations
 from editcli.settings.core import StatisticsOptions
 from editcli.settings.recipe import ChatLoadingSettings, LoadingSettings, Recipe
 from editcli.settings.setting import check_values, like, setting
@@ -49,6 +50,15 @@ class EvalRecipe(ChatLoadingSettings):
     text: str | None = setting(
         None, "Text for --base.  [default: the bundled held-out text]", section=MEASURE, value="file"
     )
+    quantise: tuple[str, ...] = setting(
+        (),
+        f"Measure the edits on a quantised copy as well: {', '.join(NAMES)}; repeatable.",
+        section=MEASURE,
+        flags=("--as",),
+        env=False,
+        value="texts",
+        metavar="TYPE",
+    )
     harness: tuple[str, ...] = setting(
         (),
         "Run a task of lm-evaluation-harness as well, its name or YAML file, on the base too with --base; repeatable. "
@@ -74,6 +84,8 @@ class EvalRecipe(ChatLoadingSettings):
 
     def __post_init__(self) -> None:
         ChatLoadingSettings.__post_init__(self)
+        if parse_quantisations(self.quantise) and self.edits is None:
+            raise OptionError("--as measures edits on a quantised copy; pass EDITS.jsonl as well")
         if self.harness_include and not self.harness:
             raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
         if self.text is not None and self.base is None:
