@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 
@@ -55,6 +55,8 @@ class SiteReport:
     drift: float | None
     cast_loss: float = 0.0
     """||cast(W_n) - W_n|| / ||W_n||: what the file's dtype cannot hold."""
+    relative_change: float | None = None
+    """Mean of |u_i^T (W_n - W_0) v_i| / sigma_i over the base's leading singular directions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +129,7 @@ class RunReport:
             "generalization": self.generalization,
             "specificity": self.specificity,
             "protocols": self.protocols,
-            "sites": [
-                {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "cast_loss": s.cast_loss}
-                for s in self.sites
-            ],
+            "sites": [asdict(site) for site in self.sites],
             "seconds": self.seconds,
             "out": self.out,
             "stopped_by": self.stopped_by,

@@ -105,6 +105,9 @@ class RecordedSite:
     """||W_n - W_0||_F / ||W_0||_F; null for a base of zeros."""
     cast_loss: Size = later(0.0)
     """Relative error of the cast to the file's type."""
+    relative_change: Size | None = later()
+    """Mean of |u_i^T (W_n - W_0) v_i| / sigma_i over the base's 16 leading singular directions; null for a base of
+    zeros."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,7 +356,7 @@ class RunRecord:
             generalization=encode(self.generalization),
             specificity=encode(self.specificity),
             protocols=encode(self.protocols) or {},
-            sites=tuple(SiteReport(s.module, s.layer, s.ratio, s.drift, s.cast_loss) for s in self.sites or ()),
+            sites=tuple(SiteReport(**encode(site)) for site in self.sites or ()),
             seconds={name: value or 0.0 for name, value in (self.seconds or {}).items()},
             out=self.out or "",
             stopped_by=self.stopped_by or self.verdict,

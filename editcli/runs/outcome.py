@@ -13,6 +13,7 @@ from editcli.distributed.team import versions
 from editcli.editing.session import ModelSession
 from editcli.evaluation.metrics import Evaluation
 from editcli.evaluation.registry import ANSWERS, protocols_of
+from editcli.linalg.directions import change_along
 from editcli.linalg.ratios import ratio
 from editcli.models.loading import LoadedModel
 from editcli.plugin.interfaces import Site
@@ -218,4 +219,5 @@ def _site_reports(session: ModelSession, weights: Mapping[Site, torch.Tensor]) -
             drift=ratio(float((weight - base).norm()), norm),
             # Zeros lose nothing in any dtype.
             cast_loss=ratio(float((cast - weight).norm()), float(weight.norm())) or 0.0,
+            relative_change=change_along(base, weight, device=session.device),
         )
