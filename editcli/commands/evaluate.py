@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from editcli.commands.evidence import Earlier, protocol_settings, raw_lines, read_earlier
 from editcli.commands.quantised import QuantisedEvaluation, measure_quantised
 from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
 from editcli.errors import ModelError, OptionError
 from editcli.evaluation.ability import Drift, general_drift
 from editcli.evaluation.admission import thinking_warning
+from editcli.evaluation.cohorts import Cohort, cohorts
+from editcli.evaluation.distribution import Divergences, compare_distributions
 from editcli.evaluation.harness import HarnessResult, require_harness, run_harness
+from editcli.evaluation.in_context import stated
 from editcli.evaluation.locality import answer_locality
 from editcli.evaluation.metrics import Evaluation, evaluate
+from editcli.evaluation.registry import paths, protocols_of
 from editcli.models.loading import (
     LoadedModel,
     Loading,
@@ -28,13 +33,16 @@ from editcli.models.loading import (
 )
 from editcli.models.quantisation import parse_quantisations
 from editcli.models.quantised import open_quantised
-from editcli.records.history import read_history
+from editcli.records.evidence import evidence_folder, write_evidence
+from editcli.records.history import History, read_history
+from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, Silent
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.runs.planning import clock_of
-from editcli.settings.recipes import OWN_BASE, EvalRecipe
+from editcli.settings.recipes import IN_CONTEXT, OWN_BASE, EvalRecipe
+from editcli.storage.files import write_lines
 from editcli.storage.opening import TEXT, read_text
 
 if TYPE_CHECKING:
@@ -53,14 +61,21 @@ class Measurement:
     base: str | None = None
     base_evaluation: Evaluation | None = None
     base_harness: HarnessResult | None = None
+    in_context: Evaluation | None = None
+    """The base with each fact in front of its prompts."""
     drift: Drift | None = None
+    divergences: Divergences | None = None
+    cohorts: tuple[Cohort, ...] = ()
+    """What is retained by the age of the edits, in a run of ours."""
+    protocol_settings: Mapping[str, Any] = field(default_factory=dict)
     quantised: tuple[QuantisedEvaluation, ...] = ()
+    earlier: Earlier | None = None
     warnings: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the metrics as a JSON object; the raw numbers of single edits are in ``eval --out``."""
-        return {
+        figures = {
             "model": self.model,
             "edits_file": self.edits_file,
             "edits": self.edits,
@@ -68,9 +83,14 @@ class Measurement:
             **self.evaluation.to_json(),
             "harness": None if self.harness is None else self.harness.to_json(),
             "base": None if self.base_evaluation is None else self._base_json(self.base_evaluation),
+            "in_context": None if self.in_context is None else {"model": self.base, **self.in_context.to_json()},
             "drift": None if self.drift is None else self.drift.to_json(),
+            "distribution": None if self.divergences is None else self.divergences.to_json(),
+            "cohorts": [cohort.to_json() for cohort in self.cohorts],
             "quantised": [one.to_json() for one in self.quantised],
         }
+        protocols = protocols_of(paths(figures))
+        return {**figures, "protocols": protocols, "protocol_settings": dict(self.protocol_settings)}
 
     def _base_json(self, evaluation: Evaluation) -> dict[str, Any]:
         harness = None if self.base_harness is None else self.base_harness.to_json()
@@ -87,17 +107,18 @@ def measure(
     team = team or Team()
     reporter = reporter if reporter is not None and team.leads else Silent()
     _refuse_unmeasurable(recipe, team)
+    earlier = read_earlier(recipe.against)
     file = _read(recipe, plugins)
     for text in (*file.warnings, *(f"left out: {error}" for error in file.rejected)):
         reporter.warn(text)
     requests = sample(supersede(file.requests)[0], recipe.sample, seed=recipe.seed)
     source = resolve_model(recipe.model, code=recipe.trust_remote_code)
+    folder = evidence_folder(source.folder) if recipe.record else None
     recipe = _with_clock(recipe, source, team)
     base_source = _base(recipe, source)
     texts = list(general_text(recipe.text)) if base_source is not None else []
     _agree(team, recipe, file, requests, texts)
-    families = plugins.families()
-    loading = Loading.of(recipe)
+    families, loading = plugins.families(), Loading.of(recipe)
     loaded = open_model(source, loading, families=families, reporter=reporter)
     base = None if base_source is None else open_model(base_source, loading, families=families, reporter=reporter)
     warning = thinking_warning(loaded.tokens)
@@ -106,27 +127,77 @@ def measure(
     _agree_on_models(team, loaded, base)
     if base is not None:
         requests = answer_locality(base, requests, reporter=reporter, team=team)
-    measured = partial(_evaluate, requests=requests, recipe=recipe, reporter=reporter, team=team)
-    evaluation = measured(loaded)
-    if recipe.out is not None and team.leads:
-        _write_raw(Path(recipe.out), evaluation)
-    return Measurement(
-        model=source.name,
+    models = _Models(recipe, loaded, base, requests, texts, reporter, team)
+    measured = replace(
+        models.measure(),
         edits_file=None if recipe.edits is None else file.source,
-        edits=len(requests),
-        evaluation=evaluation,
-        harness=_harness(loaded, recipe, reporter),
-        base=None if base_source is None else base_source.name,
-        base_evaluation=None if base is None else measured(base),
-        base_harness=None if base is None else _harness(base, recipe, reporter),
-        drift=None if base is None else general_drift(loaded, base, texts, reporter=reporter, team=team),
         quantised=measure_quantised(
             parse_quantisations(recipe.quantise),
             partial(open_quantised, source, loading=loading, families=families, reporter=reporter),
-            measured,
+            models.evaluate,
         ),
+        earlier=earlier,
         rejected=tuple(str(error) for error in file.rejected),
     )
+    _tell_and_write(measured, models, folder)
+    return measured
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """The models of one evaluation, loaded, with what is asked of them."""
+
+    recipe: EvalRecipe
+    loaded: LoadedModel
+    base: LoadedModel | None
+    requests: Sequence[EditRequest]
+    texts: Sequence[str]
+    reporter: Reporter
+    team: Team
+
+    def measure(self) -> Measurement:
+        """Measure the model, and its base beside it where there is one."""
+        base, recipe, requests = self.base, self.recipe, self.requests
+        shared: dict[str, Any] = {"reporter": self.reporter, "team": self.team}
+        evaluation = self.evaluate(self.loaded)
+        compared = base is not None and (not recipe.metrics or "distribution" in recipe.metrics)
+        return Measurement(
+            model=self.loaded.source.name,
+            edits_file=None,
+            edits=len(requests),
+            evaluation=evaluation,
+            harness=self._harness(self.loaded),
+            base=None if base is None else base.source.name,
+            base_evaluation=None if base is None else self.evaluate(base),
+            base_harness=None if base is None else self._harness(base),
+            in_context=self._in_context() if recipe.baseline == IN_CONTEXT else None,
+            drift=None if base is None else general_drift(self.loaded, base, self.texts, **shared),
+            divergences=compare_distributions(self.loaded, base, requests, self.texts, **shared)
+            if base is not None and compared
+            else None,
+            cohorts=_cohorts(evaluation, requests, read_history(self.loaded.source.folder)),
+            protocol_settings=protocol_settings(recipe, evaluation),
+        )
+
+    def evaluate(self, loaded: LoadedModel, requests: Sequence[EditRequest] | None = None) -> Evaluation:
+        """Measure the edits on one of the models."""
+        recipe = self.recipe
+        return evaluate(
+            loaded,
+            self.requests if requests is None else requests,
+            metrics=recipe.metrics or None,
+            seed=recipe.seed,
+            rules=recipe.rules,
+            reporter=self.reporter,
+            team=self.team,
+        )
+
+    def _in_context(self) -> Evaluation:
+        assert self.base is not None
+        return self.evaluate(self.base, [stated(request, self.base.tokens) for request in self.requests])
+
+    def _harness(self, loaded: LoadedModel) -> HarnessResult | None:
+        return _harness(loaded, self.recipe, self.reporter)
 
 
 def sample(requests: Sequence[EditRequest], count: int | None, *, seed: int) -> tuple[EditRequest, ...]:
@@ -192,10 +263,29 @@ def _harness(loaded: LoadedModel, recipe: EvalRecipe, reporter: Reporter) -> Har
     return run_harness(loaded, recipe.harness, include=recipe.harness_include, seed=recipe.seed)
 
 
-def _evaluate(
-    loaded: LoadedModel, requests: Sequence[EditRequest], recipe: EvalRecipe, reporter: Reporter, team: Team
-) -> Evaluation:
-    return evaluate(loaded, requests, metrics=recipe.metrics or None, seed=recipe.seed, reporter=reporter, team=team)
+def _cohorts(evaluation: Evaluation, requests: Sequence[EditRequest], history: History | None) -> tuple[Cohort, ...]:
+    """Return what the run in ``history`` retains by the age of its edits; an edit of another text is none of them."""
+    written = {} if history is None else history.requests()
+    asked = {request.id: request.digest for request in requests}
+    places = {name: place for place, name in enumerate(written) if written[name].digest == asked.get(name)}
+    return cohorts(evaluation.outcomes, places, len(written))
+
+
+def _tell_and_write(measured: Measurement, models: _Models, run: RunFolder | None) -> None:
+    """Warn of an earlier evaluation that was taken differently, and write the raw numbers where they were asked for."""
+    figures = measured.to_json()
+    for text in measured.earlier.warnings(figures) if measured.earlier is not None else ():
+        models.reporter.warn(text)
+    if not models.team.leads:
+        return
+    others = {"base": measured.base_evaluation, "in_context": measured.in_context}
+    near = measured.divergences.values if measured.divergences is not None else ()
+    lines = list(raw_lines(measured.evaluation, others, near)) if models.recipe.out or run is not None else []
+    if models.recipe.out is not None:
+        write_lines(Path(models.recipe.out), lines)
+    if run is not None:
+        write_evidence(run, figures, lines)
+        models.reporter.note(f"Kept in {run.folder} for 'editcli report'")
 
 
 def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
@@ -219,9 +309,3 @@ def general_text(file: str | None) -> Iterator[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"the text {path} cannot be read: {error}") from error
     yield from (line for line in content.splitlines() if line.strip())
-
-
-def _write_raw(path: Path, evaluation: Evaluation) -> None:
-    from editcli.storage.files import write_lines
-
-    write_lines(path, evaluation.raw())

@@ -73,10 +73,13 @@ class Divergences:
 
     neighbors: Spread | None
     unrelated: Spread | None
+    values: tuple[Divergence, ...] = ()
+    """Every divergence, those of the neighbours first."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures as a JSON object."""
-        return asdict(self)
+        """Return the figures as a JSON object, without the single values but the largest."""
+        sets = {"neighbors": self.neighbors, "unrelated": self.unrelated}
+        return {name: None if one is None else asdict(one) for name, one in sets.items()}
 
     @property
     def figures(self) -> dict[str, float]:
@@ -198,7 +201,7 @@ def compare_distributions(
     """Compare the distributions of an edited model and its base on the edits' neighbours and on unrelated texts."""
     near, far = neighbor_prompts(edited, requests), unrelated_prompts(edited, texts)
     values = divergences(edited, base, [*near, *far], reporter=reporter, team=team)
-    return Divergences(spread(values[: len(near)]), spread(values[len(near) :]))
+    return Divergences(spread(values[: len(near)]), spread(values[len(near) :]), tuple(values))
 
 
 def _batches(loaded: LoadedModel, prompts: Sequence[Named], budget: int) -> Iterator[list[int]]:

@@ -15,8 +15,6 @@ from editcli.requests.schema import EditRequest, Neighbor
 
 TEXT = "New fact: {fact}\n"
 """Written before each prompt."""
-IN_CONTEXT = "in-context"
-"""Name of the baseline."""
 
 
 def stated(request: EditRequest, tokens: Tokens) -> EditRequest:

@@ -35,18 +35,19 @@ from editcli.evaluation.generated import FreeAnswer, free_answer, mean_of_means,
 from editcli.evaluation.generation import Generation, consistency, fluency, generate
 from editcli.evaluation.questions import Question, questions
 from editcli.evaluation.scoring import BATCH_TOKENS, Probe, ProbeScore, encode_probes, score
-from editcli.evaluation.writing import StopRules, Written, write_freely
+from editcli.evaluation.writing import Written, write_freely
 from editcli.models.tokens import Tokens
 from editcli.reporting import Reporter, Silent
 from editcli.requests.schema import EditRequest
+from editcli.settings.stopping import StopRules
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel
 
 __all__ = ["METRICS", "Answer", "Evaluation", "Outcome", "Probe", "ProbeScore", "evaluate", "score"]
 
-METRICS = ("counterfact", "zsre", "knowedit", "generated", "choice", "fluency", "consistency")
-"""Groups of metrics by name: given answers, free answers, choices, and two of sampled text."""
+METRICS = ("counterfact", "zsre", "knowedit", "generated", "choice", "distribution", "fluency", "consistency")
+"""Groups of metrics by name: given answers, free answers, choices, distributions (which need a base), sampled text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,9 @@ def summarize(outcomes: Sequence[Outcome], *, requests: Sequence[EditRequest], m
         fluency=fluency(generations) if "fluency" in metrics else None,
         consistency=consistency(generations, _references(requests)) if "consistency" in metrics else None,
         kinds=_kinds(outcomes),
-        counts={"edits": len(outcomes)} | {n: sum(len(getattr(o, n)) for o in outcomes) for n in _GROUPS[1:]},
+        counts={"edits": len(outcomes)}
+        | {n: sum(len(getattr(o, n)) for o in outcomes) for n in _GROUPS[1:]}
+        | {"choices": sum(o.choice is not None for o in outcomes)},
         outcomes=tuple(outcomes),
     )
 

@@ -85,6 +85,116 @@ TEACHER_FORCED = (
 )
 """Metrics of given answers."""
 
+_SQUAD, _MIRAGE, _CHOICE = "arXiv:1606.05250", "arXiv:2502.11177", "arXiv:2604.05995"
+
+
+def _generated(name: str, of: str, own: str, other: str) -> tuple[Metric, ...]:
+    """Return the four figures of a group of prompts; ``own`` and ``other`` name the right answer and its rival."""
+    whose = {"new": "the new answer", "old": "the old answer", "own": "their own answer"}
+    return (
+        Metric(
+            f"generated.{name}_exact", "generated", "exact_match", f"share of {of} that are the answer", source=_SQUAD
+        ),
+        Metric(
+            f"generated.{name}_contains_{own}",
+            "generated",
+            "contains",
+            f"share of {of} with {whose[own]}",
+            source=_MIRAGE,
+        ),
+        Metric(
+            f"generated.{name}_contains_{other}",
+            "generated",
+            "contains",
+            f"share of {of} with {whose[other]}",
+            "lower",
+            source=_MIRAGE,
+        ),
+        Metric(
+            f"generated.{name}_degenerate", "generated", "repetition", f"share of {of} that repeat themselves", "lower"
+        ),
+    )
+
+
+GENERATED = (
+    *_generated("efficacy", "texts after the edited prompt", "new", "old"),
+    *_generated("generalization", "texts after other phrasings", "new", "old"),
+    *_generated("specificity", "texts after neighbours", "own", "new"),
+)
+"""Metrics of texts that the model writes freely."""
+
+CHOICES = (
+    Metric(
+        "choice.two_new",
+        "choice",
+        "listed_letters",
+        "share of edits whose new answer wins against the old",
+        source=_CHOICE,
+    ),
+    Metric(
+        "choice.two_consistent",
+        "choice",
+        "listed_letters",
+        "share of edits in which one answer wins in both orders",
+        "neither",
+    ),
+    Metric(
+        "choice.three_new", "choice", "listed_letters", "share of edits whose new answer wins of three", source=_CHOICE
+    ),
+    Metric(
+        "choice.three_old",
+        "choice",
+        "listed_letters",
+        "share of edits whose old answer wins of three",
+        "lower",
+        source=_CHOICE,
+    ),
+    Metric(
+        "choice.three_unsure",
+        "choice",
+        "listed_letters",
+        'share of edits in which "unsure" wins of three',
+        "neither",
+        source=_CHOICE,
+    ),
+)
+"""Metrics of listed answers."""
+
+KINDS = (
+    Metric(
+        "kinds.*.*.accuracy",
+        "teacher_forced",
+        "exact_tokens",
+        "share of prompts of a kind whose greedy answer is right",
+    ),
+    Metric(
+        "kinds.*.*.right_tokens", "teacher_forced", "right_tokens", "share of right tokens of a kind", source=_KNOWEDIT
+    ),
+    Metric(
+        "kinds.*.*.generated_exact",
+        "generated",
+        "exact_match",
+        "share of texts of a kind that are the answer",
+        source=_SQUAD,
+    ),
+    Metric(
+        "kinds.*.*.generated_contains",
+        "generated",
+        "contains",
+        "share of texts of a kind with the answer",
+        source="arXiv:2307.12976",
+    ),
+)
+"""Metrics of what follows from an edit and of what must not, by the kind that the record names."""
+
+DISTRIBUTIONS = (
+    Metric(
+        "distribution.*.median", "distribution", "kl", "median KL(base || edited) of the next token", "lower", "nats"
+    ),
+    Metric("distribution.*.p90", "distribution", "kl", "90th percentile of the same", "lower", "nats"),
+)
+"""Metrics of the next token's distribution, on the edits' neighbours and on unrelated texts."""
+
 TEXTS = (
     Metric(
         "fluency", "generated", "ngram_entropy", "entropy of the word pairs and triples", unit="bits", source=_MEMIT
@@ -100,7 +210,7 @@ ABILITY = (
 )
 """Metrics of general ability."""
 
-METRICS: tuple[Metric, ...] = (*TEACHER_FORCED, *TEXTS, *ABILITY)
+METRICS: tuple[Metric, ...] = (*TEACHER_FORCED, *GENERATED, *CHOICES, *DISTRIBUTIONS, *KINDS, *TEXTS, *ABILITY)
 """Every metric, in the order in which tables show them; a new one is declared here and nowhere else."""
 
 

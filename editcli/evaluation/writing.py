@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import regex
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -28,12 +27,11 @@ from editcli.models.kv_cache import cache_of, cache_options, supports_kv_cache, 
 from editcli.models.matmul import quick_linears
 from editcli.models.tokens import Encoded
 from editcli.reporting import Reporter, Silent
+from editcli.settings.stopping import StopRules
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel
 
-MOST = 32
-"""Most new tokens of a text."""
 WIDTH = 8
 """Largest difference of length between prompts that are written together."""
 ROWS = 64
@@ -41,49 +39,7 @@ ROWS = 64
 CLOSE = 1e-4
 """Two tokens are close when their logits differ by less than this share of the larger one (or of 1)."""
 
-Stop = Literal["newline", "sentence"]
-STOPS: tuple[Stop, ...] = ("newline", "sentence")
 Ending = Literal["end", "newline", "sentence", "length", "tie"]
-
-_SENTENCE = regex.compile(
-    r"(?:(?<!\b[A-Z])(?<!\b[A-Z]\w)\.|[!?])[\p{lb=QU}\p{lb=CL}\p{lb=CP}]*(?=\s)|[\p{Sentence_Terminal}&&[\p{ea=W}\p{ea=F}]]",
-    regex.V1,
-)
-"""The end of a sentence; an initial or a title of two letters (St., Mr.) before a full stop ends none."""
-
-
-@dataclass(frozen=True, slots=True)
-class StopRules:
-    """When a text ends: at the model's end of text always, and at the rules in ``stop`` from ``least`` tokens on."""
-
-    most: int = MOST
-    """Most new tokens."""
-    least: int = 0
-    """Fewest new tokens; before that many, the end of text is not allowed and no rule applies."""
-    stop: tuple[Stop, ...] = STOPS
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the rules as the record of an evaluation holds them."""
-        return {
-            "decoding": "greedy",
-            "stop": ["end_of_text", *self.stop],
-            "least_new_tokens": self.least,
-            "most_new_tokens": self.most,
-        }
-
-    def cut(self, text: str, free: int = 0) -> tuple[str, Stop | None]:
-        """Return ``text`` up to where a rule ends it, without white space around it, and that rule.
-
-        No rule applies to the first ``free`` characters, nor to white space at the beginning.
-        """
-        start = max(free, len(text) - len(text.lstrip()))
-        ends: list[tuple[int, Stop]] = []
-        if "newline" in self.stop and (line := text.find("\n", start)) >= 0:
-            ends.append((line, "newline"))
-        if "sentence" in self.stop and (match := _SENTENCE.search(text, start)):
-            ends.append((match.end(), "sentence"))
-        place, rule = min(ends, default=(len(text), None))
-        return text[:place].strip(), rule
 
 
 @dataclass(frozen=True, slots=True)

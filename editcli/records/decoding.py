@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -101,6 +102,15 @@ def encode(value: Any, source: Any = None) -> Any:
         sources = source if isinstance(source, list) and len(source) == len(value) else [None] * len(value)
         return [encode(item, one) for item, one in zip(value, sources, strict=True)]
     return value
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value with null for every number that is not finite, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_text(value: Any, read: Callable[[Any], Any]) -> str:

@@ -10,6 +10,7 @@ from editcli.models.quantisation import NAMES, parse_quantisations
 from editcli.settings.core import StatisticsOptions
 from editcli.settings.recipe import ChatLoadingSettings, LoadingSettings, Recipe
 from editcli.settings.setting import check_values, like, setting
+from editcli.settings.stopping import MOST, StopRules, parse_stops
 
 MEASURE, STATISTICS, SEARCH = "Measure", "Statistics", "Search"
 """Sections of ``--help``."""
@@ -17,6 +18,9 @@ OWN_BASE = "own"
 """Stands for the base that a run records."""
 MINUTES = 10.0
 """Time for a search where neither minutes nor trials are given."""
+
+IN_CONTEXT = "in-context"
+"""The baseline: the base with the fact in front of the prompt."""
 
 KL_PRICE = 1.0
 """Points of a search's score for one nat of KL(base || edited) per token: 0.01 nats, 1 % of perplexity, cost 0.01."""
@@ -42,13 +46,38 @@ class EvalRecipe(ChatLoadingSettings):
     """A folder, a hub id, or :data:`OWN_BASE`."""
     metrics: tuple[str, ...] = setting(
         (),
-        "counterfact, zsre, knowedit, fluency, consistency; repeatable.  [default: all that the records allow]",
+        "counterfact, zsre, knowedit, generated, choice, distribution (with --base), fluency, consistency; repeatable."
+        "  [default: all that the records allow but the last two]",
         section=MEASURE,
         value="texts",
     )
     sample: int | None = setting(None, "Measure N edits, drawn by --seed, not all.", section=MEASURE, least=1)
     text: str | None = setting(
         None, "Text for --base.  [default: the bundled held-out text]", section=MEASURE, value="file"
+    )
+    baseline: str | None = setting(
+        None,
+        "A row more: in-context, the base with the fact stated in front of every prompt.",
+        section=MEASURE,
+        metavar="in-context",
+        value="texts",
+    )
+    max_new_tokens: int = setting(MOST, "Most tokens of a text that the model writes.", section=MEASURE, least=1)
+    min_new_tokens: int = setting(0, "Fewest tokens of a text that the model writes.", section=MEASURE, least=0)
+    stop: tuple[str, ...] = setting(
+        (),
+        "Rule that ends a text besides the model's end of text: newline, sentence, or none; repeatable.  "
+        "[default: newline and sentence]",
+        section=MEASURE,
+        metavar="RULE",
+        value="texts",
+    )
+    against: str | None = setting(
+        None,
+        "An earlier --json of eval, to show beside these figures; warns where the two were not measured alike.",
+        section=MEASURE,
+        env=False,
+        value="file",
     )
     quantise: tuple[str, ...] = setting(
         (),
@@ -79,19 +108,40 @@ class EvalRecipe(ChatLoadingSettings):
     limit: int | None = like(Recipe, "limit")
     on_error: str = like(Recipe, "on_error")
     out: str | None = setting(
-        None, "Write every edit's raw numbers as JSON lines.", section="Output", env=False, value="file"
+        None, "Write every edit's raw numbers and texts as JSON lines.", section="Output", env=False, value="file"
+    )
+    record: bool = setting(
+        False,
+        "Keep figures and texts in the folder of the run, for 'editcli report'.",
+        section="Output",
+        cli_only=True,
     )
 
     def __post_init__(self) -> None:
         ChatLoadingSettings.__post_init__(self)
         if parse_quantisations(self.quantise) and self.edits is None:
             raise OptionError("--as measures edits on a quantised copy; pass EDITS.jsonl as well")
+        if self.baseline not in (None, IN_CONTEXT):
+            raise OptionError(f"there is no baseline {self.baseline!r}; the one there is is {IN_CONTEXT}")
+        if self.baseline is not None and (self.base is None or self.edits is None):
+            raise OptionError("--baseline states the edits to the base; pass EDITS.jsonl and --base as well")
+        if "distribution" in self.metrics and self.base is None:
+            raise OptionError("the distribution is compared with the base's; pass --base as well")
+        # Building them checks them.
+        self.rules  # noqa: B018
         if self.harness_include and not self.harness:
             raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
         if self.text is not None and self.base is None:
             raise OptionError("--text is what --base is measured on; pass both")
         if self.out is not None and not Path(self.out).absolute().parent.is_dir():
             raise OptionError(f"the folder of --out {self.out} does not exist")
+
+    @property
+    def rules(self) -> StopRules:
+        """When a text that the model writes freely ends; raises :class:`OptionError` for rules that exclude another."""
+        if self.min_new_tokens > self.max_new_tokens:
+            raise OptionError(f"--min-new-tokens {self.min_new_tokens} is more than --max-new-tokens allows")
+        return StopRules(self.max_new_tokens, self.min_new_tokens, parse_stops(self.stop))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
