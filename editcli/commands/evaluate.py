@@ -42,6 +42,7 @@ from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
 from editcli.runs.planning import clock_of
 from editcli.settings.recipes import IN_CONTEXT, OWN_BASE, EvalRecipe
+from editcli.settings.suites import SUITES
 from editcli.storage.files import write_lines
 from editcli.storage.opening import TEXT, read_text
 
@@ -159,6 +160,8 @@ class _Models:
         """Measure the model, and its base beside it where there is one."""
         base, recipe, requests = self.base, self.recipe, self.requests
         shared: dict[str, Any] = {"reporter": self.reporter, "team": self.team}
+        # Its data may not be there, which has to be known before anything that takes long.
+        harness = self._harness(self.loaded)
         evaluation = self.evaluate(self.loaded)
         compared = base is not None and (not recipe.metrics or "distribution" in recipe.metrics)
         return Measurement(
@@ -166,7 +169,7 @@ class _Models:
             edits_file=None,
             edits=len(requests),
             evaluation=evaluation,
-            harness=self._harness(self.loaded),
+            harness=harness,
             base=None if base is None else base.source.name,
             base_evaluation=None if base is None else self.evaluate(base),
             base_harness=None if base is None else self._harness(base),
@@ -211,9 +214,10 @@ def sample(requests: Sequence[EditRequest], count: int | None, *, seed: int) -> 
 def _refuse_company(recipe: EvalRecipe, team: Team) -> None:
     if team.size == 1:
         return
-    if recipe.harness:
+    if recipe.runs_tasks:
         raise OptionError(
-            f"--harness runs in one process, not in {team.size}; run it without a launcher, the edits' metrics with one"
+            f"--harness and --suite run in one process, not in {team.size}; run them without a launcher, the edits' "
+            "metrics with one"
         )
     if recipe.edits == "-":
         raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
@@ -222,7 +226,7 @@ def _refuse_company(recipe: EvalRecipe, team: Team) -> None:
 def _refuse_unmeasurable(recipe: EvalRecipe, team: Team) -> None:
     """Raise :class:`OptionError` for what cannot be measured here, before any weights are loaded."""
     _refuse_company(recipe, team)
-    if recipe.harness:
+    if recipe.runs_tasks:
         require_harness()
     for one in parse_quantisations(recipe.quantise):
         one.require()
@@ -256,11 +260,24 @@ def _with_clock(recipe: EvalRecipe, source: ModelSource, team: Team) -> EvalReci
 
 
 def _harness(loaded: LoadedModel, recipe: EvalRecipe, reporter: Reporter) -> HarnessResult | None:
-    if not recipe.harness:
+    if not recipe.runs_tasks:
         return None
+    suite = None if recipe.suite is None else SUITES[recipe.suite]
+    names = (*(suite.tasks if suite else ()), *recipe.harness)
     # It draws progress of its own.
-    reporter.note(f"lm-evaluation-harness on {loaded.source.name}: {', '.join(recipe.harness)}")
-    return run_harness(loaded, recipe.harness, include=recipe.harness_include, seed=recipe.seed)
+    reporter.note(f"lm-evaluation-harness on {loaded.source.name}: {', '.join(names)}")
+    result = run_harness(
+        loaded,
+        recipe.harness,
+        suite=suite,
+        include=recipe.harness_include,
+        limit=recipe.documents,
+        seed=recipe.seed,
+    )
+    if result.suite is not None and result.suite["left_out"]:
+        missing = ", ".join(result.suite["left_out"])
+        reporter.warn(f"lm-evaluation-harness {result.version} has no {missing}, so the suite was run without")
+    return result
 
 
 def _cohorts(evaluation: Evaluation, requests: Sequence[EditRequest], history: History | None) -> tuple[Cohort, ...]:

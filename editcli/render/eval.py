@@ -11,7 +11,7 @@ from rich.text import Text
 from editcli.commands.check import CheckedEdit, CheckReport
 from editcli.commands.evaluate import Measurement
 from editcli.evaluation.distribution import Divergences
-from editcli.evaluation.metrics import Evaluation
+from editcli.evaluation.harness import HarnessResult
 from editcli.evaluation.registry import PROTOCOLS, TEACHER_FORCED, metric_of, paths, value_at
 from editcli.formatting import number, plural
 from editcli.render.quantised import quantised_table
@@ -46,7 +46,11 @@ def evaluation_table(measurement: Measurement) -> RenderableType:
         else measurement.model
     )
     parts = [rows] if rows.row_count else []
-    copies = quantised_table(measurement.evaluation, measurement.quantised, metric_rows)
+    own = {
+        protocol: [(name, _title(name, protocol)) for name in names]
+        for protocol, names in _sections(measurement.evaluation.to_json(), {"model": shown}).items()
+    }
+    copies = quantised_table(own, shown, measurement.quantised)
     costs = (*_drift_lines(measurement), *_worst(measurement.divergences))
     return Group(Text(title, style="bold"), *parts, *copies, *_cohorts(measurement), *costs, *_legends(measurement))
 
@@ -69,15 +73,6 @@ def _sections(shown: Figures, models: Mapping[str, Figures]) -> dict[str, list[s
 def _title(name: str, protocol: str) -> str:
     """Return a metric's name as a row shows it: without its protocol, and with spaces for dots."""
     return "  " + name.removeprefix(f"{protocol}.").removeprefix("kinds.").replace(".", " ")
-
-
-def metric_rows(evaluation: Evaluation) -> Iterator[tuple[str, float | None]]:
-    """Yield every metric of one model that was asked for, named by its path."""
-    figures = evaluation.to_json()
-    for name in paths(figures):
-        value = value_at(figures, name)
-        if value is not None or metric_of(name) in TEACHER_FORCED:
-            yield name.replace(".", " "), value
 
 
 def _harness_rows(measurement: Measurement) -> Iterator[tuple[str, dict[str, float | None], str]]:
@@ -126,7 +121,13 @@ def _legends(measurement: Measurement) -> Iterator[Text]:
     if measurement.edits:
         yield Text(_LEGEND, style="dim")
     if measurement.harness is not None:
-        yield Text(f"tasks and their metrics: lm-evaluation-harness {measurement.harness.version}", style="dim")
+        yield Text(_harness_legend(measurement.harness), style="dim")
+
+
+def _harness_legend(harness: HarnessResult) -> str:
+    suite = "" if harness.suite is None else f"suite {harness.suite['name']}, version {harness.suite['version']}; "
+    asked = "" if harness.limit is None else f", the first {harness.limit:,} documents of each task"
+    return f"{suite}tasks and their metrics: lm-evaluation-harness {harness.version}{asked}"
 
 
 def check_table(report: CheckReport) -> RenderableType:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
 
 from editcli.commands.quantised import QuantisedEvaluation
-from editcli.evaluation.metrics import Evaluation
+from editcli.evaluation.registry import value_at
 from editcli.formatting import number
 from editcli.render.tables import table
 
-Rows = Callable[[Evaluation], Iterator[tuple[str, float | None]]]
-
 
 def quantised_table(
-    evaluation: Evaluation, quantised: Sequence[QuantisedEvaluation], rows: Rows
+    sections: Mapping[str, Sequence[tuple[str, str]]], figures: Mapping[str, Any], copies: Sequence[QuantisedEvaluation]
 ) -> Iterator[RenderableType]:
-    """Draw one row for each metric of ``rows``: the model, and each quantised copy beside it."""
-    if not quantised:
+    """Draw one row for each metric: the model's figure, and that of each quantised copy beside it.
+
+    ``sections`` holds path and title of each metric, by protocol.
+    """
+    if not copies:
         return
-    columns = ("model", *(one.name for one in quantised))
-    drawn = table("metric", *columns, right=columns, title="Once quantised", title_justify="left", padding=(0, 1))
-    figures = [dict(rows(one)) for one in (evaluation, *(one.evaluation for one in quantised))]
-    for name in figures[0]:
-        drawn.add_row(name, *(number(one.get(name), ".4f", missing="-") for one in figures))
+    models = {"model": figures, **{one.name: one.to_json() for one in copies}}
+    drawn = table("once quantised", *models, right=(*models,), padding=(0, 1))
+    for protocol, metrics in sections.items():
+        drawn.add_row(Text(protocol, style="bold"))
+        for name, title in metrics:
+            values = (value_at(model, name) for model in models.values())
+            drawn.add_row(title, *(number(value, ".4f", missing="-") for value in values))
     yield drawn
-    libraries = ", ".join(dict.fromkeys(one.library for one in quantised))
+    libraries = ", ".join(dict.fromkeys(one.library for one in copies))
     yield Text(f"quantised in memory by {libraries}; --json names the tensors", style="dim")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from editcli.errors import OptionError
+from editcli.errors import OptionError, near_miss
 from editcli.models.quantisation import NAMES, parse_quantisations
 from editcli.settings.core import StatisticsOptions
 from editcli.settings.recipe import ChatLoadingSettings, LoadingSettings, Recipe
 from editcli.settings.setting import check_values, like, setting
 from editcli.settings.stopping import MOST, StopRules, parse_stops
+from editcli.settings.suites import SUITES
 
 MEASURE, STATISTICS, SEARCH = "Measure", "Statistics", "Search"
 """Sections of ``--help``."""
@@ -97,6 +98,22 @@ class EvalRecipe(ChatLoadingSettings):
         value="texts",
         metavar="TASK",
     )
+    suite: str | None = setting(
+        None,
+        "Run a named set of lm-evaluation-harness tasks, on the base too with --base: standard is MMLU, GSM8K, IFEval, "
+        "ARC-C, TruthfulQA, and XSTest where the harness has it. EDITS may then be left out.",
+        section=MEASURE,
+        env=False,
+        metavar="standard",
+        value="texts",
+    )
+    task_limit: int | None = setting(
+        None,
+        "Ask only the first N documents of each task of --suite and --harness.  [default: --limit where EDITS are "
+        "left out]",
+        section=MEASURE,
+        least=1,
+    )
     harness_include: tuple[str, ...] = setting(
         (),
         "Folder with more tasks; repeatable. A task's file may bring code, which then runs.",
@@ -129,12 +146,26 @@ class EvalRecipe(ChatLoadingSettings):
             raise OptionError("the distribution is compared with the base's; pass --base as well")
         # Building them checks them.
         self.rules  # noqa: B018
-        if self.harness_include and not self.harness:
-            raise OptionError("--harness-include names where tasks are; name the tasks with --harness")
+        if self.suite is not None and self.suite not in SUITES:
+            raise OptionError(f"there is no suite {self.suite!r}{near_miss(self.suite, SUITES)}")
+        if self.harness_include and not self.runs_tasks:
+            raise OptionError("--harness-include names where tasks are; name the tasks with --harness or --suite")
+        if self.task_limit is not None and not self.runs_tasks:
+            raise OptionError("--task-limit is for the tasks of --harness and --suite; name some")
         if self.text is not None and self.base is None:
             raise OptionError("--text is what --base is measured on; pass both")
         if self.out is not None and not Path(self.out).absolute().parent.is_dir():
             raise OptionError(f"the folder of --out {self.out} does not exist")
+
+    @property
+    def runs_tasks(self) -> bool:
+        """Whether lm-evaluation-harness is to run."""
+        return bool(self.harness or self.suite)
+
+    @property
+    def documents(self) -> int | None:
+        """Most documents of each task of lm-evaluation-harness; None for all."""
+        return self.limit if self.task_limit is None and self.edits is None else self.task_limit
 
     @property
     def rules(self) -> StopRules:
