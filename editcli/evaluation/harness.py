@@ -77,39 +77,25 @@ def run_harness(
     """
     require_harness()
     import lm_eval  # pyright: ignore[reportMissingImports]
-    from lm_eval.models import huggingface  # pyright: ignore[reportMissingImports]
 
-    # Typed less strictly than they are: their signatures differ between versions.
-    wrap: Any = huggingface.HFLM
+    # Typed less strictly than it is: its signature differs between versions.
     simple_evaluate: Any = lm_eval.simple_evaluate
-    manager, names, left_out = _find(
-        (*(suite.tasks if suite else ()), *tasks), suite.optional if suite else (), include
-    )
+    required = (*(suite.tasks if suite else ()), *tasks)
+    manager, names, left_out = _find(required, suite.optional if suite else (), include)
     tokens, chat = loaded.tokens, loaded.tokens.conversation
-    # The harness renders the template itself, so it needs the template's variables.
-    arguments = {"chat_template_args": dict(chat.settings.arguments)} if chat and chat.settings.arguments else {}
-    model = wrap(
-        pretrained=loaded.model,
-        tokenizer=tokens.tokenizer,
-        max_length=tokens.max_length,
-        batch_size=BATCH,
-        **arguments,
-    )
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     try:
         # Tasks and metrics may write to stdout, where our own JSON goes.
         with contextlib.redirect_stdout(sys.stderr):
             results = simple_evaluate(
-                model,
+                _wrapped(loaded),
                 tasks=names,
                 task_manager=manager,
                 limit=limit,
                 log_samples=False,
                 apply_chat_template=tokens.chat_template,
                 system_instruction=None if chat is None else chat.settings.system,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                **dict.fromkeys(seeds, seed),
             )
     except ImportError as error:
         raise OptionError(f"a task of {', '.join(names)} needs another package: {first_line(error)}") from error
@@ -117,6 +103,23 @@ def run_harness(
         raise OptionError(f"the data of {', '.join(names)} cannot be read: {first_line(error)}") from error
     result = _result(results, lm_eval.__version__)
     return replace(result, limit=limit, suite=None if suite is None else suite.to_json(left_out))
+
+
+def _wrapped(loaded: LoadedModel) -> Any:
+    """Return a loaded model as the harness takes one."""
+    from lm_eval.models import huggingface  # pyright: ignore[reportMissingImports]
+
+    wrap: Any = huggingface.HFLM
+    tokens, chat = loaded.tokens, loaded.tokens.conversation
+    # The harness renders the template itself, so it needs the template's variables.
+    arguments = {"chat_template_args": dict(chat.settings.arguments)} if chat and chat.settings.arguments else {}
+    return wrap(
+        pretrained=loaded.model,
+        tokenizer=tokens.tokenizer,
+        max_length=tokens.max_length,
+        batch_size=BATCH,
+        **arguments,
+    )
 
 
 def _find(
