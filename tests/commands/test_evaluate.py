@@ -206,7 +206,7 @@ def run(models: tuple[Path, Path], edits: str, text: str, tmp_path: Path, monkey
     out = tmp_path / "out"
     # Too little text for an exact second moment, but enough for any change at all.
     chosen = ["--layers", "1-2", "--corpus", text, "--editor", "ft"]
-    quick = ["-o", "targets.steps=5", "-o", "targets.prefixes=0", "-q"]
+    quick = ["-o", "targets.steps=5", "-o", "targets.prefixes=0", "-q", "--batch-size", "3", "--eval-every", "1"]
     assert main(["apply", edits, "--model", str(models[1]), "--out", str(out), "--device", "cpu", *chosen, *quick]) == 0
     return out
 
@@ -333,3 +333,13 @@ def test_a_run_keeps_its_evidence_and_tells_what_is_retained_by_age(run: Path, e
     first = kept.answers[0]
     assert first.base is not None
     assert [one.prompt for one in first.base.generated] == [one.prompt for one in first.generated]
+    # What the run measured along the stream, from stored distributions of the base, is what is measured now.
+    entries = [json.loads(entry) for entry in folder.journal.read_text().splitlines()]
+    along = [entry["metrics"]["retained"] for entry in entries]
+    assert [one["edits"] for one in along] == [3, 6]
+    for name in ("median", "p90"):
+        measured = figures["distribution"]["neighbors"][name]
+        assert along[-1][f"distribution.neighbors.{name}"] == pytest.approx(measured, rel=1e-3)
+        assert along[0][f"distribution.unrelated.{name}"] > 0
+    protocols = json.loads(folder.record.read_text())["protocols"]
+    assert protocols["distribution.neighbors.p90"] == {"protocol": "distribution", "scorer": "kl"}
