@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from editcli.commands.evidence import Earlier, protocol_settings, raw_lines, rea
 from editcli.commands.quantised import QuantisedEvaluation, measure_quantised
 from editcli.distributed.team import Team, agree_on_inputs, agree_on_models
 from editcli.errors import ModelError, OptionError
-from editcli.evaluation.ability import Drift, general_drift
+from editcli.evaluation.ability import Drift, general_drift, general_text
 from editcli.evaluation.admission import thinking_warning
 from editcli.evaluation.cohorts import Cohort, cohorts
 from editcli.evaluation.distribution import Divergences, compare_distributions
@@ -26,7 +26,6 @@ from editcli.models.loading import (
     LoadedModel,
     Loading,
     ModelSource,
-    bundled_folder,
     first_model,
     open_model,
     resolve_model,
@@ -44,7 +43,6 @@ from editcli.runs.planning import clock_of
 from editcli.settings.recipes import IN_CONTEXT, OWN_BASE, EvalRecipe
 from editcli.settings.suites import SUITES
 from editcli.storage.files import write_lines
-from editcli.storage.opening import TEXT, read_text
 
 if TYPE_CHECKING:
     from editcli.plugin.manager import Plugins
@@ -316,13 +314,3 @@ def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
         return base
     known = f"its base {places[0]} is not where it was" if places else "it records no base"
     raise ModelError(f"{source.name}: {known}; pass the base as --base=MODEL")
-
-
-def general_text(file: str | None) -> Iterator[str]:
-    """Yield the paragraphs of the text to measure general ability on: a file's, or the bundled held-out text's."""
-    path = Path(file).expanduser() if file is not None else bundled_folder() / "heldout.txt"
-    try:
-        content = read_text(path, TEXT)
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"the text {path} cannot be read: {error}") from error
-    yield from (line for line in content.splitlines() if line.strip())

@@ -33,7 +33,7 @@ UNRELATED = 100
 """Unrelated texts."""
 TEXT_TOKENS = 24
 """Tokens of an unrelated text."""
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 128 * 2**20
 """Most memory that stored distributions of the base may take."""
 
 

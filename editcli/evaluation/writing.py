@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from editcli.distributed.team import Team
 from editcli.models.forward import head_only_at, positions
-from editcli.models.kv_cache import cache_of, cache_options, supports_kv_cache, with_cache
+from editcli.models.kv_cache import cache_of, cache_options, with_cache
 from editcli.models.matmul import quick_linears
 from editcli.models.tokens import Encoded
 from editcli.reporting import Reporter, Silent
@@ -111,7 +111,7 @@ class _Writer:
         self.loaded, self.rules = loaded, rules
         self.ends = end_tokens(loaded)
         self.device = loaded.input_device
-        self.padded = supports_kv_cache(loaded.model, self.device)
+        self.padded = loaded.supports_kv_cache
         self.window = getattr(loaded.model.config.get_text_config(), "sliding_window", None) or math.inf
         self.alone = next(loaded.model.parameters()).dtype == torch.float32
         """Whether a text in which two tokens come close is written again alone."""
@@ -229,7 +229,8 @@ class _State:
         if self.padded and len(places) < len(tokens):
             chosen = torch.tensor(places)
             tokens, self.mask = tokens[chosen], self.mask[chosen]
-            self.cache.batch_select_indices(chosen.to(self.device))
+            # On the CPU they select on every device that layers lie on.
+            self.cache.batch_select_indices(chosen)
         column = tokens[:, None].to(self.device)
         # A model without a cache reads its texts again from the first token; they are of one length.
         self.ids = torch.cat([self.ids, column], dim=1) if self.cache is None else column

@@ -20,7 +20,7 @@ from editcli.plugin.interfaces import Site
 from editcli.plugin.manager import Plugins
 from editcli.plugin.plain import recorded
 from editcli.records.edits import superseded
-from editcli.records.journal import IMMEDIATE
+from editcli.records.journal import IMMEDIATE, RETAINED
 from editcli.records.record import BaseRef, FileRef, Provenance, Requirement
 from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.requests.superseding import supersede
@@ -82,7 +82,7 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         },
         generalization=_before_after(before, after, "generalization"),
         specificity=_before_after(before, after, "specificity"),
-        protocols=protocols_of(ANSWERS) if planned.recipe.evaluate else {},
+        protocols=protocols_of(_measured(stream)) if planned.recipe.evaluate else {},
         sites=tuple(_site_reports(stream.session, ending.weights)),
         seconds=dict(ending.seconds),
         out=ending.out,
@@ -194,6 +194,13 @@ def _immediate(stream: Stream) -> dict[str, float | None] | None:
 def _mean(weighted: Sequence[tuple[int, float | None]]) -> float | None:
     known = [(count, value) for count, value in weighted if value is not None]
     return sum(count * value for count, value in known) / sum(count for count, _ in known) if known else None
+
+
+def _measured(stream: Stream) -> Iterator[str]:
+    """Yield the metrics of a run that evaluates: those of its edits, and those along the stream alone."""
+    yield from ANSWERS
+    along = dict.fromkeys(name for report in stream.reports for name in report.measured(RETAINED))
+    yield from (name for name in along if name not in (*ANSWERS, "edits"))
 
 
 def _before_after(before: Evaluation | None, after: Evaluation | None, name: str) -> dict[str, Any] | None:
