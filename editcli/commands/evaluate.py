@@ -19,6 +19,7 @@ from editcli.evaluation.cohorts import Cohort, cohorts
 from editcli.evaluation.distribution import Divergences, compare_distributions
 from editcli.evaluation.harness import HarnessResult, require_harness, run_harness
 from editcli.evaluation.in_context import stated
+from editcli.evaluation.judge import Endpoint, Judgement, answers_of, judge, require_judge
 from editcli.evaluation.locality import answer_locality
 from editcli.evaluation.metrics import Evaluation, evaluate
 from editcli.evaluation.registry import paths, protocols_of
@@ -35,6 +36,7 @@ from editcli.models.quantised import open_quantised
 from editcli.records.evidence import evidence_folder, write_evidence
 from editcli.records.history import History, read_history
 from editcli.records.state import RunFolder
+from editcli.records.verdicts import VerdictFile
 from editcli.reporting import Reporter, Silent
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
@@ -68,6 +70,7 @@ class Measurement:
     """What is retained by the age of the edits, in a run of ours."""
     protocol_settings: Mapping[str, Any] = field(default_factory=dict)
     quantised: tuple[QuantisedEvaluation, ...] = ()
+    judgement: Judgement | None = None
     earlier: Earlier | None = None
     warnings: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
@@ -86,6 +89,7 @@ class Measurement:
             "drift": None if self.drift is None else self.drift.to_json(),
             "distribution": None if self.divergences is None else self.divergences.to_json(),
             "cohorts": [cohort.to_json() for cohort in self.cohorts],
+            "judge": None if self.judgement is None else self.judgement.to_json(),
             "quantised": [one.to_json() for one in self.quantised],
         }
         protocols = protocols_of(paths(figures))
@@ -138,6 +142,7 @@ def measure(
         earlier=earlier,
         rejected=tuple(str(error) for error in file.rejected),
     )
+    measured = replace(measured, judgement=_judged(measured.evaluation, recipe, reporter))
     _tell_and_write(measured, models, folder)
     return measured
 
@@ -217,6 +222,8 @@ def _refuse_company(recipe: EvalRecipe, team: Team) -> None:
             f"--harness and --suite run in one process, not in {team.size}; run them without a launcher, the edits' "
             "metrics with one"
         )
+    if recipe.judge:
+        raise OptionError(f"--judge runs in one process, not in {team.size}; run it without a launcher")
     if recipe.edits == "-":
         raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
 
@@ -228,6 +235,9 @@ def _refuse_unmeasurable(recipe: EvalRecipe, team: Team) -> None:
         require_harness()
     for one in parse_quantisations(recipe.quantise):
         one.require()
+    if recipe.judge:
+        require_judge()
+        VerdictFile(Path(recipe.verdicts))
 
 
 def _agree(
@@ -276,6 +286,13 @@ def _harness(loaded: LoadedModel, recipe: EvalRecipe, reporter: Reporter) -> Har
         missing = ", ".join(result.suite["left_out"])
         reporter.warn(f"lm-evaluation-harness {result.version} has no {missing}, so the suite was run without")
     return result
+
+
+def _judged(evaluation: Evaluation, recipe: EvalRecipe, reporter: Reporter) -> Judgement | None:
+    if recipe.judge is None or recipe.judge_model is None:
+        return None
+    endpoint = Endpoint(recipe.judge, recipe.judge_model, recipe.judge_budget)
+    return judge(answers_of(evaluation.outcomes), endpoint, VerdictFile(Path(recipe.verdicts)), reporter=reporter)
 
 
 def _cohorts(evaluation: Evaluation, requests: Sequence[EditRequest], history: History | None) -> tuple[Cohort, ...]:

@@ -123,6 +123,18 @@ GENERATED = (
 )
 """Metrics of texts that the model writes freely."""
 
+JUDGED = tuple(
+    Metric(f"judge.{name}_correct", "generated", "judge", f"share of {of} that a judge calls correct", source=_MIRAGE)
+    for name, of in (
+        ("efficacy", "texts after the edited prompt"),
+        ("generalization", "texts after other phrasings"),
+        ("specificity", "texts after neighbours"),
+        ("portability", "texts after prompts that follow from the edit"),
+        ("locality", "texts after unrelated prompts"),
+    )
+)
+"""Metrics of the same texts, by the verdicts of another model."""
+
 CHOICES = (
     Metric(
         "choice.two_new",
@@ -210,7 +222,7 @@ ABILITY = (
 )
 """Metrics of general ability."""
 
-METRICS: tuple[Metric, ...] = (*TEACHER_FORCED, *GENERATED, *CHOICES, *DISTRIBUTIONS, *KINDS, *TEXTS, *ABILITY)
+METRICS: tuple[Metric, ...] = (*TEACHER_FORCED, *GENERATED, *JUDGED, *CHOICES, *DISTRIBUTIONS, *KINDS, *TEXTS, *ABILITY)
 """Every metric, in the order in which tables show them; a new one is declared here and nowhere else."""
 
 

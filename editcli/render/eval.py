@@ -120,6 +120,10 @@ def _worst(divergences: Divergences | None) -> Iterator[Text]:
 def _legends(measurement: Measurement) -> Iterator[Text]:
     if measurement.edits:
         yield Text(_LEGEND, style="dim")
+    judged = measurement.judgement
+    if judged is not None:
+        count = f"{judged.judged:,} of {plural(judged.answers, 'answer')}"
+        yield Text(f"judge: {judged.endpoint.model} at {judged.endpoint.url}, {count}", style="dim")
     if measurement.harness is not None:
         yield Text(_harness_legend(measurement.harness), style="dim")
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from editcli.errors import OptionError, near_miss
 from editcli.models.quantisation import NAMES, parse_quantisations
 from editcli.settings.core import StatisticsOptions
+from editcli.settings.judging import check_address
 from editcli.settings.recipe import ChatLoadingSettings, LoadingSettings, Recipe
 from editcli.settings.setting import check_values, like, setting
 from editcli.settings.stopping import MOST, StopRules, parse_stops
 from editcli.settings.suites import SUITES
 
-MEASURE, STATISTICS, SEARCH = "Measure", "Statistics", "Search"
+MEASURE, JUDGE, STATISTICS, SEARCH = "Measure", "Judge", "Statistics", "Search"
 """Sections of ``--help``."""
 OWN_BASE = "own"
 """Stands for the base that a run records."""
@@ -121,6 +122,25 @@ class EvalRecipe(ChatLoadingSettings):
         env=False,
         value="existing folder",
     )
+    judge: str | None = setting(
+        None,
+        "Send every answer that the model writes to this OpenAI-compatible endpoint, for a verdict; the key is in the "
+        "variable EDITCLI_JUDGE_KEY. Nothing is sent without this.",
+        section=JUDGE,
+        cli_only=True,
+        metavar="URL",
+    )
+    judge_model: str | None = setting(None, "The model that judges.", section=JUDGE, env=False, metavar="NAME")
+    judge_budget: int = setting(
+        1000, "Most requests to the judge, repeated ones included.", section=JUDGE, env=False, least=1
+    )
+    verdicts: str = setting(
+        "verdicts.jsonl",
+        "File of the verdicts, each written as it comes; what is there is not asked again.",
+        section=JUDGE,
+        env=False,
+        value="file",
+    )
     seed: int = like(LoadingSettings, "seed", section=MEASURE)
     limit: int | None = like(Recipe, "limit")
     on_error: str = like(Recipe, "on_error")
@@ -146,6 +166,7 @@ class EvalRecipe(ChatLoadingSettings):
             raise OptionError("the distribution is compared with the base's; pass --base as well")
         # Building them checks them.
         self.rules  # noqa: B018
+        self._check_judge()
         if self.suite is not None and self.suite not in SUITES:
             raise OptionError(f"there is no suite {self.suite!r}{near_miss(self.suite, SUITES)}")
         if self.harness_include and not self.runs_tasks:
@@ -156,6 +177,21 @@ class EvalRecipe(ChatLoadingSettings):
             raise OptionError("--text is what --base is measured on; pass both")
         if self.out is not None and not Path(self.out).absolute().parent.is_dir():
             raise OptionError(f"the folder of --out {self.out} does not exist")
+
+    def _check_judge(self) -> None:
+        if self.judge is None:
+            if self.judge_model is not None:
+                raise OptionError("--judge-model names a model of --judge URL; pass both")
+            return
+        check_address(self.judge)
+        if self.judge_model is None:
+            raise OptionError("--judge needs the name of the model that judges; pass --judge-model NAME")
+        if self.edits is None or (self.metrics and "generated" not in self.metrics):
+            raise OptionError(
+                "--judge judges the answers that the model writes; pass EDITS.jsonl and generated metrics"
+            )
+        if not Path(self.verdicts).absolute().parent.is_dir():
+            raise OptionError(f"the folder of --verdicts {self.verdicts} does not exist")
 
     @property
     def runs_tasks(self) -> bool:
