@@ -301,13 +301,14 @@ def test_an_earlier_evaluation_is_shown_and_other_protocols_are_warned_of(
 
 
 def test_settings_that_need_each_other_are_checked_before_a_model_is_loaded(edits: str):
-    for wrong, word in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"baseline": "in-contex"}, "in-context"),
         ({"baseline": "in-context"}, "--base"),
         ({"metrics": ("distribution",)}, "--base"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "--max-new-tokens"),
         ({"stop": ("line",)}, "line"),
-    ):
+    )
+    for wrong, word in cases:
         with pytest.raises(OptionError, match=word):
             EvalRecipe(model="none", edits=edits, **wrong)
 
