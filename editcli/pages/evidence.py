@@ -80,6 +80,8 @@ class View:
     answers: tuple[AnswerRow, ...]
     hidden: int
     """Answers that are not listed."""
+    worst: tuple[tuple[str, str, float | None], ...]
+    """The prompts whose distributions moved most: edit or text, prompt, KL."""
     said: Mapping[str, str]
     """What the edited model writes after the prompt of each edit."""
 
@@ -87,7 +89,7 @@ class View:
 def view_of(evidence: Evidence | None, history: History, state: str | None) -> View:
     """Return what to show of the evidence of a run; ``state`` is the hash over the run's edits as they are now."""
     if evidence is None:
-        return View((), (), (), ("anything beyond the figures of the run itself",), (), (), 0, {})
+        return View((), (), (), ("anything beyond the figures of the run itself",), (), (), 0, (), {})
     figures = evidence.figures
     models = {"base": figures.get("base"), "in context": figures.get("in_context"), "edited": figures}
     shown = {name: one for name, one in models.items() if isinstance(one, Mapping)}
@@ -100,6 +102,7 @@ def view_of(evidence: Evidence | None, history: History, state: str | None) -> V
         writers=tuple(name for name, _ in _writers(evidence)),
         answers=answers[:MAX_ANSWERS],
         hidden=max(0, len(answers) - MAX_ANSWERS),
+        worst=tuple(_worst(figures.get("distribution"))),
         said={line.id: line.generated[0].text for line in evidence.answers if line.generated},
     )
 
@@ -114,6 +117,14 @@ def _sections(figures: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -
                 rows.append(MetricRow(name.removeprefix(f"{protocol}."), metric_of(name).meaning, values))
         if rows:
             yield Section(protocol, meaning, tuple(rows))
+
+
+def _worst(sets: Any) -> Iterator[tuple[str, str, float | None]]:
+    """Yield the prompts that were named, those of the edits' neighbours first."""
+    for spread in (sets.get(name) for name in ("neighbors", "unrelated")) if isinstance(sets, Mapping) else ():
+        for one in spread.get("worst") or () if isinstance(spread, Mapping) else ():
+            if isinstance(one, Mapping):
+                yield str(one.get("edit") or "unrelated text"), str(one.get("prompt")), value_at(one, "kl")
 
 
 def _remarks(evidence: Evidence, history: History, state: str | None) -> Iterator[str]:

@@ -163,6 +163,15 @@ def keep_evidence(run: Path, count: int = 6) -> RunFolder:
         "generated": {"efficacy_contains_new": 0.38461},
         "base": {"model": "the base", "efficacy_accuracy": 0.0, "generated": {"efficacy_contains_new": 0.0}},
         "in_context": None,
+        "distribution": {
+            "neighbors": {
+                "prompts": 6,
+                "median": 0.25,
+                "p90": 1.5,
+                "worst": [{"edit": "e4", "prompt": "x", "kl": 2.75}],
+            },
+            "unrelated": None,
+        },
         "protocol_settings": {"prompts": "bare", "generated": {"most_new_tokens": 32, "stop": ["newline"]}},
     }
     lines = []
@@ -187,6 +196,7 @@ def test_evidence_names_protocols_baselines_answers_and_what_is_missing(make_run
     assert HOSTILE not in page
     for text in ("<h3>teacher_forced</h3>", "<h3>generated</h3>", "0.3846", "most_new_tokens 32", "the base"):
         assert text in page
+    assert '<tr><td>e4</td><td>x</td><td class="n">2.75</td></tr>' in page
     missing = page[page.index('id="missing"') : page.index("Raw answers")]
     for text in ("in-context", "--harness", "--metrics choice", "--as"):
         assert text in missing
