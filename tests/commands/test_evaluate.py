@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import editcli_formats
 from editcli.__main__ import main
 from editcli.commands.evaluate import EvalRecipe, measure, sample
+from editcli.commands.evidence import read_earlier
 from editcli.errors import ModelError, OptionError
 from editcli.evaluation import locality as baseline
 from editcli.evaluation.generation import Generation
@@ -331,6 +332,9 @@ def test_a_run_keeps_its_evidence_and_tells_what_is_retained_by_age(run: Path, e
     assert kept.figures == figures
     assert kept.state == state_of(folder)
     assert [line.id for line in kept.answers] == list(SUBJECTS)
+    earlier = read_earlier(str(folder.evaluation))
+    assert earlier is not None
+    assert earlier.figures == figures
     first = kept.answers[0]
     assert first.base is not None
     assert [one.prompt for one in first.base.generated] == [one.prompt for one in first.generated]
