@@ -83,7 +83,7 @@ def _deciding(settings: Any) -> Any:
 
 
 def read_earlier(file: str | None) -> Earlier | None:
-    """Read an earlier ``eval --json``, or what ``eval --record`` kept; raise :class:`OptionError` where it is neither."""
+    """Read an earlier ``eval --json``, or what ``--record`` kept; raise :class:`OptionError` where it is neither."""
     if file is None:
         return None
     path = Path(file).expanduser()
