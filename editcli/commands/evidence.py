@@ -83,7 +83,7 @@ def _deciding(settings: Any) -> Any:
 
 
 def read_earlier(file: str | None) -> Earlier | None:
-    """Read the output of an earlier ``eval --json``; raise :class:`OptionError` where it is none."""
+    """Read an earlier ``eval --json``, or what ``--record`` kept; raise :class:`OptionError` where it is neither."""
     if file is None:
         return None
     path = Path(file).expanduser()
@@ -91,6 +91,8 @@ def read_earlier(file: str | None) -> Earlier | None:
         figures = parse(read_bytes(path, RECORD))
     except (OSError, UnreadableError) as error:
         raise OptionError(f"the earlier evaluation {path} cannot be read: {error}") from error
+    if isinstance(figures, dict) and isinstance(figures.get("figures"), dict):
+        figures = figures["figures"]
     if not isinstance(figures, dict) or "efficacy_accuracy" not in figures:
-        raise OptionError(f"{path} is no output of 'editcli eval --json'; pass such a file as --against")
+        raise OptionError(f"{path} is no output of 'editcli eval --json' or --record; pass such a file as --against")
     return Earlier(file, figures)

@@ -92,7 +92,8 @@ def _harness_rows(measurement: Measurement) -> Iterator[tuple[str, dict[str, flo
 
 def _cohorts(measurement: Measurement) -> Iterator[RenderableType]:
     """Draw what is retained by the age of the edits, the oldest first."""
-    if not measurement.cohorts:
+    # Parts of one edit each say no more than the edits themselves.
+    if all(one.first == one.last for one in measurement.cohorts):
         return
     figures = ("measured", "efficacy_accuracy", "efficacy_success", "contains_new")
     rows = table("edits by age", *figures, right=figures, title="Retained by age", title_justify="left", padding=(0, 1))
@@ -108,13 +109,11 @@ SHOWN_WORST = 3
 
 
 def _worst(divergences: Divergences | None) -> Iterator[Text]:
-    for name, spread in (
-        (("neighbours", divergences.neighbors), ("texts", divergences.unrelated)) if divergences else ()
-    ):
-        for one in spread.worst[:SHOWN_WORST] if spread is not None else ():
-            where = f" of edit {one.edit}" if one.edit is not None else ""
-            if one.kl > 0:
-                yield Text(f"moved most of the {name}{where}: {one.prompt!r}, KL {one.kl:.4g} nats", style="dim")
+    """Name the neighbours whose distributions moved most."""
+    spread = divergences.neighbors if divergences is not None else None
+    for one in spread.worst[:SHOWN_WORST] if spread is not None else ():
+        if one.kl > 0:
+            yield Text(f"moved most: {one.prompt!r}, a neighbour of edit {one.edit}, KL {one.kl:.4g} nats", style="dim")
 
 
 def _legends(measurement: Measurement) -> Iterator[Text]:

@@ -76,7 +76,8 @@ class EvalRecipe(ChatLoadingSettings):
     )
     against: str | None = setting(
         None,
-        "An earlier --json of eval, to show beside these figures; warns where the two were not measured alike.",
+        "An earlier --json of eval, or the evaluation.json of --record, to show beside these figures; warns where the "
+        "two were not measured alike.",
         section=MEASURE,
         env=False,
         value="file",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import editcli_formats
 from editcli.__main__ import main
 from editcli.commands.evaluate import EvalRecipe, measure, sample
+from editcli.commands.evidence import read_earlier
 from editcli.errors import ModelError, OptionError
 from editcli.evaluation import locality as baseline
 from editcli.evaluation.generation import Generation
@@ -301,13 +302,14 @@ def test_an_earlier_evaluation_is_shown_and_other_protocols_are_warned_of(
 
 
 def test_settings_that_need_each_other_are_checked_before_a_model_is_loaded(edits: str):
-    for wrong, word in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"baseline": "in-contex"}, "in-context"),
         ({"baseline": "in-context"}, "--base"),
         ({"metrics": ("distribution",)}, "--base"),
         ({"min_new_tokens": 9, "max_new_tokens": 8}, "--max-new-tokens"),
         ({"stop": ("line",)}, "line"),
-    ):
+    )
+    for wrong, word in cases:
         with pytest.raises(OptionError, match=word):
             EvalRecipe(model="none", edits=edits, **wrong)
 
@@ -330,6 +332,9 @@ def test_a_run_keeps_its_evidence_and_tells_what_is_retained_by_age(run: Path, e
     assert kept.figures == figures
     assert kept.state == state_of(folder)
     assert [line.id for line in kept.answers] == list(SUBJECTS)
+    earlier = read_earlier(str(folder.evaluation))
+    assert earlier is not None
+    assert earlier.figures == figures
     first = kept.answers[0]
     assert first.base is not None
     assert [one.prompt for one in first.base.generated] == [one.prompt for one in first.generated]

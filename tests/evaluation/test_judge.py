@@ -25,6 +25,7 @@ from editcli.reporting import Silent
 from editcli.requests.schema import from_record
 from editcli.settings.recipes import EvalRecipe
 from tests.support.facts import write_lines
+from tests.support.places import ROOT
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("openai") is None, reason="the client is not installed: editcli[judge]"
@@ -346,6 +347,10 @@ def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "edits.jsonl", [{"prompt": "x"}])
     with pytest.raises(OptionError, match="holds no verdicts"):
         VerdictFile(path)
+
+
+def test_the_rubric_is_published_as_it_is_sent() -> None:
+    assert RUBRIC in (ROOT / "docs" / "metrics.md").read_text("utf-8")
 
 
 def test_without_the_client_one_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
