@@ -21,7 +21,6 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from scipy.stats import spearmanr
 
 from benchmarks.common import write_result
 from benchmarks.markdown import table
@@ -157,6 +156,9 @@ def at_equal_edits(rows: Sequence[Mapping[str, float]]) -> Iterator[list[Mapping
 
 def correlation(rows: Sequence[Mapping[str, float]], name: str, retained: str) -> float | None:
     """Return Spearman's rank correlation of two figures; None where one of them does not vary."""
+    # Nothing else needs it, and the page is written without it.
+    from scipy.stats import spearmanr
+
     pairs = np.array([(row[name], row[retained]) for row in rows])
     if len(pairs) < LEAST or (pairs == pairs[0]).all(axis=0).any():
         return None
@@ -179,6 +181,7 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
     yield "has to tell. The relative change along the i-th singular direction of the base is"
     yield "|u_i^T (W_n - W_0) v_i| / sigma_i; [metrics](metrics.md) has the definitions."
     yield ""
+    yield from (result["result"]["about"], "") if result["result"]["about"] else ()
     for part in result["result"]["benches"]:
         yield f"### {part['model']}: {', '.join(part['stacks'])}"
         yield ""
@@ -217,10 +220,11 @@ def examine(bench: Path) -> dict[str, Any]:
 
 @click.command()
 @click.argument("benches", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--about", default="", help="One paragraph on the streams and on the figures, for the page.")
 @click.option("--out", type=click.Path(path_type=Path), default=None)
-def main(benches: tuple[Path, ...], out: Path | None) -> None:
+def main(benches: tuple[Path, ...], about: str, out: Path | None) -> None:
     """Correlate the figures of the weights with what the runs of every BENCH retained."""
-    result = {"benches": [examine(bench) for bench in benches]}
+    result = {"about": about, "benches": [examine(bench) for bench in benches]}
     write_result("predictors", result, out)
     click.echo("\n".join(section({"result": result})))
 
