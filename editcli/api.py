@@ -304,8 +304,7 @@ def ask(
         raise OptionError("parallel='tensor' needs several processes; run 'editcli apply' with torchrun")
     if recipe.resume:
         check_resumable(recipe.folder, plugins)
-    recipe.check(plugins)
-    recipe = planning.with_clock(recipe.with_preset_read())
+    recipe = planning.with_clock(recipe.resolved(plugins).with_preset_read())
     held = None
     if not named:
         families = plugins.families()

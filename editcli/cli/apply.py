@@ -53,7 +53,7 @@ def apply(app: App, /, assignments: tuple[str, ...], dry_run: bool, repeated: Pa
     if recipe.resume:
         # A component of the run that is missing is named with its distribution, not as an unknown name.
         check_resumable(recipe.folder, app.plugins)
-    recipe.check(app.plugins)
+    recipe = recipe.resolved(app.plugins)
     refuse_idle_options(recipe, assignments, app.plugins)
     return _plan(app, recipe) if dry_run else _apply(app, recipe)
 

@@ -33,7 +33,7 @@ class PluginsGroup(Command, click.Group):
 
 @command(cls=PluginsGroup, config=False, invoke_without_command=True, subcommand_metavar="[NAME | new NAME]")
 def plugins(app: App, /) -> None:
-    """Show the editors, stabilizers, diagnostics and formats of all plugins.
+    """Show the editors, stabilizers, named stacks, diagnostics and formats of all plugins.
 
     With NAME, show everything about one of them: its options with types and defaults, its paper, and its distribution.
     'editcli plugins new NAME' writes a package for a plugin of your own.

@@ -44,8 +44,7 @@ def tune(app: App, /, edits: str | None, assignments: tuple[str, ...], **values:
     if edits is None and values["limit"]:
         raise click.UsageError("--limit takes the first edits of a file; give EDITS.jsonl, or use --sample")
     search = {name: values.pop(name) for name in settings_of(TuneRecipe)}
-    run = Recipe(edits=edits or SOURCE, settings=app.settings(assignments), **values)
-    run.check(app.plugins)
+    run = Recipe(edits=edits or SOURCE, settings=app.settings(assignments), **values).resolved(app.plugins)
     refuse_idle_options(run, assignments, app.plugins)
     recipe = TuneRecipe(run=run, **search)
     # Torch and Optuna take seconds to import, so the command line is checked first.

@@ -97,8 +97,8 @@ def _models(plugins: Plugins) -> Iterator[tuple[str, str]]:
         yield path.name.removeprefix("models--").replace("--", "/"), "in the hub's cache"
 
 
-def _components(kind: str) -> Listed:
-    return lambda plugins: [(row["name"], row["summary"]) for row in catalogue(plugins) if row["kind"] == kind]
+def _components(*kinds: str) -> Listed:
+    return lambda plugins: [(row["name"], row["summary"]) for row in catalogue(plugins) if row["kind"] in kinds]
 
 
 def _words(*values: str) -> Listed:
@@ -134,7 +134,7 @@ VALUES: Mapping[str, Value] = {
     "corpus": Value("TEXT", _words("english", "self"), "file"),
     "device": Value("DEVICE", _words("auto", "cpu", "cuda", "mps")),
     "device_map": Value("MAP", _words("auto", "balanced", "sequential")),
-    "editor": Value("NAME", _components("editor")),
+    "editor": Value("NAME", _components("editor", "stack")),
     "existing folder": Value("DIR", paths="dir", type=click.Path(exists=True, file_okay=False)),
     "file": Value("FILE", paths="file"),
     "folder": Value("DIR", paths="dir"),
@@ -144,7 +144,7 @@ VALUES: Mapping[str, Value] = {
     "layers": Value("LAYERS", type=LayerRange()),
     "model": Value("MODEL", _models, "dir"),
     "path": Value("FILE", paths="file", type=click.Path(dir_okay=False, path_type=Path)),
-    "stacks": Value("STACK,...", _components("editor"), type=CommaSeparated()),
+    "stacks": Value("STACK,...", _components("editor", "stack"), type=CommaSeparated()),
     "stabilizer": Value("NAME", _components("stabilizer"), type=CommaSeparated()),
     "texts": Value("NAME", type=CommaSeparated()),
 }

@@ -19,7 +19,7 @@ from editcli.evaluation.registry import differences, protocols_of
 from editcli.health.growth import Growth, fit_growth
 from editcli.plugin.manager import Plugins
 from editcli.records.decoding import encode
-from editcli.records.edits import OutcomeLine, read_lines
+from editcli.records.edits import OutcomeLine, read_table
 from editcli.records.history import History, read_history
 from editcli.records.journal import RETAINED, BatchRecord
 from editcli.records.record import ENDED, INTERRUPTED, RUNNING, read_record
@@ -31,6 +31,7 @@ from editcli.runs.planning import read_requested, with_clock
 from editcli.settings.recipe import Recipe
 from editcli.settings.setting import settings_of
 from editcli.storage.files import write_json
+from editcli.storage.folders import holding
 
 COLLAPSE = 0.60
 """CP@60: a stack has collapsed once its retained efficacy is below this."""
@@ -98,13 +99,14 @@ class BenchReport:
 
 
 def parse_stacks(text: str, plugins: Plugins) -> tuple[tuple[str, ...], ...]:
-    """Read ``memit,memit+nas``: an editor's name, then its stabilizers'; raises on a name that is not known."""
+    """Read ``memit,encore+nas``: an editor's or a stack's name, then stabilizers'; raises on one that is not known."""
     stacks = []
     for part in text.split(","):
         names = tuple(name.strip() for name in part.split("+"))
         if not all(names):
             raise OptionError(f"cannot read the stack {part!r}: write EDITOR+STABILIZER, for instance memit+nas+revive")
-        plugins.find("editor", names[0])
+        if plugins.stack(names[0]) is None:
+            plugins.find("editor", names[0])
         for name in names[1:]:
             plugins.find("stabilizer", name)
         stacks.append(names)
@@ -119,7 +121,17 @@ def bench(
     # A stream or a preset that cannot be read is refused before anything is written.
     recipe = recipe.with_preset_read()
     read_requested(recipe, plugins)
-    recipe.folder.mkdir(parents=True, exist_ok=True)
+    with holding(recipe.folder):
+        curves = _curves(recipe, stacks, plugins, reporter)
+    for text in _mixed(curves):
+        reporter.warn(text)
+    report = BenchReport(recipe.edits, recipe.batch_size, tuple(curves), str(recipe.folder))
+    write_json(recipe.folder / "bench.json", report.to_json())
+    return report
+
+
+def _curves(recipe: Recipe, stacks: Sequence[Sequence[str]], plugins: Plugins, reporter: Reporter) -> list[Curve]:
+    """Run the stacks one after the other, up to the first that is interrupted."""
     # Stacks that ran before and stacks that run today use one time in the chat template.
     recipe = with_clock(recipe, folders=[recipe.folder / "+".join(names) for names in stacks])
     curves = []
@@ -128,7 +140,7 @@ def bench(
             title = "+".join(names)
             reporter.note(f"Stack {title}")
             try:
-                status = _run(_recipe_of(recipe, names), plugins, reporter)
+                status = _run(_recipe_of(recipe, names).resolved(plugins), plugins, reporter)
             except NumericalError as error:
                 # A method that fails is a result of the bench, not its end.
                 reporter.warn(f"stack {title} failed: {error}")
@@ -137,11 +149,7 @@ def bench(
             advance(1)
             if status == INTERRUPTED:
                 break
-    for text in _mixed(curves):
-        reporter.warn(text)
-    report = BenchReport(recipe.edits, recipe.batch_size, tuple(curves), str(recipe.folder))
-    write_json(recipe.folder / "bench.json", report.to_json())
-    return report
+    return curves
 
 
 def read_curve(stack: str, out: Path) -> Curve:
@@ -232,7 +240,7 @@ def _counted(history: History) -> list[tuple[int, BatchRecord]]:
 
 def _cohorts(history: History) -> dict[str, tuple[float, ...]]:
     """Return both efficacies of each quarter of the stream, from the final evaluation; nothing without one."""
-    lines = read_lines(history.folder.outcomes, OutcomeLine)
+    lines = read_table(history.folder.outcomes, OutcomeLine).lines
     answers = {line.id: line.efficacy[0] for line in lines if line.efficacy}
     ids = [name for batch in history.batches for name in batch.edits if name in answers]
     size = len(ids) // COHORTS

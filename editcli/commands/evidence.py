@@ -16,7 +16,8 @@ from editcli.evaluation.distribution import TEXT_TOKENS, Divergence
 from editcli.evaluation.in_context import TEXT
 from editcli.evaluation.metrics import Evaluation, Outcome
 from editcli.evaluation.registry import differences
-from editcli.records.decoding import UnreadableError, finite, parse
+from editcli.formatting import finite
+from editcli.records.decoding import UnreadableError, parse
 from editcli.settings.recipes import EvalRecipe
 from editcli.storage.opening import RECORD, read_bytes
 

@@ -27,18 +27,20 @@ def measure(
     requests: Sequence[EditRequest],
     *,
     every_position: bool,
+    ended: bool,
     trial: Mapping[Site, Tensor],
     batch_tokens: int,
 ) -> Gradients:
     """Return the gradients of the summed losses with respect to the sites' outputs; see ``Session.gradients``."""
     tokens = loaded.tokens
-    rows = [row.without_last() for row in tokens.encode([tokens.locate(r, r.target_new) for r in requests])]
+    texts = tokens.encode([tokens.locate(r, r.target_new) for r in requests])
+    rows = [(tokens.ended(text) if ended else text).without_last() for text in texts]
     spans = [range(len(row.ids)) if every_position else row.predicting for row in rows]
     losses: dict[int, Tensor] = {}
     measured: dict[Site, dict[int, tuple[Tensor, Tensor]]] = {site: {} for site in sites}
     for group in chunks(rows, budget=batch_tokens):
-        texts = [rows[index] for index in group]
-        loss, at_sites = _one_pass(loaded, sites, texts, trial)
+        members = [rows[index] for index in group]
+        loss, at_sites = one_pass(loaded, sites, members, trial)
         losses.update(zip(group, loss, strict=True))
         for site, (inputs, gradients) in at_sites.items():
             for row, edit in enumerate(group):
@@ -59,7 +61,7 @@ def _columns(rows: Mapping[int, tuple[Tensor, Tensor]]) -> SiteGradients:
     return SiteGradients(inputs=inputs.T, gradients=gradients.T, owner=owner.to(inputs.device))
 
 
-def _one_pass(
+def one_pass(
     loaded: LoadedModel, sites: Sequence[Site], texts: Sequence[Encoded], trial: Mapping[Site, Tensor]
 ) -> tuple[Tensor, dict[Site, tuple[Tensor, Tensor]]]:
     """Return each row's loss and, for every site, its (rows, length, features) inputs and gradients."""

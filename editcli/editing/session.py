@@ -6,6 +6,7 @@ evaluated weights are the saved ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from editcli.editing.activations import Activations, Hook
 from editcli.editing.engine import engine_for
 from editcli.editing.sinks import begins, first_is_sink
 from editcli.errors import StateError, StatisticsError
+from editcli.linalg.precision import double
 from editcli.models.generate import continue_rows
 from editcli.models.loading import LoadedModel
 from editcli.models.offload import device_of, read_weight, replace_weight
@@ -30,7 +32,7 @@ from editcli.requests.schema import EditRequest
 from editcli.settings.core import TargetOptions
 from editcli.statistics.cache import Cache, fingerprint
 from editcli.statistics.decompositions import Decompositions
-from editcli.storage.checkpoint import file_digest
+from editcli.storage.packing import Stored, value_of
 
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 """First words of the generated prefixes, as in ROME's code."""
@@ -68,6 +70,7 @@ class ModelSession:
         options: TargetOptions | None = None,
         prefixes: Sequence[str] | None = None,
         second_moment: SecondMoment | None = None,
+        gradient_moment: SecondMoment | None = None,
         pilots: PilotSource | None = None,
         save_dtype: torch.dtype | None = None,
         cache: Path | Cache | None = None,
@@ -84,6 +87,7 @@ class ModelSession:
             prefixes = generate_prefixes(loaded, self.options, seed=seed, reporter=self.reporter)
         self.prefixes = tuple(prefixes)
         self._second_moment, self._pilots, self._save_dtype = second_moment, pilots, save_dtype
+        self._gradient_moment = gradient_moment
         # One cache for all, so that a failure to write is reported once.
         self._files = cache if isinstance(cache, Cache) else Cache(cache, self.reporter)
         self._decompose = Decompositions(self._files, self.reporter)
@@ -97,6 +101,17 @@ class ModelSession:
         self.engine = engine_for(loaded)
         self.written = False
         """Whether any weight was written: from then on nothing may be measured as on the unedited model."""
+
+    @property
+    def stages(self) -> tuple[ModelSession, ...]:
+        """The session itself; with ``targets.per_layer`` one for each site, which shares everything else with it."""
+        return tuple(self._of(site) for site in self.sites) if self.options.per_layer else (self,)
+
+    def _of(self, site: Site) -> ModelSession:
+        """Return this session with one site alone: its last layer is where targets are optimised and measured."""
+        alone = copy.copy(self)
+        alone.sites, alone.layers = (site,), (site.layer,)
+        return alone
 
     @property
     def device(self) -> torch.device:
@@ -130,6 +145,14 @@ class ModelSession:
             self._moments[site] = moment if self._solve_device is None else moment.to(self._solve_device)
         return self._moments[site]
 
+    def gradient_moment(self, site: Site) -> Tensor:
+        """Return B = E[g g^T], (d_out, d_out) float64, of the unedited model on reference text."""
+        if self.written:
+            raise StatisticsError(f"{site.module}: statistics belong to the unedited model, but it was edited already")
+        if self._gradient_moment is None:
+            raise StatisticsError(f"{site.module}: this session was opened without reference-text statistics")
+        return double(self._gradient_moment(site), self._home(site))
+
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return the ascending eigenvalues and the eigenvectors of C in float64, from the cache if it has them."""
         return self._decompose(self.second_moment(site), site, self._home(site))
@@ -154,13 +177,13 @@ class ModelSession:
         """Return the key of a calibration in the cache, and the values that it depends on."""
         if self.written:
             raise StatisticsError(f"{name} is calibrated on the unedited model, but the model was edited already")
-        checkpoint, tokenizer = self.loaded.checkpoint, self.loaded.source.folder / "tokenizer.json"
+        checkpoint = self.loaded.checkpoint
         conversation = self.loaded.tokens.conversation
         identity = {
             "component": name,
             # A model in memory has no files, so its tensors are hashed instead.
             "model": checkpoint.fingerprint() or checkpoint.digest_of(checkpoint.names()),
-            "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else "",
+            "tokenizer": self.loaded.source.tokenizer_digest,
             "chat": None if conversation is None else conversation.identity,
             "dtype": str(next(self.loaded.model.parameters()).dtype),
             "modules": [site.module for site in self.sites],
@@ -199,6 +222,7 @@ class ModelSession:
         *,
         positions: Literal["target", "all"] = "target",
         trial: Mapping[Site, Tensor] | None = None,
+        ended: bool = False,
     ) -> Gradients:
         """Run one forward and backward pass of the targets' cross-entropy, on bare prompts; writes nothing."""
         measured = gradients.measure(
@@ -206,6 +230,7 @@ class ModelSession:
             self.sites,
             requests,
             every_position=positions == "all",
+            ended=ended,
             trial=trial or {},
             batch_tokens=self.options.batch_tokens,
         )
@@ -259,8 +284,7 @@ class ModelSession:
         self.written = True
         master = weight.to(device=self._masters[site].device, dtype=torch.float32)
         self._masters[site] = master
-        cast = master.to(self.save_dtype(site))
-        replace_weight(self._projection(site), cast.T if site.transposed else cast)
+        replace_weight(self._projection(site), value_of(self.encoded(site, master)))
         self._activations.forget(above=site.layer)
 
     def restore(self, masters: Mapping[Site, Tensor]) -> None:
@@ -287,6 +311,16 @@ class ModelSession:
     def save_dtype(self, site: Site) -> torch.dtype:
         """Return the dtype in which a site's weight will be saved."""
         return self._save_dtype or self.loaded.checkpoint.dtype(self.stored_name(site))
+
+    def encoded(self, site: Site, weight: Tensor) -> Stored:
+        """Return a site's weight, (d_out, d_in), as the checkpoint stores it, in the layout of the model."""
+        oriented = weight.T if site.transposed else weight
+        return self.loaded.checkpoint.encode(self.stored_name(site), oriented, self._save_dtype)
+
+    def as_saved(self, site: Site, weight: Tensor) -> Tensor:
+        """Return the numbers that a reader of the saved file gets of a weight, (d_out, d_in)."""
+        value = value_of(self.encoded(site, weight)).to(weight.device)
+        return value.T if site.transposed else value
 
     def masters(self) -> Mapping[Site, Tensor]:
         """Return all current weights; replaced, never changed in place, by later writes."""

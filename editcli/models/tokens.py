@@ -244,6 +244,17 @@ class Tokens:
         rows = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
         return [_place(text, ids, offsets) for text, ids, offsets in rows]
 
+    def ended(self, text: Encoded) -> Encoded:
+        """Return ``text`` with the end of text behind its target, as the target's last token; nothing follows it.
+
+        The text stays as it is where the tokenizer has no such token or the target ends with it already.
+        """
+        end = self.tokenizer.eos_token_id
+        if end is None or not self._has_row(end) or text.target_ids[-1:] == (end,):
+            return text
+        start, stop = text.target.start, text.target.stop
+        return Encoded((*text.ids[:stop], end), text.lookup, range(start, stop + 1), (*text.target_ids, end))
+
     def check(self, request: EditRequest) -> Encoded:
         """Tokenise a request with its target; raise :class:`RequestError` when it cannot be edited."""
         try:

@@ -9,6 +9,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from editcli.plugin.interfaces import Diagnostic, Editor, Stabilizer
+    from editcli.plugin.stacks import NamedStack
 
 NAME = "editcli"
 
@@ -42,6 +43,11 @@ def editcli_formats() -> Sequence[Any]:  # pyright: ignore[reportReturnType]
 @hookspec
 def editcli_architectures() -> Sequence[Any]:  # pyright: ignore[reportReturnType]
     """Return model families (:class:`editcli.plugin.Family` objects)."""
+
+
+@hookspec
+def editcli_stacks() -> Sequence[NamedStack]:  # pyright: ignore[reportReturnType]
+    """Return named stacks (:class:`editcli.plugin.NamedStack` objects), such as ``stacks_in(__name__)``."""
 
 
 @hookspec

@@ -13,6 +13,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -23,6 +24,7 @@ from editcli.plugin.families import Family
 from editcli.plugin.hookspecs import API_VERSION
 from editcli.plugin.interfaces import Component, Diagnostic, Editor, Stabilizer
 from editcli.plugin.options import describe
+from editcli.plugin.stacks import SUFFIX, NamedStack, read_stack
 from editcli.requests.formats import Format
 
 KINDS: Mapping[str, tuple[str, type[Component]]] = {
@@ -33,6 +35,7 @@ KINDS: Mapping[str, tuple[str, type[Component]]] = {
 """Kinds of component: the hook that brings them and the class they derive from."""
 
 OTHER_HOOKS: Mapping[str, str] = {
+    "stack": "editcli_stacks",
     "format": "editcli_formats",
     "architecture": "editcli_architectures",
     "command": "editcli_commands",
@@ -145,8 +148,31 @@ class Plugins:
             if other != kind and name in self.all(other):
                 hint = "" if other == "diagnostic" else f"; pass it as --{other}"
                 raise PluginError(f"{name!r} is {_a(other)}, not {_a(kind)}{hint}")
+        if name in self.stacks():
+            raise PluginError(f"{name!r} is a named stack, not {_a(kind)}; pass it as --editor")
+        known = {*components, *self.stacks()} if kind == "editor" else components
         lost = f" (not loaded: {', '.join(sorted(self.broken))})" if self.broken else ""
-        raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, components)}{lost}")
+        raise PluginError(f"there is no {kind} named {name!r}{near_miss(name, known)}{lost}")
+
+    def stacks(self) -> dict[str, NamedStack]:
+        """Return the named stacks; raise :class:`PluginError` when two of them, or one and an editor, share a name."""
+        by_name: dict[str, tuple[str, NamedStack]] = {}
+        for plugin, stack in self._valid("editcli_stacks", lambda item: isinstance(item, NamedStack), "a NamedStack"):
+            other, _ = by_name.setdefault(stack.name, (plugin, stack))
+            if stack.name in self.all("editor"):
+                other = self.all("editor")[stack.name].plugin
+            if other != plugin:
+                raise PluginError(
+                    f"the name {stack.name!r} of a stack is brought by two plugins, {other} and {plugin}; "
+                    f"uninstall one or set EDITCLI_DISABLE={plugin}"
+                )
+        return {name: stack for name, (_, stack) in sorted(by_name.items())}
+
+    def stack(self, name: str | None) -> NamedStack | None:
+        """Return the stack that ``name`` or a file of that name means; None where it is no stack."""
+        if name is not None and name.endswith(SUFFIX):
+            return read_stack(Path(name))
+        return None if name is None else self.stacks().get(name)
 
     def formats(self) -> tuple[Format, ...]:
         """Return one reader of each installed format, by name; raise :class:`PluginError` when two share a name."""
@@ -280,8 +306,9 @@ def _discover(
 def catalogue(plugins: Plugins, name: str | None = None) -> list[dict[str, Any]]:
     """Return one row for everything that plugins bring, or for what is called ``name``.
 
-    A row has ``name, kind, plugin, distribution, version, api, summary, paper, options``. Raises
-    :class:`PluginError`, with the near miss, when nothing is called ``name``.
+    A row has ``name, kind, plugin, distribution, version, api, summary, paper, options``; that of a named stack also
+    ``stack``, the command line that it stands for. Raises :class:`PluginError`, with the near miss, when nothing is
+    called ``name``.
     """
     rows = [*_components(plugins), *_others(plugins)]
     if name is None:
@@ -325,9 +352,10 @@ def _others(plugins: Plugins) -> Iterator[dict[str, Any]]:
             "distribution": source.distribution,
             "version": source.version,
             "api": source.api,
-            "summary": _first_line(item),
+            "summary": item.summary if isinstance(item, NamedStack) else _first_line(item),
             "paper": str(getattr(item, "reference", "")),
             "options": [],
+            **({"stack": item.written_out} if isinstance(item, NamedStack) else {}),
         }
 
 

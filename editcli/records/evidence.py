@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from editcli.errors import FileError, OptionError, StateError
-from editcli.records.decoding import UnreadableError, convert, finite, read_json, refuse_nul
-from editcli.records.edits import read_lines
+from editcli.formatting import finite
+from editcli.records.decoding import UnreadableError, read_json, refuse_nul
+from editcli.records.edits import read_table
 from editcli.records.state import RunFolder
+from editcli.storage.conversion import convert
 from editcli.storage.files import write_json, write_lines
 from editcli.storage.opening import is_there
 
@@ -101,7 +103,7 @@ def read_evidence(run: RunFolder) -> Evidence | None:
             figures=kept.figures,
             measured=kept.measured,
             state=kept.state,
-            answers=tuple(read_lines(run.answers, EvidenceLine)),
+            answers=read_table(run.answers, EvidenceLine).lines,
         )
     return None
 

@@ -20,7 +20,7 @@ def plugins_table(rows: Sequence[Mapping[str, Any]], broken: Mapping[str, str]) 
     """Draw one line for each component, then the plugins that could not be loaded."""
     components = table("name", "kind", "from", "paper", "options")
     for row in rows:
-        options = ", ".join(option["name"] for option in row["options"])
+        options = row.get("stack") or ", ".join(option["name"] for option in row["options"])
         origin = f"{row['distribution']} {row['version']}".strip()
         components.add_row(Text(row["name"], style="bold"), row["kind"], origin, Text(row["paper"]), Text(options))
     hint = Text("'editcli plugins NAME' explains the options; set one with -o NAME.KEY=VALUE.", style="dim")
@@ -59,6 +59,8 @@ def _detail(row: Mapping[str, Any]) -> RenderableType:
         for option in row["options"]:
             options.add_row(*(Text(_shown(option[key])) for key in ("name", "type", "default", "help")))
         lines.append(options)
+    elif "stack" in row:
+        lines += [Text("It stands for:", style="dim"), Text(f"  {row['stack']}")]
     else:
         lines.append(Text("It has no options.", style="dim"))
     return Group(*lines)

@@ -13,7 +13,7 @@ import msgspec
 
 from editcli.errors import EditError, OptionError, near_miss
 from editcli.models.chat_settings import ChatSettings
-from editcli.plugin.options import build
+from editcli.plugin.options import build, merge
 from editcli.presets.record import Preset, given_preset, recorded_preset
 from editcli.settings.core import CORE
 from editcli.settings.guards import parse_guards
@@ -46,6 +46,7 @@ class Choices(TypedDict, total=False):
     solve_device: str | None
     parallel: str
     dtype: str
+    convert_bin: bool
     save_dtype: str
     resume: bool
     overwrite: bool
@@ -178,7 +179,8 @@ class Recipe(ChatLoadingSettings):
     )
     editor: str | None = setting(
         None,
-        "Method that turns facts into weight updates.  [default: the preset's, or rlsedit]",
+        "Method that turns facts into weight updates, a named stack, or a stack's TOML file.  [default: the preset's, "
+        "or rlsedit]",
         section=METHOD,
         flags=("-e",),
         value="editor",
@@ -209,6 +211,8 @@ class Recipe(ChatLoadingSettings):
         None, "Edits written at once.  [default: 100; 1 for rome]", section=METHOD, flags=("-b",), least=1, decides=True
     )
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stack: str | None = None
+    """The named stack that ``editor``, ``stabilizers`` and ``settings`` were written out from."""
     stats: str | None = setting(
         None, "Statistics file to use instead of computing or looking one up.", section=METHOD, value="file", place=True
     )
@@ -234,6 +238,13 @@ class Recipe(ChatLoadingSettings):
     )
     resume: bool = setting(
         False, "Continue the run in DIR, with the same edits or more.", section=OUTPUT, cli_only=True, folder=True
+    )
+    convert_bin: bool = setting(
+        False,
+        "Of a model in pickle files (.bin), edit a temporary copy in safetensors; only tensors are read.",
+        section=MODEL,
+        cli_only=True,
+        loads=True,
     )
     save_dtype: str = setting(
         "auto", "Type of the edited tensors in the file; auto is the checkpoint's own.", section=OUTPUT, choices=DTYPES
@@ -293,6 +304,32 @@ class Recipe(ChatLoadingSettings):
     def with_preset_read(self) -> Recipe:
         """Return the recipe with what its preset file holds, since the file may change or go while the run lasts."""
         return dataclasses.replace(self, preset=recorded_preset(self.preset))
+
+    def resolved(self, plugins: Plugins) -> Recipe:
+        """Return the checked recipe with a named stack written out; raises as :meth:`check` does.
+
+        The stack's stabilizers act before those that are asked for besides; options that the user sets stand over
+        the stack's. :attr:`stack` keeps its name.
+        """
+        stack = plugins.stack(self.editor)
+        if stack is None:
+            self.check(plugins)
+            return self
+        recipe = dataclasses.replace(
+            self,
+            editor=stack.editor,
+            stabilizers=tuple(dict.fromkeys((*stack.stabilizers, *self.stabilizers))),
+            settings=merge(stack.settings, self.settings),
+            stack=stack.name,
+        )
+        try:
+            dataclasses.replace(
+                recipe, stabilizers=stack.stabilizers, settings=stack.settings, preset=None, stop_if=()
+            ).check(plugins)
+        except EditError as error:
+            raise OptionError(f"the stack {stack.name}: {error}") from error
+        recipe.check(plugins)
+        return recipe
 
     def check(self, plugins: Plugins) -> None:
         """Raise when a name, an option or a guard is not known; needs neither a model nor torch."""

@@ -51,6 +51,7 @@ def tiny_session(
         layers,
         options=TargetOptions(steps=3, prefixes=1, prefix_tokens=2),
         second_moment=lambda site: tiny_second_moment(session.weight(site).shape[1], seed=site.layer),
+        gradient_moment=lambda site: tiny_second_moment(session.weight(site).shape[0], seed=site.layer),
         pilots=PilotSource(tuple(tiny_requests(9)), "made for tests"),
     )
     return session

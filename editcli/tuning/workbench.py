@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from editcli.editing.curvature import GradientMoments
 from editcli.editing.pipeline import commit, edit_batch, jump_of
 from editcli.editing.session import ModelSession, generate_prefixes
 from editcli.errors import NumericalError
@@ -129,6 +130,7 @@ class Workbench:
             options=planned.targets,
             prefixes=self.prefixes,
             second_moment=self.moments,
+            gradient_moment=GradientMoments(self.loaded, planned.sites, self.moments),
             cache=self.moments.files,
             pilots=planning.pilot_source(requests),
             save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),

@@ -12,11 +12,11 @@ from editcli.plugin import (
     Gradients,
     OptionError,
     Problem,
+    SavedState,
     Session,
     Site,
     SiteGradients,
     State,
-    StateError,
     Update,
     option,
 )
@@ -37,6 +37,10 @@ class UltraEdit(Editor):
         v = -lr ||k^||^2 g^          D = V (I + K^T K)^-1 K^T
 
     over the batch. The paper's code shares the statistics between sites of one shape; here each site has its own.
+
+    StableEdit (arXiv:2605.11836) changes two things: once more than d_out + 1 positions were seen, ``whiten`` takes the
+    gradients' whole covariance, g^ = Cov^(-1/2) (g - mean), and ``alpha`` takes the place of the 1 in I. It also writes
+    2,000 training edits before the stream; here ``pilots`` are counted into the statistics, and none is written.
     """
 
     name: ClassVar[str] = "ultraedit"
@@ -52,10 +56,12 @@ class UltraEdit(Editor):
 
         lr: float = option(1e-6, "step size; ||k^||^2 is about d_in, so a small model needs a larger one")
         pilots: int = option(0, "pilot edits counted into the statistics before the first batch (published: 0)")
+        whiten: bool = option(False, "normalise gradients by their covariance once enough were seen (StableEdit)")
+        alpha: float = option(1.0, "weight of keeping the update small in the least squares (StableEdit: 10)")
 
         def __post_init__(self) -> None:
-            if not (self.lr > 0 and self.pilots >= 0):
-                raise ValueError("lr must be greater than 0 and pilots must not be negative")
+            if not (self.lr > 0 and self.alpha > 0 and self.pilots >= 0):
+                raise ValueError("lr and alpha must be greater than 0 and pilots must not be negative")
 
     def __init__(self, options: object = None):
         super().__init__(options)
@@ -87,33 +93,51 @@ class UltraEdit(Editor):
             )
         normalised = moments.normalise(_features(seen))
         key, gradient = normalised.split([len(seen.inputs), len(seen.gradients)])
+        whitened = moments.whitened(seen.gradients) if self.options.whiten else None
+        gradient = gradient if whitened is None else whitened
         step = -self.options.lr * key.square().sum(dim=0) * gradient
         # Row by row: kernels round by the layout of what they multiply.
-        return ridge(seen.inputs.contiguous(), step, site=site.module, reporter=session.reporter)
+        keys, root = seen.inputs.contiguous(), self.options.alpha**0.5
+        if root == 1:
+            return ridge(keys, step, site=site.module, reporter=session.reporter)
+        # (K K^T + alpha I)^-1 K is ridge of K / sqrt(alpha), over sqrt(alpha).
+        return ridge(keys / root, step, site=site.module, reporter=session.reporter).scaled(1 / root)
 
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
         self.moments = {**self.moments, **self._staged}
 
     def state(self) -> State:
-        """Return ``<module>.count``, ``<module>.mean`` and ``<module>.squares`` of [k, g] for each site."""
+        """Return ``<module>.count``, ``<module>.mean`` and ``<module>.squares`` of [k, g] for each site.
+
+        With ``whiten`` also ``<module>.scatter`` of g.
+        """
         parts = {f"{module}.{name}": part for module, m in self.moments.items() for name, part in m.tensors().items()}
         return State(parts)
 
     def load_state(self, session: Session, state: State) -> None:
+        """Take the statistics back, (d_in + d_out,) each; raise :class:`StateError` where they do not fit."""
         from editcli_ultraedit.moments import Moments
 
+        saved = SavedState(self.name, state)
         for site in session.sites:
-            start = f"{site.module}."
-            parts = {key.removeprefix(start): part for key, part in state.tensors.items() if key.startswith(start)}
-            if parts and set(parts) != {"count", "mean", "squares"}:
-                raise StateError(f"the saved state of ultraedit is incomplete for {site.module}; start a new run")
-            self.moments[site.module] = Moments.of(parts) if parts else Moments()
+            # Before the first batch nothing has been counted.
+            if not any(f"{site.module}.{part}" in saved for part in ("count", "mean", "squares")):
+                self.moments[site.module] = Moments()
+                continue
+            size = (sum(session.weight(site).shape),)
+            mean = saved.tensor(f"{site.module}.mean", size, types=("float64",))
+            squares = saved.tensor(f"{site.module}.squares", size, types=("float64",), least=0)
+            rows, scatter = session.weight(site).shape[0], None
+            if self.options.whiten:
+                scatter = saved.tensor(f"{site.module}.scatter", (rows, rows), types=("float64",))
+            self.moments[site.module] = Moments(saved.count(f"{site.module}.count"), mean, squares, scatter)
 
     def _counted(self, site: Site, seen: SiteGradients) -> Moments:
         """Return the site's statistics with what was just seen counted in."""
         from editcli_ultraedit.moments import Moments
 
-        return self.moments.get(site.module, Moments()).counting(_features(seen))
+        last = len(seen.gradients) if self.options.whiten else 0
+        return self.moments.get(site.module, Moments()).counting(_features(seen), last=last)
 
 
 def _features(seen: SiteGradients) -> Tensor:

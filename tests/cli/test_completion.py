@@ -43,7 +43,7 @@ def test_commands_and_flags_are_offered() -> None:
 
 def test_names_are_those_of_the_installed_plugins() -> None:
     plugins = load_plugins()
-    assert values("apply", "--editor", "") == list(plugins.all("editor"))
+    assert values("apply", "--editor", "") == [*plugins.all("editor"), *plugins.stacks()]
     assert values("apply", "-e", "mem") == ["memit"]
     assert values("apply", "--stabilizer", "na") == ["nas"]
     assert values("apply", "-s", "clip,na") == ["clip,nas"]

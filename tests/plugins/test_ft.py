@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from editcli.errors import OptionError
+from editcli.plugin.finetuning import Descent
 from editcli.plugin.options import build
-from editcli_ft.editor import FineTuning, _Descent
+from editcli_ft.editor import FineTuning
 from tests.support.facts import requests_of
 from tests.support.sessions import assert_close, write_batch
 
@@ -87,7 +88,7 @@ def test_unusable_options_are_refused():
 def test_the_scale_of_the_gradients_does_not_matter():
     """Adam's own guard is absolute: at gradients of 1e-20 it would all but stop the descent."""
     weight, gradient = torch.randn(6, 5), torch.randn(6, 5)
-    plain, tiny = (_Descent(weight, FineTuning.Options()) for _ in range(2))
+    plain, tiny = (Descent(weight, lr=0.01) for _ in range(2))
     for _ in range(3):
         plain.step(gradient)
         tiny.step(gradient * 1e-20)

@@ -49,6 +49,10 @@ class FakeSession:
         self.base = {site: self.random("weight", site.layer, size=shape).float() for site in self.sites}
         self.weights = dict(self.base)
 
+    @property
+    def stages(self) -> tuple[FakeSession, ...]:
+        return (self,)
+
     def random(self, *key: Any, size: tuple[int, ...]) -> Tensor:
         """Return the float64 tensor that belongs to ``key``: the same in every process."""
         named = (self.seed, *key, size)
@@ -76,6 +80,11 @@ class FakeSession:
         values[: self.small] *= 1e-3
         return (basis * values) @ basis.T
 
+    def gradient_moment(self, site: Site) -> Tensor:
+        """A well-conditioned B."""
+        factor = self.random("gradient", site.layer, size=(self.shape[0], 2 * self.shape[0]))
+        return factor @ factor.T / self.shape[0]
+
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
         return eigh(self.second_moment(site), site=site.module)
 
@@ -100,14 +109,18 @@ class FakeSession:
         *,
         positions: Literal["target", "all"] = "target",
         trial: Mapping[Site, Tensor] | None = None,
+        ended: bool = False,
     ) -> Gradients:
-        """Differentiate half the squared distance of h to a target; two positions an edit, three with ``all``."""
+        """Differentiate half the squared distance of h to a target; two positions an edit, three with ``all``.
+
+        A target that is ``ended`` lies elsewhere.
+        """
         weights = {**self.weights, **(trial or {})}
         every, count = [r for r in requests for _ in range(2 if positions == "target" else 3)], len(requests)
         owner = torch.arange(count).repeat_interleave(len(every) // count)
         places = [place % (len(every) // count) for place in range(len(every))]
         keys = {site: self._positions(every, places, site) for site in self.sites}
-        gap = self._columns(every, "h", size=self.shape[0]) - self._columns(every, "z", True, size=self.shape[0])
+        gap = self._columns(every, "h", size=self.shape[0]) - self._columns(every, "z", not ended, size=self.shape[0])
         gap = gap + sum(weights[site].double() @ keys[site] for site in self.sites)
         loss = torch.zeros(count, dtype=torch.float64).index_add(0, owner, gap.square().sum(0) / 2)
         return Gradients(loss, {site: SiteGradients(keys[site], gap, owner) for site in self.sites})

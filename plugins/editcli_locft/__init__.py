@@ -1,0 +1,12 @@
+"""LocFT-BF as an editcli plugin."""
+
+from editcli.plugin import hookimpl
+
+editcli_api = 2
+
+
+@hookimpl
+def editcli_editors():
+    from editcli_locft.editor import LocFt
+
+    return [LocFt]
