@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from benchmarks.predictors import section as predictors
 from benchmarks.proof_page import SECTIONS as PROOF
 from benchmarks.real_models import section as real_models
 from benchmarks.speed import SECTIONS as SPEED
@@ -75,6 +76,7 @@ SECTIONS: Mapping[str, Callable[[Any], Iterator[str]]] = {
     "real_models": real_models,
     **PROOF,
     **SPEED,
+    "predictors": predictors,
     "soak": soak,
     "hostile": hostile,
     "special_files": special_files,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 
@@ -55,6 +55,8 @@ class SiteReport:
     drift: float | None
     cast_loss: float = 0.0
     """||cast(W_n) - W_n|| / ||W_n||: what the file's dtype cannot hold."""
+    relative_change: float | None = None
+    """Mean of |u_i^T (W_n - W_0) v_i| / sigma_i over the base's leading singular directions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ class RunReport:
     """The record of each editor and stabilizer, by component."""
     preset: Mapping[str, Any] | None = None
     """Name, label and layers of the preset; of a preset file also its path and sha256."""
+    protocols: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Protocol and scorer of each metric that was measured."""
 
     @property
     def unchanged(self) -> bool:
@@ -124,10 +128,8 @@ class RunReport:
             "efficacy": self.efficacy,
             "generalization": self.generalization,
             "specificity": self.specificity,
-            "sites": [
-                {"module": s.module, "layer": s.layer, "ratio": s.ratio, "drift": s.drift, "cast_loss": s.cast_loss}
-                for s in self.sites
-            ],
+            "protocols": self.protocols,
+            "sites": [asdict(site) for site in self.sites],
             "seconds": self.seconds,
             "out": self.out,
             "stopped_by": self.stopped_by,

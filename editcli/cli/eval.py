@@ -21,8 +21,8 @@ def eval_(app: App, /, **values: Any) -> None:
 
     Each metric is reported under its protocol's name; it is null if the file lacks the fields it needs.
     """
-    if values["edits"] is None and not (values["harness"] or values["base"]):
-        raise click.UsageError("give EDITS.jsonl, or what else to measure: --harness or --base")
+    if values["edits"] is None and not any(values[name] for name in ("harness", "suite", "base")):
+        raise click.UsageError("give EDITS.jsonl, or what else to measure: --suite, --harness or --base")
     from editcli.commands.evaluate import measure
     from editcli.distributed.group import joined
     from editcli.render.eval import evaluation_table

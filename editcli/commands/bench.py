@@ -7,16 +7,18 @@ put their journals beside each other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from editcli.errors import NumericalError, OptionError, StateError
+from editcli.evaluation.registry import differences, protocols_of
 from editcli.health.growth import Growth, fit_growth
 from editcli.plugin.manager import Plugins
+from editcli.records.decoding import encode
 from editcli.records.edits import OutcomeLine, read_table
 from editcli.records.history import History, read_history
 from editcli.records.journal import RETAINED, BatchRecord
@@ -68,6 +70,8 @@ class Curve:
     """Growth of the largest R_n of any site, over all batches."""
     seconds_per_edit: float | None
     out: str
+    protocols: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Protocol and scorer of each metric, as the stack's own run records them."""
 
     @property
     def last(self) -> Point | None:
@@ -91,7 +95,7 @@ class BenchReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the documented JSON object."""
-        return asdict(self)
+        return {**asdict(self), "protocols": protocols_of(FIGURES)}
 
 
 def parse_stacks(text: str, plugins: Plugins) -> tuple[tuple[str, ...], ...]:
@@ -119,6 +123,8 @@ def bench(
     read_requested(recipe, plugins)
     with holding(recipe.folder):
         curves = _curves(recipe, stacks, plugins, reporter)
+    for text in _mixed(curves):
+        reporter.warn(text)
     report = BenchReport(recipe.edits, recipe.batch_size, tuple(curves), str(recipe.folder))
     write_json(recipe.folder / "bench.json", report.to_json())
     return report
@@ -163,7 +169,15 @@ def read_curve(stack: str, out: Path) -> Curve:
         growth=_growth(history),
         seconds_per_edit=spent / done if done else None,
         out=str(out),
+        protocols=(record and encode(record.protocols)) or {},
     )
+
+
+def _mixed(curves: Sequence[Curve]) -> Iterator[str]:
+    """Yield a warning for each stack whose metrics were taken in another way than the first stack's."""
+    for curve in curves[1:]:
+        for text in differences(curves[0].protocols, curve.protocols):
+            yield f"{curves[0].stack} and {curve.stack} were measured differently, do not compare them: {text}"
 
 
 def _recipe_of(recipe: Recipe, names: Sequence[str]) -> Recipe:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from editcli.distributed.team import Team
-from editcli.errors import ModelError
+from editcli.errors import ModelError, OptionError
 from editcli.evaluation.scoring import BATCH_TOKENS, logits_at
 from editcli.models.forward import chunks, positions
+from editcli.models.loading import bundled_folder
 from editcli.models.tokens import Encoded, Text, Tokens
 from editcli.reporting import Reporter, Silent
+from editcli.storage.opening import TEXT, read_text
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel
@@ -38,6 +41,16 @@ class Drift:
     def to_json(self) -> dict[str, Any]:
         """Return the figures as a JSON object."""
         return asdict(self)
+
+
+def general_text(file: str | None) -> Iterator[str]:
+    """Yield the paragraphs of the text to measure general ability on: a file's, or the bundled held-out text's."""
+    path = Path(file).expanduser() if file is not None else bundled_folder() / "heldout.txt"
+    try:
+        content = read_text(path, TEXT)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the text {path} cannot be read: {error}") from error
+    yield from (line for line in content.splitlines() if line.strip())
 
 
 def general_drift(

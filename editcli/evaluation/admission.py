@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from editcli.errors import RequestError
-from editcli.evaluation.metrics import questions
+from editcli.evaluation.questions import questions
 from editcli.evaluation.scoring import encode_probes
 from editcli.models.tokens import Encoded, Tokens
 from editcli.plugin.interfaces import Editor

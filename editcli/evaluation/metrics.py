@@ -10,6 +10,9 @@ score                     harmonic mean of the three successes
 zsre                      share of right tokens, teacher forced, on prompt, paraphrases and ``locality``
 knowedit                  the same on prompt, ``portability`` and ``locality``
 fluency, consistency      see :mod:`editcli.evaluation.generation`
+generated                 free answers to the same prompts, see :mod:`editcli.evaluation.generated`
+choice                    new, old and "unsure" to choose from, see :mod:`editcli.evaluation.choice`
+kinds                     ``portability`` and ``locality`` by the kind that the record names
 ========================  ==============================================================================================
 
 P is the product over the answer's tokens, length-normalised: the mean log-probability per token (as in MEMIT,
@@ -27,19 +30,24 @@ from typing import TYPE_CHECKING, Any
 
 from editcli.distributed.team import Team
 from editcli.errors import OptionError, RequestError, near_miss
+from editcli.evaluation.choice import Choice, Choosing, choose, summarize_choice
+from editcli.evaluation.generated import FreeAnswer, free_answer, mean_of_means, summarize_generated
 from editcli.evaluation.generation import Generation, consistency, fluency, generate
+from editcli.evaluation.questions import Question, questions
 from editcli.evaluation.scoring import BATCH_TOKENS, Probe, ProbeScore, encode_probes, score
+from editcli.evaluation.writing import Written, write_freely
 from editcli.models.tokens import Tokens
 from editcli.reporting import Reporter, Silent
-from editcli.requests.schema import EditRequest, Neighbor
+from editcli.requests.schema import EditRequest
+from editcli.settings.stopping import StopRules
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel
 
 __all__ = ["METRICS", "Answer", "Evaluation", "Outcome", "Probe", "ProbeScore", "evaluate", "score"]
 
-METRICS = ("counterfact", "zsre", "knowedit", "fluency", "consistency")
-"""The metrics: three scoring protocols, and two that need generated text."""
+METRICS = ("counterfact", "zsre", "knowedit", "generated", "choice", "distribution", "fluency", "consistency")
+"""Groups of metrics by name: given answers, free answers, choices, distributions (which need a base), sampled text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +81,13 @@ class Outcome:
     locality: tuple[Answer, ...] = ()
     portability: tuple[Answer, ...] = ()
     generations: tuple[Generation, ...] = ()
+    generated: tuple[FreeAnswer, ...] = ()
+    choice: Choice | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the raw numbers as a JSON object: one line of ``eval --out``. What is not finite becomes null."""
         record = asdict(self)
+        record["choice"] = None if self.choice is None else self.choice.to_json()
         for group in _GROUPS:
             for line, answer in zip(record[group], getattr(self, group), strict=True):
                 line["success"] = answer.success
@@ -97,11 +108,15 @@ class Evaluation:
     specificity_accuracy: float | None
     specificity_success: float | None
     score: float | None
+    generated: Mapping[str, float | None] | None = None
+    choice: Mapping[str, float | None] | None = None
     zsre: Mapping[str, float | None] | None = None
     knowedit: Mapping[str, float | None] | None = None
     fluency: float | None = None
     """In bits, not multiplied by 100 as some published tables do."""
     consistency: float | None = None
+    kinds: Mapping[str, Mapping[str, Mapping[str, float | None]]] | None = None
+    """Of portability and locality the figures of each kind that the records name."""
     counts: Mapping[str, int] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
 
@@ -121,6 +136,7 @@ def evaluate(
     metrics: Collection[str] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
+    rules: StopRules | None = None,
     reporter: Reporter | None = None,
     team: Team | None = None,
 ) -> Evaluation:
@@ -128,8 +144,9 @@ def evaluate(
 
     Scoring and generating are shared out over ``team``, whose ranks all get the same answer.
 
-    ``metrics`` names protocols of :data:`METRICS`; by default all those that need no generated text and whose fields
-    are there. Raises :class:`OptionError` for an unknown metric and :class:`RequestError` for a prompt too long.
+    ``metrics`` names some of :data:`METRICS`; by default all but fluency and consistency whose fields are there.
+    ``rules`` end the free answers. Raises :class:`OptionError` for an unknown metric and :class:`RequestError` for a
+    prompt too long.
     """
     reporter = reporter or Silent()
     chosen = _choose(metrics, requests)
@@ -140,15 +157,34 @@ def evaluate(
     except RequestError:
         _refuse_unreadable(requests, plans, loaded.tokens)
         raise
-    scores = dict(zip(probes, scored, strict=True))
-    generations: Mapping[str, Generation] = {}
+    heard = _Heard(scores=dict(zip(probes, scored, strict=True)))
     if chosen & {"fluency", "consistency"}:
         prompts = [prompt for request in requests for prompt in request.generation_prompts]
-        generations = generate(loaded, prompts, seed=seed, batch_tokens=batch_tokens, reporter=reporter, team=team)
-    outcomes = tuple(
-        _outcome(request, plan, scores, generations) for request, plan in zip(requests, plans, strict=True)
-    )
+        heard.sampled = generate(loaded, prompts, seed=seed, batch_tokens=batch_tokens, reporter=reporter, team=team)
+    if "generated" in chosen:
+        prompts = [question.prompt for plan in plans for question in plan]
+        heard.written = write_freely(loaded, prompts, rules, reporter=reporter, team=team)
+    if "choice" in chosen:
+        asked = [one for request in requests if (one := choosing(request)) is not None]
+        heard.choices = choose(loaded, asked, batch_tokens=batch_tokens, reporter=reporter, team=team)
+    outcomes = tuple(_outcome(request, plan, heard) for request, plan in zip(requests, plans, strict=True))
     return summarize(outcomes, requests=requests, metrics=chosen)
+
+
+@dataclass(slots=True)
+class _Heard:
+    """Everything that the model said, by what it was asked."""
+
+    scores: Mapping[Probe, ProbeScore]
+    sampled: Mapping[str, Generation] = field(default_factory=dict)
+    written: Mapping[str, Written] = field(default_factory=dict)
+    choices: Mapping[Choosing, Choice] = field(default_factory=dict)
+
+
+def choosing(request: EditRequest) -> Choosing | None:
+    """Return what the model chooses from at an edit; None where old and new answer are not two."""
+    old, new = request.target_true, request.target_new
+    return None if old is None or old.strip() == new.strip() else Choosing(request.prompt, new, old)
 
 
 def _refuse_unreadable(requests: Sequence[EditRequest], plans: Sequence[Sequence[Question]], tokens: Tokens) -> None:
@@ -176,11 +212,16 @@ def summarize(outcomes: Sequence[Outcome], *, requests: Sequence[EditRequest], m
         specificity_accuracy=accuracies[2],
         specificity_success=successes[2],
         score=harmonic(successes),
+        generated=summarize_generated([outcome.generated for outcome in outcomes]) if "generated" in metrics else None,
+        choice=summarize_choice([o.choice for o in outcomes if o.choice]) if "choice" in metrics else None,
         zsre=zsre if "zsre" in metrics else None,
         knowedit=knowedit if "knowedit" in metrics else None,
         fluency=fluency(generations) if "fluency" in metrics else None,
         consistency=consistency(generations, _references(requests)) if "consistency" in metrics else None,
-        counts={"edits": len(outcomes)} | {n: sum(len(getattr(o, n)) for o in outcomes) for n in _GROUPS[1:]},
+        kinds=_kinds(outcomes),
+        counts={"edits": len(outcomes)}
+        | {n: sum(len(getattr(o, n)) for o in outcomes) for n in _GROUPS[1:]}
+        | {"choices": sum(o.choice is not None for o in outcomes)},
         outcomes=tuple(outcomes),
     )
 
@@ -194,73 +235,24 @@ def harmonic(values: Iterable[float | None]) -> float | None:
 _GROUPS = ("efficacy", "paraphrases", "neighbors", "locality", "portability")
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One prompt of an edit, with its right answer and the rival answer."""
-
-    group: str
-    prompt: str
-    target: str
-    rival: str | None = None
-    axis: str | None = None
-    between: str | None = None
-    """The text between prompt and answer; by default it depends on the writing system of both."""
-
-    @property
-    def probes(self) -> Iterator[Probe]:
-        yield Probe(self.prompt, self.target, self.between)
-        if self.rival is not None:
-            yield Probe(self.prompt, self.rival, self.between)
-
-
 def _choose(metrics: Collection[str] | None, requests: Sequence[EditRequest]) -> set[str]:
     if metrics is None:
         detailed = any(request.locality or request.portability for request in requests)
-        return {"counterfact", "zsre", "knowedit"} if detailed else {"counterfact"}
+        return {"counterfact", "generated", "choice"} | ({"zsre", "knowedit"} if detailed else set())
     for name in metrics:
         if name not in METRICS:
             raise OptionError(f"there is no metric {name!r}{near_miss(name, METRICS)}")
     return set(metrics)
 
 
-def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
-    """Return the questions of ``metrics`` about one edit."""
-    new = request.target_new
-    # A target that equals the true answer has no rival.
-    true = None if request.target_true == new else request.target_true
-    join = request.join
-    plan = [Question("efficacy", request.prompt, new, true, between=join)]
-    plan += [Question("paraphrases", prompt, new, true, between=join) for prompt in request.paraphrase_prompts]
-    if "counterfact" in metrics:
-        plan += _neutral("neighbors", request.neighborhood_prompts, new, join)
-    if {"zsre", "knowedit"} & set(metrics):
-        plan += _neutral("locality", request.locality, None)
-    if "knowedit" in metrics:
-        plan += _neutral("portability", request.portability, None)
-    return plan
-
-
-def _neutral(group: str, prompts: Iterable[Neighbor], rival: str | None, between: str | None = None) -> list[Question]:
-    """Return the questions of prompts that come with their right answer; one without an answer cannot be scored.
-
-    A right answer that equals the edit's new target has no rival.
-    """
-    return [
-        Question(group, near.prompt, near.target, None if near.target == rival else rival, near.axis, between)
-        for near in prompts
-        if near.target is not None
-    ]
-
-
 def _outcome(
     request: EditRequest,
     plan: Sequence[Question],
-    scores: Mapping[Probe, ProbeScore],
-    generations: Mapping[str, Generation],
+    heard: _Heard,
 ) -> Outcome:
     groups: dict[str, list[Answer]] = {group: [] for group in _GROUPS}
     for question in plan:
-        right, *rival = (scores[probe] for probe in question.probes)
+        right, *rival = (heard.scores[probe] for probe in question.probes)
         groups[question.group].append(
             Answer(
                 prompt=question.prompt,
@@ -273,8 +265,43 @@ def _outcome(
                 axis=question.axis,
             )
         )
-    written = tuple(generations[prompt] for prompt in request.generation_prompts if prompt in generations)
-    return Outcome(request.id, **{name: tuple(group) for name, group in groups.items()}, generations=written)
+    asked = choosing(request)
+    return Outcome(
+        request.id,
+        **{name: tuple(group) for name, group in groups.items()},
+        generations=tuple(heard.sampled[prompt] for prompt in request.generation_prompts if prompt in heard.sampled),
+        generated=tuple(free_answer(q, heard.written[q.prompt]) for q in plan if q.prompt in heard.written),
+        choice=None if asked is None else heard.choices.get(asked),
+    )
+
+
+def _kinds(outcomes: Sequence[Outcome]) -> dict[str, dict[str, dict[str, float | None]]] | None:
+    """Return the figures of portability and locality by kind; None where no record names any."""
+    kinds: dict[str, dict[str, dict[str, float | None]]] = {}
+    for group in ("portability", "locality"):
+        names = dict.fromkeys(answer.axis for outcome in outcomes for answer in getattr(outcome, group) if answer.axis)
+        for kind in names:
+            kinds.setdefault(group, {})[kind] = _kind(outcomes, group, kind)
+    return kinds or None
+
+
+def _kind(outcomes: Sequence[Outcome], group: str, kind: str) -> dict[str, float | None]:
+    given = [[answer for answer in getattr(outcome, group) if answer.axis == kind] for outcome in outcomes]
+    free = [
+        [answer for answer in outcome.generated if (answer.group, answer.axis) == (group, kind)] for outcome in outcomes
+    ]
+    return {
+        "prompts": sum(map(len, given)),
+        "accuracy": _mean_of([[answer.exact for answer in edit] for edit in given]),
+        "right_tokens": _mean_of([[answer.accuracy for answer in edit] for edit in given]),
+        "generated_exact": mean_of_means(free, lambda answer: answer.exact),
+        "generated_contains": mean_of_means(free, lambda answer: answer.right),
+    }
+
+
+def _mean_of(edits: Iterable[Sequence[float]]) -> float | None:
+    means = [fmean(values) for values in edits if values]
+    return fmean(means) if means else None
 
 
 def _mean(outcomes: Iterable[Outcome], group: str, figure: str) -> float | None:

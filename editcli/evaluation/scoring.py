@@ -100,6 +100,12 @@ def logits_at(loaded: LoadedModel, ids: Tensor, rows: Tensor, columns: Tensor) -
         return run(loaded.model, ids).logits[0]
 
 
+def last_logits(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits of the token after each row of ids, (n, vocabulary) float32."""
+    ids = loaded.tokens.pad([Encoded(tuple(row), -1, range(0)) for row in rows], loaded.input_device)
+    return logits_at(loaded, ids, *positions([(n, len(row) - 1) for n, row in enumerate(rows)], ids.device)).float()
+
+
 def compare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return each target token's log-probability and whether it is the most probable one, (n,) each, on the CPU."""
     logprobs, hits = [], []

@@ -14,6 +14,7 @@ from torch import Tensor
 from editcli.errors import ModelError, OptionError
 from editcli.health.verdict import FINE, UNKNOWN, Thresholds, Verdict, judge, parse_thresholds, since, worst
 from editcli.linalg import spectra
+from editcli.linalg.directions import change_along
 from editcli.linalg.ratios import ratio
 from editcli.linalg.spectra import Method, Similarity
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
@@ -93,6 +94,8 @@ class SiteInspection:
     now: Figures | None = None
     base: Figures | None = None
     drift: float | None = None
+    relative_change: float | None = None
+    """Mean of |u_i^T (W_n - W_0) v_i| / sigma_i over the base's leading singular directions."""
     similarity: Similarity | None = None
     verdict: Verdict = UNKNOWN
     since: tuple[int, str] | None = None
@@ -232,6 +235,7 @@ class _Reader:
             return replace(bare, now=self._figures(weight, 0)[0])
         original = read_site(self.base, site, shape)
         drift = _share(spectra.distance(weight, original), spectra.frobenius(original))
+        change = change_along(original, weight, device=self.device) if self.selection.spectral else None
         before, spectrum_before = self._figures(original, 0)
         del original  # Only the figures of the base are needed while the edited matrix is decomposed.
         now, spectrum_now = self._figures(weight, before.k_tau or 0)
@@ -243,6 +247,7 @@ class _Reader:
             now=now,
             base=before,
             drift=drift,
+            relative_change=change,
             similarity=similarity,
             verdict=_verdict(self.selection.thresholds, now, before, drift),
         )
@@ -358,6 +363,7 @@ def _site_json(site: SiteInspection) -> dict[str, Any]:
         "base_frobenius": base and base.frobenius,
         "ratio": site.ratio,
         "drift": site.drift,
+        "relative_change": site.relative_change,
         "effective_rank": now and now.effective_rank,
         "stable_rank": now and now.stable_rank,
         "k_tau": now and now.k_tau,

@@ -16,7 +16,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,8 @@ class Loading:
     device_map: Any = None
     chat_template: bool | ChatSettings = False
     trust_remote_code: bool = False
+    quantisation: Any = None
+    """How transformers is to quantise the weights while it loads them: one of its own configs; None for not at all."""
 
     @classmethod
     def of(cls, recipe: Any) -> Loading:
@@ -285,7 +287,10 @@ def open_model(
     refuse_nonfinite(model, checkpoint)
     for text in remarks(fit, checkpoint):
         (reporter or Silent()).warn(text)
-    return LoadedModel(model, tokens.of_model(model), resolve(model, families), source)
+    # Where the editable matrices are is read off the unquantised model, whose weights have their shapes.
+    plain = model if loading.quantisation is None else skeleton(config, trusted)
+    architecture = replace(resolve(plain, families), model=model)
+    return LoadedModel(model, tokens.of_model(model), architecture, source)
 
 
 def describe_model(source: ModelSource, loading: Loading, families: Sequence[Family] = ()) -> LoadedModel:
@@ -306,6 +311,9 @@ def _read_weights(
         raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
     options = {"device_map": loading.device_map} if loading.device_map else _straight_to(place)
     options = loading_options(config) if split else options
+    if loading.quantisation is not None:
+        # Quantised weights are made where they are to lie, also on a CPU.
+        options = {**(options or {"device_map": {"": place}}), "quantization_config": loading.quantisation}
     dtype = choose_dtype(loading.dtype, config, place)
     with _in_one_sentence(source, place), quiet():
         state = checkpoint.state(dtype)
@@ -328,6 +336,9 @@ def _read_weights(
         )
         fit = fit_of(info, model)
         refuse_misfit(fit, checkpoint, model)
+        if loading.quantisation is not None:
+            # The field says how the files are stored, and these are not quantised.
+            del model.config.quantization_config
         if "device_map" not in options:
             model = model.to(place)
         _own(model)

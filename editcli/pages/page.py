@@ -17,9 +17,11 @@ from typing import Any
 from editcli.errors import OptionError, StateError
 from editcli.health.inspect import Inspection
 from editcli.pages.charts import Chart, history_charts, norm_charts, spectrum_charts
+from editcli.pages.evidence import view_of
 from editcli.pages.plots import COLOURS, inline_svg, require_matplotlib
 from editcli.records.decoding import encode
 from editcli.records.edits import MEANINGS, edit_rows
+from editcli.records.evidence import read_evidence, state_of
 from editcli.records.record import RunRecord
 from editcli.runs.card import command_line
 from editcli.settings.recipe import Recipe
@@ -83,6 +85,7 @@ def run_page(inspection: Inspection) -> str:
         counts={word: count for word, count in counts.items() if count},
         meanings=MEANINGS,
         provenance=_provenance(record),
+        evidence=view_of(read_evidence(history.folder), history, state_of(history.folder)),
     )
 
 

@@ -7,6 +7,10 @@ from editcli.errors import PluginError as PluginError
 from editcli.errors import RequestError as RequestError
 from editcli.errors import StateError as StateError
 from editcli.errors import StatisticsError as StatisticsError
+from editcli.linalg.directions import Directions as Directions
+from editcli.linalg.directions import along as along
+from editcli.linalg.directions import leading_directions as leading_directions
+from editcli.linalg.directions import relative_change as relative_change
 from editcli.linalg.precision import double as double
 from editcli.linalg.ratios import ratio as ratio
 from editcli.linalg.spectra import Spectrum as Spectrum

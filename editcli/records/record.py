@@ -86,6 +86,16 @@ class Generality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricRef:
+    """The way in which a metric was taken."""
+
+    protocol: str
+    """teacher_forced, generated, choice or distribution."""
+    scorer: str
+    """How an answer became a number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedSite:
     """An edited matrix as it was saved."""
 
@@ -99,6 +109,9 @@ class RecordedSite:
     """||W_n - W_0||_F / ||W_0||_F; null for a base of zeros."""
     cast_loss: Size = later(0.0)
     """Relative error of the cast to the file's type."""
+    relative_change: Size | None = later()
+    """Mean of |u_i^T (W_n - W_0) v_i| / sigma_i over the base's 16 leading singular directions; null for a base of
+    zeros."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +308,8 @@ class RunRecord:
     """Success before and after, and accuracy; null without paraphrase_prompts."""
     specificity: Generality | None = optional()
     """Success before and after, and accuracy; null without neighborhood_prompts."""
+    protocols: Mapping[str, MetricRef] | None = optional()
+    """Protocol and scorer of each metric, those of the journal's batches included."""
     sites: tuple[RecordedSite, ...] | None = optional()
     """The edited matrices."""
     seconds: Mapping[str, Size | None] | None = optional()
@@ -347,7 +362,8 @@ class RunRecord:
             efficacy=encode(self.efficacy) or {},
             generalization=encode(self.generalization),
             specificity=encode(self.specificity),
-            sites=tuple(SiteReport(s.module, s.layer, s.ratio, s.drift, s.cast_loss) for s in self.sites or ()),
+            protocols=encode(self.protocols) or {},
+            sites=tuple(SiteReport(**encode(site)) for site in self.sites or ()),
             seconds={name: value or 0.0 for name, value in (self.seconds or {}).items()},
             out=self.out or "",
             stopped_by=self.stopped_by or self.verdict,

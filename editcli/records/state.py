@@ -200,6 +200,8 @@ class RunFolder:
         self.record = self.folder / "run.json"
         self.outcomes = self.folder / "outcomes.jsonl"
         self.rejected = self.folder / "rejected.jsonl"
+        self.evaluation = self.folder / "evaluation.json"
+        self.answers = self.folder / "answers.jsonl"
         self.lock = self.folder / ".lock"
 
     @property

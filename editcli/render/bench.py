@@ -21,11 +21,12 @@ _PAIRS = (("efficacy", "efficacy"), ("general.", "generalization"), ("specif.", 
 _ENDS = (("early", 0), ("late", -1))
 _SHORT = {"exponential": "exp.", "linear": "linear", "power": "power", "square root": "root"}
 _LEGEND = (
-    "Retained at the end on a fixed sample of the stream, in percent: success/accuracy. success: the right answer is "
-    "more probable than its rival; accuracy: the greedy answer is right. CP@60: edits when efficacy was first below "
-    "60 %. early, late: efficacy of the first and the last quarter's edits. R_n: the largest of any site; doubling: "
-    "edits in which it doubles by the straight line through ln R_n; exp., linear, power, root: share of R_n's variance "
-    "that such a law explains, r2, the largest in bold. s: seconds per edit."
+    "Retained at the end on a fixed sample of the stream, in percent: success/accuracy, both teacher_forced (the "
+    "answer is fed in; 'editcli eval' lets the model write). success: the right answer is more probable than its "
+    "rival; accuracy: the greedy answer is right. CP@60: edits when efficacy was first below 60 %. early, late: "
+    "efficacy of the first and the last quarter's edits. R_n: the largest of any site; doubling: edits in which it "
+    "doubles by the straight line through ln R_n; exp., linear, power, root: share of R_n's variance that such a "
+    "law explains, r2, the largest in bold. s: seconds per edit."
 )
 
 

@@ -3,74 +3,134 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from editcli.commands.check import CheckedEdit, CheckReport
 from editcli.commands.evaluate import Measurement
+from editcli.evaluation.distribution import Divergences
 from editcli.evaluation.harness import HarnessResult
-from editcli.evaluation.metrics import Evaluation
+from editcli.evaluation.registry import PROTOCOLS, TEACHER_FORCED, metric_of, paths, value_at
 from editcli.formatting import number, plural
+from editcli.render.quantised import quantised_table
 from editcli.render.tables import table
 
-_FLAT = (
-    "efficacy_accuracy",
-    "efficacy_success",
-    "generalization_accuracy",
-    "generalization_success",
-    "specificity_accuracy",
-    "specificity_success",
-    "score",
-)
+Figures = Mapping[str, Any]
+"""Figures of a model as its JSON holds them."""
 
 
 def evaluation_table(measurement: Measurement) -> RenderableType:
-    """Draw one row for each metric, the base beside the model where it was measured."""
-    figures = ("model", "over") if measurement.base_evaluation is None else ("base", "model", "over")
-    rows = table("metric", *figures, right=figures, padding=(0, 1))
+    """Draw one row for each metric under the name of its protocol, and one column for each model."""
+    shown = measurement.to_json()
+    models: dict[str, Figures] = {"model": shown}
+    if measurement.in_context is not None:
+        models = {"in-context": shown["in_context"], **models}
+    if measurement.base_evaluation is not None:
+        models = {"base": shown["base"], **models}
+    if measurement.earlier is not None:
+        models = {**models, "earlier": measurement.earlier.figures}
+    rows = table("metric", *models, "over", right=(*models, "over"), padding=(0, 1))
     rows.columns[-1].style = "dim"
-    base = None if measurement.base_evaluation is None else _rows(measurement.base_evaluation, measurement.base_harness)
-    for name, (value, over) in _rows(measurement.evaluation, measurement.harness).items():
-        cells = [] if base is None else [_figure(base[name][0] if name in base else None)]
-        rows.add_row(name, *cells, _figure(value), over)
+    for protocol, names in _sections(shown, models).items() if measurement.edits else ():
+        rows.add_row(Text(protocol, style="bold"))
+        for name in names:
+            figures = (value_at(model, name) for model in models.values())
+            rows.add_row(_title(name, protocol), *map(_figure, figures), _over(name, shown))
+    for name, figures, over in _harness_rows(measurement):
+        rows.add_row(name, *(_figure(figures.get(model)) for model in models), over)
     title = (
         f"{plural(measurement.edits, 'edit')} of {measurement.edits_file} on {measurement.model}"
         if measurement.edits_file
         else measurement.model
     )
-    shown = [rows] if rows.row_count else []
-    return Group(Text(title, style="bold"), *shown, *_drift_lines(measurement), *_legends(measurement))
+    parts = [rows] if rows.row_count else []
+    own = {
+        protocol: [(name, _title(name, protocol)) for name in names]
+        for protocol, names in _sections(measurement.evaluation.to_json(), {"model": shown}).items()
+    }
+    copies = quantised_table(own, shown, measurement.quantised)
+    costs = (*_drift_lines(measurement), *_worst(measurement.divergences))
+    return Group(Text(title, style="bold"), *parts, *copies, *_cohorts(measurement), *costs, *_legends(measurement))
 
 
-def _rows(evaluation: Evaluation, harness: HarnessResult | None) -> dict[str, tuple[float | None, str]]:
-    """Return every figure by its name, with how many prompts or documents it was measured on."""
-    counts = evaluation.counts
-    rows = {name: (value, _over(name, counts)) for name, value in metric_rows(evaluation)} if counts["edits"] else {}
-    if harness is not None:
-        for task, figures in harness.tasks.items():
-            over = f"{harness.samples[task]:,}" if task in harness.samples else ""
-            rows |= {f"{task} {name}": (value, over) for name, value in figures.items()}
-    return rows
+_ELSEWHERE = ("drift.",)
+"""Metrics that have a line of their own below the table."""
+
+
+def _sections(shown: Figures, models: Mapping[str, Figures]) -> dict[str, list[str]]:
+    """Return the metrics to show by protocol; a new one that no model has a figure for is left out."""
+    sections: dict[str, list[str]] = {protocol: [] for protocol in PROTOCOLS}
+    for name in paths(shown):
+        known = any(value_at(model, name) is not None for model in models.values())
+        # Older metrics are named even where the records lack their fields.
+        if not name.startswith(_ELSEWHERE) and (known or metric_of(name) in TEACHER_FORCED):
+            sections[metric_of(name).protocol].append(name)
+    return {protocol: names for protocol, names in sections.items() if names}
+
+
+def _title(name: str, protocol: str) -> str:
+    """Return a metric's name as a row shows it: without its protocol, and with spaces for dots."""
+    return "  " + name.removeprefix(f"{protocol}.").removeprefix("kinds.").replace(".", " ")
+
+
+def _harness_rows(measurement: Measurement) -> Iterator[tuple[str, dict[str, float | None], str]]:
+    """Yield every figure of lm-evaluation-harness, by its name, of the model and its base, with the documents asked."""
+    if measurement.harness is None:
+        return
+    base = measurement.base_harness.tasks if measurement.base_harness is not None else {}
+    for task, figures in measurement.harness.tasks.items():
+        count = measurement.harness.samples.get(task)
+        for name, value in figures.items():
+            yield (
+                f"{task} {name}",
+                {"model": value, "base": base.get(task, {}).get(name)},
+                f"{count:,}" if count else "",
+            )
+
+
+def _cohorts(measurement: Measurement) -> Iterator[RenderableType]:
+    """Draw what is retained by the age of the edits, the oldest first."""
+    # Parts of one edit each say no more than the edits themselves.
+    if all(one.first == one.last for one in measurement.cohorts):
+        return
+    figures = ("measured", "efficacy_accuracy", "efficacy_success", "contains_new")
+    rows = table("edits by age", *figures, right=figures, title="Retained by age", title_justify="left", padding=(0, 1))
+    for one in measurement.cohorts:
+        shares = (one.efficacy_accuracy, one.efficacy_success, one.contains_new)
+        rows.add_row(f"{one.first:,} to {one.last:,}", f"{one.edits:,}", *map(_figure, shares))
+    yield rows
+    yield Text("the first two are teacher_forced, contains_new is generated", style="dim")
+
+
+SHOWN_WORST = 3
+"""Prompts with the largest divergences that are shown; ``--json`` has ten."""
+
+
+def _worst(divergences: Divergences | None) -> Iterator[Text]:
+    """Name the neighbours whose distributions moved most."""
+    spread = divergences.neighbors if divergences is not None else None
+    for one in spread.worst[:SHOWN_WORST] if spread is not None else ():
+        if one.kl > 0:
+            yield Text(f"moved most: {one.prompt!r}, a neighbour of edit {one.edit}, KL {one.kl:.4g} nats", style="dim")
 
 
 def _legends(measurement: Measurement) -> Iterator[Text]:
     if measurement.edits:
         yield Text(_LEGEND, style="dim")
+    judged = measurement.judgement
+    if judged is not None:
+        count = f"{judged.judged:,} of {plural(judged.answers, 'answer')}"
+        yield Text(f"judge: {judged.endpoint.model} at {judged.endpoint.url}, {count}", style="dim")
     if measurement.harness is not None:
-        yield Text(f"tasks and their metrics: lm-evaluation-harness {measurement.harness.version}", style="dim")
+        yield Text(_harness_legend(measurement.harness), style="dim")
 
 
-def metric_rows(evaluation: Evaluation) -> Iterator[tuple[str, float | None]]:
-    """Yield every metric that was asked for, named by its protocol."""
-    for name in _FLAT:
-        yield name, getattr(evaluation, name)
-    for protocol in ("zsre", "knowedit"):
-        for part, value in (getattr(evaluation, protocol) or {}).items():
-            yield f"{protocol} {part}", value
-    for name in ("fluency", "consistency"):
-        if getattr(evaluation, name) is not None:
-            yield name, getattr(evaluation, name)
+def _harness_legend(harness: HarnessResult) -> str:
+    suite = "" if harness.suite is None else f"suite {harness.suite['name']}, version {harness.suite['version']}; "
+    asked = "" if harness.limit is None else f", the first {harness.limit:,} documents of each task"
+    return f"{suite}tasks and their metrics: lm-evaluation-harness {harness.version}{asked}"
 
 
 def check_table(report: CheckReport) -> RenderableType:
@@ -91,8 +151,10 @@ def check_table(report: CheckReport) -> RenderableType:
 
 
 _LEGEND = (
-    "accuracy: the greedy answer is right; success: the right answer is more probable than its rival; "
-    "-: the records lack its fields."
+    "Figures of different protocols have no common scale. teacher_forced feeds the answer in: accuracy: the "
+    "greedy answer is right; success: the right answer is more probable than its rival. generated: the model "
+    "writes freely. choice: it picks a listed answer. -: the records lack its fields. docs/metrics.md explains "
+    "each."
 )
 
 
@@ -103,12 +165,19 @@ def _prompt(edit: CheckedEdit) -> Text:
     return text
 
 
-def _over(name: str, counts: Mapping[str, int]) -> str:
+_GROUPS = {"efficacy": "edits", "generalization": "paraphrases", "specificity": "neighbors", "edit_success": "edits"}
+"""The prompts behind a figure, by the first word of its name."""
+
+
+def _over(name: str, shown: Figures) -> str:
     """Return how many prompts a metric was measured on."""
-    groups = {"efficacy": "edits", "generalization": "paraphrases", "specificity": "neighbors"}
-    key = name.replace("edit_success", "efficacy").split()[-1].partition("_")[0]
-    count = counts.get(groups.get(key, key))
-    return "" if not count else f"{count:,}"
+    place, _, figure = name.rpartition(".")
+    within: Any = shown
+    for key in place.split(".") if place.startswith(("kinds", "distribution")) else ():
+        within = within[key]
+    group = next((_GROUPS[known] for known in _GROUPS if figure.startswith(known)), figure)
+    count = shown["counts"].get("choices" if place == "choice" else group) if within is shown else within["prompts"]
+    return f"{count:,}" if count else ""
 
 
 def _drift_lines(measurement: Measurement) -> Iterator[Text]:

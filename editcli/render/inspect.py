@@ -119,6 +119,7 @@ _SPECTRAL = (
     _Column("effective rank", _change(lambda figures: figures.effective_rank, ".1f")),
     _Column("stable rank", _change(lambda figures: figures.stable_rank, ".1f")),
     _Column("k(tau)", _change(lambda figures: figures.k_tau, "d")),
+    _Column("change", lambda site: _number(site.relative_change, ".4f")),
     _Column("LS", lambda site: _number(site.similarity and site.similarity.ls, ".4f")),
     _Column("SS", lambda site: _number(site.similarity and site.similarity.ss, ".4f")),
     _Column("angle", _largest_angle),
@@ -175,7 +176,10 @@ def _notes(inspection: Inspection) -> Iterator[str]:
     if inspection.wanted.spectral:
         where = f"k(tau) at tau = {inspection.wanted.tau:g}"
         if inspection.base:
-            where += ", and for the base's k: LS and SS (inferred formulas), the largest principal angle in degrees"
+            where += (
+                ", and for the base's k: LS and SS (inferred formulas), the largest principal angle in degrees; "
+                "change: what was written along the base's 16 leading directions, as a share of their sigma"
+            )
         yield f"{where}."
     if (inspection.wanted.norms or inspection.wanted.spectral) and inspection.base is None:
         yield "Without a base there is no ratio, drift or verdict; pass --base MODEL."

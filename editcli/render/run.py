@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from editcli.evaluation.registry import one_protocol
 from editcli.formatting import duration, number, plural, size
 from editcli.health.verdict import Thresholds, judge
 from editcli.render.tables import facts, table
@@ -91,7 +92,9 @@ def _read(figures: Mapping[str, Any] | None, name: str) -> float | None:
 
 def _figures_table(figures: Sequence[tuple[str, float | None, float | None, float | None]]) -> Table:
     moments = ("before", "immediate", "retained")
-    rows = table("", *moments, right=moments)
+    # Every figure of a run is of one protocol, which heads the column of their names.
+    protocol = one_protocol(name for name, *_ in figures)
+    rows = table(protocol, *moments, right=moments)
     for name, before, immediate, after in figures:
         row = (_percent(before), _percent(immediate), Text(_percent(after), style="bold"))
         # No edit has the fields for this figure: a row of dashes would say nothing.

@@ -30,6 +30,8 @@ class Neighbor:
     target: str | None
     axis: str | None = None
     """The aspect of the edit that the prompt tests, for instance ``reasoning`` or ``forgetfulness``."""
+    aliases: tuple[str, ...] = ()
+    """Other texts of the same answer, which count where the model writes freely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,9 +262,10 @@ def _detailed(value: Any, name: str, refuse: Any, *, open_ended: bool = False) -
         _prompt(value.get("prompt"), name, refuse),
         None if target is None and open_ended else _prompt(target, name, refuse),
         None if axis is None else _prompt(axis, name, refuse),
+        tuple(_prompt(alias, f"{name}.aliases", refuse) for alias in _list(value, "aliases", refuse)),
     )
 
 
 def _detailed_json(near: Neighbor) -> dict[str, Any]:
-    record = {"prompt": near.prompt, "target": near.target, "axis": near.axis}
+    record = {"prompt": near.prompt, "target": near.target, "axis": near.axis, "aliases": list(near.aliases) or None}
     return {key: value for key, value in record.items() if value is not None}

@@ -6,7 +6,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from editcli.evaluation.ability import general_text
+from editcli.evaluation.distribution import (
+    BaseDistributions,
+    Divergences,
+    neighbor_prompts,
+    spread,
+    unrelated_prompts,
+)
 from editcli.evaluation.metrics import Evaluation, evaluate
+from editcli.evaluation.registry import ANSWERS
 from editcli.models.loading import LoadedModel
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
@@ -18,14 +27,8 @@ from editcli.settings.guards import needs_retained
 SAMPLED_EDITS = 200
 """Edits in the sample: enough for a share to be known to a few percent, few enough to ask often."""
 
-METRICS = (
-    "efficacy_accuracy",
-    "efficacy_success",
-    "generalization_accuracy",
-    "generalization_success",
-    "specificity_accuracy",
-    "specificity_success",
-)
+METRICS = ANSWERS
+"""The figures of the sample along the stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,20 @@ class Measuring:
     planned: Planned
     loaded: LoadedModel
     context: Context
+    distributions: BaseDistributions | None = None
+    """The unedited model's, for comparing along the stream; None where the run does not measure on the way."""
+
+    @classmethod
+    def of(cls, planned: Planned, loaded: LoadedModel, context: Context) -> Measuring:
+        """Return the measurements of a run whose model is not edited yet; what edits change is stored here."""
+        plain = cls(planned, loaded, context)
+        if plain.retained_every is None or planned.recipe.eval_every is None:
+            return plain
+        sample = plain.sample()
+        with context.clock.spent("eval"):
+            near = neighbor_prompts(loaded, [request for request in planned.requests if request.id in sample])
+            far = unrelated_prompts(loaded, general_text(None))
+            return replace(plain, distributions=BaseDistributions(loaded, [*far, *near]))
 
     def evaluate(self, requests: Sequence[EditRequest]) -> Evaluation | None:
         """Measure edits with all their prompts; None where the run does not evaluate."""
@@ -68,12 +85,24 @@ class Measuring:
 
         A resumed stream may have been given another file since: edits that it does not name are always in.
         """
-        sample, known = self._sample(), {request.id for request in self.planned.requests}
+        sample, known = self.sample(), {request.id for request in self.planned.requests}
         asked = [request for request in requests if request.id in sample or request.id not in known]
         evaluation = self.evaluate(asked) if asked else None
-        return {} if evaluation is None else {**{m: getattr(evaluation, m) for m in METRICS}, "edits": len(asked)}
+        if evaluation is None:
+            return {}
+        return {**{m: getattr(evaluation, m) for m in METRICS}, "edits": len(asked), **self._divergences(asked)}
 
-    def _sample(self) -> frozenset[str]:
+    def _divergences(self, requests: Sequence[EditRequest]) -> dict[str, float]:
+        """Return how far the next token's distribution moved on the neighbours of ``requests`` and on other texts."""
+        if self.distributions is None:
+            return {}
+        ids = {request.id for request in requests}
+        with self.context.clock.spent("eval"):
+            values = self.distributions.divergences(self.loaded)
+        near = spread(one for one in values if one.edit in ids)
+        return Divergences(near, spread(one for one in values if one.edit is None)).figures
+
+    def sample(self) -> frozenset[str]:
         """Return the ids of a sample of the planned edits: the same ones every time."""
         ids = [request.id for request in self.planned.requests]
         return frozenset(random.Random(self.planned.recipe.seed).sample(ids, min(SAMPLED_EDITS, len(ids))))

@@ -170,7 +170,7 @@ def load(job: Job) -> Base:
         origin = provenance(job.planned, context.plugins, loaded)
         advance(1)
     agree_on_models(context.team, [origin.base.fingerprint], encode(origin.plugins))
-    return Base(loaded, origin, Measuring(job.planned, loaded, context))
+    return Base(loaded, origin, Measuring.of(job.planned, loaded, context))
 
 
 def begin(job: Job, base: Base) -> Opened:

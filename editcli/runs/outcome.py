@@ -12,13 +12,15 @@ import torch
 from editcli.distributed.team import versions
 from editcli.editing.session import ModelSession
 from editcli.evaluation.metrics import Evaluation
+from editcli.evaluation.registry import ANSWERS, protocols_of
+from editcli.linalg.directions import change_along
 from editcli.linalg.ratios import ratio
 from editcli.models.loading import LoadedModel
 from editcli.plugin.interfaces import Site
 from editcli.plugin.manager import Plugins
 from editcli.plugin.plain import recorded
 from editcli.records.edits import superseded
-from editcli.records.journal import IMMEDIATE
+from editcli.records.journal import IMMEDIATE, RETAINED
 from editcli.records.record import BaseRef, FileRef, Provenance, Requirement
 from editcli.reporting import Rejection, RunReport, SiteReport
 from editcli.requests.superseding import supersede
@@ -80,6 +82,7 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
         },
         generalization=_before_after(before, after, "generalization"),
         specificity=_before_after(before, after, "specificity"),
+        protocols=protocols_of(_measured(stream)) if planned.recipe.evaluate else {},
         sites=tuple(_site_reports(stream.session, ending.weights)),
         seconds=dict(ending.seconds),
         out=ending.out,
@@ -193,6 +196,13 @@ def _mean(weighted: Sequence[tuple[int, float | None]]) -> float | None:
     return sum(count * value for count, value in known) / sum(count for count, _ in known) if known else None
 
 
+def _measured(stream: Stream) -> Iterator[str]:
+    """Yield the metrics of a run that evaluates: those of its edits, and those along the stream alone."""
+    yield from ANSWERS
+    along = dict.fromkeys(name for report in stream.reports for name in report.measured(RETAINED))
+    yield from (name for name in along if name not in (*ANSWERS, "edits"))
+
+
 def _before_after(before: Evaluation | None, after: Evaluation | None, name: str) -> dict[str, Any] | None:
     """Return success and accuracy before and after; None when the edits have no prompts to measure it on."""
     if before is None or after is None or getattr(after, f"{name}_accuracy") is None:
@@ -216,4 +226,5 @@ def _site_reports(session: ModelSession, weights: Mapping[Site, torch.Tensor]) -
             drift=ratio(float((weight - base).norm()), norm),
             # Zeros lose nothing in any dtype.
             cast_loss=ratio(float((cast - weight).norm()), float(weight.norm())) or 0.0,
+            relative_change=change_along(base, weight, device=session.device),
         )

@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 from statistics import fmean
 
-from editcli.commands.evaluate import general_text
 from editcli.errors import GuardError, NumericalError, OptionError, StateError
+from editcli.evaluation.ability import general_text
 from editcli.formatting import number
 from editcli.plugin.manager import Plugins
 from editcli.plugin.options import merge

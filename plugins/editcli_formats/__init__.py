@@ -12,7 +12,8 @@ def editcli_formats():
     from editcli_formats.knowedit import KnowEdit
     from editcli_formats.mlake import MLaKE
     from editcli_formats.mquake import MQuake
+    from editcli_formats.rippleedits import RippleEdits
     from editcli_formats.wikibigedit import WikiBigEdit
     from editcli_formats.zsre import ZsRE
 
-    return [CounterFact, EasyEdit, KnowEdit, MLaKE, MQuake, WikiBigEdit, ZsRE]
+    return [CounterFact, EasyEdit, KnowEdit, MLaKE, MQuake, RippleEdits, WikiBigEdit, ZsRE]

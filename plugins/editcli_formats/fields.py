@@ -26,6 +26,20 @@ def first_text(value: Any) -> str | None:
     return None
 
 
+def other_texts(value: Any) -> list[str]:
+    """Return the texts of a (nested) list of equally good ones but for the first, each once."""
+    first = first_text(value)
+    return [text for text in dict.fromkeys(_flat(value)) if text != first]
+
+
+def _flat(value: Any) -> Iterator[str]:
+    """Yield every text in a (nested) list."""
+    if isinstance(value, str) and value.strip():
+        yield value
+    for item in value if isinstance(value, list) else ():
+        yield from _flat(item)
+
+
 def texts(value: Any) -> list[str]:
     """Return a text or a list of texts as a list, without the empty ones."""
     items = value if isinstance(value, list) else [value]
@@ -34,10 +48,11 @@ def texts(value: Any) -> list[str]:
 
 def answered(
     prompts: Any, answers: Any, axis: str | None = None, *, unanswered: bool = False
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
     """Yield ``{"prompt", "target"}`` for each prompt that has an answer, where both may be one text or a list.
 
-    With ``unanswered`` a prompt without an answer is yielded too, without a target.
+    Of several equally good answers the first is the target and the others are its ``aliases``. With ``unanswered`` a
+    prompt without an answer is yielded too, without a target.
     """
     questions = prompts if isinstance(prompts, list) else [prompts]
     known = answers if isinstance(prompts, list) and isinstance(answers, list) else [answers]
@@ -45,7 +60,7 @@ def answered(
     for question, answer in pairs:
         target = first_text(answer)
         if isinstance(question, str) and question.strip() and (target is not None or unanswered):
-            yield filled({"prompt": question, "target": target, "axis": axis})
+            yield filled({"prompt": question, "target": target, "axis": axis, "aliases": other_texts(answer)})
 
 
 def place(prompt: str, subject: str) -> dict[str, str]:
@@ -86,7 +101,7 @@ def identifier(record: Mapping[str, Any]) -> Any:
     return record.get("case_id", record.get("id"))
 
 
-def neighbors(pairs: Iterable[Mapping[str, str]], true: str | None) -> dict[str, list[Any]]:
+def neighbors(pairs: Iterable[Mapping[str, Any]], true: str | None) -> dict[str, list[Any]]:
     """Sort answered prompts into neighbours, which have the edit's own true answer, and unrelated questions.
 
     CounterFact's locality prompts are of the first kind, zsRE's of the second.

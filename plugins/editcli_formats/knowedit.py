@@ -15,7 +15,8 @@ _USED = ("id", "case_id", "prompt", "subject", "target_new", "ground_truth", "re
 class KnowEdit(Format):
     """KnowEdit (wiki_recent, wiki_counterfact, zsRE): locality and portability as objects of named axes.
 
-    Of several accepted answers the first is taken. Locality without an answer is kept: the base model's own counts.
+    Of several accepted answers the first is the target and the others are its aliases. Locality without an answer is
+    kept: the base model's own counts.
     """
 
     name = "knowedit"

@@ -8,5 +8,6 @@ editcli_api = 2
 @hookimpl
 def editcli_diagnostics():
     from editcli_spectra.diagnostic import Spectra
+    from editcli_spectra.directions import RelativeChange
 
-    return [Spectra]
+    return [Spectra, RelativeChange]

@@ -20,6 +20,7 @@ from editcli.records.state import RunFolder
 from editcli.render.bench import bench_charts, bench_table
 from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder
+from tests.support.reporters import Listener
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +80,10 @@ def test_every_stack_is_a_run_on_the_same_edits(recipe: Recipe, plugins: Plugins
         for name in library.COLLAPSING:
             assert fmean(curve.cohorts[name]) == pytest.approx(last.figures[name])
         assert last.ratio == pytest.approx(max(site.ratio for site in record.sites), rel=1e-6)
-    assert json.loads((recipe.folder / "bench.json").read_text())["curves"][1]["stack"] == "rlsedit+nas"
+    written = json.loads((recipe.folder / "bench.json").read_text())
+    assert written["curves"][1]["stack"] == "rlsedit+nas"
+    assert written["protocols"]["efficacy_success"] == {"protocol": "teacher_forced", "scorer": "more_probable"}
+    assert all(curve["protocols"] == written["protocols"] for curve in written["curves"])
     bench_table(report)
     assert not any(chart.empty for chart in bench_charts(report))
 
@@ -102,6 +106,20 @@ def test_a_stopped_bench_goes_on_and_a_finished_stack_is_not_run_again(
     both = bench(recipe, STACKS, plugins)
     assert started == [str(recipe.folder / "rlsedit+nas")]
     assert both.curves[0] == whole.curves[0]
+
+
+def test_stacks_that_were_measured_differently_are_not_compared_in_silence(recipe: Recipe, plugins: Plugins) -> None:
+    listener = Listener()
+    bench(recipe, STACKS, plugins, listener)
+    assert not any("measured differently" in text for text in listener.warnings)
+    path = recipe.folder / "rlsedit+nas" / "editcli" / "run.json"
+    record = json.loads(path.read_text())
+    record["protocols"]["efficacy_success"]["protocol"] = "generated"
+    path.write_text(json.dumps(record))
+    bench(recipe, STACKS, plugins, listener)
+    (text,) = [text for text in listener.warnings if "measured differently" in text]
+    assert "memit and rlsedit+nas" in text
+    assert "efficacy_success is teacher_forced" in text
 
 
 def test_an_earlier_bench_of_other_settings_does_not_count(recipe: Recipe, plugins: Plugins) -> None:

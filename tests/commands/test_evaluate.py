@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,24 @@ from safetensors.torch import load_file, save_file
 import editcli_formats
 from editcli.__main__ import main
 from editcli.commands.evaluate import EvalRecipe, measure, sample
+from editcli.commands.evidence import read_earlier
 from editcli.errors import ModelError, OptionError
 from editcli.evaluation import locality as baseline
 from editcli.evaluation.generation import Generation
 from editcli.evaluation.metrics import evaluate
+from editcli.evaluation.registry import PROTOCOLS, paths
 from editcli.models.loading import bundled_folder, open_model, resolve_model
 from editcli.plugin.manager import Plugins
+from editcli.records.evidence import read_evidence, state_of
+from editcli.records.state import RunFolder
 from editcli.reporting import Silent
 from editcli.requests.reader import read_edits
 from editcli.requests.schema import from_record
 from editcli.testing import tiny_model_folder
 from tests.support.facts import write_lines
+from tests.support.places import SAMPLES
+
+FACTS = SAMPLES / "facts.jsonl"
 
 SUBJECTS = ("France", "Italy", "Spain", "Greece", "London", "Rome")
 RECORDS = [
@@ -198,7 +207,7 @@ def run(models: tuple[Path, Path], edits: str, text: str, tmp_path: Path, monkey
     out = tmp_path / "out"
     # Too little text for an exact second moment, but enough for any change at all.
     chosen = ["--layers", "1-2", "--corpus", text, "--editor", "ft"]
-    quick = ["-o", "targets.steps=5", "-o", "targets.prefixes=0", "-q"]
+    quick = ["-o", "targets.steps=5", "-o", "targets.prefixes=0", "-q", "--batch-size", "3", "--eval-every", "1"]
     assert main(["apply", edits, "--model", str(models[1]), "--out", str(out), "--device", "cpu", *chosen, *quick]) == 0
     return out
 
@@ -215,3 +224,127 @@ def test_a_run_measures_as_it_reported_and_knows_its_base(
             assert measured[name] == pytest.approx(value, abs=1e-5), (when, name)
     assert Path(found["base"]["model"]) == models[1].resolve()
     assert found["drift"]["perplexity"] != found["drift"]["perplexity_base"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The unedited bundled model against itself, with everything that is measured by default and the baseline."""
+    folder = tmp_path_factory.mktemp("measured")
+    arguments = ["eval", "bundled", str(FACTS), "--limit", "3", "--base=bundled", "--baseline", "in-context"]
+    (folder / "text.txt").write_text("The capital of Italy is Rome. The tower is in the city.\n")
+    extra = ["--text", str(folder / "text.txt"), "--out", str(folder / "raw.jsonl"), "--device", "cpu", "--json"]
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main([*arguments, *extra]) == 0
+    (folder / "eval.json").write_text(printed.getvalue())
+    lines = (folder / "raw.jsonl").read_text().splitlines()
+    return {"folder": folder, "figures": json.loads(printed.getvalue()), "lines": [json.loads(line) for line in lines]}
+
+
+def test_an_unedited_model_says_nothing_new_and_equals_its_base(measured: dict[str, Any]):
+    figures, base = measured["figures"], measured["figures"]["base"]
+    for name in ("efficacy_exact", "efficacy_contains_new", "generalization_contains_new", "specificity_contains_new"):
+        assert figures["generated"][name] == 0
+    assert figures["generated"]["efficacy_contains_old"] == 1
+    assert figures["choice"] == base["choice"]
+    assert figures["generated"] == base["generated"]
+    for part in ("neighbors", "unrelated"):
+        assert figures["distribution"][part]["median"] == figures["distribution"][part]["p90"] == 0
+        assert all(one["kl"] == 0 for one in figures["distribution"][part]["worst"])
+
+
+def test_every_figure_names_its_protocol_and_its_settings(measured: dict[str, Any]):
+    figures = measured["figures"]
+    assert set(figures["protocols"]) == set(paths(figures))
+    assert figures["protocols"]["generated.efficacy_exact"] == {"protocol": "generated", "scorer": "exact_match"}
+    assert {one["protocol"] for one in figures["protocols"].values()} == set(PROTOCOLS)
+    settings = figures["protocol_settings"]
+    assert settings["generated"]["stop"] == ["end_of_text", "newline", "sentence"]
+    assert (settings["generated"]["least_new_tokens"], settings["generated"]["most_new_tokens"]) == (0, 32)
+    assert settings["prompts"] == "bare"
+
+
+def test_the_baseline_states_the_fact_in_front_of_every_prompt(measured: dict[str, Any]):
+    line = measured["lines"][0]
+    fact = f"New fact: {line['efficacy'][0]['prompt']} {line['efficacy'][0]['target']}.\n"
+    for group in ("efficacy", "paraphrases", "neighbors"):
+        stated = [answer["prompt"] for answer in line["in_context"][group]]
+        assert stated == [fact + answer["prompt"] for answer in line[group]]
+    assert measured["figures"]["in_context"]["model"] == "bundled"
+
+
+def test_raw_texts_stand_beside_those_of_the_base(measured: dict[str, Any]):
+    for line in measured["lines"]:
+        assert [one["prompt"] for one in line["generated"]] == [one["prompt"] for one in line["base"]["generated"]]
+        assert line["generated"][0]["text"].rstrip(".") == line["efficacy"][0]["rival"]
+        assert {one["prompt"] for one in line["divergences"]} <= {one["prompt"] for one in line["neighbors"]}
+
+
+def test_an_earlier_evaluation_is_shown_and_other_protocols_are_warned_of(
+    measured: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    earlier = measured["folder"] / "eval.json"
+    arguments = ["eval", "bundled", str(FACTS), "--limit", "1", "--device", "cpu", "--against", str(earlier)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "earlier" in shown.out
+    assert "do not compare" not in shown.err
+    changed = json.loads(earlier.read_text())
+    changed["protocols"]["efficacy_success"] = {"protocol": "generated", "scorer": "contains"}
+    other = measured["folder"] / "other.json"
+    other.write_text(json.dumps(changed))
+    assert main([*arguments[:-1], str(other), "--max-new-tokens", "5"]) == 0
+    warned = " ".join(capsys.readouterr().err.split())
+    assert "efficacy_success is teacher_forced (more_probable) here and generated (contains) there" in warned
+    assert "do not compare generated figures" in warned
+    other.write_text("{}")
+    assert main([*arguments[:-1], str(other)]) == 1
+    assert "other.json" in capsys.readouterr().err
+
+
+def test_settings_that_need_each_other_are_checked_before_a_model_is_loaded(edits: str):
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"baseline": "in-contex"}, "in-context"),
+        ({"baseline": "in-context"}, "--base"),
+        ({"metrics": ("distribution",)}, "--base"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "--max-new-tokens"),
+        ({"stop": ("line",)}, "line"),
+    )
+    for wrong, word in cases:
+        with pytest.raises(OptionError, match=word):
+            EvalRecipe(model="none", edits=edits, **wrong)
+
+
+def test_only_a_run_keeps_evidence(models: tuple[Path, Path], edits: str, plugins: Plugins):
+    with pytest.raises(OptionError, match="--record"):
+        measure(EvalRecipe(model=str(models[0]), edits=edits, record=True, device="cpu"), plugins)
+
+
+def test_a_run_keeps_its_evidence_and_tells_what_is_retained_by_age(run: Path, edits: str, text: str):
+    arguments = ["eval", str(run), edits, "--base", "--text", text, "--device", "cpu", "--record", "-q", "--json"]
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(arguments) == 0
+    figures = json.loads(printed.getvalue())
+    parts = [(one["first"], one["last"], one["edits"]) for one in figures["cohorts"]]
+    assert parts == [(place, place, 1) for place in range(1, len(SUBJECTS) + 1)]
+    folder = RunFolder(run)
+    kept = read_evidence(folder)
+    assert kept is not None
+    assert kept.figures == figures
+    assert kept.state == state_of(folder)
+    assert [line.id for line in kept.answers] == list(SUBJECTS)
+    earlier = read_earlier(str(folder.evaluation))
+    assert earlier is not None
+    assert earlier.figures == figures
+    first = kept.answers[0]
+    assert first.base is not None
+    assert [one.prompt for one in first.base.generated] == [one.prompt for one in first.generated]
+    # What the run measured along the stream, from stored distributions of the base, is what is measured now.
+    entries = [json.loads(entry) for entry in folder.journal.read_text().splitlines()]
+    along = [entry["metrics"]["retained"] for entry in entries]
+    assert [one["edits"] for one in along] == [3, 6]
+    for name in ("median", "p90"):
+        measured = figures["distribution"]["neighbors"][name]
+        assert along[-1][f"distribution.neighbors.{name}"] == pytest.approx(measured, rel=1e-3)
+        assert along[0][f"distribution.unrelated.{name}"] > 0
+    protocols = json.loads(folder.record.read_text())["protocols"]
+    assert protocols["distribution.neighbors.p90"] == {"protocol": "distribution", "scorer": "kl"}

@@ -16,6 +16,7 @@ from editcli.errors import OptionError
 from editcli.evaluation.harness import require_harness, run_harness
 from editcli.evaluation.scoring import Probe, score
 from editcli.models.loading import LoadedModel, open_model, resolve_model
+from editcli.settings.suites import SUITES
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed: editcli[harness]"
@@ -57,6 +58,37 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return folder
+
+
+WRITTEN = """task: our_capitals
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: " {{{{choices[gold]}}}}"
+generation_kwargs:
+  until: ["."]
+  max_gen_toks: 3
+  do_sample: false
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+"""The same questions, answered freely."""
+
+
+@pytest.fixture
+def small_suite(tasks: Path) -> Path:
+    """A folder with small tasks of the names that the standard suite asks for."""
+    data = tasks / "capitals.jsonl"
+    for name in SUITES["standard"].tasks:
+        text = WRITTEN if name in ("gsm8k", "ifeval") else TASK
+        (tasks / f"{name}.yaml").write_text(text.format(data=data).replace("our_capitals", name))
+    return tasks
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +166,63 @@ def test_what_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]):
         EvalRecipe(model="bundled", harness_include=("tasks",))
     assert main(["eval", "bundled"]) == 2
     assert "EDITS.jsonl" in capsys.readouterr().err
+
+
+@installed
+def test_the_suite_is_one_switch(small_suite: Path, capsys: pytest.CaptureFixture[str]):
+    text = small_suite / "text.txt"
+    text.write_text("The capital of France is Paris.\n")
+    command = ["eval", "bundled", "--suite", "standard", "--harness-include", str(small_suite), "--device", "cpu"]
+    assert main([*command, "--limit", "2", "--base=bundled", "--text", str(text), "--json"]) == 0
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    harness, standard = report["harness"], SUITES["standard"]
+    assert list(harness["tasks"]) == list(standard.tasks)
+    assert harness["suite"] == {
+        "name": "standard",
+        "version": standard.version,
+        "tasks": list(standard.tasks),
+        "left_out": ["xstest"],
+    }
+    assert "has no xstest" in shown.err
+    # Of the first two questions the model knows both answers, and it writes them as it chooses them.
+    assert {figures["acc,none"] for figures in harness["tasks"].values() if "acc,none" in figures} == {1.0}
+    assert harness["tasks"]["gsm8k"]["exact_match,none"] == 1.0
+    assert set(harness["samples"].values()) == {2} == {harness["limit"]}
+    assert set(harness["versions"]) == set(standard.tasks) == set(harness["shots"])
+    assert report["base"]["harness"] == harness
+
+
+@installed
+def test_an_optional_task_is_run_where_it_is_known(bundled: LoadedModel, small_suite: Path):
+    (small_suite / "xstest.yaml").write_text(
+        (small_suite / "mmlu.yaml").read_text().replace("task: mmlu", "task: xstest")
+    )
+    suite = SUITES["standard"]
+    result = run_harness(bundled, ["mmlu", "our_capitals"], suite=suite, include=[str(small_suite)], limit=1)
+    assert set(result.tasks) == {*suite.tasks, "xstest", "our_capitals"}
+    assert result.suite is not None
+    assert result.suite["left_out"] == []
+
+
+@installed
+@pytest.mark.slow
+def test_the_harness_knows_every_task_of_the_suites():
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    manager = TaskManager()
+    assert all(manager.match_tasks([task]) for suite in SUITES.values() for task in suite.tasks)
+
+
+def test_the_most_documents_are_those_of_the_tasks_or_the_limit_without_edits():
+    assert EvalRecipe(model="m", suite="standard", limit=5).documents == 5
+    assert EvalRecipe(model="m", edits="e", suite="standard", limit=5).documents is None
+    assert EvalRecipe(model="m", edits="e", suite="standard", limit=5, task_limit=7).documents == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), [({"suite": "standrad"}, "did you mean 'standard'"), ({"task_limit": 3}, "--task-limit")]
+)
+def test_a_suite_that_makes_no_sense_is_refused(fields: dict[str, Any], message: str):
+    with pytest.raises(OptionError, match=message):
+        EvalRecipe(model="m", edits="e", **fields)

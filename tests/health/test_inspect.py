@@ -96,6 +96,9 @@ def test_ratio_and_drift_equal_numpy(tmp_path, family, square):
         assert site.similarity.k == site.base.k_tau
         if site.site.transposed:
             first, second = first.T, second.T
+        left, sigma, right = np.linalg.svd(first, full_matrices=False)
+        written = np.diag(left.T @ (second - first) @ right.T)[:16]
+        assert site.relative_change == pytest.approx(np.mean(np.abs(written) / sigma[:16]), rel=1e-6)
         u0, u1 = (np.linalg.svd(weight)[0][:, : site.similarity.k] for weight in (first, second))
         assert site.similarity.ss_left == pytest.approx(np.abs((u0 * u1).sum(0)).mean(), rel=1e-6)
 
@@ -104,7 +107,7 @@ def test_an_unchanged_model_is_fine(base):
     found = inspect(base, wanted=SPECTRAL, base=base)
     assert found.verdict == "fine"
     for site in found.sites:
-        assert (site.ratio, site.drift) == (1, 0)
+        assert (site.ratio, site.drift, site.relative_change) == (1, 0, 0)
         assert site.similarity.ls == pytest.approx(1)
         assert max(site.similarity.angles_left) < 1e-3
 

@@ -52,6 +52,11 @@ def test_the_figures_of_the_run_are_those_of_its_files(run):
     for site in found.sites:
         assert site.ratio == pytest.approx(found.history.series(site.site.module, "ratio")[-1], rel=1e-4)
         assert site.drift == pytest.approx(found.history.series(site.site.module, "drift")[-1], rel=1e-3)
+    recorded = {site.module: site.relative_change for site in found.history.saved_sites}
+    watched = found.history.batches[-1].diagnostics
+    for site in found.sites:
+        assert recorded[site.site.module] == pytest.approx(site.relative_change, rel=1e-3)
+        assert watched[f"relative_change/layer {site.site.layer}"] == pytest.approx(site.relative_change, rel=1e-3)
     assert {edit.id for edit in found.top_edits} == {"a", "b", "c"}
     assert all(edit.norm > 0 and edit.prompt for edit in found.top_edits)
 

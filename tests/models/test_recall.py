@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from editcli.evaluation.generation import generate
+from editcli.evaluation.writing import write_freely
 from editcli.models.kv_cache import cache_argument, supports_kv_cache
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.testing import tiny_model_folder
@@ -75,13 +76,16 @@ def test_a_model_of_another_version_resumes_and_writes_the_same_texts(folder: Pa
     plain, renamed = opened(folder), opened(folder, family)
     assert supports_kv_cache(renamed.model, renamed.input_device)
     assert generate(renamed, prompts, tokens=TOKENS) == generate(plain, prompts, tokens=TOKENS)
+    assert write_freely(renamed, prompts) == write_freely(plain, prompts)
 
 
 def test_a_model_without_a_cache_reads_its_text_again(folder: Path) -> None:
-    prompts = ["The capital of France is"]
+    prompts = ["The capital of France is", "The river", "The river of France"]
     plain, bare = opened(folder), opened(folder, TakesNone)
     assert not supports_kv_cache(bare.model, bare.input_device)
     assert generate(bare, prompts, tokens=TOKENS) == generate(plain, prompts, tokens=TOKENS)
+    # Its rows end at different tokens, and it goes on with all of them.
+    assert write_freely(bare, prompts) == write_freely(plain, prompts)
 
 
 def test_a_cache_is_extended_by_each_step(folder: Path) -> None:

@@ -22,6 +22,8 @@ from editcli.cli.app import App
 from editcli.cli.main import build_cli
 from editcli.errors import OptionError, StateError
 from editcli.plugin.manager import Plugins
+from editcli.records.evidence import write_evidence
+from editcli.records.state import RunFolder
 from editcli.requests.schema import from_record
 
 pytest.importorskip("matplotlib", reason="the page needs editcli[report]")
@@ -145,6 +147,88 @@ def test_outcomes(make_run, tmp_path):
     page = page_of(run, tmp_path / "page.html")
     assert "answered (1)" in page
     assert "rejected (3)" in page
+
+
+def free(group: str, prompt: str, text: str, **scores: bool) -> dict[str, Any]:
+    known = {"exact": False, "right": False, "rival": False, "degenerate": False}
+    return {"group": group, "prompt": prompt, "text": text, **known, **scores}
+
+
+def keep_evidence(run: Path, count: int = 6) -> RunFolder:
+    """Keep an evaluation in a run, as eval --record does."""
+    figures = {
+        "edits_file": "facts.jsonl",
+        "edits": count,
+        "efficacy_accuracy": 0.875,
+        "generated": {"efficacy_contains_new": 0.38461},
+        "base": {"model": "the base", "efficacy_accuracy": 0.0, "generated": {"efficacy_contains_new": 0.0}},
+        "in_context": None,
+        "distribution": {
+            "neighbors": {
+                "prompts": 6,
+                "median": 0.25,
+                "p90": 1.5,
+                "worst": [{"edit": "e4", "prompt": "x", "kl": 2.75}],
+            },
+            "unrelated": None,
+        },
+        "protocol_settings": {"prompts": "bare", "generated": {"most_new_tokens": 32, "stop": ["newline"]}},
+    }
+    lines = []
+    for n in range(count):
+        prompt, near = f"Person {n} lives in", f"Neighbour {n} lives in"
+        mine = [
+            free("efficacy", prompt, f"Town {n}.", right=True),
+            free("neighbors", near, "no no no", degenerate=True),
+        ]
+        theirs = [free("efficacy", prompt, "Rome.", rival=True), free("neighbors", near, "Rome")]
+        lines.append({"id": f"e{n}", "generated": mine, "base": {"generated": theirs}})
+    lines[0]["generated"][0]["text"] = HOSTILE
+    folder = RunFolder(run)
+    write_evidence(folder, figures, lines)
+    return folder
+
+
+def test_evidence_names_protocols_baselines_answers_and_what_is_missing(make_run, tmp_path):
+    run = make_run()
+    keep_evidence(run)
+    page = page_of(run, tmp_path / "page.html")
+    assert HOSTILE not in page
+    for text in ("<h3>teacher_forced</h3>", "<h3>generated</h3>", "0.3846", "most_new_tokens 32", "the base"):
+        assert text in page
+    assert '<tr><td>e4</td><td>x</td><td class="n">2.75</td></tr>' in page
+    missing = page[page.index('id="missing"') : page.index("Raw answers")]
+    for text in ("in-context", "--harness", "--metrics choice", "--as"):
+        assert text in missing
+    assert "--metrics generated" not in missing
+    rows = page[page.index('<table id="answers">') :].split("</table>")[0]
+    assert rows.count('data-outcome="right"') == rows.count('data-outcome="degenerate"') == 6
+    assert "<td>Rome.</td><td>Town 3.</td><td>right</td>" in rows
+    # The text that the edited model writes stands beside the edit as well.
+    assert "<td>Town 3.</td></tr>" in page[page.index('<table id="edits">') :]
+
+
+def test_evidence_of_another_state_of_the_run_is_named(make_run, tmp_path):
+    run = make_run()
+    folder = keep_evidence(run)
+    assert "The run has changed" not in page_of(run, tmp_path / "page.html")
+    record = json.loads(folder.record.read_text())
+    record["provenance"]["consumed"] = "0" * 64
+    folder.record.write_text(json.dumps(record))
+    assert "The run has changed" in page_of(run, tmp_path / "page.html")
+
+
+def test_a_run_without_evidence_says_so_and_damaged_evidence_is_none(make_run, tmp_path):
+    run = make_run()
+    page = page_of(run, tmp_path / "page.html")
+    assert "anything beyond the figures of the run itself" in page
+    folder = keep_evidence(run)
+    for text in ("{torn", "[]", '{"figures": 3, "measured": "now"}'):
+        folder.evaluation.write_text(text)
+        assert page_of(run, tmp_path / "page.html") == page
+    folder.evaluation.unlink()
+    folder.answers.write_text("{torn")
+    assert page_of(run, tmp_path / "page.html") == page
 
 
 def test_a_run_that_just_began_has_a_page(make_run, tmp_path):
@@ -315,6 +399,38 @@ def test_search_finds_edits(make_run, tmp_path, browser):
         search(browser, text)
         wait_for(browser, SHOWN, count)
         wait_for(browser, "return document.getElementById('count').textContent", f"{count} of 12")
+
+
+@needs_browser
+def test_search_finds_answers_and_leaves_the_edits_alone(make_run, tmp_path, browser):
+    run, target = make_run(), tmp_path / "page.html"
+    keep_evidence(run)
+    page_of(run, target, "--no-spectra")
+    complaints(browser)
+    browser.open(target)
+    assert complaints(browser) == []
+    shown = SHOWN.replace("#edits", "#answers")
+    assert browser.run(shown) == 12
+    find = "var box = document.getElementById('find'); box.value = {}; box.dispatchEvent(new Event('input'));"
+    for text, count in (
+        ("town 3", 1),
+        ("neighbour", 6),
+        ("rome", 12),
+        ("<script>", 1),
+        ("nothing like it", 0),
+        ("", 12),
+    ):
+        browser.run(find.format(json.dumps(text)))
+        wait_for(browser, shown, count)
+    pick = "var box = document.getElementById('verdict'); box.value = 'degenerate';"
+    browser.run(f"{pick} box.dispatchEvent(new Event('change'));")
+    wait_for(browser, shown, 6)
+    assert browser.run(SHOWN) == 6
+    assert browser.run("return document.querySelector('#evidence output').textContent") == "6 of 12"
+    browser.devtools("Emulation.setDeviceMetricsOverride", width=360, height=800, deviceScaleFactor=1, mobile=True)
+    browser.open(target)
+    assert browser.run("return document.documentElement.scrollWidth") <= 360
+    browser.devtools("Emulation.clearDeviceMetricsOverride")
 
 
 @needs_browser

@@ -12,6 +12,7 @@ from editcli.plugin.interfaces import LowRank, Site
 from editcli.plugin.options import build
 from editcli_norms.diagnostic import Norms, effective_rank
 from editcli_spectra.diagnostic import Spectra
+from editcli_spectra.directions import RelativeChange
 
 SITE = Site(3, "model.layers.3.mlp.down_proj", False)
 
@@ -73,3 +74,23 @@ def test_an_unchanged_weight_has_shares_of_one():
     base = random(6, 8)
     found = Spectra(build(Spectra.Options, {"every": 1}, owner="spectra")).observe(session(base, base), {})
     assert set(found.values()) == {1.0}
+
+
+def watch(weight, base, **options):
+    diagnostic = RelativeChange(build(RelativeChange.Options, options, owner="directions"))
+    return diagnostic.observe(session(weight, base), {})
+
+
+def test_the_relative_change_is_that_along_the_leading_directions_of_the_base():
+    base, step = random(12, 20), random(12, 20, seed=1)
+    left, values, right = np.linalg.svd(base.double().numpy(), full_matrices=False)
+    change = step.double().numpy()
+    expected = np.mean([abs(left[:, i] @ change @ right[i]) / values[i] for i in range(5)])
+    assert watch(base + step, base, count=5) == {"relative_change/layer 3": pytest.approx(expected, rel=1e-5)}
+    assert watch(base, base) == {"relative_change/layer 3": 0.0}
+
+
+def test_directions_are_not_watched_where_none_is_asked_for_or_the_base_is_zero():
+    base = random(12, 20)
+    assert watch(base, base, count=0) == {}
+    assert watch(base, torch.zeros(12, 20)) == {}

@@ -8,12 +8,15 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu, heap, moments, profile_targets, sites, solve
+from benchmarks import gpu, heap, moments, predictors, profile_targets, sites, solve
 from benchmarks.document import SECTIONS, page
 from benchmarks.speed import SECTIONS as SPEED
 from benchmarks.stream import quarters
+from editcli.linalg import spectra
+from editcli.linalg.directions import change_along
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +92,30 @@ def test_sites_are_timed_both_ways(tmp_path: Path) -> None:
     (row,) = run(sites.main, tmp_path / "sites.json", "--model", "tiny", "--batch-size", "3", "--repeats", "1")["rows"]
     assert row["zero"] > 0
     assert row["going_on"] > 0
+
+
+def test_the_figures_of_the_weights_are_those_of_the_library() -> None:
+    base, step = (torch.randn(20, 30, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
+    figures = predictors.Decomposed.of(base.numpy()).figures((base + 0.3 * step).numpy(), 4)
+    before, after = spectra.spectrum(base), spectra.spectrum(base + 0.3 * step, vectors=20)
+    alike = spectra.similarity(before, after, before.k(predictors.TAU))
+    assert figures["change"] == pytest.approx(change_along(base, base + 0.3 * step))
+    assert figures["change_per_edit"] == pytest.approx(figures["change"] / 2)
+    assert figures["drift"] == pytest.approx(float(0.3 * step.norm() / base.norm()))
+    assert (figures["ls"], figures["ss"]) == pytest.approx((alike.ls, alike.ss))
+
+
+def test_ranks_are_correlated_over_all_within_stacks_and_among_them() -> None:
+    pytest.importorskip("scipy")
+    rows = {
+        stack: [
+            dict.fromkeys(predictors.NAMES, n + place) | {"edits": n, "efficacy_accuracy": place - n} for n in range(4)
+        ]
+        for place, stack in enumerate("abcd")
+    }
+    found = predictors.correlations(rows)["efficacy_accuracy"]["ratio"]
+    assert (found["within"], found["among"]) == (-1, 1)
+    assert found["together"] == pytest.approx(0, abs=0.1)
 
 
 def test_a_stream_is_cut_into_quarters() -> None:

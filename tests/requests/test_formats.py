@@ -59,7 +59,7 @@ KNOWEDIT = {
         "Subject_Aliasing": {"prompt": "The mayor of Low Mere is", "ground_truth": "Ines Vale"},
     },
     "locality": {
-        "Relation_Specificity": [{"prompt": "The river of Lowmere is", "ground_truth": [["Ash"]]}],
+        "Relation_Specificity": [{"prompt": "The river of Lowmere is", "ground_truth": [["Ash", "River Ash"]]}],
         "Forgetfulness": {"prompt": ["An earlier mayor of Lowmere is", "A park of Lowmere is"], "ground_truth": ["Bo"]},
     },
 }
@@ -83,6 +83,16 @@ MQUAKE = {
     "questions": ["Of which country is the painter of Moon Gate a citizen?"],
     "answer": "Germany",
     "new_answer": "Greece",
+    "new_answer_alias": ["Hellas", "Greece"],
+    "new_single_hops": [
+        {"question": "Who painted Moon Gate?", "cloze": "Moon Gate was painted by", "answer": "Ines Vale"},
+        {
+            "question": "Where is the capital of Greece?",
+            "cloze": "The capital of Greece is",
+            "answer": "Athens",
+            "answer_alias": ["Athina"],
+        },
+    ],
 }
 ZSRE = {
     "subject": "Grey Heron",
@@ -116,12 +126,46 @@ MLAKE = {
     "e_answer": "低湖",
     "e_answer_aliases": [],
 }
+RIPPLEEDITS = {
+    "example_type": "popular",
+    "edit": {
+        "prompt": "The name of the country of citizenship of Ines Vale is Greece.",
+        "subject_id": "Q1",
+        "relation": "COUNTRY_OF_CITIZENSHIP",
+        "target_id": "Q2",
+        "previous_fact": {
+            "prompt": "The name of the country of citizenship of Ines Vale is Spain.",
+            "relation": "COUNTRY_OF_CITIZENSHIP",
+        },
+    },
+    "Relation_Specificity": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The name of the mother of Ines Vale is",
+                    "answers": [{"value": "Ada Vale", "aliases": ["A. Vale", "A"]}, {"value": "Ada", "aliases": []}],
+                    "query_type": "regular",
+                }
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+    "Logical_Generalization": [],
+    "Subject_Aliasing": [],
+    "Compositionality_I": [
+        {"test_queries": [{"prompt": "The capital of her country is", "answers": [{"value": "Athens"}]}]}
+    ],
+    "Compositionality_II": [{"test_queries": [{"prompt": "nobody knows", "answers": []}]}],
+    "Forgetfulness": [],
+}
 RECORDS = {
     "counterfact": COUNTERFACT,
     "easyedit": EASYEDIT,
     "knowedit": KNOWEDIT,
     "mlake": MLAKE,
     "mquake": MQUAKE,
+    "rippleedits": RIPPLEEDITS,
     "wikibigedit": WIKIBIGEDIT,
     "zsre": ZSRE,
 }
@@ -228,8 +272,52 @@ def test_mquake_makes_several_edits_of_a_record(file: Any, formats: tuple[Format
     assert [request.id for request in edits.requests] == ["6-1", "6-2"]
     assert [request.prompt for request in edits.requests] == ["Moon Gate was painted by", "Ines Vale is a citizen of"]
     assert not edits.requests[0].portability
-    assert [(near.target, near.axis) for near in edits.requests[1].portability] == [("Greece", "multi_hop")]
+    # The hop that is an edit itself is asked as one; the other one has to be known already.
+    assert [(near.prompt, near.target, near.axis, near.aliases) for near in edits.requests[1].portability] == [
+        (MQUAKE["questions"][0], "Greece", "multi_hop", ("Hellas",)),
+        ("The capital of Greece is", "Athens", "single_hop", ("Athina",)),
+    ]
     assert edits.requests[0].extra == {"case_id": 6, "question": "Who painted Moon Gate?"}
+
+
+def test_rippleedits(file: Any, formats: tuple[Format, ...]):
+    (request,) = read_edits(file(RIPPLEEDITS), formats=formats).requests
+    assert (request.before, request.subject, request.after) == (
+        "The name of the country of citizenship of ",
+        "Ines Vale",
+        " is",
+    )
+    assert (request.target_new, request.target_true) == ("Greece", "Spain")
+    assert [(near.prompt, near.target, near.axis) for near in request.portability] == [
+        ("The capital of her country is", "Athens", "compositionality_i")
+    ]
+    (near,) = request.locality
+    assert (near.target, near.axis, near.aliases) == ("Ada Vale", "relation_specificity", ("Ada", "A. Vale"))
+
+
+@pytest.mark.parametrize(
+    ("relation", "sentence", "subject", "target"),
+    [
+        ("SIBLING", "The names of the siblings of Ines Vale are Otto Brandt.", "Ines Vale", "Otto Brandt"),
+        ("FOLLOWED_BY", "2022 in film is followed by 2023 in film.", "2022 in film", "2023 in film"),
+        ("PLACE_OF_BIRTH", "The place of birth of Ines Vale is St. Ives.", "Ines Vale", "St. Ives"),
+        ("EMPLOYER", "The name of the employer of J. R. is Ash Inc..", "J. R.", "Ash Inc."),
+    ],
+)
+def test_the_sentence_of_a_relation_is_taken_apart(
+    file: Any, formats: tuple[Format, ...], relation: str, sentence: str, subject: str, target: str
+):
+    (request,) = read_edits(file({"edit": {"prompt": sentence, "relation": relation}}), formats=formats).requests
+    assert (request.subject, request.target_new, request.target_true) == (subject, target, None)
+    assert f"{request.prompt} {target}." == sentence
+
+
+def test_other_names_of_an_answer_survive_conversion(file: Any, formats: tuple[Format, ...]):
+    for record in (KNOWEDIT, MQUAKE, RIPPLEEDITS):
+        requests = read_edits(file(record), formats=formats).requests
+        assert any(near.aliases for r in requests for near in (*r.locality, *r.portability))
+        back = read_edits(file(*(r.to_json() for r in requests))).requests
+        assert [(r.locality, r.portability) for r in back] == [(r.locality, r.portability) for r in requests]
 
 
 def test_zsre(file: Any, formats: tuple[Format, ...]):
@@ -248,6 +336,7 @@ def test_zsre(file: Any, formats: tuple[Format, ...]):
         ({**ZSRE, "subject": "Red Heron"}, "the subject 'Red Heron' is not in the prompt"),
         ({**EASYEDIT, "target_new": []}, "'target_new' is missing"),
         ({**MQUAKE, "requested_rewrite": []}, "at least one"),
+        ({"edit": {"prompt": "Ines Vale sings.", "relation": "EMPLOYER"}}, "SUBJECT is TARGET"),
         ({**MQUAKE, "requested_rewrite": ["text"]}, "not a usable mquake record: its fields have another shape"),
     ],
 )
