@@ -230,8 +230,8 @@ def gpu(document: Mapping[str, Any]) -> Iterator[str]:
     yield "model stop when they reach their target. *Shipped* is what the program does on this device, *compiled* the"
     yield "same with the MLPs through `torch.compile`, *eager* the same without recorded steps, *exact* the layout and"
     yield "kernels of a CPU. The speed-up is over the published procedure, one edit at a time, on the same card in the"
-    yield "same run; the matrix share is the least operations of the targets over the card's own rate of matrix products."
-    yield from ("Held memory includes the scratch memory of recordings. `python -m benchmarks.gpu`.", "")
+    yield "same run; the matrix share is the least operations of the targets over the card's own rate of matrix"
+    yield from ("products. Held memory includes recordings' scratch memory. `python -m benchmarks.gpu`.", "")
     heading = ("shape", "way", "batch", "edits/s", "speed-up", "matrix share", "busy", "shapes", "padding")
     heading = (*heading, "peak memory", "held memory")
     rows = []
