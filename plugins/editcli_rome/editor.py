@@ -23,7 +23,7 @@ class Rome(InverseGramEditor):
 
     The same k stands in numerator and denominator, as R-ROME (arXiv:2403.07175) asks for: ROME's released code takes
     the mean key over the prefixes for one and the bare prompt's for the other, and single edits then wreck the model.
-    Only the residual is measured on the bare prompt, as for every editor here, where R-ROME's is v - W k at the mean key.
+    Only the residual is measured on the bare prompt, as for every editor here; R-ROME's is v - W k at the mean key.
     """
 
     name: ClassVar[str] = "rome"
