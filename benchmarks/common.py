@@ -29,6 +29,15 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "gpt2-124m": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "llama-1b": {
         "model_type": "llama",
         "hidden_size": 2048,
@@ -50,7 +59,13 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 }
 """Shapes of models people edit; weights are random, so only times mean anything."""
 
-VOCABULARY: Mapping[str, int] = {"tiny": 4096, "gpt2-124m": 50257, "llama-1b": 128256, "llama-3-8b": 128256}
+VOCABULARY: Mapping[str, int] = {
+    "tiny": 4096,
+    "gpt2-124m": 50257,
+    "smollm2-135m": 49152,
+    "llama-1b": 128256,
+    "llama-3-8b": 128256,
+}
 
 
 def random_model(shape: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> LoadedModel:

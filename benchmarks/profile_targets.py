@@ -25,8 +25,9 @@ from torch import nn
 from benchmarks.common import median, sample_edits, write_result
 from benchmarks.reference import plain_target
 from benchmarks.targets import last_layer, opened
+from editcli.editing import engine, steering, targets
 from editcli.editing import prompt_cache as past
-from editcli.editing import steering, targets
+from editcli.editing.layout import Exact
 from editcli.editing.session import generate_prefixes
 from editcli.editing.targets import target_costs
 from editcli.heap import keep_freed
@@ -93,7 +94,7 @@ OURS = {
     "texts": (targets, "_rows"),
     "past": (steering, "encode"),
     "lower layers": (steering.Steering, "_observe"),
-    "gathering chunks": (targets._Optimiser, "_gather"),
+    "gathering chunks": (targets._Optimiser, "_parts"),
     "loss from logits": (targets, "cross_entropies"),
     "Adam": (targets._Optimiser, "_adam"),
     "backward": (torch.autograd, "grad"),
@@ -144,7 +145,7 @@ def without() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
         "oneDNN products": lambda: patch(matmul, "_available", lambda: False),
         "blocks called alone": lambda: patch(steering.Steering, "check", _always_whole),
         "shared beginnings": lambda: patch(steering, "encode", _no_past),
-        "chunks of equal width": lambda: patch(steering, "SETUP", 1e18),
+        "chunks of equal width": lambda: patch(engine, "layout_for", lambda device: Exact(setup=1e18)),
         "chunks that fit the caches": lambda: patch(steering, "CACHE_BYTES", 1 << 40),
     }
 

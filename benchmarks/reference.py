@@ -111,7 +111,8 @@ class _Steered:
             seen["h"] = first(output)[0, text.lookup]
 
         def see_mlp(module: object, entered: Tensor, output: object) -> None:
-            seen["m"] = first(output).reshape(len(text.ids), -1)[text.lookup] * self.scale
+            flat = first(output).flatten(0, -2)
+            seen["m"] = flat[text.lookup] * self.scale
 
         with hooked(self.block, see_block), hooked(self.mlp, see_mlp):
             self._run([text])
@@ -125,7 +126,7 @@ class _Steered:
             hidden = first(output)
             where = torch.zeros(hidden.shape[:2], device=hidden.device)
             where[range(len(texts)), [text.lookup for text in texts]] = 1
-            return with_first(output, hidden + where[:, :, None] * delta)
+            return with_first(output, hidden + (where[:, :, None] * delta).to(hidden.dtype))
 
         def see_head(module: object, entered: Tensor, output: object) -> None:
             read.append(entered)

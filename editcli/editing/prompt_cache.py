@@ -6,12 +6,13 @@ are the roots of a short tree: the texts of a level continue from the keys and v
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from editcli.models.forward import batches, head_only_at, positions, run
@@ -30,11 +31,13 @@ class KVCache:
     mask: Tensor
     """(rows, columns) int64 on the CPU."""
 
-    def select(self, rows: Tensor) -> KVCache:
-        """Return some of the rows, without the columns that none of them uses."""
+    def select(self, rows: Tensor, *, size: Callable[[int], int]) -> KVCache:
+        """Return some of the rows, without the columns that none of them uses, padded on the left to a ``size``."""
         mask = self.mask[rows]
         used = mask.any(dim=0).nonzero().flatten()
-        return KVCache(tuple((_cut(k, rows, used), _cut(v, rows, used)) for k, v in self.layers), mask[:, used])
+        mask, empty = mask[:, used], size(len(used)) - len(used)
+        layers = tuple((_cut(k, rows, used, empty), _cut(v, rows, used, empty)) for k, v in self.layers)
+        return KVCache(layers, pad(mask, (empty, 0)))
 
     def above(self, layer: int) -> KVCache:
         """Return the cache without the content of the layers up to ``layer``; their number of columns stays."""
@@ -88,7 +91,7 @@ def _extend(
     if not width:
         everything = torch.arange(start)
         return KVCache(
-            tuple((_cut(k, parents, everything), _cut(v, parents, everything)) for k, v in cache.layers), mask
+            tuple((_cut(k, parents, everything, 0), _cut(v, parents, everything, 0)) for k, v in cache.layers), mask
         )
     filled = [index for index, segment in enumerate(segments) if segment]
     pool: list[Layer] = []
@@ -135,5 +138,7 @@ def _room(layer: Layer, rows: int, columns: int) -> Layer:
     return keys, values
 
 
-def _cut(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    return tensor[rows.to(tensor.device)][:, :, columns.to(tensor.device)]
+def _cut(tensor: Tensor, rows: Tensor, columns: Tensor, empty: int) -> Tensor:
+    """Return some rows and columns, (rows, heads, columns, width), behind ``empty`` columns of zeros."""
+    cut = tensor[rows.to(tensor.device)][:, :, columns.to(tensor.device)]
+    return pad(cut, (0, 0, empty, 0)) if empty else cut

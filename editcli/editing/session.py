@@ -17,6 +17,7 @@ from torch import Tensor
 
 from editcli.editing import gradients, targets
 from editcli.editing.activations import Activations, Hook
+from editcli.editing.engine import engine_for
 from editcli.editing.sinks import begins, first_is_sink
 from editcli.errors import StateError, StatisticsError
 from editcli.linalg.precision import double
@@ -96,6 +97,7 @@ class ModelSession:
         self._moments: dict[Site, Tensor] = {}
         self._baselines: dict[Site, Tensor] = {}
         self._masters: dict[Site, Tensor] = {site: self._loaded_weight(site) for site in self.sites}
+        self.engine = engine_for(loaded)
         self.written = False
         """Whether any weight was written: from then on nothing may be measured as on the unedited model."""
 
@@ -191,7 +193,15 @@ class ModelSession:
         prefixes = self.prefixes if prefixed else ()
         sink = bool(prefixes) and any(self.in_sink(requests))
         return targets.optimise(
-            self.loaded, requests, prefixes, self.layers[-1], self.options, self.reporter, label=label, sink=sink
+            self.loaded,
+            requests,
+            prefixes,
+            self.layers[-1],
+            self.options,
+            self.reporter,
+            label=label,
+            sink=sink,
+            engine=self.engine,
         )
 
     def gradients(

@@ -10,21 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from editcli.editing.layout import Group, Layout, layout_for
 from editcli.editing.prompt_cache import KVCache, encode
-from editcli.models.blocks import Blocks, Call, FrozenCache
+from editcli.models.blocks import Blocks, Call
 from editcli.models.forward import first, hooked, run
+from editcli.models.frozen_cache import FrozenCache
 from editcli.models.kv_cache import cache_options
 from editcli.models.loading import LoadedModel
 from editcli.models.tokens import Encoded
 
-SETUP = 60e6
-"""Multiplications that cost as much as the overhead of one call of a block: chunks are joined if padding costs less."""
 CACHE_BYTES = 24 << 20
 """Activations of one chunk in one block on a CPU: they fit its caches, with enough rows for fast products."""
 
@@ -43,16 +43,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some rows as tensors, without the tokens that are computed once, and the model's calls of its blocks on them."""
+    """The tensors of a group of rows, without the tokens that are computed once, and the model's calls of its blocks.
 
-    rows: Tensor
-    """(k,) indices of the rows."""
+    All of them lie on the model's devices and are padded to the group's rows and columns; the rows that pad it repeat
+    its first.
+    """
+
     ids: Tensor
-    """(k, columns)"""
+    """(rows, columns)"""
     hidden: Tensor
-    """(k, columns, d): the last edited layer's output."""
+    """(rows, columns, d): the last edited layer's output."""
     lookup: Tensor
-    """(k,) column of the lookup token."""
+    """(rows,) the lookup token of each row, among all rows * columns tokens."""
     options: dict[str, Any]
     """The model's arguments besides the ids."""
     calls: tuple[Call, ...]
@@ -61,11 +63,25 @@ class Chunk:
 class Steering:
     """Runs the rows of one micro-batch with an offset added at their lookup tokens."""
 
-    def __init__(self, loaded: LoadedModel, rows: Sequence[Row], layer: int, *, cached: bool, budget: int):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        rows: Sequence[Row],
+        layer: int,
+        *,
+        cached: bool,
+        budget: int,
+        layout: Layout | None = None,
+        apart: bool = False,
+    ):
         self.loaded, self.rows, self.layer, self.budget = loaded, tuple(rows), layer, budget
+        self.apart = apart
+        """Whether the model's attention reads past and new keys where they lie."""
+        self.layout = layout or layout_for(torch.device(loaded.input_device).type)
+        self.allowance = self.layout.allowance(self._block_size())
+        """Tokens of padding that cost as much as one more call of a block."""
         self._from_lookup = cached and self._cacheable()
-        begun = [row.text.ids[: self._start(row)] for row in rows]
-        cache = encode(loaded, begun, [row.stems for row in rows], budget=self._tokens())
+        cache = encode(loaded, self._begun(), self._stems(), budget=self._tokens())
         self.width = [len(row.text.ids) - self._start(row) for row in rows]
         self._lookup = torch.tensor([row.text.lookup - self._start(row) for row in rows])
         self.outputs, self._hidden, example = self._observe(cache)
@@ -82,32 +98,26 @@ class Steering:
         """Return a chunk's columns of token positions of a row."""
         return [position - self._start(self.rows[row]) for position in positions]
 
-    def chunks(self, rows: Sequence[int]) -> list[Chunk]:
-        """Return the chunks in which ``rows`` are computed; the same for the same rows."""
-        return [self._chunk(group) for group in self.groups(rows)]
+    def groups(self, rows: Sequence[int]) -> list[Group]:
+        """Return the groups in which ``rows`` are computed, the widest first; the same for the same rows."""
+        ordered = sorted(rows, key=lambda row: (self._start(self.rows[row]), row))
+        widths = [self.width[row] for row in ordered]
+        groups = self.layout.groups(widths, allowance=self.allowance, most=self._tokens())
+        return [replace(group, members=tuple(ordered[member] for member in group.members)) for group in groups]
 
-    def groups(self, rows: Sequence[int]) -> list[list[int]]:
-        """Return ``rows`` in groups of about equal width, the widest first.
-
-        A narrower row joins a group while the padding that this costs is less work than another call of every block.
-        """
-        allowance, most = SETUP / self._block_size(), self._tokens()
-        groups: list[list[int]] = []
-        wasted = 0
-        for row in sorted(rows, key=lambda row: (-self.width[row], self._start(self.rows[row]), row)):
-            width = self.width[groups[-1][0]] if groups else 0
-            wasted += width - self.width[row]
-            if not groups or wasted > allowance or width * (len(groups[-1]) + 1) > most:
-                groups.append([])
-                wasted = 0
-            groups[-1].append(row)
-        return groups
+    def chunk(self, group: Group) -> Chunk:
+        """Return the tensors of a group."""
+        index = _padded(group)
+        ids, options = self._input(self._cache, group)
+        hidden = self._hidden[_on(self._hidden, index)][:, : group.columns]
+        lookup = torch.arange(group.rows) * group.columns + self._lookup[index]
+        return Chunk(ids, hidden, lookup.to(hidden.device), options, self._blocks.record(ids, options))
 
     def logits(self, chunk: Chunk, shift: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
         """Return float32 logits at ``where`` (rows, columns) with ``shift`` (rows, d) added at the lookup tokens."""
-        hidden = chunk.hidden.clone()
-        lookup = _on(hidden, torch.arange(len(hidden)), chunk.lookup)
-        hidden[lookup] = (hidden[lookup].float() + shift.to(hidden.device)).to(hidden.dtype)
+        flat = chunk.hidden.flatten(0, 1)
+        steered = (flat[chunk.lookup].float() + shift.to(flat.device)).to(flat.dtype)
+        hidden = flat.index_copy(0, chunk.lookup, steered).view_as(chunk.hidden)
         if self.whole:
             return self._blocks.whole_logits(chunk.ids, chunk.options, hidden, where)
         return self._blocks.logits(chunk.calls, hidden, where)
@@ -119,6 +129,15 @@ class Steering:
         alone = self._blocks.logits(chunk.calls, chunk.hidden, where)
         exact = chunk.hidden.dtype == torch.float32
         self.whole = not bool((whole - alone).abs().max() <= (1e-3 if exact else 5e-2) * whole.abs().max())
+
+    def _begun(self) -> list[tuple[int, ...]]:
+        """Return the tokens of each row that are computed once."""
+        return [row.text.ids[: self._start(row)] for row in self.rows]
+
+    def _stems(self) -> list[tuple[Hashable, ...]]:
+        """Return the names of shared beginnings, or none where sharing saves less work than its passes cost."""
+        levels, tokens = len(self.rows[0].stems), sum(map(len, self._begun()))
+        return [row.stems if tokens > levels * self.allowance else () for row in self.rows]
 
     def _start(self, row: Row) -> int:
         """Return the first token position that is computed again."""
@@ -145,26 +164,20 @@ class Steering:
         widest = max(self.loaded.architecture.shape(self.layer))
         return min(self.budget, max(128, CACHE_BYTES // (24 * widest)))
 
-    def _chunk(self, rows: Sequence[int]) -> Chunk:
-        index = torch.tensor(rows)
-        ids, options = self._input(self._cache, index)
-        hidden = self._hidden[_on(self._hidden, index)][:, : ids.shape[1]]
-        return Chunk(index, ids, hidden, self._lookup[index], options, self._blocks.record(ids, options))
-
-    def _input(self, cache: KVCache, rows: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _input(self, cache: KVCache, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """Return the ids that are computed again, padded on the right, and the model's other arguments."""
-        device = self.loaded.input_device
+        device, width, rows = self.loaded.input_device, group.columns, _padded(group)
         texts = [self.rows[row].text.ids[self._start(self.rows[row]) :] for row in rows.tolist()]
-        width = max(map(len, texts))
         # A causal model cannot see later tokens, so padding on the right needs no mask.
         ids = torch.tensor([[*text, *[text[-1]] * (width - len(text))] for text in texts])
         real = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
-        past = cache.select(rows)
+        past = cache.select(rows, size=self.layout.past)
         if not past.mask.shape[1]:
             return ids.to(device), {}
         # With a cache it is masked all the same, so that it gets no position beyond the model's context.
         mask = torch.cat([past.mask, real], dim=1)
-        return ids.to(device), cache_options(self.loaded.model, mask, width, FrozenCache(past.layers), device)
+        stored = FrozenCache(past.layers, apart=self.apart)
+        return ids.to(device), cache_options(self.loaded.model, mask, width, stored, device)
 
     @torch.no_grad()
     def _observe(self, cache: KVCache) -> tuple[Tensor, Tensor, Any]:
@@ -183,22 +196,28 @@ class Steering:
         def record_block(module: Any, entered: Tensor, output: Any) -> None:
             seen["block"], seen["example"] = first(output), output
 
-        for group in self.groups(range(len(self.rows))):
-            rows = torch.tensor(group)
-            ids, options = self._input(cache, rows)
+        for group in (groups := self.groups(range(len(self.rows)))):
+            rows = torch.tensor(group.members)
+            ids, options = self._input(cache, group)
             with ExitStack() as stack:
                 stack.enter_context(hooked(architecture.mlp(self.layer), record_mlp))
                 stack.enter_context(hooked(architecture.block(self.layer), record_block, stop=True))
                 run(self.loaded.model, ids, **options)
             part = seen["block"]
             if not len(hidden):
-                hidden = part.new_zeros(len(self.rows), max(self.width), part.shape[-1])
+                widest = max(group.columns for group in groups)
+                hidden = part.new_zeros(len(self.rows), widest, part.shape[-1])
                 outputs = part.new_zeros(len(self.rows), part.shape[-1], dtype=torch.float32)
-            hidden[_on(part, rows)[0], : part.shape[1]] = part
+            hidden[_on(part, rows)[0], : part.shape[1]] = part[: len(rows)]
             # Some families flatten (rows, tokens) inside their MLP; the hidden states have the same order either way.
             at_lookup = seen["mlp"].reshape(part.shape)[_on(part, torch.arange(len(rows)), self._lookup[rows])]
             outputs[_on(outputs, rows)] = at_lookup.float() * architecture.residual_scale(self.layer)
         return outputs, hidden, seen["example"]
+
+
+def _padded(group: Group) -> Tensor:
+    """Return the rows of a group with those that pad it, (rows,)."""
+    return torch.tensor([*group.members, *[group.members[0]] * (group.rows - len(group.members))])
 
 
 def _on(tensor: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:

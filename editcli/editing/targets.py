@@ -26,19 +26,24 @@ tensor of a step, so their softmax overwrites them, and their gradient overwrite
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, product
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from editcli.editing.engine import Engine, engine_for
+from editcli.editing.layout import Group
+from editcli.editing.replay import Eager, Replays
 from editcli.editing.sinks import begins
 from editcli.editing.steering import Chunk, Row, Steering
 from editcli.errors import ModelError, NumericalError
 from editcli.models.forward import positions
 from editcli.models.loading import LoadedModel
-from editcli.models.matmul import quick_linears
+from editcli.models.tokens import Text, Tokens
 from editcli.plugin.interfaces import Values
 from editcli.reporting import Reporter
 from editcli.requests.schema import EditRequest
@@ -89,19 +94,34 @@ AT_CLAMP = 1 - 1e-4
 """Fraction of the clamp from which an offset counts as at the clamp: projecting rounds."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A chunk of rows and the targets of its logits; edits have their numbers in the micro-batch."""
+@dataclass(frozen=True, eq=False)
+class _Losses:
+    """The tensors from which offsets of a chunk's rows give its losses.
+
+    Positions that pad the logits are real ones of the chunk with the factor 0.
+    """
 
     chunk: Chunk
-    edit: Tensor
-    """(rows,) the edit of each row."""
     head: tuple[Tensor, Tensor]
     """Positions of the logits: first every target token's predecessor, then the essences' lookup tokens."""
     token: Tensor
     """(t,) the target tokens."""
     weight: Tensor
     """(t + essences,) the factor of each position in its edit's loss."""
+    probs: Tensor
+    """(essences, vocabulary) the distributions at delta = 0."""
+    entropies: Tensor
+    """(essences,) their entropies."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A group of rows and the losses of its logits; edits have their numbers in the micro-batch."""
+
+    group: Group
+    losses: _Losses
+    edit: Tensor
+    """(rows,) the edit of each row."""
     owner: Tensor
     """(t + essences,) the edit of each position."""
 
@@ -116,23 +136,27 @@ def optimise(
     *,
     label: str = "Optimising targets",
     sink: bool = False,
+    engine: Engine | None = None,
 ) -> Values:
     """Return target values of ``requests`` at ``layer``, (d, n) each, float32.
 
     ``sink`` says that the first token of a text is an attention sink: subjects there are steered behind the prefixes
-    alone, see :mod:`editcli.editing.sinks`.
+    alone, see :mod:`editcli.editing.sinks`. ``engine`` holds what several batches of the model share.
     """
+    engine = engine or engine_for(loaded)
     rows = _rows(loaded, requests, prefixes, options, sink=sink)
     parts: list[tuple[list[int], tuple[Tensor, ...]]] = []
-    with reporter.phase(label, len(requests), "edits") as advance, quick_linears(loaded.model):
-        pending, progress = _micro_batches(rows, options.batch_tokens)[::-1], _Progress(advance)
+    with reporter.phase(label, len(requests), "edits") as advance, engine.running():
+        budget = engine.most_tokens(options, layer)
+        pending, progress = _micro_batches(rows, budget)[::-1], _Progress(advance)
         while pending:
             edits = pending.pop()
             progress.restart_at(sum(len(finished) for finished, _ in parts))
             try:
                 # Not bound to a name, so that its caches are freed before the next micro-batch allocates its own.
-                parts.append((edits, _Optimiser(loaded, [rows[edit] for edit in edits], layer, options).run(progress)))
+                parts.append((edits, _Optimiser(engine, [rows[edit] for edit in edits], layer, options).run(progress)))
             except torch.OutOfMemoryError as error:
+                engine.replays.clear()
                 pending += _halves(edits, loaded, layer, reporter, error)
     order = torch.tensor([edit for edits, _ in parts for edit in edits])
     back = torch.argsort(order)
@@ -174,7 +198,7 @@ def _rows(
     """
     tokens = loaded.tokens
     contexts = ("", *prefixes)
-    texts = [tokens.locate(r.in_context(c), r.target_new) for r in requests for c in contexts]
+    texts = [text for request in requests for text in _located(tokens, request, contexts)]
     encoded = [text.without_last() for text in tokens.encode(texts)]
     starts = [1 if sink and prefixes and begins(bare) else 0 for bare in encoded[:: len(contexts)]]
     opened = [replace(r, before=contexts[start], after=" is a") for r, start in zip(requests, starts, strict=True)]
@@ -195,6 +219,16 @@ def _rows(
                 f"{tokens.max_length}; lower targets.prefix_tokens"
             )
     return rows
+
+
+def _located(tokens: Tokens, request: EditRequest, contexts: Sequence[str]) -> list[Text]:
+    """Return the text of an edit in each context; the space before its target is found out once, on the bare one."""
+    bare = tokens.locate(request.in_context(contexts[0]), request.target_new)
+    assert bare.target is not None
+    start = bare.target[0]
+    joint, target = bare.text[start - bare.joint : start], bare.text[start:]
+    others = [replace(request.in_context(context), join=joint) for context in contexts[1:]]
+    return [bare, *(tokens.locate(other, target) for other in others)]
 
 
 def _micro_batches(rows: Sequence[Sequence[Row]], budget: int) -> list[list[int]]:
@@ -228,11 +262,20 @@ class _Progress:
 class _Optimiser:
     """Optimises the edits of one micro-batch; indices of edits are local to it."""
 
-    def __init__(self, loaded: LoadedModel, rows: Sequence[Sequence[Row]], layer: int, options: TargetOptions):
-        self.options = options
+    def __init__(self, engine: Engine, rows: Sequence[Sequence[Row]], layer: int, options: TargetOptions):
+        self.engine, self.options = engine, options
+        loaded = engine.loaded
         self.norm = loaded.architecture.mlp_norm(layer)
         self.rows = [replace(row, edit=edit) for edit, texts in enumerate(rows) for row in texts]
-        self.steering = Steering(loaded, self.rows, layer, cached=options.cached, budget=options.batch_tokens)
+        self.steering = Steering(
+            loaded,
+            self.rows,
+            layer,
+            cached=options.cached,
+            budget=engine.most_tokens(options, layer),
+            layout=engine.layout,
+            apart=engine.apart,
+        )
         first = [sum(map(len, rows[:edit])) for edit in range(len(rows))]
         self.initial, self.written = self.steering.at_lookup()[first], self.steering.outputs[first]
         # With a norm between delta and the stream, delta is measured against the MLP's output, to which it is added.
@@ -247,72 +290,106 @@ class _Optimiser:
 
     def run(self, advance: Callable[[int], None]) -> tuple[Tensor, ...]:
         """Return (target, initial, written, loss, reached, clamped), the first three (n, d), the others (n,)."""
-        delta = torch.zeros_like(self.initial)
-        loss = torch.full((len(delta),), float("inf"), device=delta.device)
+        delta, options = torch.zeros_like(self.initial), self.options
+        loss = torch.full_like(self.length, float("inf"))
         moments = (torch.zeros_like(delta), torch.zeros_like(delta))
         # At how many evaluations in a row each edit's target was the greedy answer; 0 where that stops no edit.
         streak = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
-        active = torch.arange(len(delta), device=delta.device)
-        parts = self._gather(active)
-        (sample,) = self.steering.chunks(parts[0].chunk.rows[:1].tolist())
-        self.steering.check(sample, self._part(sample).head)
-        for step in range(1, self.options.steps + 1):
-            last = step == self.options.steps
+        active = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
+        self._check()
+        self._remember([index for index, row in enumerate(self.rows) if row.is_essence])
+        groups = self.steering.groups(range(len(self.rows)))
+        parts, left = self._parts(groups), len(delta)
+        for step in range(1, options.steps + 1):
+            last = step == options.steps
             losses, gradient, missed = self._evaluate(parts, delta, with_gradient=not last)
-            loss[active] = losses[active]
-            if self.options.stop == "greedy":
-                streak[active] = torch.where(missed[active] == 0, streak[active] + 1, 0)
-            unfinished = (losses[active] >= self.options.stop_loss) & (streak[active] <= self.options.stop_patience)
-            if last or not unfinished.any():
+            loss = torch.where(active, losses, loss)
+            if options.stop == "greedy":
+                streak = torch.where(active, torch.where(missed == 0, streak + 1, 0), streak)
+            if last:
                 break
             # A finished edit keeps the delta at which its loss was measured.
-            if not unfinished.all():
-                advance(int((~unfinished).sum()))
-                active = active[unfinished]
-                parts = self._gather(active)
-            self._adam(delta, gradient[active], moments, active, step)
-        advance(len(active))
+            active = active & (losses >= options.stop_loss) & (streak <= options.stop_patience)
+            # The count waits for the device, and a device that is not the processor had better not stop every step.
+            if step % self.engine.layout.patience == 0 and (remaining := int(active.sum())) < left:
+                advance(left - remaining)
+                left = remaining
+                if not left:
+                    break
+                parts = self._smaller(parts, active)
+            self._adam(delta, gradient, moments, active, step)
+        advance(left)
         clamped = delta.norm(dim=1) >= AT_CLAMP * self.bound
         # An edit that runs out of steps while it is patient is answered as much as one that stops.
-        reached = (loss < self.options.stop_loss) | (streak > 0)
+        reached = (loss < options.stop_loss) | (streak > 0)
         return self.initial + delta, self.initial, self.written, loss, reached, clamped
 
     def _adam(self, delta: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], active: Tensor, step: int) -> None:
         """Take one Adam step on the active rows of ``delta`` and project them into the ball of clamp * ||h||.
 
-        The step is one on u, delta = unit * u, so that the constant in Adam's denominator is scale-free too.
+        The step is one on u, delta = unit * u, so that the constant in Adam's denominator is scale-free too. The
+        moments of finished edits move on, but nothing reads them.
         """
-        unit = self.unit[active][:, None]
+        unit = self.unit[:, None]
         gradient = gradient * unit
         first_beta, second_beta = ADAM_BETAS
-        mean = moments[0][active].lerp(gradient, 1 - first_beta)
-        square = moments[1][active].mul(second_beta).addcmul(gradient, gradient, value=1 - second_beta)
-        moments[0][active], moments[1][active] = mean, square
+        mean, square = moments
+        mean.lerp_(gradient, 1 - first_beta)
+        square.mul_(second_beta).addcmul_(gradient, gradient, value=1 - second_beta)
         denominator = (square / (1 - second_beta**step)).sqrt() + ADAM_EPSILON
-        moved = delta[active] - self.options.lr * unit * (mean / (1 - first_beta**step)) / denominator
-        delta[active] = moved * (self.bound[active] / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
+        moved = delta - self.options.lr * unit * (mean / (1 - first_beta**step)) / denominator
+        moved = moved * (self.bound / moved.norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)[:, None]
+        delta.copy_(torch.where(active[:, None], moved, delta))
 
-    def _gather(self, active: Tensor) -> list[_Part]:
-        """Return the rows of the active edits in chunks."""
-        edits = set(active.tolist())
-        rows = [index for index, row in enumerate(self.rows) if row.edit in edits]
-        return [self._part(chunk) for chunk in self.steering.chunks(rows)]
-
-    def _part(self, chunk: Chunk) -> _Part:
-        index, device = chunk.rows.tolist(), self.initial.device
-        rows = [self.rows[row] for row in index]
-        spans = [(number, row.text.predicting, row) for number, row in enumerate(rows) if not row.is_essence]
-        spans += [(number, [row.text.lookup], row) for number, row in enumerate(rows) if row.is_essence]
-        heads = [(number, column) for number, at, _ in spans for column in self.steering.columns(index[number], at)]
-        owners = [row for _, at, row in spans for _ in at]
-        return _Part(
-            chunk=chunk,
-            edit=torch.tensor([row.edit for row in rows], device=device),
-            head=positions(heads, device),
-            token=torch.tensor([t for row in rows for t in row.text.target_ids], dtype=torch.long, device=device),
-            weight=torch.tensor([row.weight for row in owners], device=device),
-            owner=torch.tensor([row.edit for row in owners], device=device),
+    def _smaller(self, parts: list[_Part], active: Tensor) -> list[_Part]:
+        """Return the parts of the rows of active edits, or all of ``parts`` if that saves too little work."""
+        edits = set(active.nonzero().flatten().tolist())
+        groups = self.steering.groups([index for index, row in enumerate(self.rows) if row.edit in edits])
+        now = [part.group for part in parts]
+        return (
+            self._parts(groups) if self.engine.layout.shrinks(now, groups, allowance=self.steering.allowance) else parts
         )
+
+    def _parts(self, groups: Sequence[Group]) -> list[_Part]:
+        return [self._part(group) for group in groups]
+
+    def _part(self, group: Group) -> _Part:
+        device, layout = self.initial.device, self.engine.layout
+        rows = [(number, self.rows[row]) for number, row in enumerate(group.members)]
+        told = [(number, row, at) for number, row in rows if not row.is_essence for at in row.text.predicting]
+        essences = [(number, row, row.text.lookup) for number, row in rows if row.is_essence]
+        columns = [self.steering.columns(group.members[number], [at])[0] for number, _, at in (*told, *essences)]
+        heads = list(zip([number for number, _, _ in (*told, *essences)], columns, strict=True))
+        spare = _unused(heads, group)
+        # A position that is read twice would get its gradient twice, so the padding uses each position once.
+        second = list(islice(spare, layout.logits(len(essences), group) - len(essences)))
+        first = list(islice(spare, layout.logits(len(told), group) - len(told)))
+        heads = [*heads[: len(told)], *first, *heads[len(told) :], *second]
+        owners = [*(row for _, row, _ in told), *[None] * len(first), *(row for _, row, _ in essences)]
+        owners += [None] * len(second)
+        tokens = [token for _, row in rows if not row.is_essence for token in row.text.target_ids]
+        edits = [self.rows[row].edit for row in group.members]
+        losses = _Losses(
+            chunk=self.steering.chunk(group),
+            head=positions(heads, device),
+            token=torch.tensor([*tokens, *[0] * len(first)], dtype=torch.long, device=device),
+            weight=torch.tensor([0.0 if row is None else row.weight for row in owners], device=device),
+            **self._before([row for row in group.members if self.rows[row].is_essence], len(second)),
+        )
+        return _Part(
+            group,
+            losses,
+            edit=torch.tensor([*edits, *[edits[0]] * (group.rows - len(edits))], device=device),
+            owner=torch.tensor([0 if row is None else row.edit for row in owners], device=device),
+        )
+
+    def _before(self, essences: Sequence[int], padding: int) -> dict[str, Tensor]:
+        """Return the distributions and entropies of some essence rows, and zeros behind them."""
+        if not essences:
+            empty = self.length.new_zeros(padding)
+            return {"probs": empty[:, None], "entropies": empty}
+        probs, entropies = (torch.stack(each) for each in zip(*(self.before[row] for row in essences), strict=True))
+        return {"probs": pad(probs, (0, 0, 0, padding)), "entropies": pad(entropies, (0, padding))}
 
     @torch.enable_grad()
     def _evaluate(self, parts: Sequence[_Part], delta: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,48 +400,90 @@ class _Optimiser:
         """
         variable = delta.clone().requires_grad_(True)
         shift = self._shift(variable)
+        decay = self.decay * variable.norm(dim=1)
         upstream, loss = torch.zeros_like(delta), torch.zeros_like(self.length)
         missed = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
+        function = self._with_gradient if with_gradient else self._losses
+        key = (function.__name__, self.steering.layer, self.options.stop)
         for part in parts:
             # One backward pass per chunk, so that the activations of only one chunk are held.
-            offset = shift.detach()[part.edit].requires_grad_(with_gradient)
-            nll, misses = self._nll(part, offset)
-            each = nll * part.weight
-            loss.index_add_(0, part.owner, each.detach())
+            way = self._way()
+            each, misses, *gradient = way(key, function, part.losses, shift.detach()[part.edit])
+            loss.index_add_(0, part.owner, each)
             missed.index_add_(0, part.owner[: len(misses)], misses)
             if with_gradient:
-                upstream.index_add_(0, part.edit, torch.autograd.grad(each.sum(), offset)[0])
-        decay = self.decay * variable.norm(dim=1)
+                upstream.index_add_(0, part.edit, gradient[0])
         (gradient,) = torch.autograd.grad((shift * upstream).sum() + decay.sum(), variable)
         return loss + decay.detach(), gradient, missed
 
-    def _nll(self, part: _Part, offset: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cross-entropies of target tokens and divergences of essences, (t + essences,), and the misses.
+    def _way(self) -> Replays:
+        """Return how to run a step; the model's own forward pass is never recorded."""
+        return Eager() if self.steering.whole else self.engine.replays
+
+    def _with_gradient(self, losses: _Losses, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return :meth:`_losses` and the gradient of their sum with respect to ``offset``, (rows, d)."""
+        offset = offset.detach().requires_grad_(True)
+        each, misses = self._losses(losses, offset)
+        return each.detach(), misses, torch.autograd.grad(each.sum(), offset)[0]
+
+    def _losses(self, losses: _Losses, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted cross-entropies of target tokens and divergences of essences, and the misses.
 
         Misses, (t,), are 1 where another token is likelier than the target; empty unless ``targets.stop`` is greedy.
         """
-        logits = self.steering.logits(part.chunk, offset, part.head).to(offset.device)
-        num_targets, essences = len(part.token), self._essences(part)
-        checked = part.token[: num_targets if self.options.stop == "greedy" else 0]
-        misses = (~greedy(logits.detach(), checked)).long()
-        if any(row not in self.before for row in essences):
-            self._remember(essences, logits.detach()[num_targets:])
-        if not essences:
-            return cross_entropies(logits, part.token, logits.new_zeros(0, logits.shape[1])), misses
-        probs, entropies = (torch.stack(values) for values in zip(*(self.before[row] for row in essences), strict=True))
-        nll = cross_entropies(logits, part.token, probs)
-        return torch.cat([nll[:num_targets], nll[num_targets:] - entropies]), misses
+        logits = self.steering.logits(losses.chunk, offset, losses.head).to(offset.device)
+        num_targets = len(losses.token)
+        checked = losses.token[: num_targets if self.options.stop == "greedy" else 0]
+        misses = ~greedy(logits.detach(), checked) & (losses.weight[: len(checked)] != 0)
+        probs = losses.probs if len(losses.probs) else logits.new_zeros(0, logits.shape[1])
+        nll = cross_entropies(logits, losses.token, probs)
+        nll = torch.cat([nll[:num_targets], nll[num_targets:] - losses.entropies])
+        return nll * losses.weight, misses.long()
 
-    def _essences(self, part: _Part) -> list[int]:
-        return [row for row in part.chunk.rows.tolist() if self.rows[row].is_essence]
+    @torch.no_grad()
+    def _check(self) -> None:
+        """See once whether the blocks can be called alone: on the first row, in a chunk of its own."""
+        steering, known = self.steering, self.engine.whole
+        name = (steering.layer, self.options.cached)
+        if name not in known:
+            (group,) = steering.groups([0])
+            losses = self._part(group).losses
+            steering.check(losses.chunk, losses.head)
+            known[name] = steering.whole
+        steering.whole = known[name]
 
-    def _remember(self, essences: Sequence[int], logits: Tensor) -> None:
-        """Keep the distributions at delta = 0, where the first step is."""
-        logs = logits.log_softmax(dim=1)
-        probs = logs.exp()
-        entropies = torch.logsumexp(logits, dim=1) - torch.linalg.vecdot(probs, logits)
-        for row, distribution, entropy in zip(essences, probs, entropies, strict=True):
-            self.before[row] = distribution, entropy
+    def _head(self, group: Group) -> tuple[Tensor, Tensor]:
+        """Return the positions of the logits at the lookup tokens of a group's rows, padded rows included."""
+        members = [*group.members, *[group.members[0]] * (group.rows - len(group.members))]
+        columns = [self.steering.columns(row, [self.rows[row].text.lookup])[0] for row in members]
+        return positions(list(enumerate(columns)), self.initial.device)
+
+    @torch.no_grad()
+    def _remember(self, essences: Sequence[int]) -> None:
+        """Keep the distributions of essence rows at delta = 0."""
+        for group in self.steering.groups(essences):
+            probs, entropies = self._distributions(group)
+            for row, distribution, entropy in zip(group.members, probs, entropies, strict=False):
+                self.before[row] = distribution, entropy
+
+    def _distributions(self, group: Group) -> tuple[Tensor, ...]:
+        """Return the distributions at delta = 0 after the lookup tokens of a group and their entropies."""
+        empty = self.length.new_zeros(group.rows)
+        losses = _Losses(
+            chunk=self.steering.chunk(group),
+            head=self._head(group),
+            token=torch.zeros(0, dtype=torch.long, device=empty.device),
+            weight=empty,
+            probs=empty[:, None],
+            entropies=empty,
+        )
+        return self._way()(("before", self.steering.layer), self._at_zero, losses)
+
+    def _at_zero(self, losses: _Losses) -> tuple[Tensor, Tensor]:
+        zero = losses.chunk.hidden.new_zeros(len(losses.weight), self.initial.shape[1], dtype=torch.float32)
+        logits = self.steering.logits(losses.chunk, zero, losses.head)
+        probs = logits.log_softmax(dim=1).exp()
+        return probs, torch.logsumexp(logits, dim=1) - torch.linalg.vecdot(probs, logits)
 
     def _shift(self, delta: Tensor) -> Tensor:
         """Return the change of the residual stream by delta, (n, d).
@@ -376,6 +495,12 @@ class _Optimiser:
             return delta
         kind = next(self.norm.parameters()).dtype
         return self.norm((self.written + delta).to(kind)).float() - self.norm(self.written.to(kind)).float()
+
+
+def _unused(heads: Sequence[tuple[int, int]], group: Group) -> Iterator[tuple[int, int]]:
+    """Yield the positions (row, column) of a group that are not among ``heads``."""
+    used = set(heads)
+    return (at for at in product(range(group.rows), range(group.columns)) if at not in used)
 
 
 def target_costs(

@@ -14,26 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from editcli.models.forward import first, head_only_at, positions, replaced_forward, run, with_first
 from editcli.models.loading import LoadedModel
-
-
-class FrozenCache(DynamicCache):
-    """An attention cache that stays as it is: a layer sees its stored keys and values before the new ones."""
-
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]):
-        super().__init__()
-        for index, (keys, values) in enumerate(layers):
-            super().update(keys, values, index)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the layer's keys and values, past ones first."""
-        layer: Any = self.layers[layer_idx]
-        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from editcli.errors import ModelError, RequestError
 from editcli.models.chat import Conversation, TemplateError
 from editcli.models.chat_settings import ChatSettings
+from editcli.models.sizes import text_size
 from editcli.requests.schema import EditRequest
 
 _UNSPACED = regex.compile(
@@ -279,9 +280,11 @@ class Tokens:
         """Pad token ids on the right to one (rows, length) tensor.
 
         With a causal model, what follows a token cannot change it, so no attention mask is needed, and a row's own last
-        token does for padding.
+        token does for padding. An accelerator gets few lengths.
         """
         length = max(len(row.ids) for row in rows)
+        if torch.device(device).type != "cpu":
+            length = max(length, min(text_size(length), self.max_length or length))
         padded = [[*row.ids, *[row.ids[-1]] * (length - len(row.ids))] for row in rows]
         return torch.tensor(padded, device=device)
 

@@ -249,6 +249,8 @@ class Provenance:
     """Type in which it was loaded."""
     threads: Count | None = later()
     """Threads of the processor."""
+    kernels: tuple[str, ...] = later(())
+    """Ways in which targets were computed: `eager`, `cuda-graphs`, `grouped-attention`."""
     written: str = later("")
     """When the run began."""
     pilots: PilotsRef | None = optional()

@@ -85,7 +85,8 @@ class Record:
         figures = stream.reports[-1].diagnostics if stream.reports else {}
         card = model_card(report, self.planned.recipe, self.provenance, diagnostics=figures)
         write_bytes(folder.out / CARD, card.encode())
-        self.provenance = replace(self.provenance, consumed=stream.position.consumed)
+        kernels = tuple(sorted(stream.session.engine.used))
+        self.provenance = replace(self.provenance, consumed=stream.position.consumed, kernels=kernels)
         self.write(report)
 
     def _note_reference(self) -> None:

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from editcli.plugin.options import option
 
+BATCH_TOKENS = 24576
+"""Most tokens of a forward pass of targets where no one chose another number."""
+
 
 @dataclass(frozen=True)
 class TargetOptions:
@@ -32,7 +35,9 @@ class TargetOptions:
     stop_patience: int = option(2, "with stop=greedy, more steps in a row at which the target has to stay that answer")
     prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
     prefix_tokens: int = option(10, "tokens of each generated prefix")
-    batch_tokens: int = option(24576, "most tokens in one forward pass")
+    batch_tokens: int = option(
+        BATCH_TOKENS, "most tokens in one forward pass; at this default an accelerator takes what its free memory holds"
+    )
     cached: bool = option(True, "reuse attention keys and values before the subject's last token")
 
     def __post_init__(self) -> None:

@@ -16,6 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig
 
 from benchmarks.reference import PlainTarget, plain_target
+from editcli.editing import targets
+from editcli.editing.engine import Engine, engine_for
+from editcli.editing.layout import Exact, Group
 from editcli.editing.steering import Chunk, Steering
 from editcli.editing.targets import optimise
 from editcli.errors import ModelError, NumericalError, RequestError
@@ -68,8 +71,13 @@ def removing(handle: RemovableHandle) -> Iterator[None]:
         handle.remove()
 
 
-def batch(loaded: LoadedModel, facts: Sequence[EditRequest], options: TargetOptions = OPTIONS) -> tuple[Tensor, ...]:
-    values = optimise(loaded, facts, PREFIXES, LAYER, options, Silent())
+def batch(
+    loaded: LoadedModel,
+    facts: Sequence[EditRequest],
+    options: TargetOptions = OPTIONS,
+    engine: Engine | None = None,
+) -> tuple[Tensor, ...]:
+    values = optimise(loaded, facts, PREFIXES, LAYER, options, Silent(), engine=engine)
     return values.target, values.initial, values.written, values.loss
 
 
@@ -244,8 +252,8 @@ class TestEveryFamily:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("editcli.models.matmul._available", lambda: False)
             patch.setattr(Steering, "check", through_the_whole_model)
-            patch.setattr("editcli.editing.steering.SETUP", 1e18)
-            slow = batch(loaded, requests(), replace(OPTIONS, cached=False))
+            together = replace(engine_for(loaded), layout=Exact(setup=1e18))
+            slow = batch(loaded, requests(), replace(OPTIONS, cached=False), together)
         for one, other in zip(fast, slow, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
         delta, wanted = fast[0] - fast[1], slow[0] - slow[1]
@@ -392,21 +400,21 @@ def test_a_subject_that_starts_the_text_has_no_past(tmp_path: Path) -> None:
 
 
 def test_chunks_hold_every_row_once_and_stay_small(loaded: LoadedModel) -> None:
-    seen: list[tuple[list[list[int]], Steering]] = []
+    seen: list[tuple[list[Group], Steering]] = []
     groups = Steering.groups
 
-    def watched(self: Steering, rows: Sequence[int]) -> list[list[int]]:
+    def watched(self: Steering, rows: Sequence[int]) -> list[Group]:
         seen.append((groups(self, rows), self))
         return seen[-1][0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Steering, "groups", watched)
-        patch.setattr("editcli.editing.steering.SETUP", 0.0)
-        batch(loaded, requests(), replace(OPTIONS, steps=1))
+        apart = replace(engine_for(loaded), layout=Exact(setup=0.0))
+        batch(loaded, requests(), replace(OPTIONS, steps=1), apart)
     # The first call lays out all rows; a later one may be about a few.
     found, steering = seen[0]
-    assert sorted(row for group in found for row in group) == list(range(len(steering.rows)))
-    assert all(len({steering.width[row] for row in group}) == 1 for group in found)
+    assert sorted(row for group in found for row in group.members) == list(range(len(steering.rows)))
+    assert all(len({steering.width[row] for row in group.members}) == 1 for group in found)
 
 
 def test_the_padding_side_changes_nothing(tmp_path: Path) -> None:
@@ -457,18 +465,18 @@ class TestGreedyStop:
         assert said == values.reached.tolist()
 
     def test_patience_takes_that_many_more_steps(self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-        (fact,), real, calls = self.facts()[:1], Steering.logits, []
+        (fact,), real, calls = self.facts()[:1], targets.greedy, []
 
-        def counted(self: Steering, *args: Any) -> Tensor:
+        def counted(logits: Tensor, tokens: Tensor) -> Tensor:
             calls.append(1)
-            return real(self, *args)
+            return real(logits, tokens)
 
         def evaluations(**choices: Any) -> int:
             calls.clear()
             batch(loaded, [fact], replace(self.OPTIONS, **choices))
             return len(calls)
 
-        monkeypatch.setattr(Steering, "logits", counted)
+        monkeypatch.setattr(targets, "greedy", counted)
         one = evaluations(steps=1)
         assert one == evaluations(steps=1, stop="loss"), "the answer is read off the logits of the loss"
         none, some, more = (evaluations(stop_patience=patience) // one for patience in (0, 1, 4))

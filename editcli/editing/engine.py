@@ -1,0 +1,93 @@
+"""How one model's target values are computed on its device: layout, replays, attention and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from editcli.editing.layout import Layout, layout_for
+from editcli.editing.replay import Replays, replays_for
+from editcli.models.attention import grouped_agrees, grouped_attention
+from editcli.models.loading import LoadedModel
+from editcli.models.matmul import quick_linears
+from editcli.models.norms import Fused, fusable_norms, replaced_norms
+from editcli.settings.core import BATCH_TOKENS, TargetOptions
+
+SHARE = 0.4
+"""The part of a device's free memory that a micro-batch may take by estimate; the rest is for what is not counted."""
+
+
+@dataclass(slots=True)
+class Engine:
+    """What the batches of one model share."""
+
+    loaded: LoadedModel
+    layout: Layout
+    replays: Replays
+    quick: bool
+    """Whether to use the kernels for an accelerator."""
+    whole: dict[tuple[int, bool], bool] = field(default_factory=dict)
+    """By layer and use of a cache: whether the model does more between its blocks than call one after the other."""
+    grouped: bool | None = None
+    """Whether the model computes the same with grouped attention; None until it was tried."""
+    apart: bool = False
+    """Whether it does so, too, with past keys and values left where they lie."""
+    norms: list[tuple[nn.Module, Fused]] = field(default_factory=list)
+    """The norms that torch computes in one kernel, with the forward that does."""
+    used: set[str] = field(default_factory=set)
+    """Names of the ways in which batches were computed, for the record of a run."""
+
+    def most_tokens(self, options: TargetOptions, layer: int) -> int:
+        """Return the most tokens of a micro-batch: ``targets.batch_tokens``, or at its default what fits a device."""
+        if not self.quick or options.batch_tokens != BATCH_TOKENS:
+            return options.batch_tokens
+        return max(BATCH_TOKENS, fitting_tokens(self.loaded, layer))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Compute with the fastest kernels for the device that give the same results."""
+        with ExitStack() as stack:
+            stack.enter_context(quick_linears(self.loaded.model))
+            if self.quick:
+                if self.grouped is None:
+                    model, device = self.loaded.model, self.loaded.input_device
+                    self.norms = fusable_norms(model)
+                    self.grouped = grouped_agrees(model, device)
+                    self.apart = self.grouped and grouped_agrees(model, device, apart=True)
+                stack.enter_context(replaced_norms(self.norms))
+                if self.grouped:
+                    stack.enter_context(grouped_attention(self.loaded.model))
+                    self.used.add("grouped-attention")
+            yield
+            self.used.add(self.replays.name)
+
+
+def fitting_tokens(loaded: LoadedModel, layer: int) -> int:
+    """Estimate how many tokens of target optimisation above ``layer`` fit a part of the device's free memory.
+
+    Per token and layer about eight tensors of the stream's width and four of the MLP's live until the backward pass;
+    about every fourth token has float32 logits, with their gradient.
+    """
+    device = torch.device(loaded.input_device)
+    module = torch.get_device_module(device)
+    ask = getattr(module, "mem_get_info", None)
+    if ask is None:
+        return 0
+    unused = module.memory_reserved(device) - module.memory_allocated(device)
+    free = ask(device)[0] + unused
+    architecture = loaded.architecture
+    outer, inner = architecture.shape(layer)
+    weight = architecture.head.get_parameter("weight")
+    through = (architecture.layers - layer - 1) * (8 * outer + 4 * inner) * weight.element_size()
+    return int(SHARE * free / (through + len(weight) * 3))
+
+
+def engine_for(loaded: LoadedModel) -> Engine:
+    """Return the engine for the device on which a model computes."""
+    device = torch.device(loaded.input_device)
+    layout, replays = layout_for(device.type), replays_for(loaded.model, device)
+    return Engine(loaded, layout, replays, quick=device.type != "cpu")

@@ -1,0 +1,222 @@
+"""Layouts: every row once, few shapes on an accelerator, and the same target values whatever the layout."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from editcli.editing.engine import Engine, engine_for
+from editcli.editing.layout import Bucketed, Exact, Group, Layout, layout_for, work
+from editcli.editing.replay import Recorded
+from editcli.editing.targets import optimise
+from editcli.models.loading import LoadedModel
+from editcli.models.sizes import column_size, power_of_two, row_size, row_size_within
+from editcli.reporting import Silent
+from editcli.requests.schema import EditRequest
+from editcli.settings.core import TargetOptions
+from tests.editing.test_targets import FACTS, LAYER, OPTIONS, PREFIXES, opened, requests
+from tests.support.families import families
+
+WIDTHS = st.lists(st.integers(1, 40), min_size=1, max_size=300)
+
+
+@pytest.mark.parametrize("layout", [Exact(), Bucketed()], ids=["exact", "bucketed"])
+@settings(max_examples=100, deadline=None)
+@given(widths=WIDTHS, allowance=st.sampled_from([0.0, 30.0, 350.0, 1e9]), most=st.integers(1, 5000))
+def test_a_layout_holds_every_row_once(layout: Layout, widths: list[int], allowance: float, most: int) -> None:
+    groups = layout.groups(widths, allowance=allowance, most=most)
+    assert sorted(row for group in groups for row in group.members) == list(range(len(widths)))
+    for group in groups:
+        assert 1 <= len(group.members) <= group.rows
+        assert max(widths[row] for row in group.members) <= group.columns
+        # A single row is computed however wide it is.
+        assert group.tokens <= max(most, group.columns)
+
+
+@settings(max_examples=100, deadline=None)
+@given(widths=WIDTHS, allowance=st.sampled_from([0.0, 350.0, 1e9]))
+def test_an_accelerator_sees_sizes_only(widths: list[int], allowance: float) -> None:
+    layout = Bucketed()
+    for group in layout.groups(widths, allowance=allowance, most=1 << 20):
+        assert group.rows == row_size(group.rows)
+        assert group.columns == column_size(group.columns)
+        assert layout.logits(len(group.members), group) >= len(group.members)
+
+
+def test_an_allowance_counts_calls_in_tokens() -> None:
+    assert Exact(setup=6e7).allowance(2_000_000) == 30
+    assert Bucketed(setup=8e10, rest=2e7).allowance(20_000_000) == 2000
+
+
+@given(count=st.integers(1, 5000))
+def test_sizes_hold_what_they_are_for(count: int) -> None:
+    for size in (row_size, column_size, power_of_two):
+        assert size(count) >= count
+        assert size(size(count)) == size(count)
+    assert row_size_within(count) <= count
+    assert row_size(row_size_within(count)) == row_size_within(count)
+    # A text is padded by less than half of its length once it has a few tokens.
+    assert column_size(count) <= max(2, 1.5 * count)
+
+
+COUNTS = {2: 149, 3: 159, 4: 256, 5: 203, 6: 157, 7: 58, 8: 17, 9: 1}
+"""How many of 1,000 CounterFact edits have as many tokens from the subject's last one on, with SmolLM2's tokenizer."""
+
+
+def test_a_stream_of_a_thousand_edits_has_few_shapes_and_little_padding() -> None:
+    """At the size of an 8B model's block; edits finish at random steps, as they do with a stop loss."""
+    layout, generator = Bucketed(), random.Random(0)
+    widths = [width for width, count in COUNTS.items() for _ in range(count)]
+    generator.shuffle(widths)
+    allowance, shapes, real, computed = layout.allowance(218_000_000), set[tuple[int, int]](), 0, 0
+    for start in range(0, 1000, 100):
+        edits = widths[start : start + 100]
+        ends = [generator.randint(6, 25) for _ in edits]
+        # Six contexts and the essence of each edit.
+        rows = [[*[width] * 6, 1] for width in edits]
+        groups, widths_now = list[Group](), list[int]()
+        for step in range(25):
+            if step % layout.patience == 0:
+                left = [edit for edit, end in enumerate(ends) if end > step]
+                texts = [width for edit in left for width in rows[edit]]
+                if not texts:
+                    break
+                smaller = layout.groups(texts, allowance=allowance, most=24576)
+                if not groups or layout.shrinks(groups, smaller, allowance=allowance):
+                    groups, widths_now = smaller, texts
+            shapes |= {(group.rows, group.columns) for group in groups}
+            real += sum(widths_now)
+            computed += sum(group.tokens for group in groups)
+    assert len(shapes) <= 12, sorted(shapes)
+    assert 1 - real / computed <= 0.3
+
+
+def test_rows_are_laid_out_anew_only_if_that_saves_much_work() -> None:
+    layout = Bucketed()
+    many, fewer = ([Group(tuple(range(rows)), rows, 4)] for rows in (256, 64))
+    assert layout.shrinks(many, fewer, allowance=10.0)
+    assert not layout.shrinks(many, fewer, allowance=1e6)
+    assert not layout.shrinks(many, many, allowance=0.0)
+    assert Exact().shrinks(many, many, allowance=1e6)
+    assert work(many, 10.0) == 256 * 4 + 10.0
+
+
+def test_the_policy_follows_the_type_of_device() -> None:
+    assert layout_for("cpu") == Exact()
+    assert layout_for("cuda") == layout_for("xpu") == Bucketed()
+
+
+def twice(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Stand in for a graph: a replay computes on the recording's own inputs into its own outputs."""
+    outputs = tuple(output.clone() for output in function())
+
+    def replay() -> None:
+        for held, output in zip(outputs, function(), strict=True):
+            held.copy_(output)
+
+    return outputs, replay
+
+
+def accelerated(loaded: LoadedModel, *, setup: float = 1e4) -> Engine:
+    """Return the engine of an accelerator on the CPU, with a recorder that computes; no graph is captured here."""
+    replays = Recorded(loaded.model, twice, name="recorded")
+    return Engine(loaded, Bucketed(setup=setup, rest=0.0), replays, quick=True)
+
+
+def values(loaded: LoadedModel, facts: Sequence[EditRequest], options: TargetOptions, engine: Engine) -> list[Tensor]:
+    result = optimise(loaded, facts, PREFIXES, LAYER, options, Silent(), engine=engine)
+    return [result.target - result.initial, result.initial, result.written, result.loss[None]]
+
+
+@pytest.mark.parametrize("family", families())
+def test_an_accelerators_way_gives_the_same_targets(family: str, tmp_path: Path) -> None:
+    """Padded, with grouped attention and fused norms, from recordings that serve two batches."""
+    loaded = opened(tmp_path / "model", family)
+    engine = accelerated(loaded)
+    for facts in (requests(), requests()[::-1]):
+        exact = values(loaded, facts, OPTIONS, engine_for(loaded))
+        fast = values(loaded, facts, OPTIONS, engine)
+        for one, other in zip(fast, exact, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)
+        assert float((fast[0] - exact[0]).norm() / exact[0].norm()) < 1e-3
+
+
+@pytest.mark.parametrize("setup", [0.0, 1e4, 1e18])
+@pytest.mark.parametrize("stop", ["loss", "greedy"])
+def test_edits_stop_where_they_would_alone(setup: float, stop: str, tmp_path: Path) -> None:
+    """Looking at every fourth step only changes no edit's loss, offset or end."""
+    loaded = opened(tmp_path / "model", "llama")
+    first = values(loaded, requests(), replace(OPTIONS, steps=1), engine_for(loaded))[3]
+    options = replace(
+        OPTIONS, steps=14, stop=stop, stop_patience=1, stop_loss=float(first.sort().values[0, 1:3].mean())
+    )
+    exact = values(loaded, requests(), options, engine_for(loaded))
+    fast = values(loaded, requests(), options, accelerated(loaded, setup=setup))
+    for one, other in zip(fast, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_recording_serves_every_chunk_of_its_shape(tmp_path: Path) -> None:
+    loaded = opened(tmp_path / "model", "llama")
+    made: list[int] = []
+
+    def counting(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        made.append(1)
+        return twice(function)
+
+    replays = Recorded(loaded.model, counting, name="recorded")
+    engine = Engine(loaded, Bucketed(setup=1e18), replays, quick=True)
+    facts = requests()
+    for batch in (facts[:3], facts[1:4], facts[2:5]):
+        values(loaded, batch, OPTIONS, engine)
+    # Per shape: the distributions before, the step, and the last evaluation without a gradient.
+    assert len(made) <= 6
+    assert engine.used == {"recorded", "grouped-attention"}
+
+
+def test_a_recording_that_fails_leaves_the_plain_way(tmp_path: Path) -> None:
+    loaded = opened(tmp_path / "model", "llama")
+
+    def failing(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    replays = Recorded(loaded.model, failing, name="recorded")
+    engine = Engine(loaded, Bucketed(setup=1e4), replays, quick=True)
+    fast, exact = (values(loaded, requests(), OPTIONS, way) for way in (engine, engine_for(loaded)))
+    torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
+    assert replays.failure == "operation not permitted when stream is capturing"
+    assert "eager" in engine.used
+
+
+def test_a_weight_that_moved_drops_the_recordings(tmp_path: Path) -> None:
+    """A graph holds addresses; a weight that is replaced in place keeps its own, one that is swapped does not."""
+    loaded = opened(tmp_path / "model", "llama")
+    engine = accelerated(loaded)
+    before = values(loaded, requests(), OPTIONS, engine)
+    head = loaded.architecture.projection(LAYER + 1)
+    head.weight = torch.nn.Parameter(-head.get_parameter("weight").detach(), requires_grad=False)
+    after, exact = values(loaded, requests(), OPTIONS, engine), values(loaded, requests(), OPTIONS, engine_for(loaded))
+    torch.testing.assert_close(after[0], exact[0], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(before[0], after[0], rtol=1e-2)
+
+
+def test_half_precision_stays_within_its_rounding(tmp_path: Path) -> None:
+    loaded = opened(tmp_path / "model", "llama")
+    model: Any = loaded.model
+    model.to(torch.bfloat16)
+    options = replace(OPTIONS, steps=3)
+    exact, fast = (
+        values(loaded, requests(), options, engine_for(loaded)),
+        values(loaded, requests(), options, accelerated(loaded)),
+    )
+    assert float((fast[0] - exact[0]).norm() / exact[0].norm()) < 0.1
+    assert len(FACTS) == fast[3].numel()
