@@ -46,13 +46,27 @@ def soak(result: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "```json", json.dumps(result["result"], indent=1), "```", "")
 
 
+def hostile(result: Mapping[str, Any]) -> Iterator[str]:
+    """Describe the attack on records."""
+    yield from ("## Records from strangers", "")
+    yield "`python -m benchmarks.hostile` makes a run of three stacks, an undo in each, and a patch. Each example"
+    yield "changes one record: any JSON value at any place, a whole file, a tensor's shape, type or numbers, a"
+    yield "journal line or a segment with all hashes made right again, a value in a model's config, tokenizer or"
+    yield "weights' header. One command then reads it. It must end with exit code 0, 1 or 3, in one sentence where it"
+    yield "is not 0, within a minute and within 1 GB of the memory that the command takes otherwise, and leave no"
+    yield "half folder and no temporary file."
+    yield from ("", "```json", json.dumps(result["result"], indent=1), "```", "")
+
+
 def special_files(result: Mapping[str, Any]) -> Iterator[str]:
     """Describe what is no file in the place of every file."""
     yield from ("## Files that are none", "")
-    yield "`python -m benchmarks.special_files` puts a named pipe, an endless device, a socket, a folder, a sparse file"
-    yield "of 12 GB, a link out of the folder and a file without permissions in the place of each file of a model, a"
-    yield "run and a patch, and of what a user passes, and runs every command that reads it (`cases`, of which `run`"
-    yield "were run). Exit code 0 is a command that does without the file."
+    yield "`python -m benchmarks.special_files` puts a named pipe, an endless device, a socket, a folder, a sparse"
+    yield "file of 12 GB, a link out of the folder and a file without permissions in the place of each file of a"
+    yield "model, a run and a patch, and of what a user passes, and runs every command that reads it (`cases`, of"
+    yield "which `run` were run). Exit code 0 is a command that does without the file, 2 one that does not take it as"
+    yield "the value of an option or as an edits file. Each ends in one sentence, within 1 GB of the memory that it"
+    yield "takes otherwise."
     yield from ("", "```json", json.dumps(result["result"], indent=1), "```", "")
 
 
@@ -62,6 +76,7 @@ SECTIONS: Mapping[str, Callable[[Any], Iterator[str]]] = {
     **PROOF,
     **SPEED,
     "soak": soak,
+    "hostile": hostile,
     "special_files": special_files,
 }
 

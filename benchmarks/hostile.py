@@ -1,10 +1,12 @@
-"""Change the records of a run and of its patch in every way that a stranger could, and read them by every command.
+"""Change the records of runs, of a patch and of a model in every way that a stranger could, and read them.
 
-``python -m benchmarks.hostile --examples 20000`` makes one run, then for each example changes one record (with all
-hashes made right again), runs one command in this process, and puts the records back. Whatever is not exit code 0 to 3
-with one sentence, or takes a minute, or leaves a half folder or a temporary file, is counted by its kind and ends the
-command with an error. An example depends on the seed and its number alone: ``--only NUMBER`` repeats one with its
-traceback.
+``python -m benchmarks.hostile --examples 20000`` makes a run of each stack, then for each example changes one record
+(with all hashes made right again), runs one command in this process, and puts the records back. Exit codes 0, 1 and 3
+are right, with one sentence where it is not 0; 2 is for a command line and an edits file, which nobody changed here.
+Whatever ends otherwise, takes a minute of the processor's time, takes 1 GB of memory more than the command does
+otherwise, or leaves a half folder or a temporary file, is counted by its kind and ends the benchmark with an error. An
+example depends on the seed and its number alone: ``--only NUMBER`` repeats one with its traceback. ``--progress FILE``
+keeps the counts, so that an attack that was stopped goes on. Memory is measured on Linux.
 """
 
 from __future__ import annotations
@@ -25,14 +27,15 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from benchmarks.common import write_result
-from editcli.__main__ import main as run_editcli
+from benchmarks.common import peak_memory, write_result
+from editcli import __main__ as program
 from editcli.errors import EditError
 from editcli.records.journal import START, consume
 from editcli.records.state import snapshot_digest
@@ -60,9 +63,31 @@ EDITS = [
     )
 ]
 QUICK = ("-o", "targets.steps=1", "-o", "targets.prefixes=1", "-o", "targets.prefix_tokens=2")
-STACK = ("--layers", "1-2", "--device", "cpu", "--batch-size", "2", "--editor", "rlsedit", "--stabilizer", "nas")
-SECONDS = 60
-"""A command that takes longer hangs."""
+SITES = ("--layers", "1-2", "--device", "cpu", "--batch-size", "2", "-o", "spectra.every=1")
+STACKS: Mapping[str, tuple[str, ...]] = {
+    "run": ("--editor", "rlsedit", "--stabilizer", "nas"),
+    "run-alphaedit": (
+        *("--editor", "alphaedit", "--stabilizer", "nas", "--stabilizer", "revive"),
+        *("-o", "alphaedit.nullspace_threshold=0.5", "-o", "alphaedit.threshold_kind=directions"),
+    ),
+    "run-ultraedit": (
+        "--editor",
+        "ultraedit",
+        "--stabilizer",
+        "clip",
+        "-o",
+        "ultraedit.lr=1e-4",
+        "-o",
+        "ultraedit.pilots=4",
+    ),
+}
+"""The stack of each run, by its folder: every component that saves a state is in one of them."""
+SECONDS, PATIENCE = 60, 900
+"""A command that takes longer hangs: seconds of the processor's time, and of any, which others may have taken."""
+MEMORY = 1 << 30
+"""Bytes that a command may take beyond what it takes otherwise."""
+MOST = 6 << 30
+"""Bytes at which a command is refused memory."""
 SPARSE = 12 << 30
 """Bytes of a file without content."""
 DEEP = "\0deep\0"
@@ -87,7 +112,7 @@ WHOLE: tuple[bytes | None, ...] = (
 """What takes the place of a whole file; None is a file of :data:`SPARSE` bytes."""
 
 
-class HangError(Exception):
+class HangError(BaseException):
     """A command took longer than :data:`SECONDS`."""
 
 
@@ -119,10 +144,10 @@ class Files:
 
 
 class Workshop:
-    """A folder with a model, edits, a run of them with one undo, and a patch of that run."""
+    """A folder with a model, edits, runs of them with one undo each, and a patch of the first run."""
 
     def __init__(self, folder: Path):
-        self.folder, self.home = folder, Path.cwd()
+        self.folder = folder
         tiny_model_folder(folder / "base")
         text = "The capital of France is Paris. The river in Spain is long. " * 200
         (folder / "corpus.txt").write_text(text)
@@ -131,30 +156,32 @@ class Workshop:
         first = "".join(json.dumps(edit) + "\n" for edit in EDITS[:4])
         (folder / "first.jsonl").write_text(first + bad)
         os.chdir(folder)
-        for words in (
-            self.apply("first.jsonl", "--on-error", "skip", "-o", "rlsedit.deletion=1")[:-2],
-            ("undo", "run", "--edit", "Italy"),
-            ("export", "run", "--format", "patch", "--out", "patch"),
-        ):
-            code, text = self.run(words)
-            assert code == 0, text
-        self.run_files, self.patch_files = Files(folder / "run"), Files(folder / "patch")
+        for run in STACKS:
+            self._made(*self.apply(run, "first.jsonl", "--on-error", "skip"))
+            self._made("undo", run, "--edit", "Italy")
+        self._made("export", "run", "--format", "patch", "--out", "patch")
+        self.files = {name: Files(folder / name) for name in (*STACKS, "patch", "base")}
 
-    def apply(self, edits: str, *words: str) -> tuple[str, ...]:
+    def _made(self, *words: str) -> None:
+        code, text = self.run(words)
+        assert code == 0, text
+
+    def apply(self, run: str, edits: str, *words: str) -> tuple[str, ...]:
         """Return the command line of a run."""
-        return ("apply", edits, "--model", "base", "--corpus", "corpus.txt", "--out", "run", *STACK, *QUICK, *words)
+        given = ("apply", edits, "--model", "base", "--corpus", "corpus.txt", "--out", run)
+        return (*given, *SITES, *STACKS[run], *QUICK, *words)
 
     def run(self, words: tuple[str, ...]) -> tuple[int, str]:
         """Run one command in this process; return its exit code and what it said on stderr."""
         said = io.StringIO()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            code = run_editcli(["-q", *words])
+            code = program.main(["-q", *words])
         return code, said.getvalue()
 
-    def put_back(self) -> None:
+    def put_back(self, *folders: str) -> None:
         """Undo what an example did."""
-        self.run_files.put_back()
-        self.patch_files.put_back()
+        for name in folders:
+            self.files[name].put_back()
         for name in ("out", "page.html"):
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -216,7 +243,7 @@ def one_line(folder: Path, name: str, chooser: random.Random) -> None:
 def whole(folder: Path, name: str, chooser: random.Random) -> None:
     """Put something else in the place of a file, or nothing."""
     path, content = folder / name, chooser.choice(WHOLE)
-    path.unlink()
+    path.unlink(missing_ok=True)
     if content is None:
         with path.open("wb") as file:
             file.truncate(SPARSE)
@@ -306,7 +333,7 @@ def relink(folder: Path, lines: list[Any]) -> None:
     path = folder / "editcli/state.safetensors"
     tensors, metadata = read_safetensors(path)
     metadata["line"] = texts[-1]
-    with contextlib.suppress(EditError, ValueError, KeyError, TypeError, OSError, AttributeError):
+    with contextlib.suppress(EditError, ValueError, KeyError, TypeError, OSError, AttributeError, RecursionError):
         metadata["consumed"] = consume(START, list(_live(folder, lines)))
     write_state(path, tensors, metadata)
 
@@ -322,6 +349,15 @@ def _live(folder: Path, lines: list[Any]) -> Iterator[Any]:
             yield from_record(record, file=file, line=number)
 
 
+def header(folder: Path, name: str, chooser: random.Random) -> None:
+    """Change one value in the header of a safetensors file."""
+    path = folder / name
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    text = to_text(replaced(json.loads(data[8:start]), chooser)).encode("utf-8", "surrogatepass")
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+
 def write_state(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a snapshot with the hash of what it holds."""
     rest = {name: text for name, text in metadata.items() if name != "sha256"}
@@ -332,16 +368,20 @@ RECORD, JOURNAL, STATE = "editcli/run.json", "editcli/journal.jsonl", "editcli/s
 OUTCOMES, REJECTED = "editcli/outcomes.jsonl", "editcli/rejected.jsonl"
 READERS = ("inspect", "report", "export lora", "export patch", "export full", "undo", "undo edit", "resume", "repeat")
 RESUMERS = ("undo", "undo edit", "undo all", "resume", "undo dry", "inspect")
+OPENERS = ("inspect model", "check", "diff", "eval", "apply", "apply-patch")
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+WEIGHTS = "model.safetensors"
+RUNS = tuple(STACKS)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of change: how, to which files of which folder, read by which commands."""
+    """One kind of change: how, to which files of which folders, read by which commands."""
 
     change: Callable[[Path, str, random.Random], None]
     files: tuple[str, ...]
     commands: tuple[str, ...]
-    folder: str = "run"
+    folders: tuple[str, ...] = RUNS
 
 
 ROWS: Mapping[str, Row] = {
@@ -351,36 +391,101 @@ ROWS: Mapping[str, Row] = {
     "a journal line": Row(journal, (JOURNAL,), (*RESUMERS, "report", "export lora", "export full")),
     "a segment": Row(segment, ("",), (*RESUMERS, "report", "export lora")),
     "a line of outcomes or rejected": Row(one_line, (OUTCOMES, REJECTED), ("report", "resume", "undo")),
-    "a patch": Row(one_value, ("manifest.json", RECORD), ("apply-patch",), "patch"),
-    "a whole file of a patch": Row(whole, ("manifest.json", RECORD, "patch.safetensors"), ("apply-patch",), "patch"),
+    "a patch": Row(one_value, ("manifest.json", RECORD), ("apply-patch",), ("patch",)),
+    "a whole file of a patch": Row(whole, ("manifest.json", RECORD, "patch.safetensors"), ("apply-patch",), ("patch",)),
+    "one value of a model's file": Row(one_value, SETTINGS, OPENERS, ("base",)),
+    "a whole file of a model": Row(whole, (*SETTINGS, WEIGHTS), OPENERS, ("base",)),
+    "the header of a model's weights": Row(header, (WEIGHTS,), OPENERS, ("base",)),
 }
+"""What is changed; examples take turns."""
+
+
+def commands(shop: Workshop, run: str) -> Mapping[str, tuple[str, ...]]:
+    """Return the command lines that read a run, the patch or the model, by name."""
+    cpu = ("--device", "cpu")
+    memit = ("apply", "facts.jsonl", "--model", "base", "--editor", "memit", "--corpus", "corpus.txt")
+    quick = ("--limit", "1", "--no-eval", "--layers", "1", *cpu, *QUICK)
+    return {
+        "inspect": ("inspect", run, "--norms"),
+        "report": ("report", run, "--out", "page.html"),
+        "export lora": ("export", run, "--out", "out", "--no-eval", *cpu),
+        "export patch": ("export", run, "--out", "out", "--format", "patch"),
+        "export full": ("export", run, "--out", "out", "--format", "full"),
+        "undo": ("undo", run),
+        "undo edit": ("undo", run, "--edit", "France"),
+        "undo all": ("undo", run, "--to", "0"),
+        "undo dry": ("undo", run, "--dry-run"),
+        "resume": shop.apply(run, "facts.jsonl", "--resume"),
+        "repeat": ("apply", "--repeat", f"{run}/editcli/run.json", "--out", "out", "--dry-run"),
+        "apply-patch": ("apply-patch", "base", "patch", "--out", "out"),
+        "inspect model": ("inspect", "base", "--norms"),
+        "check": ("check", "facts.jsonl", "--model", "base"),
+        "diff": ("diff", "base", run, *cpu),
+        "eval": ("eval", "base", "facts.jsonl", "--sample", "1", *cpu),
+        "apply": (*memit, "--out", "out", *quick),
+    }
+
+
+@dataclass
+class Counts:
+    """What came out of the examples so far."""
+
+    examples: int = 0
+    codes: dict[str, Counter[str]] = field(default_factory=dict)
+    failures: Counter[str] = field(default_factory=Counter)
+    first: dict[str, int] = field(default_factory=dict)
+    """The number of the first example of each failure."""
+    slowest: float = 0.0
+    beyond: int = 0
+    """Most bytes that a command took beyond what it takes otherwise."""
+
+    def add(self, kind: str, failure: str, code: str, number: int) -> None:
+        """Count one example: ``failure`` is empty where it ended as it should."""
+        self.examples += 1
+        self.codes.setdefault(kind, Counter())["failed" if failure else code] += 1
+        if failure:
+            self.failures[failure] += 1
+            self.first.setdefault(failure, number)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures."""
+        return {
+            "examples": self.examples,
+            "failures": sum(self.failures.values()),
+            "exit_codes": {name: dict(sorted(codes.items())) for name, codes in self.codes.items()},
+            "kinds": {kind: {"times": n, "example": self.first[kind]} for kind, n in self.failures.most_common()},
+            "slowest_seconds_of_the_processor": round(self.slowest, 2),
+            "most_memory_beyond_the_ordinary_mib": self.beyond >> 20,
+        }
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> Counts:
+        """Take back what :meth:`to_json` returned."""
+        return cls(
+            figures["examples"],
+            {name: Counter(codes) for name, codes in figures["exit_codes"].items()},
+            Counter({kind: entry["times"] for kind, entry in figures["kinds"].items()}),
+            {kind: entry["example"] for kind, entry in figures["kinds"].items()},
+            figures["slowest_seconds_of_the_processor"],
+            figures["most_memory_beyond_the_ordinary_mib"] << 20,
+        )
 
 
 class Attack:
     """Runs examples and counts what came out."""
 
-    def __init__(self, shop: Workshop, seed: int):
-        self.shop, self.seed = shop, seed
-        self.codes: dict[str, Counter[str]] = {name: Counter() for name in ROWS}
-        self.failures: Counter[str] = Counter()
-        self.examples: dict[str, int] = {}
-        self.slowest = 0.0
-        resume = shop.apply("facts.jsonl", "--resume")
-        lora = ("export", "run", "--out", "out", "--no-eval", "--device", "cpu")
-        self.commands: Mapping[str, tuple[str, ...]] = {
-            "inspect": ("inspect", "run", "--norms"),
-            "report": ("report", "run", "--out", "page.html"),
-            "export lora": lora,
-            "export patch": ("export", "run", "--out", "out", "--format", "patch"),
-            "export full": ("export", "run", "--out", "out", "--format", "full"),
-            "undo": ("undo", "run"),
-            "undo edit": ("undo", "run", "--edit", "France"),
-            "undo all": ("undo", "run", "--to", "0"),
-            "undo dry": ("undo", "run", "--dry-run"),
-            "resume": resume,
-            "repeat": ("apply", "--repeat", "run/editcli/run.json", "--out", "out", "--dry-run"),
-            "apply-patch": ("apply-patch", "base", "patch", "--out", "out"),
-        }
+    def __init__(self, shop: Workshop, seed: int, counts: Counts | None = None):
+        self.shop, self.seed, self.counts = shop, seed, counts or Counts()
+        self.commands = {run: commands(shop, run) for run in RUNS}
+        self._ordinary = {run: {name: self._peak(run, name) for name in self.commands[run]} for run in RUNS}
+
+    def _peak(self, run: str, name: str) -> int:
+        """Run a command on records that nobody changed, which must succeed; return its peak memory in bytes."""
+        _forget_peak()
+        code, text = self.shop.run(self.commands[run][name])
+        assert code == 0, f"{name}: {text}"
+        self.shop.put_back(run)
+        return peak_memory()
 
     def example(self, number: int, *, loud: bool = False) -> None:
         """Change one record, run one command, count what came out, and put everything back."""
@@ -388,92 +493,119 @@ class Attack:
         name = list(ROWS)[number % len(ROWS)]
         row = ROWS[name]
         command = chooser.choice(row.commands)
-        if command == "report" and chooser.random() < 0.5:
-            # Drawing takes most of the time of all examples together.
+        if command == "report" and chooser.random() < 0.8:
+            # Drawing would take most of the time of all examples together.
             command = "inspect"
-        row.change(self.shop.folder / row.folder, chooser.choice(row.files), chooser)
-        outcome = self._outcome(command, loud=loud)
-        self.codes[name][outcome if outcome.isdigit() else "failed"] += 1
-        if not outcome.isdigit():
-            self.failures[f"{name}, {command}: {outcome}"] += 1
-            self.examples.setdefault(f"{name}, {command}: {outcome}", number)
-        self.shop.put_back()
+        folder = chooser.choice(row.folders)
+        run = folder if folder in RUNS else chooser.choice(RUNS)
+        row.change(self.shop.folder / folder, chooser.choice(row.files), chooser)
+        code, fault = self._outcome(run, command, loud=loud)
+        self.counts.add(name, f"{name}, {command}: {fault}" if fault else "", code, number)
+        self.shop.put_back(*{folder, run})
 
-    def _outcome(self, command: str, *, loud: bool) -> str:
-        """Return the exit code, or what was wrong."""
-        started = time.perf_counter()
-        signal.alarm(SECONDS)
+    def _outcome(self, run: str, command: str, *, loud: bool) -> tuple[str, str]:
+        """Run a command; return its exit code and what was wrong, each empty where there is none."""
+        started, before = time.process_time(), _forget_peak()
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.alarm(PATIENCE)
         try:
-            code, text = self.shop.run(self.commands[command])
+            code, text = self.shop.run(self.commands[run][command])
         except BaseException as error:
             if loud:
                 traceback.print_exc()
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            return f"{Path(frame.filename).name}:{frame.name}: {type(error).__name__}: {str(error)[:80]}"
+            return "", f"{Path(frame.filename).name}:{frame.name}: {type(error).__name__}: {str(error)[:80]}"
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
-            self.slowest = max(self.slowest, time.perf_counter() - started)
+            self.counts.slowest = max(self.counts.slowest, time.process_time() - started)
         if loud:
             print(code, text)
-        if code not in (0, 1, 2, 3):
-            return f"exit code {code}"
+        beyond = peak_memory() - max(before, self._ordinary[run][command])
+        self.counts.beyond = max(self.counts.beyond, beyond)
+        if beyond > MEMORY:
+            return str(code), f"takes {beyond >> 20} MiB more than otherwise"
+        return str(code), self._fault(code, text)
+
+    def _fault(self, code: int, text: str) -> str:
+        """Return what is wrong with the end of a command; empty where nothing is."""
+        if code not in (0, 1, 3):
+            return f"exit code {code}: {text[-80:]}"
         if code and len([line for line in text.splitlines() if line.startswith("error: ")]) != 1:
             return f"exit code {code} without a sentence: {text[-80:]}"
         if self.shop.leftovers():
             return "a temporary file or a half folder is left"
-        return "a folder is left" if code and (self.shop.folder / "out").exists() else str(code)
+        return "a folder is left" if code and (self.shop.folder / "out").exists() else ""
 
-    def result(self) -> dict[str, Any]:
-        """Return the figures."""
-        return {
-            "examples": sum(sum(codes.values()) for codes in self.codes.values()),
-            "failures": sum(self.failures.values()),
-            "exit_codes": {name: dict(sorted(codes.items())) for name, codes in self.codes.items()},
-            "kinds": {kind: {"times": n, "example": self.examples[kind]} for kind, n in self.failures.most_common()},
-            "slowest_seconds": round(self.slowest, 2),
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-        }
+
+def _forget_peak() -> int:
+    """Have the system measure the peak memory of this process anew; return the bytes that it takes now."""
+    if not sys.platform.startswith("linux"):
+        return peak_memory()
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
 
 
 @contextlib.contextmanager
-def attacking(folder: Path, seed: int) -> Iterator[Attack]:
-    """Make the run to attack in ``folder``, and work there."""
+def attacking(folder: Path, seed: int, counts: Counts | None = None) -> Iterator[Attack]:
+    """Make the runs to attack in ``folder``, and work there."""
     home = Path.cwd()
-    sync, before = os.fsync, signal.signal(signal.SIGALRM, _hang)
+    sync, before = os.fsync, {number: signal.signal(number, _hang) for number in (signal.SIGALRM, signal.SIGPROF)}
     # Nothing here must survive a power cut.
     os.fsync = lambda descriptor: None
+    # Nothing here changes what is installed, and looking for it takes a quarter of a quick command's time.
+    discover, program.load_plugins = program.load_plugins, cache(program.load_plugins)
     try:
-        yield Attack(Workshop(folder), seed)
+        yield Attack(Workshop(folder), seed, counts)
     finally:
-        os.fsync = sync
-        signal.signal(signal.SIGALRM, before)
+        os.fsync, program.load_plugins = sync, discover
+        for number, handler in before.items():
+            signal.signal(number, handler)
         os.chdir(home)
 
 
 def _hang(number: int, frame: Any) -> None:
-    raise HangError(f"longer than {SECONDS} seconds")
+    raise HangError(f"more than {SECONDS} seconds of the processor's time, or {PATIENCE} of any")
 
 
 @click.command()
 @click.option("--examples", default=2000, show_default=True)
 @click.option("--first", default=0, show_default=True, help="Number of the first example.")
+@click.option("--kind", type=click.Choice(list(ROWS)), help="Run the examples of one kind of change alone.")
 @click.option("--only", type=int, help="Repeat one example and show its traceback.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--progress", type=click.Path(path_type=Path), help="Keep the counts here, and go on from them.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write the figures.")
-def main(examples: int, first: int, only: int | None, seed: int, out: Path | None) -> None:
+def main(
+    examples: int, first: int, kind: str | None, only: int | None, seed: int, progress: Path | None, out: Path | None
+) -> None:
     """Change records, read them, count."""
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST, resource.RLIM_INFINITY))
     started = time.perf_counter()
-    out = None if out is None else out.absolute()
-    with tempfile.TemporaryDirectory() as name, attacking(Path(name), seed) as attack:
+    out, progress = (None if path is None else path.absolute() for path in (out, progress))
+    saved: dict[str, Any] = {"next": first, "seconds": 0.0}
+    if progress is not None and progress.is_file():
+        saved = json.loads(progress.read_text("utf-8"))
+    counts = Counts.of(saved["counts"]) if "counts" in saved else None
+    turns = [number for number in range(len(ROWS)) if kind in (None, list(ROWS)[number])]
+    with tempfile.TemporaryDirectory() as name, attacking(Path(name), seed, counts) as attack:
         if only is not None:
             attack.example(only, loud=True)
             return
-        for number in range(first, first + examples):
+        for number in range(saved["next"], first + examples):
+            if number % len(ROWS) not in turns:
+                continue
             attack.example(number)
-            if number % 100 == 99:
-                print(f"{number + 1 - first} examples, {attack.result()['failures']} failures", file=sys.stderr)
-        result = {**attack.result(), "seed": seed, "seconds": round(time.perf_counter() - started)}
+            if attack.counts.examples % 100 == 0:
+                figures = attack.counts.to_json()
+                print(f"{figures['examples']} examples, {figures['failures']} failures", file=sys.stderr)
+                if progress is not None:
+                    seconds = saved["seconds"] + time.perf_counter() - started
+                    state = {"next": number + 1, "seconds": seconds, "counts": figures}
+                    progress.write_text(json.dumps(state, indent=1), "utf-8")
+        seconds = saved["seconds"] + time.perf_counter() - started
+        result = {**attack.counts.to_json(), "seed": seed, "seconds": round(seconds)}
     print(json.dumps(result, indent=2))
     write_result("hostile", result, out)
     if result["failures"]:

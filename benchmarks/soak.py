@@ -42,8 +42,8 @@ STRUCK = 4
 """Most strikes at one command before it is left in peace."""
 FAILED = 1
 INTERRUPTED = 130
-PATIENCE = 300.0
-"""Seconds after which a command that nobody struck hangs."""
+PATIENCE = 1800.0
+"""Seconds after which a command hangs, on a machine that others load as well."""
 
 
 @dataclass(frozen=True, slots=True)

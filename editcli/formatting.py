@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
 _UNPRINTABLE = re.compile(
     # Control characters but for tab and line feed, the marks that override the direction of writing, and the separators
@@ -14,6 +17,15 @@ _UNPRINTABLE = re.compile(
 def printable(text: str) -> str:
     """Return ``text`` with every character that a terminal would obey written as an escape, such as ``\\x1b``."""
     return _UNPRINTABLE.sub(_escaped, text)
+
+
+def finite(value: Any) -> Any:
+    """Return a value as JSON can hold it, at every depth: a number that is not finite becomes None (null)."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shorten(text: str, length: int = 120) -> str:

@@ -12,6 +12,7 @@ import click
 
 from editcli.cli import libraries
 from editcli.distributed.launch import Launch
+from editcli.formatting import finite
 from editcli.plugin.manager import Plugins
 from editcli.plugin.options import merge, parse_assignments
 from editcli.settings.config import environment_settings
@@ -68,16 +69,6 @@ class App:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON document on stdout; NaN and infinity become null."""
-    text = json.dumps(_finite(document), indent=2, ensure_ascii=False)
+    text = json.dumps(finite(document), indent=2, ensure_ascii=False)
     # JSON escapes the first 32 control characters; terminals obey these as well, and they can only be inside texts.
     click.echo(text.translate({code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value

@@ -17,7 +17,7 @@ from typing import Any
 from editcli.errors import NumericalError, OptionError, StateError
 from editcli.health.growth import Growth, fit_growth
 from editcli.plugin.manager import Plugins
-from editcli.records.edits import OutcomeLine, read_lines
+from editcli.records.edits import OutcomeLine, read_table
 from editcli.records.history import History, read_history
 from editcli.records.journal import RETAINED, BatchRecord
 from editcli.records.record import ENDED, INTERRUPTED, RUNNING, read_record
@@ -29,6 +29,7 @@ from editcli.runs.planning import read_requested, with_clock
 from editcli.settings.recipe import Recipe
 from editcli.settings.setting import settings_of
 from editcli.storage.files import write_json
+from editcli.storage.folders import holding
 
 COLLAPSE = 0.60
 """CP@60: a stack has collapsed once its retained efficacy is below this."""
@@ -116,7 +117,15 @@ def bench(
     # A stream or a preset that cannot be read is refused before anything is written.
     recipe = recipe.with_preset_read()
     read_requested(recipe, plugins)
-    recipe.folder.mkdir(parents=True, exist_ok=True)
+    with holding(recipe.folder):
+        curves = _curves(recipe, stacks, plugins, reporter)
+    report = BenchReport(recipe.edits, recipe.batch_size, tuple(curves), str(recipe.folder))
+    write_json(recipe.folder / "bench.json", report.to_json())
+    return report
+
+
+def _curves(recipe: Recipe, stacks: Sequence[Sequence[str]], plugins: Plugins, reporter: Reporter) -> list[Curve]:
+    """Run the stacks one after the other, up to the first that is interrupted."""
     # Stacks that ran before and stacks that run today use one time in the chat template.
     recipe = with_clock(recipe, folders=[recipe.folder / "+".join(names) for names in stacks])
     curves = []
@@ -134,9 +143,7 @@ def bench(
             advance(1)
             if status == INTERRUPTED:
                 break
-    report = BenchReport(recipe.edits, recipe.batch_size, tuple(curves), str(recipe.folder))
-    write_json(recipe.folder / "bench.json", report.to_json())
-    return report
+    return curves
 
 
 def read_curve(stack: str, out: Path) -> Curve:
@@ -219,7 +226,7 @@ def _counted(history: History) -> list[tuple[int, BatchRecord]]:
 
 def _cohorts(history: History) -> dict[str, tuple[float, ...]]:
     """Return both efficacies of each quarter of the stream, from the final evaluation; nothing without one."""
-    lines = read_lines(history.folder.outcomes, OutcomeLine)
+    lines = read_table(history.folder.outcomes, OutcomeLine).lines
     answers = {line.id: line.efficacy[0] for line in lines if line.efficacy}
     ids = [name for batch in history.batches for name in batch.edits if name in answers]
     size = len(ids) // COHORTS

@@ -18,9 +18,14 @@ from editcli.reporting import Reporter, Silent
 from editcli.requests.formats import Format
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import FIELDS, EditRequest
+from editcli.requests.subjects import by_subject
+from editcli.requests.superseding import supersede
 from editcli.runs import planning
 from editcli.settings.recipe import Recipe
 from editcli.storage.choice import has_weights, is_fetched
+
+NAMED = 3
+"""Subjects that a warning about several edits of one subject names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +118,40 @@ def check(
 
 def _report(file: EditFile, model: str, gate: Gate, reporter: Reporter) -> CheckReport:
     checked: list[CheckedEdit] = []
+    usable: list[EditRequest] = []
     rejected = list(file.rejected)
     with reporter.phase("Checking", len(file.requests), "edits") as advance:
         for request in file.requests:
             try:
                 checked.append(check_edit(request, gate))
+                usable.append(request)
             except RequestError as error:
                 rejected.append(error)
             advance(1)
     rejected.sort(key=lambda error: error.line or 0)
     thinking = thinking_warning(gate.tokens)
-    warnings = (*file.warnings, *((thinking,) if thinking else ()))
+    warnings = (*file.warnings, *((thinking,) if thinking else ()), *_of_one_subject(supersede(usable)[0], gate))
     return CheckReport(file.source, model, tuple(checked), tuple(rejected), warnings)
+
+
+def _of_one_subject(requests: Sequence[EditRequest], gate: Gate) -> Iterator[str]:
+    """Yield a warning of edits of one subject that one batch of the usual size would hold."""
+    size = planning.DEFAULT_BATCH
+    if gate.editor.single_site or not gate.editor.needs_values:
+        # Its batches are of one edit, or it optimises no targets.
+        return
+    batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+    groups = [[batch[at] for at in group] for batch in batches for group in by_subject(batch) if len(group) > 1]
+    if not groups:
+        return
+    shown = [f"{group[0].subject!r} ({', '.join(edit.line_name for edit in group)})" for group in groups[:NAMED]]
+    named = "; ".join(shown) + (f"; {len(groups) - NAMED} more" if len(groups) > NAMED else "")
+    outcome = (
+        "share one target, which has to serve all of them"
+        if gate.targets.merge
+        else "have nearly the same key and different targets, so few of them will hold; set targets.merge=true"
+    )
+    yield f"edits of one subject in one batch ({size} edits unless --batch-size says otherwise) {outcome}: {named}"
 
 
 def check_edit(request: EditRequest, gate: Gate) -> CheckedEdit:

@@ -28,13 +28,17 @@ from editcli.records.history import read_history
 from editcli.reporting import Reporter, Silent
 from editcli.requests.reader import EditFile, read_edits
 from editcli.requests.schema import EditRequest
-from editcli.requests.superseding import supersede
+from editcli.requests.superseding import Superseded, edit_of, supersede
 from editcli.runs.planning import clock_of
 from editcli.settings.recipes import OWN_BASE, EvalRecipe
 from editcli.storage.opening import TEXT, read_text
 
 if TYPE_CHECKING:
     from editcli.plugin.manager import Plugins
+
+
+SHOWN = 5
+"""Superseded edits that a note names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,9 @@ class Measurement:
     drift: Drift | None = None
     warnings: tuple[str, ...] = ()
     rejected: tuple[str, ...] = ()
+    superseded: tuple[Superseded, ...] = ()
+    """Edits that were not measured, since a later edit of the file or of the model's run gives their prompt another
+    target."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the metrics as a JSON object; the raw numbers of single edits are in ``eval --out``."""
@@ -60,6 +67,7 @@ class Measurement:
             "edits_file": self.edits_file,
             "edits": self.edits,
             "rejected": list(self.rejected),
+            "superseded": [{"id": one.request.id, "superseded_by": one.by.id} for one in self.superseded],
             **self.evaluation.to_json(),
             "harness": None if self.harness is None else self.harness.to_json(),
             "base": None if self.base_evaluation is None else self._base_json(self.base_evaluation),
@@ -83,11 +91,10 @@ def measure(
     _refuse_company(recipe, team)
     if recipe.harness:
         require_harness()
-    file = _read(recipe, plugins)
-    for text in (*file.warnings, *(f"left out: {error}" for error in file.rejected)):
-        reporter.warn(text)
-    requests = sample(supersede(file.requests)[0], recipe.sample, seed=recipe.seed)
+    file = _read(recipe, plugins, reporter)
     source = resolve_model(recipe.model, code=recipe.trust_remote_code)
+    in_force, replaced = _in_force(file, source, reporter)
+    requests = sample(in_force, recipe.sample, seed=recipe.seed)
     recipe = _with_clock(recipe, source, team)
     base_source = _base(recipe, source)
     texts = list(general_text(recipe.text)) if base_source is not None else []
@@ -119,7 +126,24 @@ def measure(
         base_harness=None if base is None else _harness(base, recipe, reporter),
         drift=None if base is None else general_drift(loaded, base, texts, reporter=reporter, team=team),
         rejected=tuple(str(error) for error in file.rejected),
+        superseded=replaced,
     )
+
+
+def _in_force(
+    file: EditFile, source: ModelSource, reporter: Reporter
+) -> tuple[list[EditRequest], tuple[Superseded, ...]]:
+    """Return the edits of a file that no later one of it, or of the model's run, contradicts, and the others."""
+    in_force, replaced = supersede(file.requests)
+    history = read_history(source.folder) if in_force else None
+    written = {} if history is None else {edit_of(one.request): one for one in history.superseded()}
+    later = [replace(written[edit_of(r)], request=r) for r in in_force if edit_of(r) in written]
+    if later:
+        names = ", ".join(f"{one.request.id!r} by {one.by.id!r}" for one in later[:SHOWN])
+        more = f" and {len(later) - SHOWN} more" if len(later) > SHOWN else ""
+        reporter.note(f"not measured, since later edits of the run supersede them: {names}{more}")
+    gone = {one.request.id for one in later}
+    return [request for request in in_force if request.id not in gone], (*replaced, *later)
 
 
 def sample(requests: Sequence[EditRequest], count: int | None, *, seed: int) -> tuple[EditRequest, ...]:
@@ -141,11 +165,14 @@ def _refuse_company(recipe: EvalRecipe, team: Team) -> None:
         raise OptionError(f"{team.size} processes cannot share the standard input; pass the edits as a file")
 
 
-def _read(recipe: EvalRecipe, plugins: Plugins) -> EditFile:
+def _read(recipe: EvalRecipe, plugins: Plugins, reporter: Reporter) -> EditFile:
     if recipe.edits is None:
         return EditFile("", "", (), (), ())
     skip = recipe.on_error == "skip"
-    return read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=plugins.formats())
+    file = read_edits(recipe.edits, skip_bad=skip, limit=recipe.limit, formats=plugins.formats())
+    for text in (*file.warnings, *(f"left out: {error}" for error in file.rejected)):
+        reporter.warn(text)
+    return file
 
 
 def _with_clock(recipe: EvalRecipe, source: ModelSource, team: Team) -> EvalRecipe:
@@ -175,7 +202,7 @@ def _base(recipe: EvalRecipe, source: ModelSource) -> ModelSource | None:
         return None if recipe.base is None else resolve_model(recipe.base, code=code)
     history = read_history(source.folder)
     places = history.bases if history is not None else ()
-    base = first_model(places, code=code)
+    base = first_model(places, code=code, convert=history is not None and history.converts)
     if base is not None:
         return base
     known = f"its base {places[0]} is not where it was" if places else "it records no base"

@@ -164,14 +164,21 @@ class Team:
         return self._gathered(what, action() if self.leads else ())[0]
 
     def spread(
-        self, what: str, costs: Sequence[float], work: Callable[[Sequence[int]], Sequence[Tensor]]
+        self,
+        what: str,
+        costs: Sequence[float],
+        work: Callable[[Sequence[int]], Sequence[Tensor]],
+        *,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> tuple[Tensor, ...]:
         """Do ``work`` on all items, each rank on its share; return its tensors, one row per item, on every rank.
 
         ``work`` takes the numbers of items and returns tensors with a row for each. The results for an item must not
-        depend on the other items.
+        depend on the other items, but for those of the same one of ``groups``, which go to one rank.
         """
-        shares = balanced(costs, self.parts)
+        groups = [[item] for item in range(len(costs))] if groups is None else groups
+        dealt = balanced([sum(costs[item] for item in group) for group in groups], self.parts)
+        shares = [sorted(item for number in share for item in groups[number]) for share in dealt]
         items = shares[self.part]
         results = tuple(work(items)) if items or not costs else ()
         if self.parts == 1:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from editcli.editing import feedback
+from editcli.editing.outdated import Outdated, release
 from editcli.editing.session import ModelSession
 from editcli.linalg.ratios import jump, ratio
 from editcli.plugin.interfaces import Editor, LowRank, Problem, Site, Stabilizer, Update, Values, update_of
@@ -40,6 +43,49 @@ class Written:
     ``clamped``; empty if not counted."""
     already_true: tuple[str, ...] = ()
     """Ids of edits whose target the model gave before anything was written."""
+    released: tuple[str, ...] = ()
+    """Ids of earlier edits whose keys the editor's memory let go of, at one site at least."""
+    lost: Mapping[Site, feedback.Lost] = field(default_factory=dict)
+    """What stabilizers with error feedback took from each update; a site without an entry keeps its earlier loss."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A batch while it is written."""
+
+    problems: dict[Site, Problem] = field(default_factory=dict)
+    updates: dict[Site, Update] = field(default_factory=dict)
+    lost: dict[Site, feedback.Lost] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"targets": 0.0, "solve": 0.0})
+    targets: Counter[str] = field(default_factory=Counter)
+    known: Sequence[int] | None = None
+    """Columns of the edits whose target the model gave before anything was written."""
+    released: dict[str, None] = field(default_factory=dict)
+    """Ids of edits whose keys left the memory of a site, in order."""
+    dropped: Mapping[int, str] | None = None
+    """Columns that were given up in every stage."""
+
+    def count(self, values: Values | None) -> None:
+        """Count how a stage's targets ended."""
+        self.targets.update(count_targets(values))
+
+    def give_up(self, values: Values | None) -> None:
+        """Note what a stage gave up; an edit that another stage wrote is not given up."""
+        dropped = {} if values is None else values.dropped
+        earlier = dropped if self.dropped is None else self.dropped
+        self.dropped = {column: why for column, why in earlier.items() if column in dropped}
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch and what writes it; ``check`` is called before each site is written."""
+
+    session: ModelSession
+    editor: Editor
+    stabilizers: Sequence[Stabilizer]
+    requests: Sequence[EditRequest]
+    check: SiteCheck
+    outdated: Sequence[Outdated]
 
 
 def edit_batch(
@@ -48,47 +94,85 @@ def edit_batch(
     stabilizers: Sequence[Stabilizer],
     requests: Sequence[EditRequest],
     check: SiteCheck,
+    *,
+    outdated: Sequence[Outdated] = (),
 ) -> Written:
     """Write ``requests`` into the model; on any error the weights are what they were before.
 
+    The memory of an editor lets go of the ``outdated`` edits, which ``requests`` contradict.
     The components remember later, through :func:`commit`, once the batch is known to be kept.
     """
-    before = session.masters()
+    before, draft = session.masters(), _Draft()
+    batch = _Batch(session, editor, stabilizers, requests, check, outdated)
     try:
-        started = time.perf_counter()
-        values = _targets(session, editor, requests)
-        counts = count_targets(values)
-        known = editor.already_true(requests) if values is None else _known(session, values)
-        if values is not None:
-            for stabilizer in stabilizers:
-                values = stabilizer.stabilize_values(session, values)
-        optimised = time.perf_counter()
-        # Then only the rounding between two ways to compute the same hidden state is left to write.
-        nothing = len(known) == len(requests) and values is not None and torch.equal(values.target, values.initial)
-        problems: dict[Site, Problem] = {}
-        updates: dict[Site, Update] = {}
-        with session.reporter.phase("Writing", len(session.sites), "layers") as advance:
-            for site in session.sites:
-                problem = None
-                if values is not None:
-                    problem = problems[site] = _problem(session, editor, requests, site, values)
-                update = _zero(problem) if nothing and problem else _update(session, editor, site, problem)
-                for stabilizer in () if nothing else stabilizers:
-                    update = stabilizer.stabilize_update(session, site, update, problem)
-                # Rounded and laid out once, so that the recorded parts reproduce the weight bit by bit.
-                update = update_of({name: _as_recorded(part) for name, part in update.parts.items()})
-                refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
-                check(site, update)
-                session.write(site, update)
-                updates[site] = update
-                advance(1)
+        # An editor without target values measures all sites at once.
+        for stage in session.stages if editor.needs_values else (session,):
+            _write_stage(stage, batch, draft)
+        for site, problem in draft.problems.items():
+            draft.problems[site] = editor.completed(session, requests, problem).mapped(_as_recorded)
     except BaseException:
         session.restore(before)
         raise
-    dropped = {} if values is None else {requests[column].id: why for column, why in values.dropped.items()}
-    seconds = {"targets": optimised - started, "solve": time.perf_counter() - optimised}
-    already_true = tuple(requests[column].id for column in known)
-    return Written(problems, updates, dropped, seconds, counts, already_true)
+    dropped = {requests[column].id: why for column, why in (draft.dropped or {}).items()}
+    already_true = tuple(requests[column].id for column in draft.known or ())
+    counts = {name: draft.targets[name] for name in ("optimised", "reached", "clamped") if draft.targets}
+    return Written(
+        problems=draft.problems,
+        updates=draft.updates,
+        dropped=dropped,
+        seconds=draft.seconds,
+        targets=counts,
+        already_true=already_true,
+        released=tuple(draft.released),
+        lost=draft.lost,
+    )
+
+
+def _write_stage(stage: ModelSession, batch: _Batch, draft: _Draft) -> None:
+    """Optimise the targets of a stage on the model as written so far, and write its sites."""
+    editor, requests = batch.editor, batch.requests
+    started = time.perf_counter()
+    values = _targets(stage, editor, requests)
+    draft.count(values)
+    known = editor.already_true(requests) if values is None else _known(stage, values)
+    # What a later stage finds answered, an earlier one has written.
+    draft.known = known if draft.known is None else draft.known
+    if values is not None:
+        for stabilizer in batch.stabilizers:
+            values = stabilizer.stabilize_values(stage, values)
+    draft.give_up(values)
+    optimised = time.perf_counter()
+    # Then only the rounding between two ways to compute the same hidden state is left to write.
+    nothing = len(known) == len(requests) and values is not None and torch.equal(values.target, values.initial)
+    with stage.reporter.phase("Writing", len(stage.sites), "layers") as advance:
+        for site in stage.sites:
+            _write_site(stage, site, batch, draft, values=values, nothing=nothing)
+            advance(1)
+    draft.seconds["targets"] += optimised - started
+    draft.seconds["solve"] += time.perf_counter() - optimised
+
+
+def _write_site(
+    stage: ModelSession, site: Site, batch: _Batch, draft: _Draft, *, values: Values | None, nothing: bool
+) -> None:
+    """Solve the problem of a site and write its update; with ``nothing``, the update that changes nothing."""
+    problem = None
+    if values is not None:
+        problem = _problem(stage, batch.editor, batch.requests, site, values)
+        given_up = {batch.requests[column].id for column in values.dropped}
+        keys, ids = release(stage, batch.editor, site, batch.outdated, given_up=given_up)
+        problem = draft.problems[site] = replace(problem, released=keys)
+        draft.released |= dict.fromkeys(ids)
+    if nothing and problem:
+        update: Update = _zero(problem)
+    else:
+        update, draft.lost[site] = solved(stage, batch.editor, batch.stabilizers, site, problem)
+    # Rounded and laid out once, so that the recorded parts reproduce the weight bit by bit.
+    update = update_of({name: _as_recorded(part) for name, part in update.parts.items()})
+    refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
+    batch.check(site, update)
+    batch.session.write(site, update)
+    draft.updates[site] = update
 
 
 def _targets(session: ModelSession, editor: Editor, requests: Sequence[EditRequest]) -> Values | None:
@@ -104,16 +188,43 @@ def _problem(
 ) -> Problem:
     """Return the problem of a site as a segment holds it."""
     problem = editor.problem(session, requests, site, values)
-    problem = Problem(problem.site, _as_recorded(problem.keys), _as_recorded(problem.residual))
+    problem = problem.mapped(_as_recorded)
     refuse_nonfinite("the problem to solve", [problem.keys, problem.residual], where=f"at {site.module}")
     return problem
 
 
-def _update(session: ModelSession, editor: Editor, site: Site, problem: Problem | None) -> Update:
-    update = editor.update(session, site) if problem is None else editor.solve(session, problem)
+def solved(
+    session: ModelSession, editor: Editor, stabilizers: Sequence[Stabilizer], site: Site, problem: Problem | None
+) -> tuple[Update, feedback.Lost]:
+    """Return the update of a site after every stabilizer, and what those with error feedback took from it."""
+    lost = feedback.owed(stabilizers, site)
+    if problem is None:
+        update = editor.update(session, site)
+    else:
+        update = editor.solve(session, feedback.asking(problem, lost))
+    update = feedback.returning(update, lost)
     # At once, because a stabilizer that picks entries would hide those that are not numbers.
     refuse_nonfinite("the update", update.parts.values(), where=f"at {site.module}")
-    return update
+    return feedback.stabilised(session, stabilizers, site, update, problem)
+
+
+def lost_again(
+    session: ModelSession,
+    editor: Editor,
+    stabilizers: Sequence[Stabilizer],
+    site: Site,
+    problem: Problem | None,
+    update: Update,
+) -> Mapping[Site, feedback.Lost]:
+    """Return what a recorded batch lost at a site, by the operations of the first time; call it before writing.
+
+    Empty where no stabilizer feeds back, and where the batch asked for nothing.
+    """
+    if not any(stabilizer.feeds_back for stabilizer in stabilizers):
+        return {}
+    if problem is not None and feedback.writes_nothing(problem, update):
+        return {}
+    return {site: solved(session, editor, stabilizers, site, problem)[1]}
 
 
 def _known(session: ModelSession, values: Values) -> list[int]:
@@ -157,3 +268,4 @@ def commit(
     editor.remember(session, requests, problems)
     for stabilizer in stabilizers:
         stabilizer.remember(session, problems, written.updates)
+    feedback.keep(stabilizers, written.lost)

@@ -6,6 +6,7 @@ evaluated weights are the saved ones.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from editcli.requests.schema import EditRequest
 from editcli.settings.core import TargetOptions
 from editcli.statistics.cache import Cache, fingerprint
 from editcli.statistics.decompositions import Decompositions
-from editcli.storage.checkpoint import file_digest
+from editcli.storage.packing import Stored, value_of
 
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 """First words of the generated prefixes, as in ROME's code."""
@@ -102,6 +103,17 @@ class ModelSession:
         """Whether any weight was written: from then on nothing may be measured as on the unedited model."""
 
     @property
+    def stages(self) -> tuple[ModelSession, ...]:
+        """The session itself; with ``targets.per_layer`` one for each site, which shares everything else with it."""
+        return tuple(self._of(site) for site in self.sites) if self.options.per_layer else (self,)
+
+    def _of(self, site: Site) -> ModelSession:
+        """Return this session with one site alone: its last layer is where targets are optimised and measured."""
+        alone = copy.copy(self)
+        alone.sites, alone.layers = (site,), (site.layer,)
+        return alone
+
+    @property
     def device(self) -> torch.device:
         """The device for linear algebra: the chosen one, else that of the last edited layer."""
         return self._home(self.sites[-1])
@@ -165,13 +177,13 @@ class ModelSession:
         """Return the key of a calibration in the cache, and the values that it depends on."""
         if self.written:
             raise StatisticsError(f"{name} is calibrated on the unedited model, but the model was edited already")
-        checkpoint, tokenizer = self.loaded.checkpoint, self.loaded.source.folder / "tokenizer.json"
+        checkpoint = self.loaded.checkpoint
         conversation = self.loaded.tokens.conversation
         identity = {
             "component": name,
             # A model in memory has no files, so its tensors are hashed instead.
             "model": checkpoint.fingerprint() or checkpoint.digest_of(checkpoint.names()),
-            "tokenizer": file_digest(tokenizer) if tokenizer.is_file() else "",
+            "tokenizer": self.loaded.source.tokenizer_digest,
             "chat": None if conversation is None else conversation.identity,
             "dtype": str(next(self.loaded.model.parameters()).dtype),
             "modules": [site.module for site in self.sites],
@@ -272,8 +284,7 @@ class ModelSession:
         self.written = True
         master = weight.to(device=self._masters[site].device, dtype=torch.float32)
         self._masters[site] = master
-        cast = master.to(self.save_dtype(site))
-        replace_weight(self._projection(site), cast.T if site.transposed else cast)
+        replace_weight(self._projection(site), value_of(self.encoded(site, master)))
         self._activations.forget(above=site.layer)
 
     def restore(self, masters: Mapping[Site, Tensor]) -> None:
@@ -300,6 +311,16 @@ class ModelSession:
     def save_dtype(self, site: Site) -> torch.dtype:
         """Return the dtype in which a site's weight will be saved."""
         return self._save_dtype or self.loaded.checkpoint.dtype(self.stored_name(site))
+
+    def encoded(self, site: Site, weight: Tensor) -> Stored:
+        """Return a site's weight, (d_out, d_in), as the checkpoint stores it, in the layout of the model."""
+        oriented = weight.T if site.transposed else weight
+        return self.loaded.checkpoint.encode(self.stored_name(site), oriented, self._save_dtype)
+
+    def as_saved(self, site: Site, weight: Tensor) -> Tensor:
+        """Return the numbers that a reader of the saved file gets of a weight, (d_out, d_in)."""
+        value = value_of(self.encoded(site, weight)).to(weight.device)
+        return value.T if site.transposed else value
 
     def masters(self) -> Mapping[Site, Tensor]:
         """Return all current weights; replaced, never changed in place, by later writes."""

@@ -14,6 +14,7 @@ from editcli.editing.targets import target_costs
 from editcli.models.loading import LoadedModel
 from editcli.plugin.interfaces import Gradients, Site, SiteGradients, Values
 from editcli.requests.schema import EditRequest
+from editcli.requests.subjects import by_subject
 from editcli.settings.core import TargetOptions
 
 
@@ -52,7 +53,8 @@ class TeamSession(ModelSession):
             return values.target.T, values.initial.T, values.written.T, values.loss, flags
 
         costs = self._weigh_targets(requests, len(self.prefixes) + 1 if prefixed else 1)
-        target, initial, written, loss, flags = self.team.spread("targets", costs, work)
+        together = by_subject(requests) if self.options.merge else None
+        target, initial, written, loss, flags = self.team.spread("targets", costs, work, groups=together)
         reached, clamped = flags.bool().unbind(dim=1)
         return Values(target.T, initial.T, written.T, dropped={}, loss=loss, reached=reached, clamped=clamped)
 

@@ -8,7 +8,8 @@ For every edit an offset delta is added to h, the output of the last edited laye
 
 is minimised by Adam; after each step ||delta|| is projected to at most clamp * ||h|| (ROME, arXiv 2202.05262; MEMIT,
 2210.07229). Edits are independent of each other: each has its own loss and stops on its own, so a batch gives what one
-edit at a time would give, up to rounding.
+edit at a time would give, up to rounding. With ``merge`` that holds for the edits of one subject together: they have
+one delta, see :mod:`editcli.editing.merging`.
 
 With ``stop = "greedy"`` an edit also stops once its target has been the greedy answer in all its contexts, at this
 evaluation and the ``stop_patience`` ones before it: most-probable early stopping (ENCORE, arXiv 2502.01636).
@@ -37,6 +38,7 @@ from torch.nn.functional import pad
 
 from editcli.editing.engine import Engine, engine_for
 from editcli.editing.layout import Group
+from editcli.editing.merging import members, merged
 from editcli.editing.replay import Eager, Replays
 from editcli.editing.sinks import begins
 from editcli.editing.steering import Chunk, Row, Steering
@@ -47,6 +49,7 @@ from editcli.models.tokens import Text, Tokens
 from editcli.plugin.interfaces import Values
 from editcli.reporting import Reporter
 from editcli.requests.schema import EditRequest
+from editcli.requests.subjects import by_subject
 from editcli.settings.core import TargetOptions
 
 
@@ -144,7 +147,8 @@ def optimise(
     alone, see :mod:`editcli.editing.sinks`. ``engine`` holds what several batches of the model share.
     """
     engine = engine or engine_for(loaded)
-    rows = _rows(loaded, requests, prefixes, options, sink=sink)
+    groups = by_subject(requests) if options.merge else [[edit] for edit in range(len(requests))]
+    rows = merged(_rows(loaded, requests, prefixes, options, sink=sink), groups)
     parts: list[tuple[list[int], tuple[Tensor, ...]]] = []
     with reporter.phase(label, len(requests), "edits") as advance, engine.running():
         budget = engine.most_tokens(options, layer)
@@ -158,7 +162,8 @@ def optimise(
             except torch.OutOfMemoryError as error:
                 engine.replays.clear()
                 pending += _halves(edits, loaded, layer, reporter, error)
-    order = torch.tensor([edit for edits, _ in parts for edit in edits])
+        progress(len(requests) - len(rows))
+    order = torch.tensor([edit for numbers, _ in parts for number in numbers for edit in groups[number]])
     back = torch.argsort(order)
     columns = zip(*(values for _, values in parts), strict=True)
     target, initial, written, loss, reached, clamped = (torch.cat(column, dim=0)[back] for column in columns)
@@ -276,6 +281,7 @@ class _Optimiser:
             layout=engine.layout,
             apart=engine.apart,
         )
+        self.members = members(rows)
         first = [sum(map(len, rows[:edit])) for edit in range(len(rows))]
         self.initial, self.written = self.steering.at_lookup()[first], self.steering.outputs[first]
         # With a norm between delta and the stream, delta is measured against the MLP's output, to which it is added.
@@ -322,7 +328,13 @@ class _Optimiser:
         clamped = delta.norm(dim=1) >= AT_CLAMP * self.bound
         # An edit that runs out of steps while it is patient is answered as much as one that stops.
         reached = (loss < options.stop_loss) | (streak > 0)
-        return self.initial + delta, self.initial, self.written, loss, reached, clamped
+        return self._each(delta, loss, reached, clamped)
+
+    def _each(self, delta: Tensor, *figures: Tensor) -> tuple[Tensor, ...]:
+        """Return (target, initial, written) of every edit, and the figures of its group."""
+        first, group = self.members
+        initial, written = self.steering.at_lookup()[first], self.steering.outputs[first]
+        return initial + delta[group], initial, written, *(figure[group] for figure in figures)
 
     def _adam(self, delta: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], active: Tensor, step: int) -> None:
         """Take one Adam step on the active rows of ``delta`` and project them into the ball of clamp * ||h||.

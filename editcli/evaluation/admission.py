@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from editcli.errors import RequestError
@@ -26,6 +26,8 @@ class Gate:
     targets: TargetOptions
     without_subject: tuple[str, ...] = ()
     """Installed editors that need no subject."""
+    without_targets: tuple[str, ...] = ()
+    """Installed editors that optimise no target values, so that a target may be as long as the context."""
     measured: bool = True
     """Whether the edit's prompts are measured as well."""
 
@@ -41,22 +43,27 @@ class Gate:
     def _refuse_missing_subject(self, request: EditRequest) -> None:
         if request.has_subject or not self.editor.needs_subject:
             return
-        others = " or ".join(f"--editor {name}" for name in self.without_subject)
         raise request.refusal(
             f"the edit has no subject, and {self.editor.name} writes a fact at its subject's last token; "
-            f"add 'subject'{f', or take an editor that needs none: {others}' if others else ''}"
+            f"add 'subject'{_or_take('an editor that needs none', self.without_subject)}"
         )
 
     def _refuse_long(self, request: EditRequest, encoded: Encoded) -> None:
-        """Refuse an edit that is too long for the context once the prefixes of the optimisation are added."""
-        limit = self.tokens.max_length
-        if limit is None or not self.editor.needs_values or not self.targets.prefixes:
+        """Refuse a target that is too long for one value, or for the context once the optimisation adds a prefix."""
+        if not self.editor.needs_values:
             return
-        longest = len(encoded.ids) + self.targets.prefix_tokens + ROOM
-        if longest > limit:
+        others = _or_take("an editor that optimises no targets", self.without_targets)
+        tokens, longest = len(encoded.target_ids), self.targets.longest
+        if longest is not None and tokens > longest:
             raise request.refusal(
-                f"after a prefix the prompt and target may have {longest} tokens, more than the model's context of "
-                f"{limit}; lower targets.prefix_tokens or shorten the prompt"
+                f"the target has {tokens} tokens, and {self.editor.name} writes at most {longest} with one value; "
+                f"raise targets.longest{others}"
+            )
+        limit, length = self.tokens.max_length, len(encoded.ids) + self.targets.prefix_tokens + ROOM
+        if limit is not None and self.targets.prefixes and length > limit:
+            raise request.refusal(
+                f"after a prefix the prompt and target may have {length} tokens, more than the model's context of "
+                f"{limit}; lower targets.prefix_tokens or shorten the prompt{others}"
             )
 
 
@@ -71,6 +78,16 @@ def check_questions(request: EditRequest, tokens: Tokens) -> None:
 def without_subject(editors: Iterable[type[Editor]]) -> tuple[str, ...]:
     """Return the names of the editors that need no subject."""
     return tuple(sorted(editor.name for editor in editors if not editor.needs_subject))
+
+
+def without_targets(editors: Iterable[type[Editor]]) -> tuple[str, ...]:
+    """Return the names of the editors that optimise no target values."""
+    return tuple(sorted(editor.name for editor in editors if not editor.needs_values))
+
+
+def _or_take(kind: str, names: Sequence[str]) -> str:
+    """Return the end of a sentence that names other editors; empty where none is installed."""
+    return f", or take {kind}: {' or '.join(f'--editor {name}' for name in names)}" if names else ""
 
 
 def thinking_warning(tokens: Tokens) -> str | None:

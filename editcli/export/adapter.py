@@ -16,8 +16,9 @@ from torch import Tensor
 
 from editcli.errors import ModelError
 from editcli.export.changes import SiteChange
-from editcli.records.decoding import UnreadableError, convert, read_json
+from editcli.records.decoding import UnreadableError, read_json
 from editcli.storage.checkpoint import opened_tensors
+from editcli.storage.conversion import convert
 from editcli.storage.files import write_json, write_safetensors
 from editcli.storage.opening import CONFIG as CONFIG_KIND
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from editcli.errors import FileError, ModelError
 from editcli.export.source import Edited
-from editcli.records.decoding import Count, UnreadableError, convert, encode, read_json
+from editcli.records.decoding import Count, UnreadableError, encode, read_json
 from editcli.records.record import RunRecord
-from editcli.runs.output import side_files
+from editcli.runs.output import side_files_of
 from editcli.storage.checkpoint import DTYPES, Checkpoint, file_digest, opened_tensors, read_header
+from editcli.storage.conversion import convert
 from editcli.storage.files import tensor_digest, write_json, write_safetensors
 
 FORMAT = 1
@@ -107,7 +108,7 @@ def write_patch(folder: Path, edited: Edited, record: RunRecord) -> None:
 
 def model_files(checkpoint: Checkpoint) -> dict[str, str]:
     """Return every file of a model folder but its card and our records, with its sha256, by its path in the folder."""
-    paths = {path.relative_to(checkpoint.folder).as_posix(): path for path in side_files(checkpoint.folder)}
+    paths = {path.relative_to(checkpoint.folder).as_posix(): path for path in side_files_of(checkpoint)}
     paths |= {name: checkpoint.folder / name for name in checkpoint.choice.names}
     return {name: file_digest(path) for name, path in sorted(paths.items())}
 

@@ -12,8 +12,8 @@ from editcli.export.recipe import FULL, LORA, PATCH
 from editcli.export.report import SiteExport
 from editcli.export.source import FinishedRun
 from editcli.formatting import plural
-from editcli.records.decoding import UnreadableError, to_text
-from editcli.records.record import RECORD, BaseRef, FileRef, PilotsRef, RunRecord
+from editcli.records.decoding import UnreadableError
+from editcli.records.record import RECORD, BaseRef, FileRef, PilotsRef, RunRecord, record_text
 from editcli.records.record import read_record as read_any
 from editcli.runs.card import (
     card_body,
@@ -80,7 +80,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
     path = folder / RECORD
     path.parent.mkdir()
     try:
-        write_bytes(path, to_text(record.to_json(), RunRecord.from_json).encode())
+        write_bytes(path, record_text(record.to_json()).encode())
     except UnreadableError as error:
         raise StateError(f"the record of the run cannot be written: {error}; restore it from a backup") from error
 

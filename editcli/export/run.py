@@ -69,9 +69,9 @@ def apply_patch(recipe: PatchRecipe, reporter: Reporter | None = None) -> PatchR
             write_record(folder, record)
             write_card(folder, FULL, record)
             advance(1)
-            verify(Checkpoint(source.folder), folder, tensors)
+            verify(base.reopened(), folder, tensors)
             refuse_unopenable(folder, trust_remote_code=recipe.trust_remote_code)
-            written = model_files(Checkpoint(folder))
+            written = model_files(base.copy_in(folder))
             advance(1)
             files = listed(folder)
     different = sorted({name for name, _ in written.items() ^ manifest.files.items()})
@@ -175,19 +175,29 @@ class _Export:
         with self.reporter.phase("Copying", 2, "steps") as advance:
             write_model(after, self.folder, {})
             advance(1)
-            if model_files(Checkpoint(self.folder)) != model_files(after):
+            if model_files(after.copy_in(self.folder)) != model_files(after):
                 raise ModelError(f"what was written is not {self.run.path}; the disk may be faulty, export again")
             refuse_unopenable(self.folder, trust_remote_code=self.recipe.trust_remote_code)
             advance(1)
         return tuple(after.tensor_for(f"{module}.weight") for module in self.run.history.sites)
 
     def _with_base(self) -> Edited:
+        refuse_packed(self.run.after, self.recipe.format)
         return with_base(
             self.run,
             self.recipe.base,
             self.reporter,
             families=self.families,
             trust_remote_code=self.recipe.trust_remote_code,
+        )
+
+
+def refuse_packed(checkpoint: Checkpoint, form: str) -> None:
+    """Raise :class:`ModelError` for a model whose weights are not plain tensors, which adapters and patches are for."""
+    if type(checkpoint) is not Checkpoint:
+        raise ModelError(
+            f"the weights in {checkpoint.place} are packed, and a {form} belongs to plain ones; use --format full, or "
+            "pass on the folder as it is"
         )
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from editcli.errors import ModelError, StateError
 from editcli.models.architectures import Architecture, Family, resolve, skeleton
-from editcli.models.loading import ModelSource, first_model, load_config, resolve_model
+from editcli.models.loading import ModelSource, first_model, load_config, model_in, resolve_model
 from editcli.records.history import History, read_history
 from editcli.records.record import ENDED, RunRecord
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter
 from editcli.runs.output import same_bytes
 from editcli.storage.checkpoint import Checkpoint
-from editcli.storage.files import tensor_digest
 from editcli.storage.opening import is_own
 
 
@@ -42,7 +41,7 @@ class FinishedRun:
     @cached_property
     def after(self) -> Checkpoint:
         """The edited weights."""
-        return Checkpoint(self.history.folder.out)
+        return model_in(self.history.folder.out).checkpoint
 
     @cached_property
     def segments(self) -> tuple[Path, ...]:
@@ -126,7 +125,7 @@ def with_base(
 def _refuse_other_weights(run: FinishedRun) -> None:
     """Raise :class:`StateError` when an edited tensor is not the one that the run wrote."""
     for name, digest in (run.record.provenance.weights or {}).items():
-        if name not in run.after.entries or tensor_digest(run.after.read(name)) != digest:
+        if name not in run.after.entries or run.after.stored_digest(name) != digest:
             raise StateError(
                 f"{name} in {run.path} is not what the run wrote: the folder was changed since; restore it, or publish "
                 "it as it stands"
@@ -136,7 +135,7 @@ def _refuse_other_weights(run: FinishedRun) -> None:
 def _find(run: FinishedRun, base: str | None, *, code: bool) -> ModelSource:
     if base is not None:
         return resolve_model(base, code=code)
-    source = first_model(run.history.bases, code=code)
+    source = first_model(run.history.bases, code=code, convert=run.history.converts)
     if source is not None:
         return source
     known = ", ".join(run.history.bases)

@@ -113,7 +113,8 @@ def diff(
         for name in same:
             first, second = before.read(name), after.read(name)
             if not _equal(first, second):
-                changed.append(_tensor_diff(name, first, second, ranks=ranks, device=device))
+                kinds = before.stored_as(name), after.stored_as(name)
+                changed.append(_tensor_diff(name, first, second, kinds=kinds, ranks=ranks, device=device))
             advance(1)
     return Diff(
         base=sources[0].name,
@@ -186,7 +187,9 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
-def _tensor_diff(name: str, first: Tensor, second: Tensor, *, ranks: bool, device: torch.device | None) -> TensorDiff:
+def _tensor_diff(
+    name: str, first: Tensor, second: Tensor, *, kinds: tuple[str, str], ranks: bool, device: torch.device | None
+) -> TensorDiff:
     norm, before = spectra.distance(second, first), spectra.frobenius(first)
     wide = torch.float64 if torch.float64 in (first.dtype, second.dtype) else torch.float32
     difference = second.to(wide) - first.to(wide)
@@ -196,8 +199,8 @@ def _tensor_diff(name: str, first: Tensor, second: Tensor, *, ranks: bool, devic
     return TensorDiff(
         name=name,
         shape=tuple(first.shape),
-        dtype=str(second.dtype).removeprefix("torch."),
-        base_dtype=str(first.dtype).removeprefix("torch."),
+        dtype=kinds[1],
+        base_dtype=kinds[0],
         norm=norm,
         relative=ratio(norm, before),
         ratio=ratio(spectra.frobenius(second), before),

@@ -22,6 +22,7 @@ from editcli.models.loading import ModelSource, first_model, load_config, resolv
 from editcli.plugin.interfaces import Site
 from editcli.presets.loader import load_preset
 from editcli.presets.record import Preset
+from editcli.records.faults import faults, journal_faults
 from editcli.records.history import History, TopEdit, read_history
 from editcli.reporting import Reporter, Silent
 
@@ -117,6 +118,8 @@ class Inspection:
     wanted: Wanted
     history: History | None = None
     top_edits: tuple[TopEdit, ...] = ()
+    problems: tuple[str, ...] = ()
+    """What cannot be read of the run's record, and is not shown."""
 
     @property
     def verdict(self) -> str | None:
@@ -142,6 +145,7 @@ class Inspection:
             "tau": self.wanted.tau if self.wanted.spectral else None,
             "sites": [_site_json(site) for site in self.sites],
             "top_edits": [edit.to_json() for edit in self.top_edits],
+            "problems": list(self.problems),
         }
 
 
@@ -163,8 +167,9 @@ def inspect(
     reporter = reporter or Silent()
     source = resolve_model(model)
     history = read_history(source.folder)
-    if history and history.problem:
-        reporter.warn(f"the history of this run cannot be shown: {history.problem}")
+    problems = _problems(history, wanted)
+    for problem in problems:
+        reporter.warn(problem)
     config = load_config(source)
     architecture = resolve(skeleton(config), families)
     check_fit(source.checkpoint, architecture.model, reporter)
@@ -191,7 +196,15 @@ def inspect(
         wanted=wanted,
         history=history,
         top_edits=history.top_edits() if history and (wanted.norms or wanted.spectral) else (),
+        problems=problems,
     )
+
+
+def _problems(history: History | None, wanted: Wanted) -> tuple[str, ...]:
+    """Return what cannot be read of a run's record, as far as the figures that are asked for need it."""
+    if history is None:
+        return ()
+    return tuple(faults(history)) if wanted.norms or wanted.spectral else tuple(journal_faults(history))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +221,7 @@ class _Reader:
         """Return one site with the selected figures."""
         site, shape = self.architecture.site(layer), self.architecture.shape(layer)
         checkpoint = self.source.checkpoint
-        dtype = str(checkpoint.dtype(checkpoint.tensor_for(f"{site.module}.weight"))).removeprefix("torch.")
+        dtype = checkpoint.stored_as(checkpoint.tensor_for(f"{site.module}.weight"))
         bare = SiteInspection(site, shape, dtype, in_preset)
         if not (self.selection.norms or self.selection.spectral):
             return bare
@@ -273,7 +286,7 @@ def _base_source(base: str | Path | None, history: History | None, reporter: Rep
     if base is not None:
         return resolve_model(base)
     known = history.bases if history else ()
-    source = first_model(known)
+    source = first_model(known, convert=history is not None and history.converts)
     if source is None and known:
         reporter.warn(f"the base of this run, {known[-1]}, is not where it was; pass --base to compare with it")
     return source

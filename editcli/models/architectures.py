@@ -17,12 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from editcli.errors import ModelError
 from editcli.models.discovery import discover
+from editcli.models.towers import auto_class, inside, tower_of
 from editcli.plugin.families import Family
 from editcli.plugin.interfaces import Site
 
@@ -96,7 +97,7 @@ class Architecture:
         keys = self.family.parallel
         if isinstance(keys, bool):
             return keys
-        return any(getattr(self.model.config, key, False) for key in keys)
+        return any(getattr(self.model.config.get_text_config(), key, False) for key in keys)
 
     @property
     def final_norm(self) -> nn.Module:
@@ -130,7 +131,7 @@ class Architecture:
         """Return the factor on the MLP's output when it joins the stream (1.0 but for Granite)."""
         self._path(layer)
         key = self.family.residual_multiplier
-        return float(getattr(self.model.config, key)) if key else 1.0
+        return float(getattr(self.model.config.get_text_config(), key)) if key else 1.0
 
     def site(self, layer: int) -> Site:
         """Return the layer's editable matrix; raise :class:`ModelError` if its module type has no known orientation."""
@@ -152,16 +153,19 @@ def resolve(model: PreTrainedModel, families: Sequence[Family] = ()) -> Architec
     """Find what ``model`` (loaded, or on the meta device) calls its parts.
 
     ``families`` come first, then :data:`FAMILIES`, then the module tree itself. Raises :class:`ModelError` for a model
-    that cannot be edited: mixture of experts, encoder-decoder, quantised, multimodal, or of an irregular build.
+    that cannot be edited: mixture of experts, encoder-decoder, quantised, or of an irregular build. Of a model that
+    reads images as well, the parts are those of its text tower.
     """
-    config = model.config
-    refuse_config(config)
-    known = [family for family in (*families, *FAMILIES) if config.model_type in family.model_types]
-    if known:
-        architecture = Architecture(known[0], model)
+    refuse_config(model.config)
+    whole, text = model.config.model_type, model.config.get_text_config().model_type
+    all_families = (*families, *FAMILIES)
+    known = next((family for family in all_families if whole in family.model_types), None)
+    if known is None:
+        inner = next((family for family in all_families if text in family.model_types), None)
+        known = inner and inside(inner, tower_of(model))
+    architecture = Architecture(known or _discovered(model), model)
+    if known is not None:
         _check_paths(architecture)
-    else:
-        architecture = Architecture(_discovered(model), model)
     _check_weights(architecture)
     return architecture
 
@@ -171,7 +175,7 @@ def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTr
     refuse_config(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     # A value of the wrong kind or size fails wherever the model's class first computes with it.
     except (ValueError, LookupError, ImportError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ModelError(
@@ -184,16 +188,21 @@ def refuse_config(config: PretrainedConfig) -> None:
     what = f"a model of type {config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{what} has an encoder and a decoder; choose a decoder-only causal language model")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError("the model's weights are quantised; choose the unquantised checkpoint it was made from")
-    if any(_count(getattr(config, key, None)) > 1 for key in EXPERT_KEYS):
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None:
+        said = packed if isinstance(packed, dict) else getattr(packed, "__dict__", {})
+        raise ModelError(
+            f"the model's weights are quantised ({said.get('quant_method', 'in an unknown way')}), which editcli does "
+            "not pack anew; edit the unquantised checkpoint that they were made from, and quantise the result"
+        )
+    text = config.get_text_config()
+    if any(_count(getattr(part, key, None)) > 1 for part in (config, text) for key in EXPERT_KEYS):
         raise ModelError(f"{what} is a mixture of experts, which has no single MLP to edit; choose a dense model")
-    if config.get_text_config() is not config:
-        raise ModelError(f"{what} is multimodal; choose a text-only causal language model")
+    auto_class(config)
 
 
 def _discovered(model: PreTrainedModel) -> Family:
-    layout = discover(model)
+    layout = discover(model, tower_of(model))
     return Family(
         model.config.model_type,
         (model.config.model_type,),
@@ -210,7 +219,7 @@ def _count(value: Any) -> int:
 
 def _check_paths(architecture: Architecture) -> None:
     """Raise :class:`ModelError` where the family's facts do not hold for this model."""
-    family, config = architecture.family, architecture.model.config
+    family, config = architecture.family, architecture.model.config.get_text_config()
     for key, value, what in family.refused:
         if getattr(config, key, None) == value:
             raise ModelError(f"this {family.name} model {what} ({key}={value}), so its MLPs cannot be edited")

@@ -32,9 +32,12 @@ class Layout:
     final_norm: str
 
 
-def discover(model: PreTrainedModel) -> Layout:
-    """Return the layout of ``model``; raise :class:`ModelError` if the tree does not show it beyond doubt."""
-    path, blocks = _find_blocks(model)
+def discover(model: PreTrainedModel, tower: str = "") -> Layout:
+    """Return the layout of ``model``; raise :class:`ModelError` if the tree does not show it beyond doubt.
+
+    ``tower`` is the module inside that reads text, where the model has others beside it.
+    """
+    path, blocks = _find_blocks(model, tower)
     embeddings = cast(Tensor, model.get_input_embeddings().weight)
     layouts = {_find_mlp(block, embeddings.shape[-1]) for block in blocks}
     if len(layouts) > 1 or None in layouts:
@@ -46,9 +49,10 @@ def discover(model: PreTrainedModel) -> Layout:
     return Layout(blocks=path, mlp=mlp, projection=projection, final_norm=_find_final_norm(model, path))
 
 
-def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the outermost list of modules that holds most of the model."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module]
+def _find_blocks(model: PreTrainedModel, tower: str) -> tuple[str, nn.ModuleList]:
+    """Return the outermost list of modules that holds most of the model, or of its tower."""
+    modules = model.get_submodule(tower).named_modules(prefix=tower)
+    lists = [(name, module) for name, module in modules if isinstance(module, nn.ModuleList) and module]
     outermost = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
     regular = [(n, m) for n, m in outermost if len({type(block) for block in m}) == 1]
     if len(outermost) != 1 or not regular:

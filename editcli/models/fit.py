@@ -22,7 +22,7 @@ from editcli.models.offload import read_offloaded
 from editcli.models.sharded import is_split
 from editcli.reporting import Reporter
 from editcli.storage.checkpoint import DTYPES, Checkpoint, TensorEntry
-from editcli.storage.choice import CONFIG, listed
+from editcli.storage.choice import listed
 
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that torch multiplies matrices of; whatever else weights are stored in needs a rule of its own."""
@@ -71,25 +71,24 @@ def fit_of(info: Mapping[str, Any], model: PreTrainedModel) -> Fit:
 
 def refuse_misfit(fit: Fit, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     """Raise :class:`ModelError` unless every parameter of the model is stored, in its shape and a usable dtype."""
-    folder = checkpoint.folder
+    place, said = checkpoint.place, checkpoint.described_by
+    remedy = f"download the checkpoint again, or correct its {said}"
     odd = [entry for entry in checkpoint.entries.values() if not _is_computed(entry)]
     names = _stored_names(model) if odd else frozenset()
     unusable = next((entry for entry in odd if entry.name in names), None)
     if unusable is not None:
         raise ModelError(
-            f"{unusable.name} of {folder} is stored as {unusable.dtype}, in which torch does not compute; choose the "
+            f"{unusable.name} of {place} is stored as {unusable.dtype}, in which torch does not compute; choose the "
             "checkpoint that it was made from, or convert it to bfloat16"
         )
     if fit.reshaped:
-        raise ModelError(
-            f"{folder} does not fit its {CONFIG}: {_shapes(fit.reshaped[0], checkpoint, model)}; {_REMEDY}"
-        )
+        raise ModelError(f"{place} does not fit its {said}: {_shapes(fit.reshaped[0], checkpoint, model)}; {remedy}")
     if fit.missing:
         count = len(fit.missing)
         what = "a tensor" if count == 1 else f"{count:,} tensors"
         raise ModelError(
-            f"{folder} lacks {what} that its {CONFIG} asks for, and transformers would fill in random numbers: "
-            f"{listed(fit.missing)}; {_REMEDY}"
+            f"{place} lacks {what} that its {said} asks for, and transformers would fill in random numbers: "
+            f"{listed(fit.missing)}; {remedy}"
         )
 
 
@@ -99,7 +98,7 @@ def remarks(fit: Fit, checkpoint: Checkpoint) -> tuple[str, ...]:
     unused = tuple(name for name in fit.unused if name in checkpoint.entries or name not in checkpoint.choice.mapped)
     if not unused:
         return checkpoint.remarks()
-    what = f"{checkpoint.folder / CONFIG} describes a model that does not use {listed(unused)} of its weights"
+    what = f"{checkpoint.description} describes a model that does not use {listed(unused)} of its weights"
     return (*checkpoint.remarks(), what)
 
 
@@ -113,14 +112,34 @@ def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any
 
     Tensors in a dtype that cannot be computed in are held back, so that they count as missing.
     """
+    return _loaded_hollow(checkpoint, model)[1]
+
+
+def stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+    """Return the stored name of every parameter of ``model`` that transformers loads as it is, under whatever name.
+
+    Transformers loads a checkpoint in which every tensor holds its own number and nothing else, and the numbers that
+    the parameters have afterwards tell the names. Allocates nothing for what is stored.
+    """
+    loaded, _ = _loaded_hollow(checkpoint, model)
+    stored, names = list(checkpoint.entries.values()), dict[str, str]()
+    for name, parameter in loaded.named_parameters(remove_duplicate=False):
+        number = 0 if parameter.is_meta or not parameter.numel() else int(parameter.detach().reshape(-1)[0])
+        # A parameter that was put together from several tensors has another shape than each of them.
+        if 0 < number <= len(stored) and stored[number - 1].shape == tuple(parameter.shape):
+            names[name] = stored[number - 1].name
+    return names
+
+
+def _loaded_hollow(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Have transformers load the names and shapes of a checkpoint; every tensor holds its number, counted from 1."""
     # Every element of such a tensor is the same one in memory, so that a checkpoint of any size takes a few bytes.
-    one = torch.zeros((), dtype=torch.float32)
-    entries = checkpoint.entries.values()
-    hollow = {entry.name: one.expand(entry.shape) for entry in entries if _is_computed(entry)}
+    entries = enumerate(checkpoint.entries.values(), start=1)
+    hollow = {entry.name: torch.tensor(float(n)).expand(entry.shape) for n, entry in entries if _is_computed(entry)}
     kind: Any = _uninitialised(type(model))
     try:
         with quiet():
-            _, info = kind.from_pretrained(
+            loaded, info = kind.from_pretrained(
                 None,
                 config=model.config,
                 state_dict=hollow,
@@ -131,8 +150,8 @@ def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any
     # Transformers raises many kinds of errors for an unusable checkpoint; the user can correct it.
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"transformers cannot load the checkpoint in {checkpoint.folder}: {lines[0]}") from error
-    return info
+        raise ModelError(f"transformers cannot load the checkpoint in {checkpoint.place}: {lines[0]}") from error
+    return loaded, info
 
 
 @contextmanager
@@ -148,9 +167,6 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if shown:
             log.enable_progress_bar()
-
-
-_REMEDY = f"download the checkpoint again, or correct {CONFIG}"
 
 
 def _uninitialised(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -225,8 +241,8 @@ def _refusal(name: str, parameter: Tensor, checkpoint: Checkpoint) -> ModelError
         stored, overflowed = name, False
     if overflowed:
         kind = str(parameter.dtype).removeprefix("torch.")
-        return ModelError(f"{stored} of {checkpoint.folder} overflows in {kind}; use --dtype bfloat16 or float32")
+        return ModelError(f"{stored} of {checkpoint.place} overflows in {kind}; use --dtype bfloat16 or float32")
     return ModelError(
-        f"{stored} of {checkpoint.folder} holds numbers that are not finite (NaN or infinite), so the model computes "
+        f"{stored} of {checkpoint.place} holds numbers that are not finite (NaN or infinite), so the model computes "
         "nothing; download it again or choose another checkpoint"
     )

@@ -242,8 +242,8 @@ def _refuse_other(name: str, commit: str | None, folder: Path) -> None:
         raise ModelError(f"the hub's cache lacks config.json of {name}, and the hub cannot be reached to fetch it")
     if any(file.endswith(".gguf") for file in files):
         raise ModelError(
-            f"{name} holds GGUF files, which cannot be edited; choose the repository with safetensors that they were "
-            "made from"
+            f"{name} holds GGUF files; fetch the one to edit with 'hf download {name} FILE' and pass that file, or "
+            "choose the repository with safetensors that they were made from"
         )
     raise ModelError(f"{name} has no config.json on the hub, so it is no model of transformers")
 
@@ -261,8 +261,8 @@ def _no_weights(name: str, commit: str | None, folder: Path, candidates: list[st
         )
     if any(fnmatch(file, pattern) for file in files if "/" not in file for pattern in _PICKLES):
         return (
-            f"{name} has its weights on the hub only as pickle files, which editcli never opens; convert it to "
-            "safetensors first (load it with transformers where you trust it, then save_pretrained)"
+            f"{name} has its weights on the hub only as pickle files; fetch them with 'hf download "
+            f"{name}' and pass that folder with --convert-bin"
         )
     return f"{name} {lacks}; is it a causal language model of transformers?"
 

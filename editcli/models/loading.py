@@ -6,11 +6,15 @@ be read tensor by tensor afterwards.
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,17 +37,23 @@ from editcli.models.fit import (
     refuse_misfit,
     refuse_nonfinite,
     remarks,
+    stored_names,
 )
+from editcli.models.fp8 import Fp8Checkpoint, is_fp8, quantisation_of
+from editcli.models.gguf import GgufCheckpoint, gguf_in
 from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page, repository_of
 from editcli.models.kv_cache import supports_kv_cache
 from editcli.models.offload import device_of
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens
+from editcli.models.towers import auto_class
 from editcli.reporting import Reporter, Silent
 from editcli.storage.beside import check_small_files
-from editcli.storage.checkpoint import Checkpoint, owned
-from editcli.storage.choice import refuse_adapter
+from editcli.storage.checkpoint import Checkpoint, file_digest, owned
+from editcli.storage.choice import has_safetensors, refuse_adapter
+from editcli.storage.gguf import SUFFIX
 from editcli.storage.opening import is_there
+from editcli.storage.pickles import convert_pickles, has_pickles
 
 BUNDLED = "bundled"
 """The name of the small trained model that ships inside the package."""
@@ -56,6 +66,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 @dataclass(frozen=True)
+class Converted:
+    """A model in pickle files, and its temporary copy in safetensors, which is removed together with this."""
+
+    origin: Path
+    folder: Path
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """A model folder on this disk, and the name that the user gave for it."""
 
@@ -63,16 +84,40 @@ class ModelSource:
     folder: Path
     revision: str | None = None
     """Branch, tag or commit of a hub id, as it was asked for."""
+    gguf: Path | None = None
+    """The file that holds the whole model; None for an ordinary folder."""
+    converted: Converted | None = None
+    """The folder of which this one is a temporary copy; None for any other."""
+
+    @property
+    def place(self) -> Path:
+        """The path under which the model can be found again."""
+        return self.checkpoint.place if self.converted is None else self.converted.origin
 
     @property
     def commit(self) -> str | None:
         """The commit of a hub repository that this is a copy of."""
-        return self.folder.name if is_hub_copy(self.folder) else None
+        return self.folder.name if self.gguf is None and is_hub_copy(self.folder) else None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The model's files; their headers are read once."""
-        return Checkpoint(self.folder)
+        if self.gguf is not None:
+            return GgufCheckpoint(self.gguf, skeleton)
+        return (Fp8Checkpoint if is_fp8(self.folder) else Checkpoint)(self.folder, self._names)
+
+    def _names(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+        try:
+            return stored_names(checkpoint, skeleton(load_config(self)))
+        except ModelError:
+            # A model that only its own code can build has no other names than those that were looked for already.
+            return {}
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """The sha256 of the tokenizer's file; empty where there is none, as in a GGUF, which holds its tokenizer."""
+        path = self.folder / "tokenizer.json"
+        return file_digest(path) if self.gguf is None and path.is_file() else ""
 
 
 @dataclass(frozen=True)
@@ -125,13 +170,19 @@ def bundled_folder() -> Path:
 
 
 def resolve_model(
-    source: str | Path | None, *, revision: str | None = None, weights: bool = True, code: bool = False
+    source: str | Path | None,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    code: bool = False,
+    convert: bool = False,
 ) -> ModelSource:
     """Return the local folder of a model; fetch a hub id when it is not cached. Raises :class:`ModelError`.
 
     ``ID@REVISION`` names a branch, tag or commit of a hub id as well, wherever a model can be named. Without
     ``weights`` only the small files of a hub id are fetched, and its Python files with ``code`` alone. A folder of the
-    hub's cache is the commit that it is a copy of, under the repository's id.
+    hub's cache is the commit that it is a copy of, under the repository's id. With ``convert`` a folder of pickle
+    files is converted into a temporary copy, which goes with the source.
     """
     if source is None or str(source) == BUNDLED:
         return ModelSource(BUNDLED, bundled_folder())
@@ -140,6 +191,9 @@ def resolve_model(
     if folder.is_dir():
         refuse_adapter(folder)
         if not is_there(folder / "config.json"):
+            file = gguf_in(folder)
+            if file is not None:
+                return _of_file(name, file)
             if (folder / _RUN).is_file():
                 raise ModelError(
                     f"the run in {name} has written no model yet; continue it with 'editcli apply --resume'"
@@ -147,10 +201,14 @@ def resolve_model(
             raise ModelError(f"{name} is a folder without config.json; is it a Hugging Face model folder?")
         folder = folder.resolve()
         check_small_files(folder)
+        if convert and weights and has_pickles(folder) and not has_safetensors(folder):
+            return _converted(name, folder)
         repository = repository_of(folder)
         return ModelSource(name, folder) if repository is None else ModelSource(repository, folder, folder.name)
     if folder.exists():
-        raise ModelError(f"{name} is a file; pass the model's folder")
+        if folder.suffix == SUFFIX:
+            return _of_file(name, folder)
+        raise ModelError(f"{name} is a file; pass the model's folder, or a file that ends in {SUFFIX}")
     id, at, pinned = name.partition("@")
     if name.startswith((".", "/", "~")) or not _HUB_ID.match(id) or (at and not _REVISION.match(pinned)):
         raise ModelError(f"there is no model folder {name}; check the path")
@@ -160,11 +218,32 @@ def resolve_model(
     return ModelSource(id, fetch(id, revision, weights=weights, code=code), revision)
 
 
-def first_model(places: Iterable[str], *, code: bool = False) -> ModelSource | None:
+def _of_file(name: str, file: Path) -> ModelSource:
+    """Return the model of a GGUF; raise :class:`ModelError` where its header cannot be true."""
+    file = file.absolute()
+    source = ModelSource(name, file.parent.resolve(), gguf=file)
+    assert isinstance(source.checkpoint, GgufCheckpoint), "it has a file"
+    source.checkpoint.header  # noqa: B018 - a damaged file is refused before any library opens it.
+    return source
+
+
+def _converted(name: str, folder: Path) -> ModelSource:
+    made = Converted(folder, Path(tempfile.mkdtemp(prefix="editcli-bin-")))
+    convert_pickles(folder, made.folder)
+    return ModelSource(name, made.folder, converted=made)
+
+
+def model_in(folder: Path) -> ModelSource:
+    """Return the model that a run or an export has written to a folder."""
+    file = None if is_there(folder / "config.json") else gguf_in(folder)
+    return ModelSource(str(folder), folder, gguf=file)
+
+
+def first_model(places: Iterable[str], *, code: bool = False, convert: bool = False) -> ModelSource | None:
     """Return the first of some places where there is a model; None where there is none in any of them."""
     for place in places:
         try:
-            return resolve_model(place, code=code)
+            return resolve_model(place, code=code, convert=convert)
         except ModelError:
             # It was moved or is out of reach; another place may still lead to it.
             continue
@@ -226,15 +305,21 @@ def _read_weights(
         raise ModelError("spreading a model over devices needs accelerate: pip install 'editcli[sharding]'")
     options = {"device_map": loading.device_map} if loading.device_map else _straight_to(place)
     options = loading_options(config) if split else options
-    model_class: Any = transformers.AutoModelForCausalLM
+    dtype = choose_dtype(loading.dtype, config, place)
     with _in_one_sentence(source, place), quiet():
+        state = checkpoint.state(dtype)
+        model_class: Any = auto_class(config)
+        if state is None:
+            options |= {"trust_remote_code": loading.trust_remote_code, "local_files_only": True}
+            options["use_safetensors"] = True
+        else:
+            # Only the class itself takes weights that lie in no file of transformers'.
+            model_class = type(skeleton(config, loading.trust_remote_code))
+            options["state_dict"] = state
         model, info = model_class.from_pretrained(
-            source.folder,
+            source.folder if state is None else None,
             config=config,
-            dtype=choose_dtype(loading.dtype, config, place),
-            trust_remote_code=loading.trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
+            dtype=dtype,
             ignore_mismatched_sizes=True,
             # The names of its tensors that the model and the checkpoint do not share.
             output_loading_info=True,
@@ -242,7 +327,7 @@ def _read_weights(
         )
         fit = fit_of(info, model)
         refuse_misfit(fit, checkpoint, model)
-        if not options:
+        if "device_map" not in options:
             model = model.to(place)
         _own(model)
     return model, fit
@@ -269,7 +354,10 @@ def refuse_unopenable(folder: Path, *, trust_remote_code: bool = False) -> None:
     Config, code, tokenizer and the choice of the weights' files are those of ``from_pretrained(folder)``; of the
     weights only names and shapes are read.
     """
-    source = ModelSource(str(folder), folder)
+    source = model_in(folder)
+    if source.gguf is not None:
+        # It has the metadata of the file that was opened, byte for byte.
+        return
     config = load_config(source, trust_remote_code=trust_remote_code)
     load_tokens(source, config, trust_remote_code=trust_remote_code)
     bare = skeleton(config, trust_remote_code)
@@ -295,6 +383,8 @@ def _straight_to(place: torch.device) -> dict[str, Any]:
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """Read a model's config."""
+    if isinstance(source.checkpoint, GgufCheckpoint):
+        return copy.deepcopy(source.checkpoint.config)
     try:
         config = transformers.AutoConfig.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -303,6 +393,9 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         _refuse_code(source, "config.json", trust_remote_code, error)
         raise ModelError(f"cannot read the config of {source.folder}: {first_line(error)}") from error
+    if quantisation_of(source.folder) and isinstance(source.checkpoint, Fp8Checkpoint):
+        # The weights are handed over as plain numbers.
+        delattr(config, "quantization_config")
     kind = getattr(config, "dtype", None)
     if isinstance(kind, torch.dtype) and kind not in COMPUTED:
         raise ModelError(
@@ -316,10 +409,14 @@ def load_tokens(
     source: ModelSource, config: Any, *, chat_template: bool | ChatSettings = False, trust_remote_code: bool = False
 ) -> Tokens:
     """Read a model's tokenizer; raise :class:`ModelError` when it is not a fast one."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(source.checkpoint, GgufCheckpoint):
+        return Tokens(source.checkpoint.tokenizer, max_length=length, chat_template=chat_template)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.folder, use_fast=True, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        _try_out(tokenizer)
     # The tokenizers library raises a bare Exception for a file that it cannot parse.
     except Exception as error:
         _refuse_code(source, "tokenizer_config.json", trust_remote_code, error)
@@ -328,9 +425,14 @@ def load_tokens(
             what = "has no tokenizer; copy tokenizer.json and tokenizer_config.json into it"
             raise ModelError(f"{source.folder} {what}") from error
         raise ModelError(f"cannot load a tokenizer from {source.folder}: {first_line(error)}") from error
-    text_config = config.get_text_config()
-    length = getattr(text_config, "max_position_embeddings", None)
     return Tokens(tokenizer, max_length=length, chat_template=chat_template)
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Use a tokenizer once: a setting of another type is noticed only then, as one of many errors."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    _ = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
 
 
 def _refuse_code(source: ModelSource, file: str, trusted: bool, error: Exception) -> None:

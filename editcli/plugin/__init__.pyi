@@ -40,6 +40,7 @@ from editcli.plugin.nullspace import NullSpaceOptions as NullSpaceOptions
 from editcli.plugin.nullspace import null_space as null_space
 from editcli.plugin.nullspace import unused as unused
 from editcli.plugin.options import option as option
+from editcli.plugin.saved import SavedState as SavedState
 from editcli.plugin.stacks import NamedStack as NamedStack
 from editcli.plugin.stacks import stacks_in as stacks_in
 from editcli.reporting import Reporter as Reporter

@@ -9,8 +9,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from editcli.errors import StateError
 from editcli.plugin.interfaces import Editor, Problem, Session, Site, State, Update
+from editcli.plugin.saved import SavedState
 from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
@@ -59,17 +59,29 @@ class InverseGramEditor(Editor):
                 )
                 advance(1)
 
+    @property
+    def releases(self) -> bool:
+        return self.remembers
+
+    def releasable(self, session: Session, site: Site, keys: Tensor) -> Sequence[int]:
+        return self.memory[site.module].releasable(keys)
+
     def solve(self, session: Session, problem: Problem) -> Update:
-        return self.memory[problem.site.module].solve(problem.keys, problem.residual)
+        memory = self.memory[problem.site.module]
+        if problem.released is not None:
+            memory = memory.released(problem.released)
+        return memory.solve(problem.keys, problem.residual)
 
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
         if self.remembers:
             for problem in problems:
-                self.advance(problem.site, problem.keys)
+                self.advance(problem.site, problem.remembered, released=problem.released)
 
-    def advance(self, site: Site, keys: Tensor) -> None:
-        """Down-date the Q of ``site`` by ``keys`` (d_in, n)."""
-        self.memory[site.module] = self.memory[site.module].downdated(keys)
+    def advance(self, site: Site, keys: Tensor, *, released: Tensor | None = None) -> None:
+        """Down-date the Q of ``site`` by ``keys`` (d_in, n), after it let go of ``released`` (d_in, m)."""
+        memory = self.memory[site.module]
+        memory = memory if released is None else memory.released(released)
+        self.memory[site.module] = memory.downdated(keys)
 
     def state(self) -> State:
         """Return Q of each site as ``<module>.inverse_gram``, nothing for an editor that does not remember."""
@@ -78,20 +90,17 @@ class InverseGramEditor(Editor):
         return State({f"{module}.inverse_gram": gram.matrix for module, gram in self.memory.items()})
 
     def load_state(self, session: Session, state: State) -> None:
-        """Take Q back bit by bit; an editor that does not remember is prepared again from the statistics."""
+        """Take Q back bit by bit; an editor that does not remember is prepared again from the statistics.
+
+        Raises :class:`StateError` where a Q is missing or is not (d_in, d_in) finite numbers.
+        """
         from editcli.plugin.leastsquares import InverseGram
 
         if not self.remembers:
             self.prepare(session)
             return
+        saved = SavedState(self.name, state)
         for site in session.sites:
-            matrix = state.tensors.get(f"{site.module}.inverse_gram")
-            if matrix is None:
-                raise StateError(f"the saved state of {self.name} has nothing for {site.module}; start a new run")
             size = session.weight(site).shape[1]
-            if matrix.shape != (size, size) or not matrix.is_floating_point():
-                raise StateError(
-                    f"the saved state of {self.name} for {site.module} is {matrix.dtype} {tuple(matrix.shape)} in "
-                    f"place of numbers {size} x {size}; restore it from a backup"
-                )
+            matrix = saved.tensor(f"{site.module}.inverse_gram", (size, size))
             self.memory[site.module] = InverseGram(matrix.to(session.device), site.module, session.reporter)

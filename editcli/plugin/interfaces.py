@@ -28,8 +28,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
+from editcli.errors import StateError
 from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Optimised target values of a batch at the last edited layer, (d, n) each, float32.
+    """Optimised target values of a batch at the last layer of its stage, (d, n) each, float32.
 
     ``target`` is z = h + delta, ``initial`` is h, ``written`` is m, the output of that layer's MLP.
     """
@@ -95,6 +97,26 @@ class Problem:
     site: Site
     keys: Tensor
     residual: Tensor
+    released: Tensor | None = None
+    """(d_in, m) keys that the editor's memory lets go of before it solves: those of edits that this batch contradicts;
+    None for none."""
+    held: Tensor | None = None
+    """(d_in, n) keys by which the batch is remembered, where they are not ``keys``; see :meth:`Editor.completed`."""
+
+    @property
+    def remembered(self) -> Tensor:
+        """The keys by which the batch is remembered, (d_in, n)."""
+        return self.keys if self.held is None else self.held
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """The tensors that it is made of, by the names of its fields; a run records them."""
+        parts = {"keys": self.keys, "residual": self.residual, "released": self.released, "held": self.held}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """Return the problem with every tensor changed by ``change``, which keeps shapes."""
+        return Problem(self.site, **{name: change(part) for name, part in self.parts.items()})
 
 
 class Update(ABC):
@@ -228,6 +250,15 @@ class Session(Protocol):
     @property
     def sites(self) -> Sequence[Site]:
         """The edited sites in the order they are written."""
+        ...
+
+    @property
+    def stages(self) -> Sequence[Session]:
+        """The parts of a batch that have targets of their own, in the order they are written: sessions of some sites.
+
+        One with all sites; with ``targets.per_layer`` one for each site. The last site of a stage is where its target
+        values are.
+        """
         ...
 
     @property
@@ -393,7 +424,7 @@ class Editor(Component):
         return None
 
     def values(self, session: Session, requests: Sequence[EditRequest]) -> Values:
-        """Optimise the batch's target values on the current model; called once per batch, before the first write."""
+        """Optimise the batch's target values on the current model; called once per stage, before its first write."""
         return session.values(requests)
 
     def problem(self, session: Session, requests: Sequence[EditRequest], site: Site, values: Values) -> Problem:
@@ -403,6 +434,25 @@ class Editor(Component):
     def solve(self, session: Session, problem: Problem) -> Update:
         """Return the update that writes ``problem``; changes nothing, neither the model nor this editor."""
         raise NotImplementedError(f"{type(self).__name__} must implement solve()")
+
+    @property
+    def releases(self) -> bool:
+        """Whether its memory can let go of the keys of edits that a later batch contradicts: :meth:`releasable`."""
+        return False
+
+    def releasable(self, session: Session, site: Site, keys: Tensor) -> Sequence[int]:
+        """Return the columns of ``keys`` (d_in, m), remembered earlier, that the memory of ``site`` can let go of.
+
+        :meth:`solve` and :meth:`remember` find these keys in :attr:`Problem.released` then. Called if :attr:`releases`.
+        """
+        return ()
+
+    def completed(self, session: Session, requests: Sequence[EditRequest], problem: Problem) -> Problem:
+        """Return a problem with what :meth:`remember` reads from the model once all sites of its batch are written.
+
+        It is recorded, so that an undo and a later release have the same keys. The default adds nothing.
+        """
+        return problem
 
     def begin(self, session: Session, requests: Sequence[EditRequest]) -> None:
         """Measure a batch on the current model, before its first write; for an editor without target values."""
@@ -436,6 +486,34 @@ class Stabilizer(Component):
     ``problems`` are updates that it judges by their keys or residual. An editor without target values has neither
     values nor problems, and a run with one warns of a stabilizer that acts on nothing else.
     """
+    feeds_back: bool = False
+    """Whether the next batch is given what :meth:`stabilize_update` took from this one: error feedback.
+
+    See :mod:`editcli.editing.feedback`. Set :attr:`remembers` as well. It is of no use to a linear projection, which
+    takes the same part from every update and would take it again.
+    """
+
+    lost: Mapping[str, Tensor] = MappingProxyType({})
+    """f(D) - D of the last batch by module name, (d_out, d_in) float32 each; empty unless :attr:`feeds_back`."""
+
+    def state(self) -> State:
+        """Return :attr:`lost` as ``<module>.lost``; a stabilizer with more state adds to it."""
+        return State({f"{module}.lost": lost for module, lost in self.lost.items()})
+
+    def load_state(self, session: Session, state: State) -> None:
+        """Take :attr:`lost` back, and prepare the rest again; raise :class:`StateError` where it does not fit."""
+        self.prepare(session)
+        parts = {site: state.tensors.get(f"{site.module}.lost") for site in session.sites} if self.feeds_back else {}
+        for site, lost in parts.items():
+            if lost is None:
+                continue
+            weight = session.weight(site)
+            if lost.shape != weight.shape or not lost.is_floating_point():
+                raise StateError(
+                    f"the saved state of {self.name} for {site.module} is {lost.dtype} {tuple(lost.shape)} in place of "
+                    f"numbers {weight.shape[0]} x {weight.shape[1]}; restore it from a backup"
+                )
+            self.lost = {**self.lost, site.module: lost.to(weight.device)}
 
     def stabilize_values(self, session: Session, values: Values) -> Values:
         """Return the values to write instead."""

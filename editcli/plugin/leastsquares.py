@@ -6,6 +6,7 @@ already, such as w C with C = E[k k^T] in MEMIT ::
 
     D = R (I + K^T Q K)^-1 K^T Q            the update: O(d_in^2 n), no d_in^3 after ``prepare``
     Q <- Q - Q K (I + K^T Q K)^-1 K^T Q     the memory of it (Woodbury)
+    Q <- Q + Q K (I - K^T Q K)^-1 K^T Q     the memory let go of it again
 
 Q is float64 on a CPU and float32 elsewhere, symmetric after every step. The n x n systems are always solved in
 float64 on the CPU: they are small, and not every accelerator has float64.
@@ -74,6 +75,41 @@ class InverseGram:
         if not bool((matrix.diagonal() >= -slack).all()):
             raise NumericalError("the memory of past edits lost definiteness", site=self.site, condition=float("inf"))
         return replace(self, matrix=matrix)
+
+    def releasable(self, keys: Tensor) -> list[int]:
+        """Return the columns of ``keys`` (d_in, m) that Q can let go of together, the first ones before the later.
+
+        Q can while I - K^T Q K stays positive definite by more than its rounding: always for keys that it was
+        :meth:`downdated` by, as far as their number format tells them apart.
+        """
+        keys = keys.to(self.matrix)
+        system, rounding = self._remainder(keys)
+        chosen: list[int] = []
+        for column in range(keys.shape[1]):
+            tried = [*chosen, column]
+            part = system[tried][:, tried] - rounding * torch.eye(len(tried), dtype=system.dtype)
+            if int(torch.linalg.cholesky_ex(part).info) == 0:
+                chosen = tried
+        return chosen
+
+    def released(self, keys: Tensor) -> InverseGram:
+        """Return Q without ``keys`` (d_in, m) that were remembered: Q + Q K (I - K^T Q K)^-1 K^T Q.
+
+        The opposite of :meth:`downdated`. Raises :class:`NumericalError` for keys that are not :meth:`releasable`.
+        """
+        keys = keys.to(self.matrix)
+        factor, failed = torch.linalg.cholesky_ex(self._remainder(keys)[0])
+        if int(failed) != 0:
+            raise NumericalError("the memory of past edits lost definiteness", site=self.site, condition=float("inf"))
+        image = self.matrix @ keys
+        root = torch.linalg.solve_triangular(factor, image.T.to("cpu", torch.float64), upper=False).T.to(self.matrix)
+        return replace(self, matrix=symmetrise(torch.addmm(self.matrix, root, root.T)))
+
+    def _remainder(self, keys: Tensor) -> tuple[Tensor, float]:
+        """Return I - K^T Q K, (m, m) float64 on the CPU, and a bound of its rounding."""
+        gram = symmetric((keys.T @ (self.matrix @ keys)).to("cpu", torch.float64))
+        spread = keys.abs().T @ self.matrix.diagonal().clamp_min(0).sqrt()
+        return torch.eye(gram.shape[0], dtype=gram.dtype) - gram, self._rounding(spread.max())
 
     def _factor(self, keys: Tensor, image: Tensor, *, exact: bool = False) -> Tensor:
         """Return the Cholesky factor of K^T Q K (+ I unless ``exact``), (n, n) float64 on the CPU."""

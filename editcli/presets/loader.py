@@ -76,6 +76,8 @@ def load_preset(config: Any, architecture: Architecture, given: str | Mapping[st
 def sizes_of(config: Any, architecture: Architecture) -> Sizes:
     """Return the sizes by which a model's preset is matched."""
     rows, columns = architecture.shape(0)
+    # Of a model that reads images as well, the sizes are those of its text tower.
+    config = config.get_text_config()
     return Sizes(config.model_type, architecture.layers, rows, columns, getattr(config, "vocab_size", None))
 
 

@@ -16,6 +16,8 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from editcli.formatting import finite
+from editcli.storage.conversion import UnreadableError, reason
 from editcli.storage.lines import is_deep
 from editcli.storage.opening import RECORD, Kind, read_bytes
 
@@ -33,10 +35,6 @@ Figures = Mapping[str, int | float | None]
 """Figures by name, null where there is none."""
 Options = Mapping[str, Mapping[str, Any]]
 """Settings of components by name."""
-
-
-class UnreadableError(ValueError):
-    """A value is not the record that it should be; the text says where and why, but not in which file."""
 
 
 def later(default: Any = None, *, factory: Any = dataclasses.MISSING) -> Any:
@@ -72,19 +70,10 @@ def parse(text: bytes | str) -> Any:
     return value
 
 
-def convert(value: Any, kind: type[T], *, texts: bool = False) -> T:
-    """Return a parsed value as ``kind``; raise :class:`UnreadableError` naming the field that does not fit.
-
-    With ``texts``, numbers are written as texts, as the metadata of a safetensors file are.
-    """
-    try:
-        return msgspec.convert(value, kind, strict=not texts)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise UnreadableError(_reason(error)) from error
-
-
 def decode(text: bytes | str, kind: type[T]) -> T:
-    """Return a JSON text as ``kind``, which must leave no value untyped; raise as :func:`convert` does."""
+    """Return a JSON text as ``kind``, which must leave no value untyped; raise
+    :class:`UnreadableError` naming the field that does not fit.
+    """
     return _decoded(text, kind)
 
 
@@ -103,12 +92,21 @@ def encode(value: Any, source: Any = None) -> Any:
     return value
 
 
-def to_text(value: Any, read: Callable[[Any], Any]) -> str:
-    """Return a value as a JSON text that can be parsed and ``read`` again; else raise :class:`UnreadableError`."""
+class TooLargeError(UnreadableError):
+    """A record would be larger than what is read of it."""
+
+
+def to_text(value: Any, read: Callable[[Any], Any], *, limit: int = RECORD.limit) -> str:
+    """Return a value as a JSON text that can be parsed and ``read`` again; else raise :class:`UnreadableError`.
+
+    A number that is not finite becomes null. Raises :class:`TooLargeError` beyond ``limit`` bytes.
+    """
     try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (ValueError, TypeError, RecursionError) as error:
         raise UnreadableError(str(error)) from error
+    if len(text.encode("utf-8", "surrogatepass")) > limit:
+        raise TooLargeError(f"it would be larger than {limit:,} bytes, the most that is read of it")
     read(parse(text))
     return text
 
@@ -127,18 +125,7 @@ def _decoded(text: bytes | str, kind: Any) -> Any:
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        raise UnreadableError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    """Return msgspec's sentence with the field first, as its owner would write it: ``edits.read``."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    what, _, place = str(error).rpartition(" - at ")
-    if not what:
-        return str(error)
-    field = place.strip("`").removeprefix("$").removeprefix(".").replace("[...]", "[]")
-    return f"{field.removeprefix('key in ')}: {what}" if field else what
+        raise UnreadableError(reason(error)) from error
 
 
 def refuse_nul(value: Any) -> None:

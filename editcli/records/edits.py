@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from editcli.records.decoding import Count, UnreadableError, decode
 from editcli.records.history import History
@@ -14,7 +13,7 @@ from editcli.reporting import Rejection
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import Superseded
 from editcli.storage.files import write_lines
-from editcli.storage.opening import TABLE, read_bytes
+from editcli.storage.opening import TABLE, is_there, read_bytes
 
 if TYPE_CHECKING:
     from editcli.records.state import RunFolder
@@ -40,7 +39,10 @@ class Rejections:
     ):
         self._folder, self._file = folder, file
         self._here = tuple(one for one in rejected if one.superseded_by is None or one.id not in written)
-        self._earlier = self._of_other_files() if resumed else []
+        self.earlier = read_table(folder.rejected, RejectedLine) if resumed else Table(folder.rejected)
+        """The table that the run wrote before; its lines about other files stay."""
+        # An edit that was read and given up has no file: the stream itself tells about it.
+        self._earlier = [line for line in self.earlier.lines if line.file not in (None, file)]
 
     @property
     def all(self) -> tuple[Rejection, ...]:
@@ -54,11 +56,6 @@ class Rejections:
         dropped = [_line(one, None) for one in rejected if one not in known]
         lines = [*map(_to_json, self._earlier), *(_line(one, self._file) for one in self._here), *dropped]
         write_lines(self._folder.rejected, lines)
-
-    def _of_other_files(self) -> list[RejectedLine]:
-        """Read the lines of other files; one that is damaged costs its own line of a table."""
-        # An edit that was read and given up has no file: the stream itself tells about it.
-        return [line for line in read_lines(self._folder.rejected, RejectedLine) if line.file not in (None, self._file)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,11 +130,11 @@ class EditRow:
 
 def edit_rows(history: History) -> Iterator[EditRow]:
     """Yield every edit in the order in which it was written, then those that were not."""
-    rejected = read_lines(history.folder.rejected, RejectedLine)
+    rejected = read_table(history.folder.rejected, RejectedLine).lines
     # A line without a file tells of an edit that was read and then given up; an unusable line of a file is no edit,
     # and its id may be the very id that made it unusable.
     refused = {line.id: line for line in rejected if line.file is None}
-    answers = {line.id: line for line in read_lines(history.folder.outcomes, OutcomeLine)}
+    answers = {line.id: line for line in read_table(history.folder.outcomes, OutcomeLine).lines}
     norms = {edit.id: edit.norm for edit in history.top_edits(None)}
     requests = history.requests()
     for batch in history.batches:
@@ -152,18 +149,32 @@ def edit_rows(history: History) -> Iterator[EditRow]:
         yield _row(line.id or "", None, None, None, REJECTED, f"{place}: {line.reason}" if place else line.reason)
 
 
-def read_lines(path: Path, kind: type[T]) -> list[T]:
-    """Return the lines of a JSONL file as ``kind``; a missing file has none, and one that does not fit is left out."""
+@dataclass(frozen=True, slots=True)
+class Table(Generic[T]):
+    """The lines of a JSONL file beside a run's record, as far as they can be read."""
+
+    path: Path
+    lines: tuple[T, ...] = ()
+    damaged: tuple[int, ...] = ()
+    """Numbers of the lines that cannot be read, counted from 1: a torn or damaged line costs one row."""
+    problem: str | None = None
+    """Why the whole file cannot be read."""
+
+
+def read_table(path: Path, kind: type[T]) -> Table[T]:
+    """Return the lines of a JSONL file as ``kind``; a missing file has none."""
     try:
-        texts = read_bytes(path, TABLE, folder=path.parents[1]).splitlines()
-    except OSError:
-        return []
+        texts = read_bytes(path, TABLE, folder=path.parents[1]).splitlines() if is_there(path) else []
+    except OSError as error:
+        return Table(path, problem=str(error))
     lines: list[T] = []
-    for text in texts:
-        # A torn or damaged line costs one row of a table.
-        with suppress(UnreadableError):
+    damaged: list[int] = []
+    for number, text in enumerate(texts, start=1):
+        try:
             lines.append(decode(text, kind))
-    return lines
+        except UnreadableError:
+            damaged.append(number)
+    return Table(path, tuple(lines), tuple(damaged))
 
 
 def _row(

@@ -16,6 +16,7 @@ from editcli.records.journal import BatchRecord, live_batches
 from editcli.records.record import RecordedSite, RunRecord
 from editcli.records.state import RunFolder, requests_of
 from editcli.requests.schema import EditRequest
+from editcli.requests.superseding import Superseded, supersede
 from editcli.storage.checkpoint import opened_tensors
 from editcli.storage.files import read_metadata
 from editcli.storage.opening import is_there
@@ -51,6 +52,11 @@ class History:
         return self.record.provenance.base.places if self.record else ()
 
     @property
+    def converts(self) -> bool:
+        """Whether the user let the base be converted from pickle files."""
+        return self.record is not None and self.record.recipe.get("convert_bin") is True
+
+    @property
     def saved_sites(self) -> tuple[RecordedSite, ...]:
         """The edited matrices as the finished run recorded them."""
         return (self.record and self.record.sites) or ()
@@ -78,6 +84,11 @@ class History:
     def requests(self) -> dict[str, EditRequest]:
         """Return the edits by id as the segments record them, in order; unreadable segments are left out."""
         return {request.id: request for batch in self.batches for request in self._requests(batch)}
+
+    def superseded(self) -> list[Superseded]:
+        """Return the edits in force that a later one contradicts, each with that one."""
+        given_up = {edit for batch in self.batches for edit in batch.dropped}
+        return supersede(self.requests().values(), given_up=given_up)[1]
 
     def top_edits(self, count: int | None = 10) -> tuple[TopEdit, ...]:
         """Return the ``count`` edits that wrote most (None: all), where one column of the factors is one edit."""

@@ -75,6 +75,8 @@ class BatchRecord:
     """How many targets were optimised, reached the stop loss and ended clamped; empty if not counted."""
     superseded: Mapping[str, str] | None = optional()
     """Edits of the batch that were not written, each with the later edit that gives the same prompt another target."""
+    released: tuple[str, ...] | None = optional()
+    """Edits of earlier batches that the batch contradicts and whose keys left the editor's memory."""
     already_true: tuple[str, ...] | None = optional()
     """Edits whose target the model gave before the batch."""
     seconds: Mapping[str, Size] = later(factory=dict)

@@ -17,15 +17,17 @@ from editcli.records.decoding import (
     Figures,
     Options,
     Size,
+    TooLargeError,
     UnreadableError,
-    convert,
     encode,
     later,
     optional,
     read_json,
     refuse_nul,
+    to_text,
 )
 from editcli.reporting import Rejection, RunReport, SiteReport
+from editcli.storage.conversion import convert
 from editcli.storage.opening import is_there
 
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped", "interrupted"
@@ -33,6 +35,8 @@ ENDED = (DONE, STOPPED)
 """States of a run whose weights were saved as a result."""
 RECORD = Path("editcli", "run.json")
 """Where a run folder, a patch and an adapter keep their record."""
+LISTED = (None, 100_000, 10_000, 1_000, 0)
+"""Edits that were not written that a record lists at most, the first number that keeps it readable; None for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +286,8 @@ class RunRecord:
     """Names, in the order in which they act."""
     edits: EditCounts | None = optional()
     rejected: tuple[Rejected, ...] | None = optional()
-    """Edits that could not be used, and why."""
+    """Edits that could not be used, and why; the first ones where a record of all would be larger than 40 MiB
+    (`rejected.jsonl` has all)."""
     already_true: tuple[str, ...] | None = optional()
     """Edits whose target the model gave before their batch; where all are, the weights are the base's."""
     efficacy: Efficacy | None = optional()
@@ -348,6 +353,42 @@ class RunRecord:
             stopped_by=self.stopped_by or self.verdict,
             already_true=self.already_true or (),
         )
+
+
+def record_text(value: Mapping[str, Any]) -> str:
+    """Return the text of ``run.json``; raise :class:`UnreadableError` where it could not be read again.
+
+    Where hundreds of thousands of edits were not written, it names the first ones: ``rejected.jsonl`` has them all, and
+    the journal those that were true already.
+    """
+    for listed in LISTED:
+        shorter = {name: value[name][:listed] for name in ("rejected", "already_true") if value.get(name)}
+        try:
+            return to_text({**value, **shorter}, RunRecord.from_json)
+        except TooLargeError:
+            if listed == LISTED[-1]:
+                raise
+    raise AssertionError("the last one returns or raises")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise :class:`StateError` where a part of the record is a link: what it leads to would be written to."""
+    if path.is_symlink():
+        raise StateError(f"{path} is a symbolic link, which editcli does not follow to write; put a copy there")
+
+
+def record_to_resume(folder: Path) -> RunRecord | None:
+    """Return the record of a run that is to go on; raise :class:`StateError` where it cannot be read.
+
+    The stream itself does not need it. But a run that went on would write another one in its place, without the first
+    edits file, the reference text and the fields that only a newer version knows.
+    """
+    for path in (folder / RECORD, (folder / RECORD).parent):
+        refuse_link(path)
+    try:
+        return read_record(folder)
+    except StateError as error:
+        raise StateError(f"{error}, or remove that file to go on without it") from error
 
 
 def read_record(folder: Path) -> RunRecord | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from editcli.errors import PluginError, StateError
-from editcli.records.record import Provenance, read_record
+from editcli.errors import PluginError
+from editcli.records.record import Provenance, record_to_resume
 
 if TYPE_CHECKING:
     from editcli.plugin.manager import Plugins
@@ -28,11 +28,10 @@ def refuse_missing(made: Provenance, plugins: Plugins, *, run: str | Path) -> No
 
 
 def check_resumable(folder: Path, plugins: Plugins) -> None:
-    """Raise :class:`PluginError` when the run in ``folder`` needs a plugin that is not loaded; needs no torch."""
-    try:
-        record = read_record(folder)
-    except StateError:
-        # The run continues without its record, warns of that at its start and writes a new one.
-        return
+    """Raise :class:`PluginError` when the run in ``folder`` needs a plugin that is not loaded; needs no torch.
+
+    Raises :class:`StateError` where its record cannot be read.
+    """
+    record = record_to_resume(folder)
     if record is not None:
         refuse_missing(record.provenance, plugins, run=folder)

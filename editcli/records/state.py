@@ -22,21 +22,21 @@ from torch import Tensor
 
 from editcli.errors import EditError, FileError, ModelError, RequestError, StateError
 from editcli.plugin.interfaces import Dense, LowRank, Problem, Site, Update
+from editcli.plugin.saved import misfit
 from editcli.records.decoding import (
     Count,
     Options,
     UnreadableError,
-    convert,
     encode,
     later,
     optional,
     parse,
-    to_text,
 )
 from editcli.records.journal import BatchRecord, Entry, read_lines
-from editcli.records.record import RunRecord, read_record
+from editcli.records.record import RunRecord, read_record, record_text, refuse_link
 from editcli.requests.schema import EditRequest, from_record
 from editcli.storage.checkpoint import file_digest, read_header
+from editcli.storage.conversion import convert
 from editcli.storage.files import (
     is_leftover,
     read_metadata,
@@ -46,6 +46,7 @@ from editcli.storage.files import (
     write_bytes,
     write_safetensors,
 )
+from editcli.storage.folders import may_write
 from editcli.storage.opening import JOURNAL, is_there, read_bytes
 
 FORMAT = 1
@@ -93,7 +94,24 @@ class Segment:
     def problem(self, site: Site, shape: Sequence[int]) -> Problem:
         """Return the problem of a site with a (d_out, d_in) matrix; raise :class:`StateError` where it does not fit."""
         residual, keys = self._pair(site.module, ("residual", "keys"), shape)
-        return Problem(site, keys, residual)
+        more = {name: self._keys(site.module, name, (shape[1], None)) for name in ("released", "held")}
+        if more["held"] is not None and more["held"].shape != keys.shape:
+            raise StateError(f"the keys of {site.module} in {self.name} do not fit together; restore it from a backup")
+        return Problem(site, keys, residual, **more)
+
+    def remembered(self, modules: Iterable[str], column: int) -> dict[str, Tensor]:
+        """Return the keys by which an edit was remembered, (d_in,) by module; raise :class:`StateError`."""
+        found = {}
+        for module in modules:
+            held = self._keys(module, "held", (None, len(self.requests)))
+            keys = _matrix(self.tensors, f"{module}.keys", (None, len(self.requests)), self.name)
+            found[module] = (keys if held is None else held)[:, column]
+        return found
+
+    def _keys(self, module: str, name: str, shape: Sequence[int | None]) -> Tensor | None:
+        """Return keys that only some segments hold."""
+        part = f"{module}.{name}"
+        return _matrix(self.tensors, part, shape, self.name) if part in self.tensors else None
 
     def _pair(self, module: str, parts: Sequence[str], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         outer, inner = (
@@ -209,6 +227,7 @@ class RunFolder:
         output folder that is made here is removed again when the block fails before the journal was begun.
         """
         self.refuse_links()
+        self.refuse_unwritable()
         created = not self.out.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)
@@ -229,8 +248,7 @@ class RunFolder:
     def refuse_links(self) -> None:
         """Raise :class:`StateError` where a part of the record is a link: what it leads to would be written to."""
         for path in (self.folder, self.lock, self.journal, self.state, self.record, self.updates):
-            if path.is_symlink():
-                raise StateError(f"{path} is a symbolic link, which editcli does not follow to write; put a copy there")
+            refuse_link(path)
         for path, is_right, kind in (
             (self.folder, self.folder.is_dir, "folder"),
             (self.updates, self.updates.is_dir, "folder"),
@@ -238,6 +256,12 @@ class RunFolder:
         ):
             if is_there(path) and not is_right():
                 raise StateError(f"{path} is no {kind}, so it is not what editcli wrote; remove it")
+
+    def refuse_unwritable(self) -> None:
+        """Raise :class:`StateError` where a folder of the run may not be written, before any part of it changes."""
+        for path in (self.out, self.folder, self.updates):
+            if path.is_dir() and not may_write(path):
+                raise StateError(f"{path} cannot be written: there is no permission; change it, or work on a copy")
 
     def _sweep(self) -> None:
         """Remove the unfinished files of a process that was killed."""
@@ -327,7 +351,7 @@ class RunFolder:
         tensors: dict[str, Tensor] = {}
         for site, update in updates.items():
             # An editor without target values solves no problem.
-            problem = {"keys": problems[site].keys, "residual": problems[site].residual} if site in problems else {}
+            problem = problems[site].parts if site in problems else {}
             for name, tensor in {**problem, **update.parts}.items():
                 # Copies, because an editor may use the keys themselves as a factor, and the format shares nothing.
                 tensors[f"{site.module}.{name}"] = tensor.clone()
@@ -377,6 +401,15 @@ class RunFolder:
         if tuple(request.id for request in requests) != entry.edits:
             raise StateError(f"{path} holds other edits than the journal says; restore it from a backup")
         return requests
+
+    def refuse_full(self, line: str) -> None:
+        """Raise :class:`StateError` where the journal with one more line would be larger than what is read of it."""
+        size = self.journal.stat().st_size if self.journal.exists() else 0
+        if size + len(line.encode()) + 1 > JOURNAL.limit:
+            raise StateError(
+                f"{self.journal} would be larger than {JOURNAL.limit:,} bytes, the most that is read of it; end this "
+                "run, and start another one from its model with the edits that are left, in larger batches"
+            )
 
     def append(self, line: str) -> None:
         """Append one line to the journal and make it durable; a line that does not fit is taken back."""
@@ -433,7 +466,7 @@ class RunFolder:
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write run.json; raise :class:`StateError` before the first byte where it could not be read again."""
         try:
-            text = to_text(record, RunRecord.from_json)
+            text = record_text(record)
         except UnreadableError as error:
             raise StateError(f"{self.record} would not be readable: {error}; report it with the command") from error
         write_bytes(self.record, text.encode())
@@ -496,15 +529,9 @@ def _matrix(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int | None
     tensor = tensors.get(name)
     if tensor is None:
         raise StateError(f"{name} is not in {where}; restore it from a backup")
-    fits = tensor.ndim == len(shape) and all(b in (None, a) for a, b in zip(tensor.shape, shape, strict=True))
-    if not fits or not tensor.is_floating_point():
-        asked = " x ".join("n" if size is None else str(size) for size in shape)
-        raise StateError(
-            f"{name} in {where} is {tensor.dtype} {tuple(tensor.shape)} in place of numbers {asked}; restore it from a "
-            "backup"
-        )
-    if not bool(tensor.isfinite().all()):
-        raise StateError(f"{name} in {where} holds numbers that are not finite; restore it from a backup")
+    fault = misfit(tensor, shape)
+    if fault is not None:
+        raise StateError(f"{name} in {where} {fault}; restore it from a backup")
     return tensor
 
 

@@ -23,6 +23,34 @@ class Superseded:
         return f"superseded by the edit {self.by.id!r}{where}, which gives the same prompt another target"
 
 
+def edit_of(request: EditRequest) -> tuple[str, str]:
+    """Return the prompt and the target of an edit as they look."""
+    return squeezed(request.prompt), squeezed(request.target_new)
+
+
+class Prompts:
+    """The edits of a stream by their prompts as they look."""
+
+    def __init__(self, requests: Iterable[EditRequest] = ()):
+        self._by_prompt: dict[str, list[EditRequest]] = {}
+        self.add(requests)
+
+    def add(self, requests: Iterable[EditRequest]) -> None:
+        """Take the edits of a batch."""
+        for request in requests:
+            self._by_prompt.setdefault(edit_of(request)[0], []).append(request)
+
+    def contradicted(self, requests: Iterable[EditRequest]) -> list[Superseded]:
+        """Return the edits whose prompts ``requests`` give other targets, in the order of ``requests``."""
+        named = [(edit_of(request), request) for request in requests]
+        return [
+            Superseded(earlier, request)
+            for (prompt, target), request in named
+            for earlier in self._by_prompt.get(prompt, ())
+            if edit_of(earlier)[1] != target
+        ]
+
+
 def supersede(
     requests: Iterable[EditRequest], *, given_up: Container[str] = ()
 ) -> tuple[list[EditRequest], list[Superseded]]:
@@ -38,7 +66,7 @@ def supersede(
     replaced: list[Superseded] = []
     # Backwards, because the last edit of a prompt decides.
     for request in reversed(list(requests)):
-        prompt, target = squeezed(request.prompt), squeezed(request.target_new)
+        prompt, target = edit_of(request)
         holds, by = holding.get(prompt, (target, request))
         if holds == target:
             if request.id not in given_up:

@@ -100,6 +100,6 @@ def _save(opened: Opened, weights: Mapping[Site, Tensor]) -> Verified | None:
         idle, reporter = opened.stream.idle, job.context.reporter
         return write_verified(base, out, tensors, idle=idle, trust_remote_code=trusted, reporter=reporter)
     # An undo took everything back. A run that never saved a model gets none.
-    if all((out / name).is_file() for name in base.files):
+    if all((out / name).is_file() for name in base.saved_files):
         write_model(base, out, {})
     return None

@@ -174,7 +174,7 @@ def _activations(planned: Planned, base: LoadedModel, itemsize: int) -> int:
     length = planned.target_tokens / count + options.prefix_tokens
     tokens = min(options.batch_tokens, rows * length)
     outer, inner = planned.shapes[-1]
-    layers = base.architecture.layers - planned.layers[-1] - 1
+    layers = base.architecture.layers - planned.target_layers[0] - 1
     through = tokens * layers * (8 * outer + 3 * inner) * itemsize
     return int(through + 3 * _SINGLE * rows * config.vocab_size)
 
@@ -195,7 +195,7 @@ def warn_of_long_work(
     if loaded.input_device.type != "cpu" or not requests or not planned.editor.needs_values:
         return
     with reporter.phase("Measuring the speed of this machine", 1) as advance:
-        ahead = foresee(loaded, requests, planned.layers[-1], planned.targets, parts=parts)
+        ahead = foresee(loaded, requests, planned.target_layers, planned.targets, parts=parts)
         advance(1)
     if ahead is not None:
         shorter = [f"up to {duration(seconds)} with -o {setting}" for setting, seconds in ahead.remedies]
@@ -204,23 +204,29 @@ def warn_of_long_work(
 
 
 def foresee(
-    loaded: LoadedModel, requests: Sequence[EditRequest], layer: int, options: TargetOptions, *, parts: int = 1
+    loaded: LoadedModel,
+    requests: Sequence[EditRequest],
+    layers: Sequence[int],
+    options: TargetOptions,
+    *,
+    parts: int = 1,
 ) -> Foresight | None:
-    """Predict the time of optimising targets, shared by ``parts`` processes; None where it is short.
+    """Predict the time of optimising targets at ``layers``, shared by ``parts`` processes; None where it is short.
 
     The work is that of :func:`editcli.editing.targets.target_costs`, in which every edit takes all steps, and the speed
     is measured on a few edits and steps; so edits that stop early need less.
     """
 
     def work(chosen: TargetOptions, edits: Sequence[EditRequest], contexts: int) -> int:
-        return sum(target_costs(loaded, edits, contexts, layer, chosen))
+        return sum(sum(target_costs(loaded, edits, contexts, layer, chosen)) for layer in layers)
 
     whole = work(options, requests, options.prefixes + 1) / parts
     if whole / SLOW < LONG:
         return None
     brief, sample = replace(options, steps=SAMPLE_STEPS, stop_loss=0.0, stop="loss"), requests[:SAMPLE]
     started = time.perf_counter()
-    targets.optimise(loaded, sample, (), layer, brief, Silent())
+    for layer in layers:
+        targets.optimise(loaded, sample, (), layer, brief, Silent())
     speed = work(brief, sample, 1) / (time.perf_counter() - started)
     if whole / speed < LONG:
         return None

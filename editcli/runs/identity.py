@@ -8,7 +8,6 @@ from typing import Any
 
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError
-from editcli.models.loading import LoadedModel
 from editcli.records.record import Provenance
 from editcli.records.state import ReferenceSettings, StreamSettings
 from editcli.runs.planning import Planned
@@ -40,7 +39,7 @@ def stream_settings(
         targets=provenance.targets,
         layers=tuple(planned.layers),
         seed=planned.recipe.seed,
-        tokenizer=_tokenizer_digest(session.loaded),
+        tokenizer=session.loaded.source.tokenizer_digest,
         reference=_reference(moments),
         save_dtype=planned.recipe.save_dtype,
         dtype=str(next(session.loaded.model.parameters()).dtype),
@@ -64,11 +63,6 @@ def _chat(planned: Planned) -> dict[str, Any] | None:
     """Return the chat template by its hash, with its settings."""
     conversation = planned.gate.tokens.conversation
     return None if conversation is None else conversation.identity
-
-
-def _tokenizer_digest(loaded: LoadedModel) -> str:
-    path = loaded.source.folder / "tokenizer.json"
-    return file_digest(path) if path.is_file() else ""
 
 
 def _reference(moments: SecondMoments) -> ReferenceSettings:

@@ -7,8 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from editcli.distributed.team import agree_on_models
 from editcli.editing.curvature import GradientMoments
 from editcli.editing.session import PilotSource
@@ -17,7 +15,8 @@ from editcli.errors import StateError
 from editcli.models.loading import LoadedModel, choose_device
 from editcli.records.decoding import encode
 from editcli.records.edits import Rejections
-from editcli.records.record import Provenance, RunRecord
+from editcli.records.faults import table_faults
+from editcli.records.record import Provenance, record_to_resume
 from editcli.records.recovery import Recovered, recover, remaining
 from editcli.records.state import RunFolder, StreamSettings
 from editcli.reporting import Reporter
@@ -186,20 +185,13 @@ def begin(job: Job, base: Base) -> Opened:
         )
         record = Record(store, planned, moments, rejections, base.provenance)
         if recovered:
-            earlier = _earlier_record(job)
+            earlier = record_to_resume(store.folder.out)
+            for fault in table_faults(rejections.earlier):
+                job.context.reporter.warn(fault)
             if earlier is not None:
                 tell_differences(earlier.provenance, base.provenance, job.context.reporter)
         schedule.start(stream, lambda: record.begin(earlier))
     return Opened(job, base, stream, record)
-
-
-def _earlier_record(job: Job) -> RunRecord | None:
-    try:
-        return job.store.folder.read_record()
-    except StateError as error:
-        # The stream needs nothing that is in this file alone, and the end of the run writes it again.
-        job.context.reporter.warn(f"{error}; it is written anew")
-        return None
 
 
 def _stream(job: Job, base: Base) -> tuple[Stream, SecondMoments]:
@@ -253,7 +245,7 @@ def _session(job: Job, base: Base, moments: SecondMoments) -> TeamSession:
         gradient_moment=GradientMoments(base.loaded, planned.sites, moments, team=job.context.team),
         cache=moments.files,
         pilots=job.schedule.pilots,
-        save_dtype=None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype),
+        save_dtype=planning.save_dtype(recipe),
         reporter=job.context.reporter,
         seed=recipe.seed,
         solve_device=None if recipe.solve_device is None else choose_device(recipe.solve_device),

@@ -105,11 +105,11 @@ def provenance(planned: Planned, plugins: Plugins, loaded: LoadedModel) -> Prove
     return Provenance(
         base=BaseRef(
             name=source.name,
-            folder=str(source.folder),
+            folder=str(source.place),
             revision=source.revision,
             commit=source.commit,
             fingerprint=loaded.checkpoint.fingerprint(),
-            card=carried(source.folder),
+            card=carried(source.folder) if source.gguf is None else {},
         ),
         edits=FileRef(file=planned.file.source, sha256=planned.file.sha256),
         plugins=tuple(Requirement(name=b.name, distribution=b.distribution, version=b.version) for b in brought),
@@ -208,7 +208,7 @@ def _site_reports(session: ModelSession, weights: Mapping[Site, torch.Tensor]) -
     for site, weight in weights.items():
         base = session.baseline(site)
         norm = float(base.norm())
-        cast = weight.to(session.save_dtype(site)).float()
+        cast = session.as_saved(site, weight).float()
         yield SiteReport(
             module=site.module,
             layer=site.layer,

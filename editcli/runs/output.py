@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from editcli.errors import ModelError
+from editcli.models.gguf import GgufCheckpoint
 from editcli.models.loading import refuse_unopenable
 from editcli.plugin.interfaces import Site
 from editcli.reporting import Reporter, Silent
@@ -32,7 +33,9 @@ from editcli.storage.files import (
     write_bytes,
     write_safetensors,
 )
+from editcli.storage.gguf import write_gguf
 from editcli.storage.opening import BESIDE, TENSORS, check, is_own, open_regular
+from editcli.storage.packing import Packed, Piece, Stored, pieces_of, value_of
 
 if TYPE_CHECKING:
     from editcli.editing.session import ModelSession
@@ -68,25 +71,33 @@ def side_files(folder: Path) -> list[Path]:
     return files
 
 
+def side_files_of(base: Checkpoint) -> list[Path]:
+    """Return the files that belong to a model beside its weights; a GGUF holds everything itself."""
+    return [] if isinstance(base, GgufCheckpoint) else side_files(base.folder)
+
+
 def needed_bytes(base: Checkpoint) -> int:
     """Return how many bytes the edited copy of a model takes."""
     weights = sum((base.folder / name).stat().st_size for name in base.files)
-    return weights + sum(path.stat().st_size for path in side_files(base.folder))
+    return weights + sum(path.stat().st_size for path in side_files_of(base))
 
 
-def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the base model to ``out`` with ``tensors`` (by stored name, in the layout and dtype to store) replaced.
+def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write the base model to ``out`` with the weights of ``tensors`` replaced, each as the base stores it.
 
     Only the checkpoint that transformers loads is written, each tensor of it once, so that every program that opens the
     result finds the same weights.
     """
-    for path in side_files(base.folder):
+    for path in side_files_of(base):
         target = out / path.relative_to(base.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, target)
+    pieces = {key: piece for name, stored in tensors.items() for key, piece in pieces_of(name, stored).items()}
+    if isinstance(base, GgufCheckpoint):
+        write_gguf(base.header, out / base.saved_files[0], pieces)
+        return
     for name in base.files:
-        edited = {key: tensor for key, tensor in tensors.items() if base.entries[key].file == name}
-        _write_shard(base, name, out / name, edited)
+        _write_shard(base, name, out / name, {key: pieces[key] for key in pieces if base.pieces[key].file == name})
     if base.choice.index is not None:
         _write_index(base, base.choice.index, out)
 
@@ -94,7 +105,7 @@ def write_model(base: Checkpoint, out: Path, tensors: Mapping[str, Tensor]) -> N
 def write_verified(
     base: Checkpoint,
     out: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Stored],
     *,
     idle: bool = False,
     trust_remote_code: bool = False,
@@ -104,7 +115,7 @@ def write_verified(
     with (reporter or Silent()).phase("Saving", 3, "steps") as advance:
         write_model(base, out, tensors)
         advance(1)
-        verified = verify(Checkpoint(base.folder), out, tensors, idle=idle)
+        verified = verify(base.reopened(), out, tensors, idle=idle)
         advance(1)
         refuse_unopenable(out, trust_remote_code=trust_remote_code)
         advance(1)
@@ -132,46 +143,72 @@ def to_stored(weight: Tensor, entry: TensorEntry, dtype: torch.dtype, *, transpo
     return stored
 
 
-def stored_tensors(session: ModelSession, weights: Mapping[Site, Tensor]) -> dict[str, Tensor]:
+def stored_tensors(session: ModelSession, weights: Mapping[Site, Tensor]) -> dict[str, Stored]:
     """Return edited weights as they are stored, by their names in the checkpoint."""
-    stored: dict[str, Tensor] = {}
+    stored: dict[str, Stored] = {}
     for site, weight in weights.items():
-        entry = session.loaded.checkpoint.entries[session.stored_name(site)]
-        stored[entry.name] = to_stored(weight, entry, session.save_dtype(site), transposed=site.transposed)
+        name, encoded = session.stored_name(site), session.encoded(site, weight)
+        _refuse_shape(session.loaded.checkpoint.entries[name], value_of(encoded))
+        stored[name] = encoded if isinstance(encoded, Packed) else encoded.cpu().contiguous()
     return stored
 
 
-def verify(base: Checkpoint, out: Path, planned: Mapping[str, Tensor], *, idle: bool = False) -> Verified:
+def _refuse_shape(entry: TensorEntry, stored: Tensor) -> None:
+    if tuple(stored.shape) != entry.shape:
+        raise ModelError(f"{entry.name} is stored as {entry.shape}, but the edited weight is {tuple(stored.shape)}")
+
+
+def verify(base: Checkpoint, out: Path, planned: Mapping[str, Stored], *, idle: bool = False) -> Verified:
     """Reopen ``out`` and compare every tensor with the base; :class:`ModelError` on a difference not planned.
 
     Unless ``idle``, some planned tensor must differ from the base.
     """
-    written = Checkpoint(out)
-    if written.files != base.files or written.choice.index != base.choice.index:
+    written = base.copy_in(out)
+    if not base.is_like(written):
         raise ModelError(f"transformers would load other files from {out} than were written; empty it and save again")
-    if set(written.names()) != set(base.names()):
+    if set(written.pieces) != set(base.pieces):
         raise ModelError(f"the model saved in {out} lacks tensors of the base; the disk may be faulty, save again")
-    changed, unchanged = [], []
-    for name, entry in base.entries.items():
-        same = same_bytes(base.folder, entry, out, written.entries[name])
-        if name in planned:
-            if not torch.equal(written.read(name), planned[name]):
+    expected = {name: pieces_of(name, stored) for name, stored in planned.items()}
+    pieces = {key: piece for group in expected.values() for key, piece in group.items()}
+    differing = set()
+    for name, entry in base.pieces.items():
+        same = same_bytes(base.folder, entry, out, written.pieces[name])
+        if name in pieces:
+            if not _holds(out, written.pieces[name], pieces[name]):
                 raise ModelError(f"{name} in {out} is not what was written; the disk may be faulty, save again")
-            (unchanged if same else changed).append(name)
         elif not same:
             raise ModelError(f"{name} in {out} differs from the base though it was not edited; save again")
+        if not same:
+            differing.add(name)
     _refuse_other_files(base, out)
+    changed = tuple(name for name in base.entries if name in expected and differing & expected[name].keys())
     if not changed and not idle:
         raise ModelError(
             "nothing changed: every edited weight equals the base's once it is stored, because the updates are smaller "
             "than its type can hold or every edit was given up (see the rejected edits); try --save-dtype float32"
         )
-    return Verified(tuple(changed), tuple(unchanged))
+    return Verified(changed, tuple(name for name in base.entries if name in expected and name not in changed))
+
+
+def _holds(folder: Path, entry: TensorEntry, piece: Piece) -> bool:
+    """Tell whether a tensor in a file is what was to be written there."""
+    if entry.dtype != piece.kind:
+        return False
+    remaining = tensor_bytes(piece.data)
+    if len(remaining) != entry.stop - entry.start:
+        return False
+    with open_regular(folder / entry.file, TENSORS) as file:
+        file.seek(entry.start)
+        while remaining:
+            if file.read(min(CHUNK, len(remaining))) != remaining[:CHUNK]:
+                return False
+            remaining = remaining[CHUNK:]
+    return True
 
 
 def _refuse_other_files(base: Checkpoint, out: Path) -> None:
     """Raise :class:`ModelError` unless config, tokenizer, templates and code are those of the base."""
-    for path in side_files(base.folder):
+    for path in side_files_of(base):
         copy = out / path.relative_to(base.folder)
         if not copy.is_file() or file_digest(copy) != file_digest(path):
             raise ModelError(f"{copy} is not a copy of the base's; the disk may be faulty, save again")
@@ -185,21 +222,20 @@ def _write_index(base: Checkpoint, name: str, out: Path) -> None:
         write_bytes(out / name, base.index_text().encode())
 
 
-def _write_shard(base: Checkpoint, name: str, target: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_shard(base: Checkpoint, name: str, target: Path, pieces: Mapping[str, Piece]) -> None:
     source = base.folder / name
     spare = any(entry.file == name for entry in base.superseded)
-    if spare or any(tensor.dtype != base.dtype(key) for key, tensor in tensors.items()):
-        here = {key: entry for key, entry in base.entries.items() if entry.file == name and key not in tensors}
+    if spare or any(piece.kind != base.pieces[key].dtype for key, piece in pieces.items()):
+        here = {key: entry for key, entry in base.pieces.items() if entry.file == name and key not in pieces}
         copied = {key: StoredTensor(source, entry) for key, entry in here.items()}
         metadata = read_raw_header(source)[0].get("__metadata__", {"format": "pt"})
-        write_safetensors(target, {**copied, **tensors}, metadata)
+        write_safetensors(target, {**copied, **{key: piece.data for key, piece in pieces.items()}}, metadata)
         return
     with atomic(target) as file:
         copy_into(file, source)
-        for key, tensor in tensors.items():
-            entry = base.entries[key]
-            file.seek(entry.start)
-            file.write(tensor_bytes(tensor))
+        for key, piece in pieces.items():
+            file.seek(base.pieces[key].start)
+            file.write(tensor_bytes(piece.data))
         file.seek(0, os.SEEK_END)
 
 

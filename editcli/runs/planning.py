@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from editcli.distributed.team import Team
 from editcli.editing.session import ModelSession, PilotSource
 from editcli.errors import OptionError, RequestError, StateError
-from editcli.evaluation.admission import Gate, thinking_warning, without_subject
+from editcli.evaluation.admission import Gate, thinking_warning, without_subject, without_targets
 from editcli.formatting import size
 from editcli.models.architectures import Architecture, Family
 from editcli.models.fit import check_fit
@@ -49,6 +50,7 @@ from editcli.settings.core import StatisticsOptions, TargetOptions
 from editcli.settings.guards import BATCH_FIGURES, Guard, parse_guards
 from editcli.settings.recipe import Recipe
 from editcli.storage.checkpoint import Checkpoint
+from editcli.storage.folders import may_write
 
 DEFAULT_EDITOR = "rlsedit"
 DEFAULT_BATCH = 100
@@ -87,6 +89,11 @@ class Planned:
     """Bytes of the edited copy on disk."""
     footprint: Footprint | None = None
     """The memory that the run takes; None for a model that is loaded already."""
+
+    @property
+    def target_layers(self) -> tuple[int, ...]:
+        """The layers at which targets are optimised."""
+        return self.layers if self.targets.per_layer else self.layers[-1:]
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -148,10 +155,13 @@ def check(recipe: Recipe, plugins: Plugins, reporter: Reporter, *, file: EditFil
     # An output or a configuration that cannot be used is refused before weights are fetched.
     source = located(recipe, weights=False)
     check_output(recipe, source)
+    if recipe.convert_bin:
+        source = located(recipe)
     before = made(recipe, plugins)
     recipe = before.complete(recipe) if before else recipe
     base = described(recipe, source, plugins)
-    located(recipe)
+    if source.converted is None:
+        located(recipe)
     warn_of_thinking(base.tokens, reporter)
     check_fit(base.checkpoint, base.model, reporter)
     planned = replace(plan_on(base, recipe, plugins, file, before=before), model_bytes=needed_bytes(base.checkpoint))
@@ -217,13 +227,20 @@ def _measured_seconds(planned: Planned, reporter: Reporter) -> float:
     session = ModelSession(loaded, planned.layers, options=planned.targets, reporter=reporter, seed=planned.recipe.seed)
     sample = planned.requests[:TRIAL_EDITS]
     started = time.perf_counter()
-    session.values(sample)
+    for stage in session.stages:
+        stage.values(sample)
     return (time.perf_counter() - started) * len(planned.requests) / len(sample)
 
 
 def located(recipe: Recipe, *, weights: bool = True) -> ModelSource:
     """Return where the model of a recipe lies, fetched when it is a hub id."""
-    return resolve_model(recipe.model, revision=recipe.revision, weights=weights, code=recipe.trust_remote_code)
+    return resolve_model(
+        recipe.model,
+        revision=recipe.revision,
+        weights=weights,
+        code=recipe.trust_remote_code,
+        convert=recipe.convert_bin,
+    )
 
 
 def warn_of_thinking(tokens: Tokens, reporter: Reporter) -> None:
@@ -256,8 +273,8 @@ def plan_on(
     architecture = base.architecture
     preset, name, settings = _method(recipe, base, plugins, before)
     editor = component(plugins, "editor", name, settings)
-    sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor)
     gate = _gate(recipe, base, name, settings, plugins)
+    sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor, per_layer=gate.targets.per_layer)
     requests, rejected, total = usable(file, gate, skip_bad=skip)
     check_guards(guards, requests, measured=recipe.evaluate)
     return Planned(
@@ -321,9 +338,18 @@ def diagnostics(recipe: Recipe, plugins: Plugins) -> tuple[Diagnostic, ...]:
 
 
 def choose_sites(
-    recipe: Recipe, preset: Preset, architecture: Architecture, checkpoint: Checkpoint, editor: Editor
+    recipe: Recipe,
+    preset: Preset,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    editor: Editor,
+    *,
+    per_layer: bool = False,
 ) -> tuple[Site, ...]:
-    """Return the sites to edit: the layers asked for, else the preset's; only the last for a single-site editor."""
+    """Return the sites to edit: the layers asked for, else the preset's; only the last for a single-site editor.
+
+    ``per_layer`` leaves the first and the last of them, which have targets of their own: BLUE.
+    """
     layers = recipe.layers or preset.layers_for(editor.name)
     if not layers:
         raise OptionError(f"the model has only {architecture.layers} layers, too few to guess sites; pass --layers")
@@ -332,9 +358,16 @@ def choose_sites(
     sites = tuple(architecture.site(layer) for layer in layers)
     if editor.single_site:
         sites = sites[-1:]
+    elif per_layer and editor.needs_values:
+        sites = tuple(dict.fromkeys((sites[0], sites[-1])))
     for site in sites:
-        checkpoint.tensor_for(f"{site.module}.weight")
+        checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"), save_dtype(recipe))
     return sites
+
+
+def save_dtype(recipe: Recipe) -> torch.dtype | None:
+    """Return the type in which edited weights are to be saved; None for the checkpoint's own."""
+    return None if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype)
 
 
 def gate_of(recipe: Recipe, base: LoadedModel, plugins: Plugins) -> Gate:
@@ -356,8 +389,15 @@ def _method(
 def _gate(recipe: Recipe, base: LoadedModel, name: str, settings: Mapping[str, Any], plugins: Plugins) -> Gate:
     editor = cast("type[Editor]", plugins.find("editor", name).component)
     targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
-    others = without_subject(cast("type[Editor]", one.component) for one in plugins.all("editor").values())
-    return Gate(base.tokens, editor, targets, others, recipe.evaluate)
+    editors = [cast("type[Editor]", one.component) for one in plugins.all("editor").values()]
+    return Gate(
+        tokens=base.tokens,
+        editor=editor,
+        targets=targets,
+        without_subject=without_subject(editors),
+        without_targets=without_targets(editors),
+        measured=recipe.evaluate,
+    )
 
 
 def usable(file: EditFile, gate: Gate, *, skip_bad: bool) -> tuple[tuple[EditRequest, ...], tuple[Rejection, ...], int]:
@@ -397,7 +437,8 @@ def check_output(recipe: Recipe, source: ModelSource) -> None:
         raise StateError(f"{out} is a symbolic link to {out.readlink()}; pass the folder itself as --out")
     if out.exists() and not out.is_dir():
         raise StateError(f"{out} is a file; choose another --out")
-    if out.resolve() == source.folder.resolve() or out.resolve() in source.folder.resolve().parents:
+    folder = (source.folder if source.converted is None else source.converted.origin).resolve()
+    if out.resolve() == folder or out.resolve() in folder.parents:
         raise StateError(f"{out} holds the base model itself; choose another --out")
     if recipe.resume and not (run.is_run or run.is_fresh):
         raise StateError(f"{out} is not a run of editcli, so there is nothing to resume; leave out --resume")
@@ -410,7 +451,7 @@ def check_output(recipe: Recipe, source: ModelSource) -> None:
     parent = _existing(out)
     if not parent.is_dir():
         raise StateError(f"{out} cannot be made: {parent} is a file; choose another --out")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not may_write(parent):
         raise StateError(f"{out} cannot be written: no permission in {parent}; choose another --out")
 
 
@@ -440,7 +481,6 @@ def clock_of(places: Iterable[Path], team: Team) -> str:
 def _recorded_clock(folder: Path) -> str | None:
     """Return the time that a run's chat template read; None where there is no run or no such time."""
     recipe = recorded_recipe(RunFolder(folder))
-    # If a time was lost with a damaged record, the stream's settings refuse to continue.
     return None if recipe is None else recipe.template_clock
 
 

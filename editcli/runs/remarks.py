@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from editcli.editing.sinks import begins, first_is_sink
@@ -16,7 +16,7 @@ from editcli.runs.context import Context
 from editcli.runs.forecast import warn_of_long_work
 from editcli.runs.outcome import missed_targets, rounded_differently
 from editcli.runs.output import Verified
-from editcli.runs.planning import Planned
+from editcli.runs.planning import Planned, save_dtype
 
 SHOWN = 5
 """Edits that a remark names at the most."""
@@ -29,6 +29,8 @@ def announce(planned: Planned, *, new: bool, reporter: Reporter) -> None:
     if planned.footprint is not None and planned.footprint.fits:
         # The plan that --dry-run prints says what the memory is for.
         reporter.note(f"Memory: {planned.footprint.summary()}")
+    for text in _recoded(planned):
+        reporter.note(text)
     if planned.preset.label == "guessed" and planned.preset.file is None:
         layers = ", ".join(map(str, planned.layers))
         preset = "no preset for this model" if planned.preset.match is None else "untuned preset"
@@ -39,6 +41,17 @@ def announce(planned: Planned, *, new: bool, reporter: Reporter) -> None:
             reporter.warn(
                 f"{part.name} acts on target values, and {planned.editor.name} has none: it changes nothing here"
             )
+
+
+def _recoded(planned: Planned) -> Iterator[str]:
+    """Yield a sentence for every type of the edited matrices that is read but cannot be written."""
+    checkpoint, sites = planned.source.checkpoint, dict[tuple[str, str], list[str]]()
+    for site in planned.sites:
+        kinds = checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"), save_dtype(planned.recipe))
+        if kinds is not None:
+            sites.setdefault(kinds, []).append(site.module)
+    for (now, then), modules in sites.items():
+        yield f"{_listed(modules)}: stored as {now}, which can be read but not written; saved as {then}"
 
 
 def look_ahead(loaded: LoadedModel, planned: Planned, requests: Sequence[EditRequest], context: Context) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from editcli.errors import EditError
+from editcli.errors import OptionError, StateError
 from editcli.plugin.manager import Plugins
 from editcli.plugin.options import merge
 from editcli.presets.record import Preset, Settings
+from editcli.records.record import record_to_resume
 from editcli.records.state import RunFolder, StreamSettings
 from editcli.settings.core import CORE
 from editcli.settings.recipe import Recipe
@@ -75,18 +76,25 @@ def completed(saved: StreamSettings, plugins: Plugins) -> StreamSettings:
 
 
 def recorded_recipe(folder: RunFolder) -> Recipe | None:
-    """Return the recipe of a run; None where its record is damaged or of another version, which the run itself says."""
+    """Return the recipe of a run; None where it has no record.
+
+    Raises :class:`StateError` where the record cannot be read, or holds a recipe of another version.
+    """
+    record = record_to_resume(folder.out)
     try:
-        record = folder.read_record()
         return None if record is None else Recipe.from_json(record.recipe)
-    except EditError:
-        return None
+    except OptionError as error:
+        raise StateError(
+            f"{folder.record} holds a recipe that this editcli does not know ({error}); use the editcli version that "
+            "its provenance names, or remove that file to go on without it"
+        ) from error
 
 
 def _targets_before(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the target options of the time when steps had one unit and one clamp held for every family."""
+    """Return the target options of the time when steps had one unit, one clamp held for every family, each edit had an
+    offset of its own, and a target any length."""
     clamp = {"norm_clamp": values["clamp"]} if "clamp" in values else {}
-    return {"lr_kind": "absolute", "decay_kind": "absolute", **clamp}
+    return {"lr_kind": "absolute", "decay_kind": "absolute", "merge": False, "longest": None, **clamp}
 
 
 def _with_defaults(values: Mapping[str, Any], options: type[Any] | None) -> dict[str, Any]:

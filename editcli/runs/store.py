@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from editcli.evaluation.metrics import Evaluation
 from editcli.records.edits import Rejections
 from editcli.records.record import RUNNING, PilotsRef, Provenance, Reference, RunRecord
@@ -20,7 +18,8 @@ from editcli.runs.planning import Planned
 from editcli.runs.stream import Stream
 from editcli.settings.recipe import Recipe
 from editcli.statistics.moments import SecondMoments
-from editcli.storage.files import tensor_digest, write_bytes, write_lines
+from editcli.storage.files import write_bytes, write_lines
+from editcli.storage.packing import Stored, stored_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +62,9 @@ class Record:
             self.store.folder.write_record(running.to_json())
             self.rejections.write()
 
-    def note_weights(self, tensors: Mapping[str, Tensor]) -> None:
+    def note_weights(self, tensors: Mapping[str, Stored]) -> None:
         """Record the hash of every edited tensor as it is stored."""
-        self.provenance = replace(self.provenance, weights={name: tensor_digest(t) for name, t in tensors.items()})
+        self.provenance = replace(self.provenance, weights={name: stored_digest(one) for name, one in tensors.items()})
 
     def write(self, report: RunReport) -> None:
         """Write the record of a run that ended, or that can be resumed."""

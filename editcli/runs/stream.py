@@ -9,7 +9,6 @@ together, given back together.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,11 @@ from typing import Any
 import torch
 
 from editcli.distributed.team import Team
-from editcli.editing.pipeline import Written, commit, edit_batch
+from editcli.editing import feedback
+from editcli.editing.pipeline import Written, commit, edit_batch, lost_again
 from editcli.editing.session import ModelSession
 from editcli.errors import PluginError, StateError
+from editcli.formatting import finite
 from editcli.heap import give_back
 from editcli.linalg.ratios import jump, ratio
 from editcli.plugin.interfaces import (
@@ -41,14 +42,8 @@ from editcli.records.recovery import Recovered, recover
 from editcli.records.state import RunFolder, Segment, Snapshot, weights_digest
 from editcli.requests.schema import EditRequest
 from editcli.requests.superseding import supersede
+from editcli.runs.remembered import RememberedKeys
 from editcli.settings.guards import Guard, refuse_nonfinite, with_default
-
-
-def finite(value: Any) -> Any:
-    """Return figures as JSON can hold them: one that is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +115,7 @@ class Stack:
                 continue
             try:
                 part.load_state(session, state)
-            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            except UNFIT as error:
                 raise StateError(
                     f"{name} cannot take its state from the snapshot ({error}); restore it from a backup"
                 ) from error
@@ -128,6 +123,8 @@ class Stack:
         session.forget_moments()
 
 
+UNFIT = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError)
+"""What a component may raise at a state that is not the one that it saved, besides :class:`StateError`."""
 CHECKPOINT_SHARE = 0.05
 """Largest share of a run's time that snapshots may take when their spacing is left to the program."""
 
@@ -185,6 +182,7 @@ class Stream:
         self.position = Position()
         self.reports: list[BatchRecord] = []
         self._ids: set[str] = set()
+        self._keys = RememberedKeys(folder, session.sites, self.team, writes=writes)
         self._base_norms = {site: float(session.baseline(site).norm()) for site in session.sites}
         self.whole = True
         """False once a batch failed half-way: memory and folder then differ, and the folder is right."""
@@ -245,7 +243,10 @@ class Stream:
             self._guard_site(site, reports[site], before[site], where=where)
 
         with self._seeded(step):
-            written = edit_batch(self.session, self.stack.editor, self.stack.stabilizers, requests, check)
+            outdated = self._keys.outdated(requests) if self.stack.editor.releases else ()
+            written = edit_batch(
+                self.session, self.stack.editor, self.stack.stabilizers, requests, check, outdated=outdated
+            )
             try:
                 metrics = self._measure(requests, written)
                 # From here on a failure leaves components and journal apart; what is on disk stays whole.
@@ -343,23 +344,28 @@ class Stream:
         editor, session, requests = self.stack.editor, self.session, segment.requests
         problems: list[Problem] = []
         updates: dict[Site, Update] = {}
+        lost: dict[Site, feedback.Lost] = {}
+        fed_back = any(stabilizer.feeds_back for stabilizer in self.stack.stabilizers)
         with self._seeded(step):
-            if editor.remembers and not editor.needs_values:
-                # Such an editor remembers its measurement of the batch.
+            if (editor.remembers or fed_back) and not editor.needs_values:
+                # Such an editor remembers its measurement of the batch, or solves from it again.
                 editor.begin(session, requests)
             for site in session.sites:
                 shape, device = session.weight(site).shape, session.weight(site).device
                 parts = segment.update(site.module, shape).parts
                 updates[site] = update_of({name: tensor.to(device) for name, tensor in parts.items()})
-                session.write(site, updates[site])
+                problem = None
                 # Earlier versions recorded the change of an editor without target values as a problem too.
                 if editor.needs_values:
-                    problem = segment.problem(site, shape)
-                    problems.append(Problem(site, problem.keys.to(device), problem.residual.to(device)))
+                    problem = segment.problem(site, shape).mapped(lambda part, device=device: part.to(device))
+                    problems.append(problem)
+                lost |= lost_again(session, editor, self.stack.stabilizers, site, problem, updates[site])
+                session.write(site, updates[site])
             if editor.remembers:
                 editor.remember(session, requests, problems)
             for stabilizer in self.stack.remembering:
                 stabilizer.remember(session, problems, updates)
+            feedback.keep(self.stack.stabilizers, lost)
             for diagnostic in self.stack.watching:
                 diagnostic.observe(session, updates)
             self.stack.settle(session)
@@ -392,6 +398,7 @@ class Stream:
     def _take(self, live: Sequence[BatchRecord], requests: Sequence[EditRequest]) -> None:
         self.reports = list(live)
         self._ids = {request.id for request in requests}
+        self._keys.take(live, requests)
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
         # A setting that was not saved did not exist then.
@@ -470,6 +477,8 @@ class Stream:
         consumed = consume(self.position.consumed, requests)
         entry = replace(report, segment=segment, sha256=digest, consumed=consumed, weights=weights)
         line = journal_line(entry, self.position.line)
+        if self.writes:
+            self.folder.refuse_full(line)
         position = Position(entry.step, entry.sequence, consumed, line, [*self.position.requests, *requests])
         if self._due(report.step):
             self._snapshot(position)
@@ -477,6 +486,8 @@ class Stream:
         self.position = position
         self.reports.append(entry)
         self._ids.update(entry.edits)
+        if self.stack.editor.releases:
+            self._keys.add(entry, requests, written.problems)
         return entry
 
     def _due(self, step: int) -> bool:
@@ -515,6 +526,7 @@ def _outcome(written: Written) -> dict[str, Any]:
         "dropped": written.dropped,
         "seconds": {name: round(seconds, 6) for name, seconds in written.seconds.items()},
         "targets": written.targets,
+        "released": written.released or None,
         "already_true": written.already_true or None,
     }
 

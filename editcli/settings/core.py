@@ -33,6 +33,11 @@ class TargetOptions:
         "loss", "greedy: an edit is also done once its target is the greedy answer in all its contexts (ENCORE's MPES)"
     )
     stop_patience: int = option(2, "with stop=greedy, more steps in a row at which the target has to stay that answer")
+    per_layer: bool = option(
+        False, "write the first and the last of the layers alone, each with a target of its own (BLUE)"
+    )
+    merge: bool = option(True, "edits of one subject in one batch share one offset (MEMIT-Merge)")
+    longest: int | None = option(100, "most tokens of a target that one offset is asked for; none: any number")
     prefixes: int = option(5, "generated prefixes that each prompt is also optimised behind")
     prefix_tokens: int = option(10, "tokens of each generated prefix")
     batch_tokens: int = option(
@@ -45,6 +50,8 @@ class TargetOptions:
             raise ValueError("steps must be at least 1, lr and clamp positive, prefixes not negative")
         if self.stop_patience < 0:
             raise ValueError("stop_patience must not be negative")
+        if self.longest is not None and self.longest < 1:
+            raise ValueError("longest must be at least 1, or none")
 
 
 @dataclass(frozen=True)

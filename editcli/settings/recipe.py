@@ -46,6 +46,7 @@ class Choices(TypedDict, total=False):
     solve_device: str | None
     parallel: str
     dtype: str
+    convert_bin: bool
     save_dtype: str
     resume: bool
     overwrite: bool
@@ -237,6 +238,13 @@ class Recipe(ChatLoadingSettings):
     )
     resume: bool = setting(
         False, "Continue the run in DIR, with the same edits or more.", section=OUTPUT, cli_only=True, folder=True
+    )
+    convert_bin: bool = setting(
+        False,
+        "Of a model in pickle files (.bin), edit a temporary copy in safetensors; only tensors are read.",
+        section=MODEL,
+        cli_only=True,
+        loads=True,
     )
     save_dtype: str = setting(
         "auto", "Type of the edited tensors in the file; auto is the checkpoint's own.", section=OUTPUT, choices=DTYPES

@@ -16,6 +16,7 @@ from torch import Tensor
 from editcli.errors import FileError, ModelError, StatisticsError
 from editcli.reporting import Reporter
 from editcli.storage.files import read_safetensors, write_safetensors
+from editcli.storage.folders import may_write
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -72,7 +73,7 @@ class Cache:
             self._make(self.folder)
         except OSError:
             return False
-        return os.access(self.folder, os.W_OK | os.X_OK)
+        return may_write(self.folder)
 
     def _make(self, folder: Path) -> None:
         if folder.parts[:1] == ("~",):

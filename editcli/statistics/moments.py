@@ -143,10 +143,9 @@ class SecondMoments:
 
     def identity(self, site: Site) -> Identity:
         """Return everything that a site's second moment depends on."""
-        tokenizer = self.loaded.source.folder / "tokenizer.json"
         return Identity(
             weights=self._weights_digest(site),
-            tokenizer=file_digest(tokenizer) if tokenizer.is_file() else "",
+            tokenizer=self.loaded.source.tokenizer_digest,
             dtype=str(next(self.loaded.model.parameters()).dtype),
             module=site.module,
             corpus=self.corpus.identity_of(self.tokens_for(site)),

@@ -12,13 +12,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,9 +26,12 @@ from torch import Tensor
 
 from editcli.errors import FileError, ModelError
 from editcli.formatting import shorten
-from editcli.storage.choice import Choice, choose, left_out, listed
+from editcli.storage.choice import CONFIG, Choice, choose, left_out, listed
 from editcli.storage.lines import no_constant
 from editcli.storage.opening import INDEX, TENSORS, Kind, open_regular, read_text
+
+if TYPE_CHECKING:
+    from editcli.storage.packing import Stored
 
 _MAX_HEADER = 100 << 20
 _MAX_DIMENSIONS = 64
@@ -64,10 +67,94 @@ class TensorEntry:
 
 
 class Checkpoint:
-    """The tensors of a model folder; raises :class:`ModelError` where the folder is not a usable checkpoint."""
+    """The weights of a model on disk: read by name, and written as they were but for some.
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
+    This class is a folder of safetensors files whose tensors are the weights themselves. Where a format packs weights
+    in another way, a subclass says what a weight is called, how it is read and in which pieces it is stored. Raises
+    :class:`ModelError` where there is no usable checkpoint.
+    """
+
+    def __init__(self, folder: Path | str, names: Callable[[Checkpoint], Mapping[str, str]] | None = None):
+        """Take a folder; ``names`` tells under which name each parameter is stored, where transformers renames it."""
+        self.folder, self._names_of = Path(folder), names
+
+    @cached_property
+    def renamed(self) -> Mapping[str, str]:
+        """The stored name of each parameter, as far as transformers can build the model."""
+        return {} if self._names_of is None else self._names_of(self)
+
+    @property
+    def place(self) -> Path:
+        """The path under which the model can be opened again."""
+        return self.folder
+
+    @property
+    def described_by(self) -> str:
+        """What tells the sizes of the model, for messages."""
+        return CONFIG
+
+    @property
+    def description(self) -> str:
+        """Where the sizes of the model are told, for messages."""
+        return str(self.folder / CONFIG)
+
+    @property
+    def saved_files(self) -> tuple[str, ...]:
+        """The files of weights of an edited copy."""
+        return self.files
+
+    @cached_property
+    def pieces(self) -> Mapping[str, TensorEntry]:
+        """All tensors that an edited copy holds, by their names in the files."""
+        return self.entries
+
+    def reopened(self) -> Checkpoint:
+        """Return this checkpoint with everything that is known of its files forgotten."""
+        return Checkpoint(self.folder, self._names_of)
+
+    def copy_in(self, folder: Path) -> Checkpoint:
+        """Return the edited copy of this checkpoint in another folder."""
+        return Checkpoint(folder, self._names_of)
+
+    def encode(self, name: str, weight: Tensor, dtype: torch.dtype | None = None) -> Stored:
+        """Return a weight, in the model's layout, as this checkpoint stores it.
+
+        ``dtype`` is the type to store; None is the checkpoint's own, or the nearest better one that can be written.
+        """
+        return weight.detach().to(dtype or self.dtype(name))
+
+    def recoded(self, name: str, dtype: torch.dtype | None = None) -> tuple[str, str] | None:
+        """Return the types of a weight now and once it is written where no other was asked for; None if they agree.
+
+        Raises :class:`ModelError` where the weight cannot be written so.
+        """
+        return None
+
+    def stored_as(self, name: str) -> str:
+        """Return what the files call the type of a weight."""
+        return str(self.dtype(name)).removeprefix("torch.")
+
+    def state(self, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """Return all weights in ``dtype``; None where transformers itself reads the files as they are."""
+        return None
+
+    def stored_digest(self, name: str) -> str:
+        """Return the sha256 of a weight's content as it lies in the files."""
+        return self.digest_of_pieces((name,))
+
+    def digest_of_pieces(self, names: Iterable[str]) -> str:
+        """Return the sha256 of the bytes of some pieces, in the order of their names."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            entry = self.pieces[name]
+            with open_regular(self.folder / entry.file, TENSORS) as file:
+                file.seek(entry.start)
+                _feed(digest, file, entry.stop - entry.start)
+        return digest.hexdigest()
+
+    def is_like(self, other: Checkpoint) -> bool:
+        """Tell whether another folder holds the same files, with the same index."""
+        return self.files == other.files and self.choice.index == other.choice.index
 
     @cached_property
     def choice(self) -> Choice:
@@ -94,20 +181,20 @@ class Checkpoint:
     @cached_property
     def superseded(self) -> tuple[TensorEntry, ...]:
         """Tensors in the files that are not loaded: a later file replaces them."""
-        return tuple(entry for entry in self.stored if self.entries.get(entry.name) != entry)
+        return tuple(entry for entry in self.stored if self.pieces.get(entry.name) != entry)
 
     @property
     def is_indexed_exactly(self) -> bool:
         """Whether the index, if there is one, names every tensor with its file and nothing else."""
         choice = self.choice
-        return choice.index is None or choice.mapped == {name: entry.file for name, entry in self.entries.items()}
+        return choice.index is None or choice.mapped == {name: entry.file for name, entry in self.pieces.items()}
 
     def index_text(self) -> str:
         """Return the index that this checkpoint should have: the tensors that are loaded, with their files."""
         assert self.choice.index is not None, "a single file needs no index"
         index = json.loads(read_text(self.folder / self.choice.index, INDEX, folder=self.folder))
-        mapped = {name: entry.file for name, entry in self.entries.items()}
-        total = sum(entry.stop - entry.start for entry in self.entries.values())
+        mapped = {name: entry.file for name, entry in self.pieces.items()}
+        total = sum(entry.stop - entry.start for entry in self.pieces.values())
         metadata = {**index["metadata"], "total_size": total}
         return json.dumps({**index, "metadata": metadata, "weight_map": mapped}, indent=2, sort_keys=True) + "\n"
 
@@ -129,7 +216,7 @@ class Checkpoint:
 
     def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         """Return one tensor as stored."""
-        path = self.folder / self.entries[name].file
+        path = self.folder / self.pieces[name].file
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 return owned(file.get_tensor(name))
@@ -140,7 +227,8 @@ class Checkpoint:
         """Return the stored name of a model's parameter.
 
         A checkpoint saved from the bare backbone lacks the prefix of the causal model (``transformer.``), and the other
-        way round; the name is then unique by its end.
+        way round; the name is then unique by its end. Whatever else transformers renames while it loads is found by
+        having it load a checkpoint without content.
         """
         if parameter in self.entries:
             return parameter
@@ -152,6 +240,8 @@ class Checkpoint:
         longer = [name for name in self.entries if name.endswith(f".{parameter}")]
         if len(longer) == 1:
             return longer[0]
+        if parameter in self.renamed:
+            return self.renamed[parameter]
         raise ModelError(f"{self.folder} has no tensor for the parameter {parameter}")
 
     def fingerprint(self) -> str:
@@ -200,7 +290,7 @@ def read_header(path: Path, *, folder: Path | None = None) -> dict[str, TensorEn
     for name, fields in header.items():
         if name != "__metadata__":
             entries[name] = _entry(path, name, fields, base, size)
-    _refuse_overlaps(path, entries.values())
+    refuse_overlaps(path, entries.values())
     stop = max((entry.stop for entry in entries.values()), default=base)
     if stop != size:
         raise ModelError(f"{path} is damaged: {size - stop:,} bytes follow its last tensor; copy the file again")
@@ -282,7 +372,7 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
+def refuse_overlaps(path: Path, entries: Iterable[TensorEntry]) -> None:
     """Raise where two tensors share bytes: editing one would change the other."""
     ordered = sorted((entry for entry in entries if entry.stop > entry.start), key=lambda entry: entry.start)
     for one, other in itertools.pairwise(ordered):
@@ -319,7 +409,7 @@ def _copies(checkpoint: Checkpoint) -> Mapping[tuple[str, str], tuple[str, ...]]
     """Return the tensors that are stored twice, by the file that holds the spare copy and the file that counts."""
     copies: dict[tuple[str, str], tuple[str, ...]] = {}
     for entry in checkpoint.superseded:
-        used = checkpoint.entries.get(entry.name)
+        used = checkpoint.pieces.get(entry.name)
         if used is not None:
             key = (entry.file, used.file)
             copies[key] = (*copies.get(key, ()), entry.name)

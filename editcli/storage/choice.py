@@ -4,7 +4,7 @@ A folder may hold several checkpoints: shards beside the single file that replac
 other programs. ``AutoModelForCausalLM.from_pretrained(folder)`` takes one of them and says nothing of the others, so
 everything that reads or writes weights asks here. The order is that of ``_get_resolved_checkpoint_files`` in
 transformers' ``modeling_utils.py``, the same in 4.57.1 and 5.24: the file that ``transformers_weights`` of the config
-names, ``model.safetensors``, ``model.safetensors.index.json``, and only then pickles, which editcli never opens.
+names, ``model.safetensors``, ``model.safetensors.index.json``, and only then pickles, which editcli opens on request.
 Shards are read in the order of their names, and of a tensor that several of them hold, the last one counts.
 """
 
@@ -30,6 +30,7 @@ CONFIG = "config.json"
 
 _SAFE, _SAFE_INDEX = ".safetensors", ".safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".ckpt")
+_WHOLE = ".gguf"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AN_INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack)\.index(\.[\w-]+)?\.json$")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors$")
@@ -67,7 +68,7 @@ def choose(folder: Path) -> Choice:
         if path.is_file() and name.endswith(_SAFE_INDEX):
             return _sharded(path)
         if path.is_file() and name.endswith(_SAFE):
-            _refuse_strange(path)
+            _refuse_link_out(path)
             return Choice((name,))
     raise _no_checkpoint(folder, named)
 
@@ -97,12 +98,17 @@ def has_weights(folder: Path) -> bool:
     return any(path.suffix in _WEIGHTS and path.is_file() for path in folder.iterdir())
 
 
+def has_safetensors(folder: Path) -> bool:
+    """Tell whether a folder holds a checkpoint that transformers prefers to pickles."""
+    return any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
 def is_fetched(folder: Path) -> bool:
     """Tell whether all shards that an index names are there; of a hub model they may not have been needed yet."""
     index = folder / INDEX
     if (folder / SINGLE).is_file() or not index.is_file():
         return True
-    return all((folder / name).is_file() for name in set(_read_index(index)["weight_map"].values()))
+    return all((folder / name).is_file() for name in set(read_index(index)["weight_map"].values()))
 
 
 def is_weights(path: Path) -> bool:
@@ -147,14 +153,14 @@ def _named_by_config(folder: Path) -> str | None:
 
 
 def _sharded(path: Path) -> Choice:
-    folder, index = path.parent, _read_index(path)
+    folder, index = path.parent, read_index(path)
     mapped: Mapping[str, str] = index["weight_map"]
     for name in sorted(set(mapped.values())):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} lacks the shard {name} that its index names; download it again")
         if not name.endswith(_SAFE):
             raise ModelError(f"{path} names the shard {name}, which is not a safetensors file; save the model again")
-        _refuse_strange(folder / name)
+        _refuse_link_out(folder / name)
     if not mapped:
         raise ModelError(f"{path} is not a usable shard index: it names no tensor; download it again")
     if not isinstance(index.get("metadata"), dict):
@@ -162,7 +168,7 @@ def _sharded(path: Path) -> Choice:
     return Choice(tuple(sorted(set(mapped.values()))), path.name, mapped)
 
 
-def _read_index(path: Path) -> Mapping[str, Any]:
+def read_index(path: Path) -> Mapping[str, Any]:
     """Return an index whose map names plain files."""
     try:
         index = json.loads(read_text(path, INDEX_KIND, folder=path.parent))
@@ -176,10 +182,10 @@ def _read_index(path: Path) -> Mapping[str, Any]:
     return index
 
 
-def _refuse_strange(path: Path) -> None:
-    """Refuse a link out of the folder to something that does not even call itself weights."""
-    if not is_own(path) and path.resolve().suffix != _SAFE:
-        raise ModelError(f"{path} is a link to {path.resolve()}, which is not a safetensors file; refused")
+def _refuse_link_out(path: Path) -> None:
+    """Refuse a link out of the folder: it may lead to a private file, and its content would be copied."""
+    if not is_own(path):
+        raise ModelError(f"{path} is a link to {path.resolve()}, out of its folder; put a copy of the file there")
 
 
 def _refuse_distributed(folder: Path) -> None:
@@ -208,9 +214,12 @@ def _no_checkpoint(folder: Path, named: str | None) -> ModelError:
             f"{folder} has no {SINGLE} and no {INDEX}, and transformers does not load {listed(safe)} by itself; load "
             "the model in the way that it needs (variant=...) and save it with save_pretrained"
         )
+    whole = tuple(name for name in others if name.endswith(_WHOLE))
+    if whole:
+        return ModelError(f"{folder} has no {SINGLE}, but {listed(whole)}; pass the path of that file itself")
     if any(name.endswith(_PICKLES) for name in others):
         return ModelError(
-            f"{folder} has its weights only as pickle files, which editcli never opens; convert it to "
-            "safetensors first (load it with transformers where you trust it, then save_pretrained)"
+            f"{folder} has its weights only as pickle files, which editcli does not open by itself; add --convert-bin "
+            "to 'editcli apply', which edits a temporary copy in safetensors and reads nothing but tensors"
         )
     return ModelError(f"{folder} has no {SINGLE} and no {INDEX}; is it a Hugging Face model folder?")

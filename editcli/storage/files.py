@@ -22,6 +22,7 @@ import jsonlines
 import torch
 from torch import Tensor
 
+from editcli.formatting import finite
 from editcli.storage.checkpoint import CHUNK, DTYPES, TensorEntry, opened_tensors, owned
 from editcli.storage.locks import locked
 from editcli.storage.opening import TENSORS, open_regular
@@ -155,14 +156,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON document atomically; a figure that is not finite is an error, not invalid JSON."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    """Write a JSON document atomically; a number that is not finite becomes null, as in ``--json``."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # The name of a file need not be text; JSON escapes what is none.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> None:
-    """Write one JSON value a line, atomically and one in memory at a time."""
+    """Write one JSON value a line, atomically and one in memory at a time; null for a number that is not finite."""
     with atomic(path) as file, jsonlines.Writer(file) as writer:
-        writer.write_all(records)
+        writer.write_all(map(finite, records))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""A new folder that appears whole or not at all."""
+"""New folders that appear whole or not at all, and whether a folder may be written."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,6 +15,25 @@ from editcli.storage.files import sync_folder
 from editcli.storage.locks import locked
 
 _LOCK = ".lock"
+
+
+def may_write(folder: Path) -> bool:
+    """Tell whether this process may make and remove files in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+@contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Make a folder that holds several results; where the block fails before the first one, remove it again."""
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if created:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def refuse_taken(out: Path) -> None:

@@ -45,12 +45,15 @@ TEXT = Kind("a text", 256 * _MIB)
 EDITS = Kind("an edits file", 4 * _GIB, piped=True)
 CORPUS = Kind("a corpus", 8 * _GIB)
 BESIDE = Kind("a file beside a model", _GIB)
+PICKLE = Kind("a file of tensors", 1 << 40)
 TENSORS = Kind("a safetensors file", 1 << 50)
 """Tensors are read one by one, and only after the header has been checked against the size of the file."""
+GGUF = Kind("a GGUF file", 1 << 50)
+"""Likewise."""
 
 KINDS = (
     *(CONFIG, INDEX, TOKENIZER, TEMPLATE, RECORD, JOURNAL, TABLE, SETTINGS, PAGE, TEXT, EDITS, CORPUS, BESIDE),
-    TENSORS,
+    *(TENSORS, GGUF, PICKLE),
 )
 """All kinds. A JSON document takes up to 22 times its size in memory, so 40 MiB of it stay under 1 GB."""
 
@@ -116,8 +119,17 @@ def check(path: Path | str, kind: Kind, *, folder: Path | None = None) -> None:
 
 
 def is_there(path: Path | str) -> bool:
-    """Tell whether a name is taken, even by a pipe or a broken link: opening it reports the error."""
-    return os.path.lexists(path)
+    """Tell whether a name is taken, even by a pipe or a broken link: opening it reports the error.
+
+    Raises :class:`FileError` where the folder may not be entered, since what lies in it is not known then.
+    """
+    try:
+        os.lstat(path)
+    except PermissionError as error:
+        raise _unreadable(Path(path), error) from error
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def is_own(path: Path, folder: Path | None = None) -> bool:

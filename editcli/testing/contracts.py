@@ -20,14 +20,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from editcli.editing.pipeline import Written, commit, edit_batch
+from editcli.editing import feedback
+from editcli.editing.pipeline import Written, commit, edit_batch, lost_again
 from editcli.editing.session import ModelSession
 from editcli.errors import EditError, OptionError, RequestError
 from editcli.plugin.interfaces import Dense, LowRank, Problem, Session, Site, Stabilizer, Update, Values
 from editcli.plugin.options import build, describe
 from editcli.plugin.plain import plain
 from editcli.requests.schema import EditRequest
+from editcli.runs.stream import UNFIT
 from editcli.testing.listing import heavy_imports
+from editcli.testing.misfits import changed_tensors, changed_values
 from editcli.testing.sessions import (
     PlainEditor,
     ScaledGradients,
@@ -133,6 +136,19 @@ class Contract:
         for site in unbroken.sites:
             assert torch.equal(unbroken.weight(site), broken.weight(site)), site.module
         assert same_state(second.state(), whole.state())
+
+    def test_a_state_that_it_did_not_save_is_refused(self, tmp_path: Path) -> None:
+        """A snapshot may come from a stranger: tensors must be there, of their shape and type, and finite."""
+        session, component = self.ready(tmp_path)
+        for number in range(2):
+            self.apply(session, component, tiny_requests(number))
+        saved, unedited = through_bytes(component.state()), self.session(tmp_path)
+        refusals = (EditError, *UNFIT)
+        for change, state in changed_tensors(saved):
+            assert _raises(refusals, lambda state=state: self.make().load_state(unedited, state)), change
+        for _, state in changed_values(saved):
+            # Another value may be one that it might have saved; no other error may come of it.
+            _raises(refusals, lambda state=state: self.make().load_state(unedited, state))
 
     def test_weights_are_edited_whichever_way_round_they_are_stored(self, tmp_path: Path) -> None:
         for family in ORIENTATIONS:
@@ -268,9 +284,12 @@ class StabilizerContract(SteeringContract):
         return written
 
     def replay(self, session: ModelSession, component: Any, batch: Sequence[EditRequest], written: Written) -> None:
+        lost: dict[Site, feedback.Lost] = {}
         for site, update in written.updates.items():
+            lost |= lost_again(session, PlainEditor(), [component], site, written.problems[site], update)
             session.write(site, update)
         component.remember(session, list(written.problems.values()), written.updates)
+        feedback.keep([component], lost)
 
     def test_it_acts_on_what_it_declares(self) -> None:
         """A run warns of a stabilizer without effect by ``acts_on``, so it names every stage that is overridden."""
@@ -356,7 +375,7 @@ def _as_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _raises(kind: type[Exception], action: Any) -> bool:
+def _raises(kind: type[Exception] | tuple[type[Exception], ...], action: Any) -> bool:
     """Tell whether ``action`` raises ``kind``; this module needs no test framework of its own."""
     try:
         action()

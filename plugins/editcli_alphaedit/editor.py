@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from editcli.plugin import (
@@ -11,10 +12,10 @@ from editcli.plugin import (
     InverseGramEditor,
     NullSpaceOptions,
     Problem,
+    SavedState,
     Session,
     Site,
     State,
-    StateError,
     null_space,
     option,
     unused,
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
 
 LARGEST_JUMP = 0.5
 """Most that one batch may change R_n through a small null space; a larger change has destroyed the layer."""
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What a snapshot holds beside tensors; the last two with ``refresh`` alone."""
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    edits: int = 0
+    l2: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.edits < 0 or not all(0 < value < math.inf for value in self.l2.values()):
+            raise ValueError("edits must not be negative, and l2 must be greater than 0")
 
 
 class AlphaEdit(InverseGramEditor):
@@ -98,16 +112,26 @@ class AlphaEdit(InverseGramEditor):
         """
         return LARGEST_JUMP if 2 * self.ranks[site.module] < self.memory[site.module].matrix.shape[0] else None
 
+    def completed(self, session: Session, requests: Sequence[EditRequest], problem: Problem) -> Problem:
+        keys = session.keys(requests, problem.site).to(problem.keys)
+        # No layer above a site changes what it reads, so they differ only where a subject came to an attention sink.
+        return problem if bool((keys == problem.keys).all()) else replace(problem, held=keys)
+
     def remember(self, session: Session, requests: Sequence[EditRequest], problems: Sequence[Problem]) -> None:
+        # A record has only keys that differ, and the model still has the weights that all were read from.
+        problems = [p if p.held is not None else self.completed(session, requests, p) for p in problems]
+        super().remember(session, requests, problems)
         every = self.options.refresh
         due = bool(every) and (self.edits + len(requests)) // every > self.edits // every
         self.edits += len(requests) if every else 0
-        for problem in problems:
-            site, keys = problem.site, session.keys(requests, problem.site)
-            self.advance(site, keys)
-            if every:
-                keys = keys.to(self.past[site.module])
-                self.past[site.module] = self.past[site.module] + keys @ keys.T
+        for problem in problems if every else ():
+            site, past = problem.site, self.past[problem.site.module]
+            keys = problem.remembered.to(past)
+            past = past + keys @ keys.T
+            if problem.released is not None:
+                gone = problem.released.to(past)
+                past = past - gone @ gone.T
+            self.past[site.module] = past
             if due:
                 self._refresh(session, site)
 
@@ -122,18 +146,27 @@ class AlphaEdit(InverseGramEditor):
 
     def load_state(self, session: Session, state: State) -> None:
         super().load_state(session, state)
-        # Earlier versions saved each rank as a tensor.
-        earlier = {s.module: state.tensors[f"{s.module}.rank"] for s in session.sites if "ranks" not in state.json}
-        self.ranks = state.json.get("ranks") or {module: int(rank) for module, rank in earlier.items()}
+        saved = SavedState(self.name, state)
+        if "ranks" in state.json:
+            ranks = saved.fields(_Fields).ranks
+        else:
+            # Earlier versions saved each rank as a tensor.
+            ranks = {site.module: saved.count(f"{site.module}.rank") for site in session.sites}
+        for site in session.sites:
+            rank, size = ranks.get(site.module), session.weight(site).shape[1]
+            if rank is None or not 0 < rank < size:
+                raise saved.refusal(f"the rank of {site.module} is {rank}, not between 0 and {size}")
+        self.ranks = {site.module: ranks[site.module] for site in session.sites}
         if not self.options.refresh:
             return
+        fields = saved.fields(_Fields)
         for site in session.sites:
-            past, matrix = state.tensors.get(f"{site.module}.past"), self.memory[site.module].matrix
-            if past is None or past.shape != matrix.shape or not {"edits", "l2"} <= set(state.json):
-                raise StateError(f"the saved state of alphaedit has no past keys of {site.module}; start a new run")
-            self.past[site.module] = past
+            size = session.weight(site).shape[1]
+            self.past[site.module] = saved.tensor(f"{site.module}.past", (size, size))
             self._moments[site.module] = session.second_moment(site)
-        self.edits, self._l2 = state.json["edits"], state.json["l2"]
+            if site.module not in fields.l2:
+                raise saved.refusal(f"l2 has no {site.module}")
+        self.edits, self._l2 = fields.edits, dict(fields.l2)
 
     def record(self) -> dict[str, Any]:
         """Return rank(P) and rank(P) / d_in per site."""

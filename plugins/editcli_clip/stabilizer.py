@@ -33,6 +33,7 @@ class Clip(Stabilizer):
 
         rho: float = option(1.5, "bound on ||W|| as a multiple of ||W_0||")
         what: Literal["weight", "update"] = option("weight", "what is scaled back when the bound is exceeded")
+        feedback: bool = option(False, "give the next batch what was scaled away from this one (error feedback)")
 
         def __post_init__(self) -> None:
             if self.rho < 1:
@@ -40,6 +41,7 @@ class Clip(Stabilizer):
 
     def __init__(self, options: object = None):
         super().__init__(options)
+        self.feeds_back = self.remembers = self.options.feedback
         self._clipped: dict[str, int] = {}
 
     def stabilize_update(self, session: Session, site: Site, update: Update, problem: Problem | None) -> Update:

@@ -11,10 +11,10 @@ from editcli.plugin import (
     FineTuningEditor,
     Gradients,
     Problem,
+    SavedState,
     Session,
     Site,
     State,
-    StateError,
     option,
     shuffled,
 )
@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 
 TOKENS_PER_DIM = 10
 """Tokens for each dimension of a key that the reference text counts as: what is read of it by default."""
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What a snapshot holds beside the factors."""
+
+    tokens: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if not all(count > 0 for count in self.tokens.values()):
+            raise ValueError("tokens must be greater than 0")
 
 
 class CrispEdit(FineTuningEditor):
@@ -124,13 +135,16 @@ class CrispEdit(FineTuningEditor):
         if not self.options.sequential:
             self.prepare(session)
             return
+        saved = SavedState(self.name, state)
+        counted = saved.fields(_Fields).tokens
         for site in session.sites:
-            factors = [state.tensors.get(f"{site.module}.{name}") for name in ("inputs", "gradients")]
-            tokens = state.json.get("tokens", {}).get(site.module)
-            sizes = [factor.shape[0] for factor in factors if factor is not None and factor.ndim == 2]
-            if tokens is None or sizes[::-1] != list(session.weight(site).shape):
-                raise StateError(f"the saved state of crispedit does not fit {site.module}; start a new run")
-            inputs, gradients = (double(factor, session.device) for factor in factors if factor is not None)
+            rows, columns = session.weight(site).shape
+            if site.module not in counted:
+                raise saved.refusal(f"tokens has no {site.module}")
+            factors = (("inputs", columns), ("gradients", rows))
+            read = [saved.tensor(f"{site.module}.{name}", (size, size)) for name, size in factors]
+            inputs, gradients = (double(factor, session.device) for factor in read)
+            tokens = counted[site.module]
             self.curvatures[site.module] = Curvature.of(
                 inputs, gradients, tokens=tokens, gamma=self.options.gamma, site=site.module
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,10 +10,10 @@ from editcli.plugin import (
     InverseGramEditor,
     NullSpaceOptions,
     Problem,
+    SavedState,
     Session,
     Site,
     State,
-    StateError,
     Update,
     null_space,
 )
@@ -24,6 +25,17 @@ LARGEST_JUMP = 0.5
 """Most that one batch may change R_n through a null space of less than half of the directions."""
 SMALLEST = 1e-10
 """Singular values of P K below this are zero, as in the paper's code."""
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What a snapshot holds beside P."""
+
+    l2: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if not all(0 < value < math.inf for value in self.l2.values()):
+            raise ValueError("l2 must be greater than 0")
 
 
 class EvoEdit(InverseGramEditor):
@@ -51,6 +63,11 @@ class EvoEdit(InverseGramEditor):
         super().__init__(options)
         self._l2: dict[str, float] = {}
 
+    @property
+    def releases(self) -> bool:
+        """Return False: a closed direction stays closed."""
+        return False
+
     def initial_inverse(self, session: Session, site: Site) -> Tensor:
         null = null_space(session, site, self.options, owner=self.name)
         self._l2[site.module] = null.l2
@@ -64,8 +81,8 @@ class EvoEdit(InverseGramEditor):
         update = ridge(image / root, problem.residual, site=problem.site.module, reporter=session.reporter)
         return update.scaled(1 / root)
 
-    def advance(self, site: Site, keys: Tensor) -> None:
-        """Close the directions of ``keys`` (d_in, n)."""
+    def advance(self, site: Site, keys: Tensor, *, released: Tensor | None = None) -> None:
+        """Close the directions of ``keys`` (d_in, n); a direction once closed stays so, and nothing is released."""
         import torch
 
         from editcli.plugin import InverseGram, double
@@ -89,9 +106,11 @@ class EvoEdit(InverseGramEditor):
 
     def load_state(self, session: Session, state: State) -> None:
         super().load_state(session, state)
-        if set(state.json.get("l2", {})) != {site.module for site in session.sites}:
-            raise StateError("the saved state of evoedit does not say what its L2 is; start a new run")
-        self._l2 = state.json["l2"]
+        saved = SavedState(self.name, state)
+        l2 = saved.fields(_Fields).l2
+        if set(l2) != {site.module for site in session.sites}:
+            raise saved.refusal("l2 has other sites")
+        self._l2 = l2
 
     def record(self) -> dict[str, Any]:
         """Return rank(P), the number of directions that are left, and rank(P) / d_in per site."""

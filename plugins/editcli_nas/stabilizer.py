@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from editcli.plugin import (
     EditRequest,
     NumericalError,
     OptionError,
+    SavedState,
     Session,
     Stabilizer,
     State,
-    StateError,
     Values,
     option,
 )
@@ -30,6 +32,24 @@ PRECISION = 0.01
 """Standard error, as a share of the anchor, at which no more pilots are needed."""
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What a snapshot holds."""
+
+    anchor: float
+    pilots: int
+    source: str
+    error: float | None = None
+    layers: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """The same figures by layer, where each has an anchor of its own."""
+
+    def __post_init__(self) -> None:
+        if not (self.anchor > 0 and self.pilots >= 0 and (self.error is None or self.error >= 0)):
+            raise ValueError("anchor must be greater than 0, and error and pilots must not be negative")
+        if not all((figures.get("anchor") or 0.0) > 0 for figures in self.layers.values()):
+            raise ValueError("every layer's anchor must be greater than 0")
+
+
 class Nas(Stabilizer):
     """Give every edit's contribution the norm that contributions have on the unedited model.
 
@@ -39,7 +59,8 @@ class Nas(Stabilizer):
 
         v <- a v / ||v||            v <- m, the edit is dropped, when ||v|| > guard a
 
-    The anchor is one number, measured once at the last edited layer and never again. Pilots are measured
+    The anchor is one number, measured once at the last edited layer and never again; with ``targets.per_layer`` each
+    layer has one. Pilots are measured
     in batches, in an order that their content decides, until the standard error of their trimmed mean is below
     :data:`PRECISION`.
     """
@@ -69,6 +90,8 @@ class Nas(Stabilizer):
     error: float = 0.0
     """Standard error of the anchor; infinite after a single pilot."""
     source: str = BY_HAND
+    layers: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """With ``targets.per_layer`` the anchor, its error and the number of pilots of each layer, by module name."""
 
     def prepare(self, session: Session) -> None:
         if self.options.anchor is not None:
@@ -84,8 +107,12 @@ class Nas(Stabilizer):
             "batch": BATCH,
             "precision": PRECISION,
         }
-        measured = session.calibrated(self.name, parts, lambda: self._measure(requests, session))
-        self.anchor, self.error, self.pilots = float(measured[0]), float(measured[1]), int(measured[2])
+        for stage in session.stages:
+            measure = partial(self._measure, requests, stage)
+            anchor, error, pilots = stage.calibrated(self.name, parts, measure).tolist()
+            self.anchor, self.error, self.pilots = anchor, error, int(pilots)
+            if len(session.stages) > 1:
+                self.layers = {**self.layers, stage.sites[-1].module: self._figures()}
 
     def _measure(self, requests: Sequence[EditRequest], session: Session) -> Tensor:
         """Return (anchor, its standard error, how many pilots served), (3,) float64."""
@@ -107,31 +134,43 @@ class Nas(Stabilizer):
         return torch.tensor([mean, error, len(norms)], dtype=torch.float64)
 
     def stabilize_values(self, session: Session, values: Values) -> Values:
-        contribution = values.contribution
+        contribution, anchor = values.contribution, self._anchor(session)
         norms = contribution.double().norm(dim=0)
         # Comparing this way round drops a NaN too; a contribution of norm zero has no direction to scale along.
-        usable = (norms <= self.options.guard * self.anchor) & (norms > 0)
-        scaled = contribution * (self.anchor / norms).to(contribution.dtype)
-        lost = {column: self._reason(float(norms[column])) for column in (~usable).nonzero().flatten().tolist()}
+        usable = (norms <= self.options.guard * anchor) & (norms > 0)
+        scaled = contribution * (anchor / norms).to(contribution.dtype)
+        lost = {column: self._reason(float(norms[column]), anchor) for column in (~usable).nonzero().flatten().tolist()}
         return values.with_contribution(scaled).drop(lost)
 
-    def _reason(self, norm: float) -> str:
-        if norm > self.options.guard * self.anchor:
-            limit = f"more than nas.guard={self.options.guard:g} times the anchor {self.anchor:.3g}"
+    def _anchor(self, session: Session) -> float:
+        """Return the anchor of the layer where a stage's values are."""
+        return self.layers[session.sites[-1].module]["anchor"] if self.layers else self.anchor
+
+    def _reason(self, norm: float, anchor: float) -> str:
+        if norm > self.options.guard * anchor:
+            limit = f"more than nas.guard={self.options.guard:g} times the anchor {anchor:.3g}"
             return f"its contribution has norm {norm:.3g}, {limit}"
         return f"its contribution has norm {norm:.3g}, which has no direction to keep"
 
     def state(self) -> State:
-        """Return ``anchor``, its standard ``error``, the number of ``pilots`` and their ``source``."""
-        return State(json={"anchor": self.anchor, "error": self._error, "pilots": self.pilots, "source": self.source})
+        """Return ``anchor``, its standard ``error``, the number of ``pilots`` and ``source``, and ``layers`` if any."""
+        layers = {"layers": dict(self.layers)} if self.layers else {}
+        return State(json={**self._figures(), "source": self.source, **layers})
 
     def load_state(self, session: Session, state: State) -> None:
-        saved = state.json or _earlier(state.tensors)
-        if not {"anchor", "pilots", "source"} <= set(saved):
-            raise StateError("the saved state of nas has no anchor; start a new run")
-        error = saved.get("error")
-        self.anchor, self.error = saved["anchor"], math.inf if error is None else error
-        self.pilots, self.source = saved["pilots"], saved["source"]
+        saved = SavedState(self.name, state)
+        if "anchor" in saved:
+            saved = SavedState(self.name, State(json=_earlier(saved)))
+        figures = saved.fields(_Saved)
+        self.anchor, self.error = figures.anchor, math.inf if figures.error is None else figures.error
+        self.pilots, self.source = figures.pilots, figures.source
+        self.layers = dict(figures.layers)
+        stages = [stage.sites[-1].module for stage in session.stages] if self.layers else []
+        if any(module not in self.layers for module in stages):
+            raise saved.refusal("the anchor of a layer is missing")
+
+    def _figures(self) -> dict[str, Any]:
+        return {"anchor": self.anchor, "error": self._error, "pilots": self.pilots}
 
     @property
     def _error(self) -> float | None:
@@ -140,17 +179,22 @@ class Nas(Stabilizer):
 
     def record(self) -> dict[str, Any]:
         error = self._error if self.pilots else None
-        return {"anchor": self.anchor, "standard_error": error, "pilots": self.pilots, "source": self.source}
+        layers = {"layers": dict(self.layers)} if self.layers else {}
+        whole = {"anchor": self.anchor, "standard_error": error, "pilots": self.pilots, "source": self.source}
+        return {**whole, **layers}
 
 
-def _earlier(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _earlier(saved: SavedState) -> dict[str, Any]:
     """Return the state that earlier versions saved as tensors, the text as UTF-8 bytes."""
-    if not {"anchor", "pilots", "source"} <= set(tensors):
-        return {}
-    # Runs that began before the error was measured have none.
-    error = float(tensors["error"]) if "error" in tensors else None
-    source = bytes(tensors["source"].tolist()).decode()
-    return {"anchor": float(tensors["anchor"]), "error": error, "pilots": int(tensors["pilots"]), "source": source}
+    # Runs that began before the error was measured have none; after a single pilot it was infinite.
+    error = saved.state.tensors.get("error")
+    finite = error is not None and bool(error.isfinite().all())
+    return {
+        "anchor": float(saved.tensor("anchor", ())),
+        "pilots": saved.count("pilots"),
+        "source": bytes(saved.tensor("source", (None,), types=("uint8",)).tolist()).decode("utf-8", "replace"),
+        "error": float(saved.tensor("error", ())) if finite else None,
+    }
 
 
 def _missing(count: int, error: float) -> int:

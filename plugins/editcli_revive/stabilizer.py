@@ -31,6 +31,8 @@ class Revive(Stabilizer):
     so that the k leading singular triplets of the weight stay exact however many edits follow. An update in factors,
     D = A B^T, is filtered in factors. The projectors are used rather than a double sum over the compact decomposition,
     which would also delete what lies in the weight's null space.
+
+    It has no error feedback: the filter is a linear projection, and would take again what it took from the last batch.
     """
 
     name: ClassVar[str] = "revive"

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from editcli.plugin import Diagnostic, Session, Site, State, Update, option, ratio
+from editcli.plugin import Diagnostic, SavedState, Session, Site, State, Update, option, ratio
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a snapshot holds."""
+
+    batches: int
+
+    def __post_init__(self) -> None:
+        if self.batches < 0:
+            raise ValueError("batches must not be negative")
 
 
 class Spectra(Diagnostic):
@@ -51,8 +62,9 @@ class Spectra(Diagnostic):
         return State(json={"batches": self._batches})
 
     def load_state(self, session: Session, state: State) -> None:
+        saved = SavedState(self.name, state)
         # Earlier versions saved the number as a tensor.
-        self._batches = int(state.json.get("batches", state.tensors.get("batches", 0)))
+        self._batches = saved.count("batches") if "batches" in saved else saved.fields(_Saved).batches
 
     def _shares(self, session: Session, site: Site) -> tuple[float | None, float | None]:
         """Return sigma_1 and the effective rank of the weight, relative to the base's; None for a base of zeros."""

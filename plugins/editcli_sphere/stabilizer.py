@@ -6,13 +6,24 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.plugin import Problem, Session, Site, Stabilizer, State, StateError, Update, option, ratio
+from editcli.plugin import Problem, SavedState, Session, Site, Stabilizer, State, Update, option, ratio
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TINY = 1e-8
 """Added to the norm of each row, as in the paper's code."""
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What a snapshot holds beside the bases."""
+
+    batches: int
+
+    def __post_init__(self) -> None:
+        if self.batches < 0:
+            raise ValueError("batches must not be negative")
 
 
 class Sphere(Stabilizer):
@@ -80,12 +91,11 @@ class Sphere(Stabilizer):
     def load_state(self, session: Session, state: State) -> None:
         from editcli.plugin import double
 
+        saved = SavedState(self.name, state)
         for site in session.sites:
-            basis, size = state.tensors.get(f"{site.module}.basis"), session.weight(site).shape[1]
-            if basis is None or basis.ndim != 2 or basis.shape[0] != size or "batches" not in state.json:
-                raise StateError(f"the saved state of sphere does not fit {site.module}; start a new run")
+            basis = saved.tensor(f"{site.module}.basis", (session.weight(site).shape[1], None))
             self.bases[site.module] = double(basis, session.device)
-        self.batches = state.json["batches"]
+        self.batches = saved.fields(_Fields).batches
 
     def record(self) -> dict[str, Any]:
         """Return, per site, r and the share by which the last update became shorter."""

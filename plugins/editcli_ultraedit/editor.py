@@ -12,11 +12,11 @@ from editcli.plugin import (
     Gradients,
     OptionError,
     Problem,
+    SavedState,
     Session,
     Site,
     SiteGradients,
     State,
-    StateError,
     Update,
     option,
 )
@@ -115,14 +115,22 @@ class UltraEdit(Editor):
         return State(parts)
 
     def load_state(self, session: Session, state: State) -> None:
+        """Take the statistics back, (d_in + d_out,) each; raise :class:`StateError` where they do not fit."""
         from editcli_ultraedit.moments import Moments
 
+        saved = SavedState(self.name, state)
         for site in session.sites:
-            start = f"{site.module}."
-            parts = {key.removeprefix(start): part for key, part in state.tensors.items() if key.startswith(start)}
-            if parts and set(parts) != {"count", "mean", "squares", *(["scatter"] if self.options.whiten else [])}:
-                raise StateError(f"the saved state of ultraedit is incomplete for {site.module}; start a new run")
-            self.moments[site.module] = Moments.of(parts) if parts else Moments()
+            # Before the first batch nothing has been counted.
+            if not any(f"{site.module}.{part}" in saved for part in ("count", "mean", "squares")):
+                self.moments[site.module] = Moments()
+                continue
+            size = (sum(session.weight(site).shape),)
+            mean = saved.tensor(f"{site.module}.mean", size, types=("float64",))
+            squares = saved.tensor(f"{site.module}.squares", size, types=("float64",), least=0)
+            rows, scatter = session.weight(site).shape[0], None
+            if self.options.whiten:
+                scatter = saved.tensor(f"{site.module}.scatter", (rows, rows), types=("float64",))
+            self.moments[site.module] = Moments(saved.count(f"{site.module}.count"), mean, squares, scatter)
 
     def _counted(self, site: Site, seen: SiteGradients) -> Moments:
         """Return the site's statistics with what was just seen counted in."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +20,6 @@ class Moments:
     squares: Tensor | None = None
     scatter: Tensor | None = None
     """Summed products of deviations, (d, d), of the last d features; None where they are not counted."""
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Moments:
-        """Take back what :meth:`tensors` returned."""
-        return cls(int(tensors["count"]), tensors["mean"], tensors["squares"], tensors.get("scatter"))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return ``count``, ``mean`` and ``squares`` as tensors, and ``scatter`` where it is counted."""

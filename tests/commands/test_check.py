@@ -97,6 +97,29 @@ def test_different_targets_for_one_prompt_are_a_warning(file: Any, model: Path):
     assert ":2: " in warning
 
 
+@pytest.mark.parametrize(("merge", "outcome"), [(True, "share one target"), (False, "few of them will hold")])
+def test_several_facts_of_one_subject_in_a_batch_are_a_warning(file: Any, model: Path, merge: bool, outcome: str):
+    river = {"prompt": "The river of {} is", "subject": "France", "target_new": "London"}
+    facts = ({"prompt": "The capital of {} is", "subject": "France"}, river, {**river, "subject": "Italy"})
+    path, settings = file(*facts), {"targets": {"merge": merge}}
+    (warning,) = check(path, model=model, settings=settings).warnings
+    assert outcome in warning
+    assert "'France' (line 1, line 2)" in warning
+    assert check(path, model=model, settings=settings, editor="ultraedit").warnings == ()
+
+
+def test_long_targets_and_plain_questions_are_refused_with_the_editors_that_take_them(file: Any, model: Path):
+    lines = "\n".join(["Rome is in Italy and Paris is in France"] * 9)
+    path = file({"target_new": lines}, {"prompt": "The capital is", "subject": None})
+    long, plain = check(path, model=model).rejected
+    assert "targets.longest=100" in str(long)
+    for error, named in ((long, "optimises no targets"), (plain, "needs none")):
+        assert f"{named}: " in str(error)
+        assert all(f"--editor {name}" in str(error) for name in ("ft", "ultraedit"))
+    assert check(path, model=model, editor="ft").rejected == ()
+    assert len(check(path, model=model, settings={"targets": {"longest": None}}).rejected) == 1
+
+
 def test_a_missing_file_or_model_is_refused(file: Any, model: Path, tmp_path: Path):
     with pytest.raises(RequestError, match=r"none\.jsonl"):
         check(tmp_path / "none.jsonl", model=model)

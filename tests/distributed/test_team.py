@@ -104,6 +104,25 @@ def test_what_is_spread_comes_back_in_order(costs: list[int], size: int) -> None
         assert pairs.tolist() == [[item, 2 * item] for item in range(len(costs))]
 
 
+@given(costs=COSTS, size=st.integers(1, 4), count=st.integers(1, 3))
+def test_items_that_belong_together_are_dealt_to_one_rank(costs: list[int], size: int, count: int) -> None:
+    groups = [list(range(number, len(costs), count)) for number in range(min(count, len(costs)))]
+
+    def work(team: Team) -> Any:
+        dealt: list[list[int]] = []
+
+        def rows(own: Sequence[int]) -> tuple[torch.Tensor]:
+            dealt.append(list(own))
+            return (torch.tensor(own, dtype=torch.float64),)
+
+        return team.spread("rows", costs, rows, groups=groups), dealt
+
+    found = together(size, work)
+    assert all(items.tolist() == list(range(len(costs))) for (items,), _ in found)
+    shares = [set(own) for _, dealt in found for own in dealt]
+    assert all(sum(not share.isdisjoint(group) for share in shares) == 1 for group in groups)
+
+
 def test_ranks_gather_tensors_of_any_shape_and_sum_to_the_same_bits() -> None:
     def work(team: Team) -> Any:
         parts = team.gather("parts", [torch.full((rank, 2), rank) for rank in range(team.rank)])

@@ -177,3 +177,34 @@ def test_float32_updates_are_as_accurate_as_their_conditioning_allows(condition)
         error = single.solve(keys.float(), residual).dense().double() - expected
         assert error.norm() <= 1e-7 * condition * expected.norm()
         exact, single = exact.downdated(keys), single.downdated(keys.float())
+
+
+@settings(max_examples=40, deadline=None)
+@given(d_in=st.integers(2, 12), n=st.integers(1, 6), m=st.integers(1, 6), seed=st.integers(0, 99))
+def test_letting_go_of_keys_is_never_having_had_them(d_in, n, m, seed):
+    gram, stays, goes = moment(d_in, seed), random(d_in, n, seed=seed + 1), random(d_in, m, seed=seed + 2)
+    memory = inverting(gram).downdated(stays).downdated(goes)
+    assert memory.releasable(goes) == list(range(m))
+    left = memory.released(goes).matrix
+    torch.testing.assert_close(left, torch.linalg.inv(gram + stays @ stays.T), rtol=1e-7, atol=1e-8)
+    assert torch.equal(left, left.T)
+    # Batches may go in parts and in another order than they came.
+    again = memory.released(stays).downdated(stays)
+    torch.testing.assert_close(again.matrix, memory.matrix, rtol=1e-7, atol=1e-8)
+
+
+def test_only_keys_that_were_remembered_can_go():
+    """A key that is not in the memory would make it indefinite; those beside it go all the same."""
+    memory, inside = inverting(moment(8)), random(8, 3, seed=1)
+    memory = memory.downdated(inside)
+    strange = 5 * random(8, 1, seed=2)
+    mixed = torch.cat([inside[:, :1], strange, inside[:, 1:], inside[:, :1]], dim=1)
+    assert memory.releasable(mixed) == [0, 2, 3]
+    with pytest.raises(NumericalError, match="definiteness"):
+        memory.released(mixed)
+
+
+def test_what_rounds_away_cannot_go():
+    """Where I - K^T Q K is rounding, letting go would make the memory of it."""
+    memory = inverting(1e-18 * moment(8)).downdated(random(8, 2, seed=1))
+    assert memory.releasable(random(8, 2, seed=1)) == []

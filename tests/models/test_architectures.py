@@ -255,7 +255,7 @@ class TestRefusals:
 
     def test_multimodal(self) -> None:
         with pytest.raises(ModelError, match="multimodal"):
-            skeleton(AutoConfig.for_model("gemma3"))
+            skeleton(AutoConfig.for_model("clip"))
 
     def test_not_a_causal_language_model(self) -> None:
         with pytest.raises(ModelError, match=r"no causal language model can be built .* 'vit'"):

@@ -216,10 +216,20 @@ class TestLinks:
         (folder.path / SINGLE).symlink_to(snapshot / SINGLE)
         assert EDITED in Checkpoint(folder.path).names()
 
-    def test_a_link_to_another_file_is_refused(self, folder: Any, cache: Path, tmp_path: Path) -> None:
-        shutil.copy(cache / "0a1b2c", tmp_path / "blob")
-        (folder.path / SINGLE).symlink_to(tmp_path / "blob")
-        with pytest.raises(ModelError, match="which is not a safetensors file; refused"):
+    @pytest.mark.parametrize("name", ["blob", SINGLE])
+    def test_a_link_to_another_file_is_refused(self, folder: Any, cache: Path, tmp_path: Path, name: str) -> None:
+        shutil.copy(cache / "0a1b2c", tmp_path / name)
+        (folder.path / SINGLE).symlink_to(tmp_path / name)
+        with pytest.raises(ModelError, match=rf"is a link to .*{name}, out of its folder; put a copy"):
+            Checkpoint(folder.path).names()
+
+    def test_a_shard_that_links_to_another_file_is_refused(self, folder: Any, model: Path, tmp_path: Path) -> None:
+        folder.single({EDITED: Checkpoint(model).read(EDITED)}, FIRST)
+        folder.index({EDITED: FIRST})
+        assert Checkpoint(folder.path).names() == (EDITED,)
+        (folder.path / FIRST).rename(tmp_path / FIRST)
+        (folder.path / FIRST).symlink_to(tmp_path / FIRST)
+        with pytest.raises(ModelError, match="out of its folder"):
             Checkpoint(folder.path).names()
 
 

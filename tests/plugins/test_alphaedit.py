@@ -33,7 +33,7 @@ def test_a_stream_of_batches_equals_the_published_update(session):
             assert_close(witness.updates[site].dense(), expected, 1e-8)
             assert_close(written.updates[site].dense(), expected)
         for site in session.sites:
-            keys = session.keys(batch, site)
+            keys = session.keys(batch, site).float().double()
             past[site] = past[site] + keys @ keys.T
 
 
@@ -134,7 +134,8 @@ def test_a_leaking_stream_equals_betaedits_update(session):
             C, H, K, R = session.second_moment(site), past[site], problem.keys.double(), problem.residual.double()
             P = projector(C)
             system = P @ (K @ K.T + H + 300.0 * C) + 10.0 * torch.eye(size, dtype=torch.float64)
-            assert_close(witness.updates[site].dense(), (torch.linalg.inv(system) @ P @ K @ R.T).T, 1e-8)
+            # Remembered keys are those of the record, in single precision.
+            assert_close(witness.updates[site].dense(), (torch.linalg.inv(system) @ P @ K @ R.T).T, 1e-6)
         for site in session.sites:
             keys = session.keys(batch, site)
             past[site] = past[site] + keys @ keys.T
@@ -154,7 +155,7 @@ def test_a_refreshed_null_space_is_that_of_reference_text_and_edits_together(ses
             P = projectors[site]
             system = P @ (K @ K.T + H + 300.0 * C) @ P + 10.0 * torch.eye(size, dtype=torch.float64)
             expected = (torch.linalg.inv(system) @ P @ K @ R.T).T
-            assert_close(witness.updates[site].dense(), expected, 1e-8)
+            assert_close(witness.updates[site].dense(), expected, 1e-6)
         for site in session.sites:
             keys = session.keys(batch, site)
             past[site] = past[site] + keys @ keys.T
@@ -174,7 +175,7 @@ def test_a_refreshing_stream_continues_from_its_state(session):
     saved = through_bytes(editor.state())
     other.load_state(session, saved)
     assert same_state(other.state(), saved)
-    with pytest.raises(StateError, match="past keys"):
+    with pytest.raises(StateError, match=r"has no .*past"):
         other.load_state(session, State({k: v for k, v in saved.tensors.items() if "past" not in k}, saved.json))
 
 

@@ -70,5 +70,5 @@ def test_its_state_is_the_null_space_and_its_weight(session):
     other.load_state(session, saved)
     assert same_state(other.state(), saved)
     assert other.record() == editor.record()
-    with pytest.raises(StateError, match="L2"):
+    with pytest.raises(StateError, match="l2"):
         other.load_state(session, State(saved.tensors, {}))

@@ -62,7 +62,7 @@ def test_a_single_position_says_what_to_do(session, monkeypatch):
 
 def test_incomplete_state_is_refused(session):
     state = {f"{session.sites[0].module}.mean": torch.zeros(3)}
-    with pytest.raises(StateError, match="incomplete"):
+    with pytest.raises(StateError, match=r"ultraedit .*\.mean is float32 \(3,\) in place of float64"):
         UltraEdit().load_state(session, State(state))
 
 
@@ -110,7 +110,7 @@ def test_the_state_of_a_whitening_stream_has_the_scatter(session):
     write_batch(session, editor, requests_of("a", 3))
     other.load_state(session, editor.state())
     assert torch.equal(other.moments[session.sites[0].module].scatter, editor.moments[session.sites[0].module].scatter)
-    with pytest.raises(StateError, match="incomplete"):
+    with pytest.raises(StateError, match=r"has no .*scatter"):
         UltraEdit(UltraEdit.Options(whiten=True)).load_state(
             session, State({k: v for k, v in editor.state().tensors.items() if "scatter" not in k})
         )

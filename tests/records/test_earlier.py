@@ -45,7 +45,7 @@ def test_it_is_inspected_resumed_and_undone(run: Path, capsys: pytest.CaptureFix
     assert now["options"] == then["options"]
     # Options that were added since stand at what was done before them.
     added = {"lr_kind": "absolute", "decay_kind": "absolute", "norm_clamp": then["targets"]["clamp"]}
-    added |= {"stop": "loss", "stop_patience": 2}
+    added |= {"stop": "loss", "stop_patience": 2, "per_layer": False, "merge": False, "longest": None}
     assert now["targets"] == {**then["targets"], **added}
     assert resumed["recipe"]["corpus"] == "self"
     assert main(["-q", "undo", str(run)]) == 0, capsys.readouterr().err

@@ -26,7 +26,7 @@ def many(count: int) -> list[EditRequest]:
 
 def test_what_is_short_on_any_cpu_is_not_even_measured(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foresight.targets, "optimise", None)
-    assert foresee(loaded, many(40), 1, TargetOptions()) is None
+    assert foresee(loaded, many(40), (1,), TargetOptions()) is None
 
 
 def test_a_long_run_is_foreseen_in_proportion_to_its_edits(
@@ -38,7 +38,8 @@ def test_a_long_run_is_foreseen_in_proportion_to_its_edits(
     ticks = iter(range(100))
     monkeypatch.setattr(foresight.time, "perf_counter", lambda: float(next(ticks)))
     few, more, shared = (
-        foresee(loaded, many(count), 1, TargetOptions(), parts=parts) for count, parts in ((40, 1), (400, 1), (400, 2))
+        foresee(loaded, many(count), (1,), TargetOptions(), parts=parts)
+        for count, parts in ((40, 1), (400, 1), (400, 2))
     )
     assert few is not None
     assert more is not None
@@ -47,7 +48,7 @@ def test_a_long_run_is_foreseen_in_proportion_to_its_edits(
     assert shared.seconds == pytest.approx(more.seconds / 2)
     assert [setting for setting, _ in more.remedies] == ["targets.prefixes=1", "targets.steps=12"]
     assert all(seconds < 0.6 * more.seconds for _, seconds in more.remedies)
-    cheap = foresee(loaded, many(400), 1, TargetOptions(prefixes=1, steps=10))
+    cheap = foresee(loaded, many(400), (1,), TargetOptions(prefixes=1, steps=10))
     assert cheap is not None
     assert cheap.remedies == (), "nothing is left that would help"
 

@@ -98,6 +98,7 @@ def test_a_batch_that_is_not_finite_anywhere_leaves_the_weights(broken: str) -> 
         reporter=Silent(),
         options=TargetOptions(),
     )
+    session.stages = (session,)
     with pytest.raises(GuardError, match="at mlp"):
         edit_batch(session, Fake(), (), (), lambda site, update: None)
     assert written == []

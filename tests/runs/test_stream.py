@@ -14,13 +14,13 @@ import torch
 
 import editcli
 from editcli.errors import EditError, GuardError, NumericalError, RequestError, StateError
-from editcli.records.decoding import convert
 from editcli.records.record import Provenance
 from editcli.records.recovery import recover
 from editcli.records.state import RunFolder
 from editcli.requests.schema import from_record
 from editcli.runs.outcome import rounded_differently
 from editcli.runs.stream import Stack, Stream
+from editcli.storage.conversion import convert
 from tests.support.facts import CAPITALS, capital
 from tests.support.reporters import Listener
 from tests.support.workshop import STOP_AFTER, same_stream
@@ -146,12 +146,21 @@ def test_a_base_that_changed_is_refused_and_nothing_is_lost(
     assert {path: path.read_bytes() for path in (shop.folder / "out").rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_record_is_written_anew(shop: Any, anchored: Path) -> None:
+@pytest.mark.parametrize("change", ["whole", "recipe"])
+def test_a_run_goes_on_without_its_record_only_when_the_user_removes_it(shop: Any, anchored: Path, change: str) -> None:
+    """Another record in its place would not name the first edits file, the reference text and what is new in it."""
     out = Path(shutil.copytree(anchored, shop.folder / "out"))
-    (out / "editcli/run.json").write_text("{")
+    path = out / "editcli/run.json"
+    path.write_text("{" if change == "whole" else json.dumps({**record(out), "recipe": {"edits": 5}}))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     ended = shop.apply("out", *ANCHORED, "--resume")
-    assert ended.code == 0
-    assert "it is written anew" in ended.err
+    assert ended.code == 1
+    (sentence,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert str(Path("out/editcli/run.json")) in sentence
+    assert "remove that file" in sentence
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    path.unlink()
+    assert shop.apply("out", *ANCHORED, "--resume").code == 0
     assert record(out)["status"] == "done"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.rights import without_rights
 from benchmarks.special_files import SPARSE, a_socket, endless, folder, pipe, sparse
 from editcli.__main__ import main
 from editcli.errors import FileError, MissingFileError, StateError
@@ -21,7 +22,7 @@ from editcli.requests.reader import read_edits
 from editcli.storage import opening
 from editcli.storage.files import atomic, write_bytes
 from editcli.storage.folders import new_folder
-from editcli.storage.opening import EDITS, KINDS, RECORD, TEMPLATE, check, open_regular, read_bytes, read_text
+from editcli.storage.opening import EDITS, KINDS, RECORD, TEMPLATE, check, is_there, open_regular, read_bytes, read_text
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes and devices lie in folders on POSIX systems alone")
 
@@ -76,13 +77,19 @@ class TestOpener:
         with pytest.raises(FileError, match="its name cannot be one"):
             read_bytes("a\0b", RECORD)
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
     def test_a_file_without_permission_is_one_sentence(self, tmp_path: Path) -> None:
         path = tmp_path / "x"
         path.write_text("x")
         path.chmod(0)
-        with pytest.raises(FileError, match="there is no permission to read it"):
-            read_bytes(path, RECORD)
+        with without_rights() as hold:
+            assert hold, "this test shows nothing where permissions do not hold"
+            with pytest.raises(FileError, match="there is no permission to read it"):
+                read_bytes(path, RECORD)
+            tmp_path.chmod(0)
+            with pytest.raises(FileError, match="there is no permission to read it"):
+                is_there(path)
+        tmp_path.chmod(0o755)
+        assert (is_there(path), is_there(tmp_path / "none"), is_there("a\0b")) == (True, False, False)
 
     def test_the_limit_of_a_kind_is_exact(self, tmp_path: Path) -> None:
         path = tmp_path / "template.jinja"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +16,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import hostile
 from benchmarks.hostile import ROWS, attacking
+from benchmarks.special_files import Case, fault_of
+from benchmarks.workshop import Ended
 from editcli.errors import EditError, FileError, StateError
 from editcli.export.patch import MANIFEST, read_manifest
 from editcli.export.record import recipe_of
 from editcli.records.decoding import (
     MAX_VALUES,
     UnreadableError,
-    convert,
     decode,
     encode,
     parse,
@@ -36,6 +40,8 @@ from editcli.records.record import Provenance, RunRecord, read_record
 from editcli.records.state import RunFolder, StreamSettings, requests_of
 from editcli.runs.card import model_card
 from editcli.settings.recipe import Recipe
+from editcli.storage.conversion import convert
+from editcli.storage.files import write_json, write_lines
 from editcli.storage.lines import MAX_DEPTH
 from tests.support.places import ROOT
 
@@ -73,7 +79,8 @@ RECORD = {
 }
 LINE = json.loads((EARLIER / "editcli/journal.jsonl").read_text("utf-8").splitlines()[0])
 ENDING = {name: LINE.pop(name) for name in ("seconds", "weights", "previous")}
-BATCH = {**LINE, "targets": {"optimised": 2}, "superseded": {"a": "b"}, "already_true": ["a"], **ENDING}
+MORE = {"targets": {"optimised": 2}, "superseded": {"a": "b"}, "released": ["c"], "already_true": ["a"]}
+BATCH = {**LINE, **MORE, **ENDING}
 UNDO = {
     "sequence": 1,
     "kind": "undo",
@@ -300,11 +307,61 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     folder.create()
     folder.write_record(RECORD)
     before = folder.record.read_bytes()
-    for value in (float("nan"), float("inf"), "\ud800", {1, 2}, "a\x00b", 10**400):
+    for value in ("\ud800", {1, 2}, "a\x00b", 10**400):
         with pytest.raises(StateError, match="would not be readable"):
             folder.write_record({**RECORD, "components": {"memit": {"figure": value}}})
+    # Null can take the place of a figure, but not of a count.
+    with pytest.raises(StateError, match="would not be readable"):
+        folder.write_record({**RECORD, "edits": {"read": float("nan"), "applied": 0, "rejected": 0}})
     assert folder.record.read_bytes() == before
     assert [path.name for path in folder.folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_figure_that_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    folder, figures = RunFolder(tmp_path), {"a": float("nan"), "b": [float("-inf"), 1.5], "c": {"d": float("inf")}}
+    folder.create()
+    folder.write_record({**RECORD, "components": {"memit": figures}})
+    record = folder.read_record()
+    assert record is not None
+    assert record.components == {"memit": {"a": None, "b": [None, 1.5], "c": {"d": None}}}
+    write_json(tmp_path / "bench.json", {"figures": figures, "out": "a\udcffb"})
+    written = json.loads((tmp_path / "bench.json").read_text("utf-8"), parse_constant=pytest.fail)
+    assert written == {"figures": {"a": None, "b": [None, 1.5], "c": {"d": None}}, "out": "a\udcffb"}
+    write_lines(tmp_path / "lines.jsonl", [figures, 1])
+    lines = (tmp_path / "lines.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(lines[0], parse_constant=pytest.fail)["a"] is None
+
+
+def test_a_record_stays_as_small_as_what_is_read_of_it(tmp_path: Path) -> None:
+    """A stream of a million edits names the first refused ones; the file of all lies beside it."""
+    folder, count = RunFolder(tmp_path), 20_000
+    folder.create()
+    rejected = [{"id": f"edit-{number}", "line": number, "reason": "no " * 730} for number in range(count)]
+    counts = {"read": count, "applied": 0, "rejected": count}
+    folder.write_record({**RECORD, "rejected": rejected, "already_true": ["x"] * count, "edits": counts})
+    assert folder.record.stat().st_size <= 40 << 20
+    record = folder.read_record()
+    assert record is not None
+    assert record.edits is not None
+    assert (len(record.rejected or ()), record.edits.rejected) == (10_000, count)
+
+
+def test_a_record_that_is_too_large_all_the_same_is_not_written(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    with pytest.raises(StateError, match="larger than 41,943,040 bytes"):
+        folder.write_record({**RECORD, "components": {"memit": {"text": "x" * (41 << 20)}}})
+    assert not folder.record.exists()
+
+
+def test_a_journal_that_is_full_is_told_before_a_line_is_lost(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    folder.append("{}")
+    folder.refuse_full("{}")
+    os.truncate(folder.journal, 256 << 20)
+    with pytest.raises(StateError, match="larger than 268,435,456 bytes"):
+        folder.refuse_full("{}")
 
 
 def test_size_and_depth_are_bounded(tmp_path: Path) -> None:
@@ -343,18 +400,59 @@ def test_no_command_ends_in_a_traceback(attack: Any, row: str) -> None:
     first = list(ROWS).index(row)
     for number in range(first, first + 12 * len(ROWS), len(ROWS)):
         attack.example(number)
-    assert not attack.failures
+    assert not attack.counts.failures
+
+
+def test_the_attack_notices_what_is_wrong(attack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would find nothing if it took a traceback, a usage error, a hang or a gigabyte for an answer."""
+
+    def ends(answer: Callable[[], tuple[int, str]]) -> str:
+        monkeypatch.setattr(attack.shop, "run", lambda words: answer())
+        return attack._outcome("run", "inspect", loud=False)[1]
+
+    def large() -> tuple[int, str]:
+        assert len(b"x" * (512 << 20)) > 0
+        return 0, ""
+
+    monkeypatch.setattr(hostile, "MEMORY", 64 << 20)
+    assert ends(lambda: (0, "")) == ""
+    assert ends(lambda: (1, "error: so\n")) == ""
+    assert "ZeroDivisionError" in ends(lambda: (1 // 0, ""))
+    assert "exit code 2" in ends(lambda: (2, "error: so\n"))
+    assert "without a sentence" in ends(lambda: (1, "so\n"))
+    if sys.platform.startswith("linux"):
+        assert "MiB more than otherwise" in ends(large)
+    monkeypatch.setattr(hostile, "SECONDS", 0.01)
+    assert "HangError" in ends(lambda: (sum(range(10**9)), ""))
+
+
+def test_the_special_files_notice_what_is_wrong(tmp_path: Path) -> None:
+    case, said = Case("run/editcli/run.json", "a folder", "inspect", ("inspect",)), "error: so\n"
+    assert fault_of(case, Ended(1, said, 0.1, 0), tmp_path, 0) is None
+    for ended, beyond in (
+        (Ended(2, said, 0.1, 0), 0),
+        (Ended(-9, said, 0.1, 0, timed_out=True), 0),
+        (Ended(1, "", 0.1, 0), 0),
+        (Ended(0, said, 0.1, 0), 0),
+        (Ended(1, f"Traceback\n{said}", 0.1, 0), 0),
+        (Ended(1, said, 0.1, 0), (1 << 30) + 1),
+    ):
+        assert fault_of(case, ended, tmp_path, beyond) is not None
+    edits = Case("facts.jsonl", "a folder", "check", ("check",))
+    assert fault_of(edits, Ended(2, said, 0.1, 0), tmp_path, 0) is None
+    (tmp_path / ".run.json.x.tmp").touch()
+    assert fault_of(case, Ended(1, said, 0.1, 0), tmp_path, 0) is not None
 
 
 def test_the_attack_changes_records_and_puts_them_back(attack: Any) -> None:
-    folder = attack.shop.folder / "run"
     for name, row in ROWS.items():
-        if row.folder == "run" and row.change.__name__ != "whole":
+        folder = attack.shop.folder / row.folders[-1]
+        if row.change.__name__ != "whole":
             before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
             changed = []
             for number in range(3):
                 row.change(folder, row.files[0], random.Random(number))
                 changed.append({path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} != before)
-                attack.shop.put_back()
+                attack.shop.put_back(row.folders[-1])
             assert any(changed), name
             assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

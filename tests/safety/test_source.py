@@ -22,7 +22,12 @@ FORBIDDEN_CALLS = {
 }
 # Telling glibc what to do with freed memory has no other door; it loads the library that the process already runs on.
 # A contract test asks a fresh interpreter what the import of a plugin author's module loads.
-ALLOWED = {"editcli/heap.py": ["ctypes"], "editcli/testing/listing.py": ["subprocess", "subprocess.run"]}
+# Where the user asks for it, pickles are read as tensors alone, which a test of its own holds.
+ALLOWED = {
+    "editcli/heap.py": ["ctypes"],
+    "editcli/testing/listing.py": ["subprocess", "subprocess.run"],
+    "editcli/storage/pickles.py": ["pickle", "torch.load", "torch.load"],
+}
 SHELLS = ("subprocess.", "os.exec", "os.spawn", "asyncio.create_subprocess")
 
 
@@ -93,6 +98,14 @@ def test_no_source_opens_a_file_but_by_the_opener(path: Path) -> None:
 def test_no_source_evaluates_text_starts_programs_or_unpickles(path: Path) -> None:
     allowed = ALLOWED.get(path.relative_to(ROOT).as_posix(), [])
     assert list(dangers(ast.parse(path.read_text(encoding="utf-8")))) == allowed
+
+
+def test_pickles_are_read_as_tensors_alone() -> None:
+    tree = ast.parse((ROOT / "editcli" / "storage" / "pickles.py").read_text("utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and dotted(node.func) == "torch.load"]
+    assert len(calls) == 2
+    for call in calls:
+        assert {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}["weights_only"] == "True"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -14,76 +12,7 @@ import pytest
 
 from editcli.__main__ import main
 from editcli.storage.checkpoint import file_digest
-
-EDIT = {"prompt": "The capital of {} is", "target_new": "Rome"}
-APPLY = (
-    *("--model", "base", "--corpus", "corpus.txt", "--layers", "1-2", "--device", "cpu", "--no-eval"),
-    *("-o", "targets.steps=1", "-o", "targets.prefixes=0", "--batch-size", "1"),
-)
-CPU = ("--device", "cpu")
-MORE = ("apply", "more.jsonl", *APPLY, "--out", "run", "--resume")
-EXPORT = ("export", "run", "--base", "base", "--device", "cpu", "--no-eval", "--out", "new", "--format")
-COMMANDS = {
-    "apply": ("apply", "facts.jsonl", *APPLY, "--out", "new"),
-    "resume": MORE,
-    "undo": ("undo", "run"),
-    "export lora": (*EXPORT, "lora"),
-    "export patch": (*EXPORT, "patch"),
-    "export full": (*EXPORT, "full"),
-    "apply-patch": ("apply-patch", "base", "patch", "--out", "new"),
-    "stats": (
-        "stats",
-        "compute",
-        "base",
-        "--corpus",
-        "corpus.txt",
-        "--device",
-        "cpu",
-        "--tokens",
-        "90",
-        "--out",
-        "new",
-    ),
-    "bench": (
-        "bench",
-        "--stacks",
-        "memit",
-        "--edits",
-        "facts.jsonl",
-        "--model",
-        "base",
-        "--device",
-        "cpu",
-        "--out",
-        "new",
-    ),
-    "tune": (
-        *("tune", "base", "facts.jsonl", "--corpus", "corpus.txt", "--sample", "1", "--trials", "1", "--out", "new"),
-        *("-o", "targets.steps=1", "-o", "targets.prefixes=0", "--text", "text.txt"),
-    ),
-    "convert": ("convert", "array.json", "--out", "new"),
-    "report": ("report", "run", "--base", "base", "--no-spectra", "--out", "new"),
-}
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    """A base, a run of it and a patch; not to be changed."""
-    place, before = tmp_path_factory.mktemp("writing"), Path.cwd()
-    shutil.copytree(model, place / "base")
-    shutil.copy(model / "corpus.txt", place)
-    (place / "text.txt").write_text("The river is long.\n")
-    edits = [{**EDIT, "id": name, "subject": name} for name in ("France", "Spain", "Italy")]
-    (place / "facts.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits[:2]))
-    (place / "more.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits))
-    (place / "array.json").write_text(json.dumps(edits))
-    os.chdir(place)
-    try:
-        assert main(["-q", "apply", "facts.jsonl", *APPLY, "--out", "run"]) == 0
-        assert main(["-q", *EXPORT[:-2], "patch", "--format", "patch"]) == 0
-    finally:
-        os.chdir(before)
-    return place
+from tests.support.commands import COMMANDS
 
 
 @contextmanager

@@ -49,6 +49,10 @@ class FakeSession:
         self.base = {site: self.random("weight", site.layer, size=shape).float() for site in self.sites}
         self.weights = dict(self.base)
 
+    @property
+    def stages(self) -> tuple[FakeSession, ...]:
+        return (self,)
+
     def random(self, *key: Any, size: tuple[int, ...]) -> Tensor:
         """Return the float64 tensor that belongs to ``key``: the same in every process."""
         named = (self.seed, *key, size)

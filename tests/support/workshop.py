@@ -22,10 +22,11 @@ from tests.support.facts import CAPITALS, write_lines
 
 STACKS = {
     "memit": ("--editor", "memit", "--stabilizer", "nas", "--stabilizer", "revive"),
-    "remembering": ("--editor", "memit", "-o", "memit.remember=true"),
+    "remembering": ("--editor", "memit", "-o", "memit.remember=true", "-s", "rect", "-o", "rect.feedback=true"),
     "alphaedit": (
         *("--editor", "alphaedit", "--stabilizer", "nas", "--stabilizer", "revive"),
         *("-o", "alphaedit.nullspace_threshold=0.9", "-o", "alphaedit.threshold_kind=relative"),
+        *("-o", "targets.per_layer=true"),
     ),
     "rlsedit": ("--editor", "rlsedit", "--stabilizer", "nas", "--stabilizer", "revive"),
     "lyaplock": ("--editor", "lyaplock", "--stabilizer", "sphere", "-o", "sphere.every=2"),

@@ -17,6 +17,10 @@ class Noise:
     variance: float = 0.0
     exceptional: int = 0
 
+    def __post_init__(self) -> None:
+        if not (self.batches >= 0 and self.mean >= 0 and self.variance >= 0 and self.exceptional >= 0):
+            raise ValueError("batches, mean, variance and exceptional must not be negative")
+
     def is_exceptional(self, noise: float, *, deviations: float, warmup: int) -> bool:
         """Tell whether ``noise`` lies more than so many standard deviations above the mean of what came before."""
         return self.batches >= warmup and noise > self.mean + deviations * self.variance**0.5

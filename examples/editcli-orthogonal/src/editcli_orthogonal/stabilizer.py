@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.plugin import Problem, Session, Site, Stabilizer, State, StateError, Update, option
+from editcli.plugin import Problem, SavedState, Session, Site, Stabilizer, State, Update, option
 
 from editcli_orthogonal.noise import Noise
 
@@ -89,11 +89,12 @@ class Orthogonal(Stabilizer):
         return State(json={module: asdict(seen) for module, seen in self.noise.items()})
 
     def load_state(self, session: Session, state: State) -> None:
-        self.prepare(session)
-        for module in self.noise:
-            if module not in state.json:
-                raise StateError(f"the saved state of orthogonal has nothing for {module}; start a new run")
-            self.noise[module] = Noise(**state.json[module])
+        saved = SavedState(self.name, state)
+        noise = saved.fields(dict[str, Noise])
+        for site in session.sites:
+            if site.module not in noise:
+                raise saved.refusal(f"it has nothing for {site.module}")
+            self.noise[site.module] = noise[site.module]
 
     def record(self) -> dict[str, Any]:
         """Return what is usual at each site, and how many batches were exceptional."""
