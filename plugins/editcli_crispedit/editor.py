@@ -65,7 +65,7 @@ class CrispEdit(FineTuningEditor):
         gamma: float = option(0.8, "share of the curvature whose directions are left alone")
         sequential: bool = option(True, "count the curvature of earlier batches as well")
         epochs: int = option(25, "passes over a batch of edits, at most")
-        lr: float = option(0.04, "step size of Adam, as a share of the weight's root mean square")
+        lr: float = option(0.02, "step size of Adam, as a share of the weight's root mean square")
         mini_batch: int = option(32, "edits of one step; --batch-size says how many are trained together")
         stop_loss: float = option(0.01, "leave out a mini-batch whose loss is below this, and stop at such an epoch")
 

@@ -20,6 +20,10 @@ class Rome(InverseGramEditor):
         D = R (K^T Q K)^-1 K^T Q,    Q = C^-1        for one edit: R (C^-1 k)^T / (k^T C^-1 k)
 
     One edit is the paper's rank-one formula; several edits of a batch are written together, each exactly.
+
+    The same k stands in numerator and denominator, as R-ROME (arXiv:2403.07175) asks for: ROME's released code takes
+    the mean key over the prefixes for one and the bare prompt's for the other, and single edits then wreck the model.
+    Only the residual is measured on the bare prompt, as for every editor here; R-ROME's is v - W k at the mean key.
     """
 
     name: ClassVar[str] = "rome"

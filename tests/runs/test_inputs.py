@@ -122,7 +122,7 @@ def test_known_facts_among_others_are_named_and_stay() -> None:
 QUESTION = {"id": "q", "prompt": "Which city is the capital of France?", "target_new": "Lyon"}
 
 
-@pytest.mark.parametrize("editor", ["ft", "ultraedit"])
+@pytest.mark.parametrize("editor", ["ft", "locft", "crispedit", "ultraedit"])
 def test_editors_that_need_no_subject_take_plain_questions(editor: str) -> None:
     choices = {
         **QUICK,
@@ -136,7 +136,7 @@ def test_editors_that_need_no_subject_take_plain_questions(editor: str) -> None:
 
 
 def test_editors_that_need_a_subject_name_those_that_do_not() -> None:
-    reason = r"the edit has no subject, and rlsedit writes .* that needs none: --editor ft or --editor ultraedit"
+    reason = r"the edit has no subject, and rlsedit writes .* that needs none: --editor crispedit or .* --editor locft"
     with pytest.raises(RequestError, match=reason):
         editcli.edit(edits=[QUESTION], **QUICK)
     with editcli.Stream(**QUICK) as stream, pytest.raises(RequestError, match=reason):

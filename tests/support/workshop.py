@@ -29,6 +29,8 @@ STACKS = {
         *("-o", "targets.per_layer=true"),
     ),
     "rlsedit": ("--editor", "rlsedit", "--stabilizer", "nas", "--stabilizer", "revive"),
+    "lyaplock": ("--editor", "lyaplock", "--stabilizer", "sphere", "-o", "sphere.every=2"),
+    "crispedit": ("--editor", "crispedit", "-o", "crispedit.epochs=2", "-o", "crispedit.mini_batch=1"),
     "ultraedit": ("--editor", "ultraedit", "-o", "ultraedit.lr=1e-3", "-o", "ultraedit.pilots=4"),
 }
 QUICK = ("--layers", "1-2", "--device", "cpu", "--no-eval", "--batch-size", "2")
