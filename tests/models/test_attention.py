@@ -100,3 +100,46 @@ def test_the_choice_is_the_models(tmp_path: Path) -> None:
     one, other = opened(tmp_path / "one", "llama"), opened(tmp_path / "other", "llama")
     with grouped_attention(one.model):
         assert other.model.config._attn_implementation == REPLACED
+
+
+class Root(nn.Module):
+    """An RMS norm as families write it; with a gate it computes more."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width), requires_grad=False)
+        self.eps = 1e-5
+
+    def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
+        normed = self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return normed if gate is None else normed * gate
+
+
+class AlwaysGated(Root):
+    """A norm that fails without its gate."""
+
+    def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(hidden) * nn.functional.silu(gate)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_norm_that_gets_a_gate_keeps_it() -> None:
+    model, hidden, gate = nn.ModuleList([Root(6)]), torch.randn(3, 6), torch.randn(3, 6)
+    plain, gated = model[0](hidden), model[0](hidden, gate=gate)
+    with replaced_norms(fusable_norms(model)):
+        assert "forward" in model[0].__dict__
+        torch.testing.assert_close(model[0](hidden), plain)
+        assert torch.equal(model[0](hidden, gate=gate), gated)
+        assert torch.equal(model[0](hidden, gate), gated)
+
+
+def test_a_norm_that_cannot_be_tried_stays_as_it_is() -> None:
+    assert fusable_norms(nn.ModuleList([AlwaysGated(6)])) == []
+
+
+def test_a_norm_follows_a_weight_that_is_replaced() -> None:
+    model, hidden = nn.ModuleList([Root(6)]), torch.randn(3, 6)
+    norms = fusable_norms(model)
+    model[0].weight = nn.Parameter(torch.full((6,), 3.0), requires_grad=False)
+    expected = model[0](hidden)
+    with replaced_norms(norms):
+        torch.testing.assert_close(model[0](hidden), expected)
