@@ -32,10 +32,13 @@ class Engine:
     """Whether to use the kernels for an accelerator."""
     whole: dict[tuple[int, bool], bool] = field(default_factory=dict)
     """By layer and use of a cache: whether the model does more between its blocks than call one after the other."""
-    grouped: bool | None = None
-    """Whether the model computes the same with grouped attention; None until it was tried."""
+    agrees: tuple[bool, bool] | None = None
+    """Whether the model computes the same with grouped attention, and with past keys and values left where they lie.
+
+    None until it was tried.
+    """
     apart: bool = False
-    """Whether it does so, too, with past keys and values left where they lie."""
+    """Whether past keys and values are left where they lie, which grouped attention alone reads."""
     norms: list[tuple[nn.Module, Fused]] = field(default_factory=list)
     """The norms that torch computes in one kernel, with the forward that does."""
     used: set[str] = field(default_factory=set)
@@ -53,17 +56,23 @@ class Engine:
         with ExitStack() as stack:
             stack.enter_context(quick_linears(self.loaded.model))
             if self.quick:
-                if self.grouped is None:
-                    model, device = self.loaded.model, self.loaded.input_device
-                    self.norms = fusable_norms(model)
-                    self.grouped = grouped_agrees(model, device)
-                    self.apart = self.grouped and grouped_agrees(model, device, apart=True)
-                stack.enter_context(replaced_norms(self.norms))
-                if self.grouped:
-                    stack.enter_context(grouped_attention(self.loaded.model))
-                    self.used.add("grouped-attention")
+                self._quicken(stack)
             yield
-            self.used.add(self.replays.name)
+
+    def _quicken(self, stack: ExitStack) -> None:
+        """Use the kernels for an accelerator, as far as the model computes the same with them."""
+        model, device = self.loaded.model, self.loaded.input_device
+        if self.agrees is None:
+            self.norms = fusable_norms(model)
+            alike = grouped_agrees(model, device)
+            self.agrees = alike, alike and grouped_agrees(model, device, apart=True)
+        stack.enter_context(replaced_norms(self.norms))
+        alike, apart = self.agrees
+        # The model's attention may have been changed since it was tried; another one would miss the past.
+        grouped = alike and stack.enter_context(grouped_attention(model))
+        self.apart = grouped and apart
+        if grouped:
+            self.used.add("grouped-attention")
 
 
 def fitting_tokens(loaded: LoadedModel, layer: int) -> int:

@@ -126,7 +126,8 @@ class Recorded:
         self._outlines: weakref.WeakKeyDictionary[Any, tuple[tuple[Hashable, ...], list[Tensor]]] = (
             weakref.WeakKeyDictionary()
         )
-        self._weights: tuple[int, ...] = ()
+        self._held: tuple[Hashable, ...] = ()
+        """The model's attention and the addresses of its weights when the recordings were made."""
 
     @property
     def name(self) -> str:
@@ -158,7 +159,7 @@ class Recorded:
     def _outlined(self, constant: object) -> Outlined:
         """Return an object's outline with the kinds of its tensors, and the tensors; a new object is walked once."""
         if constant not in self._outlines:
-            self._forget_moved_weights()
+            self._forget_changed_model()
             tensors: list[Tensor] = []
             outline = _outline(constant, tensors, {})
             self._outlines[constant] = (outline, tuple(_kind(tensor) for tensor in tensors)), tensors
@@ -195,12 +196,13 @@ class Recorded:
         self.failure = reason
         self.clear()
 
-    def _forget_moved_weights(self) -> None:
-        """Drop the recordings if a weight lies elsewhere than when they were made."""
-        weights = tuple(parameter.data_ptr() for parameter in self._model.parameters())
-        if weights != self._weights:
+    def _forget_changed_model(self) -> None:
+        """Drop the recordings if a weight lies elsewhere than when they were made, or the attention is another."""
+        attention = getattr(getattr(self._model, "config", None), "_attn_implementation", None)
+        now = attention, *(parameter.data_ptr() for parameter in self._model.parameters())
+        if now != self._held:
             self.clear()
-            self._weights = weights
+            self._held = now
 
 
 def _kind(tensor: Tensor) -> Hashable:

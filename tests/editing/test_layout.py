@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,13 +17,22 @@ from torch import Tensor
 from editcli.editing.engine import Engine, engine_for
 from editcli.editing.layout import Bucketed, Exact, Group, Layout, layout_for, work
 from editcli.editing.replay import Recorded
+from editcli.editing.steering import Steering
 from editcli.editing.targets import optimise
 from editcli.models.loading import LoadedModel
 from editcli.models.sizes import column_size, power_of_two, row_size, row_size_within
 from editcli.reporting import Silent
 from editcli.requests.schema import EditRequest
 from editcli.settings.core import TargetOptions
-from tests.editing.test_targets import FACTS, LAYER, OPTIONS, PREFIXES, opened, requests
+from tests.editing.test_targets import (
+    FACTS,
+    LAYER,
+    OPTIONS,
+    PREFIXES,
+    opened,
+    requests,
+    through_the_whole_model,
+)
 from tests.support.families import families
 
 WIDTHS = st.lists(st.integers(1, 40), min_size=1, max_size=300)
@@ -220,3 +229,25 @@ def test_half_precision_stays_within_its_rounding(tmp_path: Path) -> None:
     )
     assert float((fast[0] - exact[0]).norm() / exact[0].norm()) < 0.1
     assert len(FACTS) == fast[3].numel()
+
+
+def test_another_attention_between_two_batches_still_sees_the_past(tmp_path: Path) -> None:
+    """Past keys and values that lie apart are for grouped attention alone."""
+    loaded = opened(tmp_path / "model", "llama")
+    engine, model = accelerated(loaded), cast(Any, loaded.model)
+    values(loaded, requests(), OPTIONS, engine)
+    assert engine.apart
+    model.set_attn_implementation("eager")
+    fast, exact = (values(loaded, requests(), OPTIONS, way) for way in (engine, engine_for(loaded)))
+    torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
+    assert not engine.apart
+
+
+def test_a_run_records_no_graphs_that_it_did_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that does more between its blocks than call them runs its own forward pass, which is never recorded."""
+    loaded = opened(tmp_path / "model", "llama")
+    monkeypatch.setattr(Steering, "check", through_the_whole_model)
+    engine = accelerated(loaded)
+    fast, exact = (values(loaded, requests(), OPTIONS, way) for way in (engine, engine_for(loaded)))
+    torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
+    assert engine.used == {"eager", "grouped-attention"}

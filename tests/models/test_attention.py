@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from editcli.models.attention import NAME, REPLACED, grouped, grouped_agrees, grouped_attention
 from editcli.models.loading import LoadedModel, open_model, resolve_model
@@ -102,6 +104,19 @@ def test_the_choice_is_the_models(tmp_path: Path) -> None:
         assert other.model.config._attn_implementation == REPLACED
 
 
+def test_each_part_of_a_model_gets_its_own_attention_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tower for images may run an attention of its own."""
+    loaded = opened(tmp_path, "llama")
+    config: Any = loaded.model.config
+    monkeypatch.setattr(type(config), "sub_configs", {"vision_config": PretrainedConfig})
+    config.vision_config = PretrainedConfig()
+    config.vision_config._attn_implementation = "eager"
+    with grouped_attention(loaded.model) as used:
+        assert used
+    assert config._attn_implementation == REPLACED
+    assert config.vision_config._attn_implementation == "eager"
+
+
 class Root(nn.Module):
     """An RMS norm as families write it; with a gate it computes more."""
 
@@ -143,3 +158,11 @@ def test_a_norm_follows_a_weight_that_is_replaced() -> None:
     expected = model[0](hidden)
     with replaced_norms(norms):
         torch.testing.assert_close(model[0](hidden), expected)
+
+
+def test_a_norm_that_was_given_another_forward_keeps_it() -> None:
+    model, hidden = nn.ModuleList([Root(6)]), torch.randn(3, 6)
+    norms = fusable_norms(model)
+    model[0].forward = lambda hidden: hidden
+    with replaced_norms(norms):
+        assert torch.equal(model[0](hidden), hidden)
