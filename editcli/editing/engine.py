@@ -20,6 +20,9 @@ from editcli.settings.core import BATCH_TOKENS, TargetOptions
 SHARE = 0.4
 """The part of a device's free memory that a micro-batch may take by estimate; the rest is for what is not counted."""
 
+SPARE = 0.1
+"""The part of a device's memory that has to be free after a batch; else its recordings are given back."""
+
 
 @dataclass(slots=True)
 class Engine:
@@ -58,6 +61,10 @@ class Engine:
             if self.quick:
                 self._quicken(stack)
             yield
+        # The phases that follow have no other way to the memory of recordings.
+        memory = free_memory(torch.device(self.loaded.input_device)) if self.quick else None
+        if memory is not None and memory.free < SPARE * memory.total:
+            self.replays.clear()
 
     def _quicken(self, stack: ExitStack) -> None:
         """Use the kernels for an accelerator, as far as the model computes the same with them."""
@@ -75,24 +82,40 @@ class Engine:
             self.used.add("grouped-attention")
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A device's memory, in bytes."""
+
+    free: int
+    unused: int
+    """What torch holds without a use for it now."""
+    total: int
+
+
+def free_memory(device: torch.device) -> Memory | None:
+    """Return the memory of a device; None where the device cannot say."""
+    module = torch.get_device_module(device)
+    ask = getattr(module, "mem_get_info", None)
+    if ask is None:
+        return None
+    free, total = ask(device)
+    return Memory(free, module.memory_reserved(device) - module.memory_allocated(device), total)
+
+
 def fitting_tokens(loaded: LoadedModel, layer: int) -> int:
     """Estimate how many tokens of target optimisation above ``layer`` fit a part of the device's free memory.
 
     Per token and layer about eight tensors of the stream's width and four of the MLP's live until the backward pass;
     about every fourth token has float32 logits, with their gradient.
     """
-    device = torch.device(loaded.input_device)
-    module = torch.get_device_module(device)
-    ask = getattr(module, "mem_get_info", None)
-    if ask is None:
+    memory = free_memory(torch.device(loaded.input_device))
+    if memory is None:
         return 0
-    unused = module.memory_reserved(device) - module.memory_allocated(device)
-    free = ask(device)[0] + unused
     architecture = loaded.architecture
     outer, inner = architecture.shape(layer)
     weight = architecture.head.get_parameter("weight")
     through = (architecture.layers - layer - 1) * (8 * outer + 4 * inner) * weight.element_size()
-    return int(SHARE * free / (through + len(weight) * 3))
+    return int(SHARE * (memory.free + memory.unused) / (through + len(weight) * 3))
 
 
 def engine_for(loaded: LoadedModel) -> Engine:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from editcli.editing.engine import Engine, engine_for
+from editcli.editing.engine import Engine, Memory, engine_for
 from editcli.editing.layout import Bucketed, Exact, Group, Layout, layout_for, work
-from editcli.editing.replay import Recorded
+from editcli.editing.replay import CudaGraphs, Recorded
 from editcli.editing.steering import Steering
 from editcli.editing.targets import optimise
 from editcli.models.loading import LoadedModel
@@ -251,3 +253,82 @@ def test_a_run_records_no_graphs_that_it_did_not_use(tmp_path: Path, monkeypatch
     fast, exact = (values(loaded, requests(), OPTIONS, way) for way in (engine, engine_for(loaded)))
     torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
     assert engine.used == {"eager", "grouped-attention"}
+
+
+def test_a_recording_that_does_not_fit_the_memory_leaves_the_plain_way_for_its_shape(tmp_path: Path) -> None:
+    """The call itself fitted, so the batch is not halved, and other shapes are recorded."""
+    loaded = opened(tmp_path / "model", "llama")
+    tried: list[int] = []
+
+    def full_at_first(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        tried.append(1)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("made up")
+        return twice(function)
+
+    replays = Recorded(loaded.model, full_at_first, name="recorded")
+    engine = Engine(loaded, Bucketed(setup=1e18), replays, quick=True)
+    exact = values(loaded, requests(), OPTIONS, engine_for(loaded))
+    for _ in range(2):
+        fast = values(loaded, requests(), OPTIONS, engine)
+        torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
+    # The distributions before, which do not fit and are not tried again, the step, and the last evaluation.
+    assert len(tried) == 3
+    assert replays.failure is None
+
+
+@pytest.mark.parametrize("error", [TypeError("no such argument"), AttributeError("no such field"), ValueError()])
+def test_an_error_of_a_familys_code_while_it_is_recorded_leaves_the_plain_way(error: Exception, tmp_path: Path) -> None:
+    loaded = opened(tmp_path / "model", "llama")
+
+    def failing(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        raise error
+
+    replays = Recorded(loaded.model, failing, name="recorded")
+    engine = Engine(loaded, Bucketed(setup=1e4), replays, quick=True)
+    fast, exact = (values(loaded, requests()[:1], OPTIONS, way) for way in (engine, engine_for(loaded)))
+    torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
+    assert replays.failure == (str(error) or "ValueError")
+
+
+@pytest.mark.parametrize(("free", "remain"), [(5, False), (50, True)])
+def test_recordings_are_given_back_where_memory_is_short(
+    free: int, remain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The phases after targets cannot use the memory of recordings."""
+    loaded = opened(tmp_path / "model", "llama")
+    monkeypatch.setattr("editcli.editing.engine.free_memory", lambda device: Memory(free, 1 << 30, 100))
+    alive = weakref.WeakSet[Any]()
+
+    def watched(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        outputs, replay = twice(function)
+        alive.update(outputs)
+        return outputs, replay
+
+    replays = Recorded(loaded.model, watched, name="recorded")
+    engine = Engine(loaded, Bucketed(setup=1e4), replays, quick=True)
+    values(loaded, requests(), OPTIONS, engine)
+    assert bool(list(alive)) is remain
+
+
+def test_graphs_share_a_pool_for_as_long_as_one_of_them_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device is here: that a new capture into an abandoned pool fails is torch's rule, not shown by this test."""
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    pools, used = iter(range(9)), list[int]()
+
+    def capturing(graph: Graph, *, pool: int) -> AbstractContextManager[None]:
+        used.append(pool)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    record, made = CudaGraphs(torch.device("cuda")), list[Any]()
+    made.extend(record(lambda: (torch.ones(1),)) for _ in range(2))
+    made.clear()
+    made.append(record(lambda: (torch.ones(1),)))
+    assert used == [0, 0, 1]
