@@ -21,11 +21,12 @@ from editcli.editing.layout import Bucketed, Exact, Group, Layout, layout_for, w
 from editcli.editing.replay import CudaGraphs, Recorded
 from editcli.editing.steering import Steering
 from editcli.editing.targets import optimise
-from editcli.models.loading import LoadedModel
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.models.sizes import column_size, power_of_two, row_size, row_size_within
 from editcli.reporting import Silent
-from editcli.requests.schema import EditRequest
+from editcli.requests.schema import EditRequest, from_record
 from editcli.settings.core import TargetOptions
+from editcli.testing import tiny_model_folder
 from tests.editing.test_targets import (
     FACTS,
     LAYER,
@@ -332,3 +333,22 @@ def test_graphs_share_a_pool_for_as_long_as_one_of_them_lives(monkeypatch: pytes
     made.clear()
     made.append(record(lambda: (torch.ones(1),)))
     assert used == [0, 0, 1]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gptj"])
+def test_padding_stays_within_the_models_context(family: str, cached: bool, tmp_path: Path) -> None:
+    """A model with learned positions has none beyond its context, which need not be one of the sizes."""
+    context = 28
+    small: Any = {"max_position_embeddings" if family == "opt" else "n_positions": context}
+    loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", family, **small)))
+    fact, words = FACTS[0], "the river was in the city by the company of the tower and it is"
+    prompt = from_record({"id": "1", "prompt": f"{words} {words[:24]} {{}} is", "subject": fact[1], "target_new": "a"})
+    options = replace(OPTIONS, steps=3, cached=cached)
+    fast, exact = (
+        optimise(loaded, [prompt], (), LAYER, options, Silent(), engine=engine)
+        for engine in (accelerated(loaded, setup=1e18), engine_for(loaded))
+    )
+    torch.testing.assert_close(fast.target, exact.target, rtol=1e-3, atol=1e-4)
+    (text,) = loaded.tokens.encode([loaded.tokens.locate(prompt, " a")])
+    assert column_size(len(text.ids) - 1) > context >= len(text.ids)
