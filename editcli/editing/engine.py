@@ -15,6 +15,7 @@ from editcli.models.attention import grouped_agrees, grouped_attention
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import quick_linears
 from editcli.models.norms import Fused, fusable_norms, replaced_norms
+from editcli.models.sharded import any_split
 from editcli.settings.core import BATCH_TOKENS, TargetOptions
 
 SHARE = 0.4
@@ -51,6 +52,9 @@ class Engine:
         """Return the most tokens of a micro-batch: ``targets.batch_tokens``, or at its default what fits a device."""
         if not self.quick or options.batch_tokens != BATCH_TOKENS:
             return options.batch_tokens
+        # The devices of processes that share a model differ in free memory, and their micro-batches must not.
+        if any_split(self.loaded.model):
+            return BATCH_TOKENS
         return max(BATCH_TOKENS, fitting_tokens(self.loaded, layer))
 
     @contextmanager

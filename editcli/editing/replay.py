@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from editcli.models.frozen_cache import FrozenCache
+from editcli.models.sharded import any_split
 
 ALIGNMENT = 256
 """Bytes between the starts of two tensors in an arena are a multiple of this."""
@@ -241,7 +242,8 @@ def replays_for(model: nn.Module, device: torch.device) -> Replays:
     kinds = {parameter.device for parameter in model.parameters()}
     # accelerate's hooks move tensors between devices, which a graph cannot hold.
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-    if device.type != "cuda" or len(kinds) != 1 or hooked:
+    # Processes that share a model have to run each step alike, whatever one of them could record.
+    if device.type != "cuda" or len(kinds) != 1 or hooked or any_split(model):
         return Eager()
     return Recorded(model, CudaGraphs(device), name="cuda-graphs")
 

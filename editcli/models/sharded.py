@@ -34,6 +34,11 @@ def is_split(weight: Tensor) -> bool:
     return getattr(weight, "device_mesh", None) is not None
 
 
+def any_split(model: nn.Module) -> bool:
+    """Tell whether any weight of a model is spread over processes."""
+    return any(is_split(parameter) for parameter in model.parameters())
+
+
 def whole_weight(weight: Any) -> Tensor:
     """Return a weight in one piece."""
     return weight.full_tensor() if is_split(weight) else weight

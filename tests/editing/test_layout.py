@@ -18,14 +18,14 @@ from torch import Tensor
 
 from editcli.editing.engine import Engine, Memory, engine_for
 from editcli.editing.layout import Bucketed, Exact, Group, Layout, layout_for, work
-from editcli.editing.replay import CudaGraphs, Recorded
+from editcli.editing.replay import CudaGraphs, Eager, Recorded, replays_for
 from editcli.editing.steering import Steering
 from editcli.editing.targets import optimise
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.models.sizes import column_size, power_of_two, row_size, row_size_within
 from editcli.reporting import Silent
 from editcli.requests.schema import EditRequest, from_record
-from editcli.settings.core import TargetOptions
+from editcli.settings.core import BATCH_TOKENS, TargetOptions
 from editcli.testing import tiny_model_folder
 from tests.editing.test_targets import (
     FACTS,
@@ -352,3 +352,16 @@ def test_padding_stays_within_the_models_context(family: str, cached: bool, tmp_
     torch.testing.assert_close(fast.target, exact.target, rtol=1e-3, atol=1e-4)
     (text,) = loaded.tokens.encode([loaded.tokens.locate(prompt, " a")])
     assert column_size(len(text.ids) - 1) > context >= len(text.ids)
+
+
+def test_processes_that_share_a_model_work_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches do not follow the free memory of one process's device, and no step is recorded."""
+    loaded = opened(tmp_path / "model", "llama")
+    monkeypatch.setattr("editcli.editing.engine.free_memory", lambda device: Memory(1 << 40, 0, 1 << 40))
+    engine, device = accelerated(loaded), torch.device("cuda")
+    assert engine.most_tokens(OPTIONS, LAYER) > BATCH_TOKENS
+    assert isinstance(replays_for(loaded.model, device), Recorded)
+    weight: Any = loaded.architecture.projection(LAYER).weight
+    weight.device_mesh = object()
+    assert engine.most_tokens(OPTIONS, LAYER) == BATCH_TOKENS
+    assert isinstance(replays_for(loaded.model, device), Eager)
