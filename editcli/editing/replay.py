@@ -65,13 +65,17 @@ class NotReplayableError(Exception):
     """An argument holds an object whose tensors are not known."""
 
 
+def _nothing() -> None:
+    """Stand in for the weak reference of an arena that holds no object's tensors."""
+
+
 @dataclass(eq=False)
 class Arena:
     """Memory for the inputs of recordings, one after the other: it holds those of the recording that ran last."""
 
     memory: Tensor
     """(bytes,)"""
-    held: Callable[[], Any] = lambda: None
+    held: Callable[[], Any] = _nothing
     """A weak reference to the object whose tensors are there."""
 
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -102,6 +106,8 @@ class Recording:
     def __call__(self, constant: Any, tensors: Sequence[Tensor], varying: Sequence[Tensor]) -> Outputs:
         """Copy the arguments that are not there yet, replay, and return copies of the outputs."""
         if self.arena.held() is not constant:
+            # Half a copy, after an interrupt, is nobody's.
+            self.arena.held = _nothing
             for held, tensor in zip(self.shared, tensors, strict=True):
                 held.copy_(tensor)
             self.arena.held = weakref.ref(constant)

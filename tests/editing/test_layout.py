@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from editcli.editing.engine import Engine, Memory, engine_for
 from editcli.editing.layout import Bucketed, Exact, Group, Layout, layout_for, work
@@ -365,3 +365,52 @@ def test_processes_that_share_a_model_work_alike(tmp_path: Path, monkeypatch: py
     weight.device_mesh = object()
     assert engine.most_tokens(OPTIONS, LAYER) == BATCH_TOKENS
     assert isinstance(replays_for(loaded.model, device), Eager)
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """What many calls share."""
+
+    matrix: Tensor
+    scale: Tensor
+
+
+def scaled(constant: Constant, rows: Tensor) -> tuple[Tensor, ...]:
+    """A function to record."""
+    return (rows @ constant.matrix * constant.scale,)
+
+
+def constants(generator: torch.Generator, *sizes: int) -> Iterator[Constant]:
+    for size in sizes:
+        yield Constant(torch.randn(3, size, generator=generator), torch.randn(size, generator=generator))
+
+
+def test_recordings_that_share_memory_read_their_own_inputs() -> None:
+    """Whichever ran last, whether its object still lives, and whatever has taken the place of one that is gone."""
+    generator = torch.Generator().manual_seed(0)
+    replays, held = Recorded(nn.Identity(), twice, name="recorded"), list[Constant]()
+    for _ in range(6):
+        held = list(constants(generator, 8, 4, 4, 2))
+        for constant in (*held, *reversed(held), *held):
+            rows = torch.randn(5, 3, generator=generator)
+            (fast,) = replays("scaled", scaled, constant, rows)
+            torch.testing.assert_close(fast, scaled(constant, rows)[0])
+    assert replays.failure is None
+
+
+def test_a_copy_that_was_interrupted_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    replays, (one, other) = Recorded(nn.Identity(), twice, name="recorded"), constants(generator, 4, 4)
+    rows, real = torch.randn(5, 3, generator=generator), Tensor.copy_
+    replays("scaled", scaled, one, rows)
+
+    def interrupted(self: Tensor, source: Tensor) -> Tensor:
+        if source is other.scale:
+            raise KeyboardInterrupt
+        return real(self, source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            replays("scaled", scaled, other, rows)
+    torch.testing.assert_close(replays("scaled", scaled, one, rows), scaled(one, rows))
