@@ -20,6 +20,9 @@ from editcli.settings.core import BATCH_TOKENS, TargetOptions
 SHARE = 0.4
 """The part of a device's free memory that a micro-batch may take by estimate; the rest is for what is not counted."""
 
+SPARE = 0.1
+"""The part of a device's memory that has to be free after a batch; else its recordings are given back."""
+
 
 @dataclass(slots=True)
 class Engine:
@@ -32,10 +35,13 @@ class Engine:
     """Whether to use the kernels for an accelerator."""
     whole: dict[tuple[int, bool], bool] = field(default_factory=dict)
     """By layer and use of a cache: whether the model does more between its blocks than call one after the other."""
-    grouped: bool | None = None
-    """Whether the model computes the same with grouped attention; None until it was tried."""
+    agrees: tuple[bool, bool] | None = None
+    """Whether the model computes the same with grouped attention, and with past keys and values left where they lie.
+
+    None until it was tried.
+    """
     apart: bool = False
-    """Whether it does so, too, with past keys and values left where they lie."""
+    """Whether past keys and values are left where they lie, which grouped attention alone reads."""
     norms: list[tuple[nn.Module, Fused]] = field(default_factory=list)
     """The norms that torch computes in one kernel, with the forward that does."""
     used: set[str] = field(default_factory=set)
@@ -53,17 +59,47 @@ class Engine:
         with ExitStack() as stack:
             stack.enter_context(quick_linears(self.loaded.model))
             if self.quick:
-                if self.grouped is None:
-                    model, device = self.loaded.model, self.loaded.input_device
-                    self.norms = fusable_norms(model)
-                    self.grouped = grouped_agrees(model, device)
-                    self.apart = self.grouped and grouped_agrees(model, device, apart=True)
-                stack.enter_context(replaced_norms(self.norms))
-                if self.grouped:
-                    stack.enter_context(grouped_attention(self.loaded.model))
-                    self.used.add("grouped-attention")
+                self._quicken(stack)
             yield
-            self.used.add(self.replays.name)
+        # The phases that follow have no other way to the memory of recordings.
+        memory = free_memory(torch.device(self.loaded.input_device)) if self.quick else None
+        if memory is not None and memory.free < SPARE * memory.total:
+            self.replays.clear()
+
+    def _quicken(self, stack: ExitStack) -> None:
+        """Use the kernels for an accelerator, as far as the model computes the same with them."""
+        model, device = self.loaded.model, self.loaded.input_device
+        if self.agrees is None:
+            self.norms = fusable_norms(model)
+            alike = grouped_agrees(model, device)
+            self.agrees = alike, alike and grouped_agrees(model, device, apart=True)
+        stack.enter_context(replaced_norms(self.norms))
+        alike, apart = self.agrees
+        # The model's attention may have been changed since it was tried; another one would miss the past.
+        grouped = alike and stack.enter_context(grouped_attention(model))
+        self.apart = grouped and apart
+        if grouped:
+            self.used.add("grouped-attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A device's memory, in bytes."""
+
+    free: int
+    unused: int
+    """What torch holds without a use for it now."""
+    total: int
+
+
+def free_memory(device: torch.device) -> Memory | None:
+    """Return the memory of a device; None where the device cannot say."""
+    module = torch.get_device_module(device)
+    ask = getattr(module, "mem_get_info", None)
+    if ask is None:
+        return None
+    free, total = ask(device)
+    return Memory(free, module.memory_reserved(device) - module.memory_allocated(device), total)
 
 
 def fitting_tokens(loaded: LoadedModel, layer: int) -> int:
@@ -72,18 +108,14 @@ def fitting_tokens(loaded: LoadedModel, layer: int) -> int:
     Per token and layer about eight tensors of the stream's width and four of the MLP's live until the backward pass;
     about every fourth token has float32 logits, with their gradient.
     """
-    device = torch.device(loaded.input_device)
-    module = torch.get_device_module(device)
-    ask = getattr(module, "mem_get_info", None)
-    if ask is None:
+    memory = free_memory(torch.device(loaded.input_device))
+    if memory is None:
         return 0
-    unused = module.memory_reserved(device) - module.memory_allocated(device)
-    free = ask(device)[0] + unused
     architecture = loaded.architecture
     outer, inner = architecture.shape(layer)
     weight = architecture.head.get_parameter("weight")
     through = (architecture.layers - layer - 1) * (8 * outer + 4 * inner) * weight.element_size()
-    return int(SHARE * free / (through + len(weight) * 3))
+    return int(SHARE * (memory.free + memory.unused) / (through + len(weight) * 3))
 
 
 def engine_for(loaded: LoadedModel) -> Engine:

@@ -122,11 +122,14 @@ class Recorded:
         """Why nothing is recorded any more."""
         self._model, self._record, self._name = model, record, name
         self._recordings: dict[Hashable, Recording] = {}
+        self._too_large: set[Hashable] = set()
+        """Names of the calls whose recordings do not fit the memory."""
         self._arenas: list[Arena] = []
         self._outlines: weakref.WeakKeyDictionary[Any, tuple[tuple[Hashable, ...], list[Tensor]]] = (
             weakref.WeakKeyDictionary()
         )
-        self._weights: tuple[int, ...] = ()
+        self._held: tuple[Hashable, ...] = ()
+        """The model's attention and the addresses of its weights when the recordings were made."""
 
     @property
     def name(self) -> str:
@@ -147,18 +150,20 @@ class Recorded:
             return self._recordings[name](constant, tensors, varying)
         # The call itself prepares the libraries, which must not happen while kernels are recorded.
         result = function(constant, *varying)
-        self._add(name, function, constant, varying)
+        if name not in self._too_large:
+            self._add(name, function, constant, varying)
         return result
 
     def clear(self) -> None:
         """Drop all recordings with their memory."""
         self._recordings.clear()
+        self._too_large.clear()
         self._arenas.clear()
 
     def _outlined(self, constant: object) -> Outlined:
         """Return an object's outline with the kinds of its tensors, and the tensors; a new object is walked once."""
         if constant not in self._outlines:
-            self._forget_moved_weights()
+            self._forget_changed_model()
             tensors: list[Tensor] = []
             outline = _outline(constant, tensors, {})
             self._outlines[constant] = (outline, tuple(_kind(tensor) for tensor in tensors)), tensors
@@ -166,21 +171,23 @@ class Recorded:
 
     def _add(self, name: Any, function: Callable[..., Outputs], constant: object, varying: Sequence[Tensor]) -> None:
         outlined, tensors = self._outlines[constant]
-        arena = self._arena(tensors)
-        shared, own = arena.views(tensors), [tensor.clone() for tensor in varying]
-        for held, tensor in zip(shared, tensors, strict=True):
-            held.copy_(tensor)
-        arena.held = weakref.ref(constant)
-        rebuilt = _rebuild(outlined[0], shared, {})
         try:
+            arena = self._arena(tensors)
+            shared, own = arena.views(tensors), [tensor.clone() for tensor in varying]
+            for held, tensor in zip(shared, tensors, strict=True):
+                held.copy_(tensor)
+            arena.held = weakref.ref(constant)
+            rebuilt = _rebuild(outlined[0], shared, {})
             outputs, replay = self._record(lambda: function(rebuilt, *own))
+        # The call itself fitted, and a piece of work that fills the memory keeps the device busy without a recording.
         except torch.OutOfMemoryError:
-            raise
+            self.clear()
+            self._too_large.add(name)
         # Every model's own code runs here, and what cannot be recorded is its to say: the plain way always works.
-        except RuntimeError as error:
-            self._give_up(str(error).splitlines()[0])
-            return
-        self._recordings[name] = Recording(arena, shared, own, outputs, replay)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            self._give_up(next(iter(str(error).splitlines()), type(error).__name__))
+        else:
+            self._recordings[name] = Recording(arena, shared, own, outputs, replay)
 
     def _arena(self, tensors: Sequence[Tensor]) -> Arena:
         """Return memory that holds copies of ``tensors``: the widest chunk comes first, so one is mostly enough."""
@@ -195,12 +202,13 @@ class Recorded:
         self.failure = reason
         self.clear()
 
-    def _forget_moved_weights(self) -> None:
-        """Drop the recordings if a weight lies elsewhere than when they were made."""
-        weights = tuple(parameter.data_ptr() for parameter in self._model.parameters())
-        if weights != self._weights:
+    def _forget_changed_model(self) -> None:
+        """Drop the recordings if a weight lies elsewhere than when they were made, or the attention is another."""
+        attention = getattr(getattr(self._model, "config", None), "_attn_implementation", None)
+        now = attention, *(parameter.data_ptr() for parameter in self._model.parameters())
+        if now != self._held:
             self.clear()
-            self._weights = weights
+            self._held = now
 
 
 def _kind(tensor: Tensor) -> Hashable:
@@ -213,15 +221,18 @@ class CudaGraphs:
     def __init__(self, device: torch.device):
         self._device = device
         self._pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(self, function: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
         """Return the outputs of ``function``, which were not computed yet, and the replay that computes them."""
         with torch.cuda.device(self._device):
-            if self._pool is None:
+            if not self._graphs:
+                # torch refuses to share a pool with graphs that are all gone while it still holds some of its memory.
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 outputs = function()
+            self._graphs.add(graph)
         return outputs, graph.replay
 
 
@@ -246,7 +257,7 @@ def _outline(value: Any, tensors: list[Tensor], seen: dict[int, int]) -> Hashabl
         return ("plain", value)
     if isinstance(value, (tuple, list)):
         return (type(value), *(_outline(item, tensors, seen) for item in value))
-    if isinstance(value, dict):
+    if type(value) is dict:
         return (dict, *((key, _outline(item, tensors, seen)) for key, item in value.items()))
     if isinstance(value, FrozenCache):
         return (FrozenCache, _outline(value.pairs, tensors, seen), value.apart)

@@ -103,7 +103,14 @@ class Steering:
         ordered = sorted(rows, key=lambda row: (self._start(self.rows[row]), row))
         widths = [self.width[row] for row in ordered]
         groups = self.layout.groups(widths, allowance=self.allowance, most=self._tokens())
-        return [replace(group, members=tuple(ordered[member] for member in group.members)) for group in groups]
+        return [
+            replace(
+                group,
+                members=tuple(ordered[member] for member in group.members),
+                columns=self._in_context(group.columns, least=max(widths[member] for member in group.members)),
+            )
+            for group in groups
+        ]
 
     def chunk(self, group: Group) -> Chunk:
         """Return the tensors of a group."""
@@ -153,6 +160,15 @@ class Steering:
         longest = max(row.text.lookup for row in self.rows) * levels + max(len(row.text.ids) for row in self.rows)
         return (window is None or longest < window) and self.loaded.supports_kv_cache
 
+    def _past(self, used: int, columns: int) -> int:
+        """Return the padded number of ``used`` past columns before ``columns`` new ones."""
+        return self._in_context(self.layout.past(used) + columns, least=used + columns) - columns
+
+    def _in_context(self, columns: int, *, least: int) -> int:
+        """Return the padded ``columns``, cut so that padding needs no position beyond the model's context."""
+        context = self.loaded.tokens.max_length
+        return columns if context is None else max(least, min(columns, context))
+
     def _block_size(self) -> int:
         block = self.loaded.architecture.block(self.layer)
         return sum(parameter.numel() for parameter in block.parameters())
@@ -171,7 +187,7 @@ class Steering:
         # A causal model cannot see later tokens, so padding on the right needs no mask.
         ids = torch.tensor([[*text, *[text[-1]] * (width - len(text))] for text in texts])
         real = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
-        past = cache.select(rows, size=self.layout.past)
+        past = cache.select(rows, size=lambda used: self._past(used, width))
         if not past.mask.shape[1]:
             return ids.to(device), {}
         # With a cache it is masked all the same, so that it gets no position beyond the model's context.

@@ -425,8 +425,10 @@ class _Optimiser:
         key = (function.__name__, self.steering.layer, self.options.stop)
         for number, part in enumerate(parts):
             # One backward pass per chunk, so that the activations of only one chunk are held.
-            results = self._way()(key, function, part.losses, shift.detach()[part.edit])
-            each, misses, *others = results
+            way = self._way()
+            each, misses, *others = way(key, function, part.losses, shift.detach()[part.edit])
+            # Named after the call, in which a recording may fail.
+            self.engine.used.add(way.name)
             loss.index_add_(0, part.owner, each)
             missed.index_add_(0, part.owner[: len(misses)], misses)
             if with_gradient:

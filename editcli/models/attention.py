@@ -42,11 +42,14 @@ def grouped_attention(model: nn.Module) -> Iterator[bool]:
         return
     AttentionInterface.register(NAME, grouped)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[REPLACED])
+    # The choice reaches the parts of a model as well, such as a tower for images, which may have made another one.
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    before = {name: part._attn_implementation for name, part in parts.items() if part is not None}
     config._attn_implementation = NAME
     try:
         yield True
     finally:
-        config._attn_implementation = REPLACED
+        config._attn_implementation = {"": REPLACED, **before}
 
 
 @torch.no_grad()

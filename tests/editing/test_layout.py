@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,16 +16,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from editcli.editing.engine import Engine, engine_for
+from editcli.editing.engine import Engine, Memory, engine_for
 from editcli.editing.layout import Bucketed, Exact, Group, Layout, layout_for, work
-from editcli.editing.replay import Recorded
+from editcli.editing.replay import CudaGraphs, Recorded
+from editcli.editing.steering import Steering
 from editcli.editing.targets import optimise
-from editcli.models.loading import LoadedModel
+from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.models.sizes import column_size, power_of_two, row_size, row_size_within
 from editcli.reporting import Silent
-from editcli.requests.schema import EditRequest
+from editcli.requests.schema import EditRequest, from_record
 from editcli.settings.core import TargetOptions
-from tests.editing.test_targets import FACTS, LAYER, OPTIONS, PREFIXES, opened, requests
+from editcli.testing import tiny_model_folder
+from tests.editing.test_targets import (
+    FACTS,
+    LAYER,
+    OPTIONS,
+    PREFIXES,
+    opened,
+    requests,
+    through_the_whole_model,
+)
 from tests.support.families import families
 
 WIDTHS = st.lists(st.integers(1, 40), min_size=1, max_size=300)
@@ -220,3 +232,123 @@ def test_half_precision_stays_within_its_rounding(tmp_path: Path) -> None:
     )
     assert float((fast[0] - exact[0]).norm() / exact[0].norm()) < 0.1
     assert len(FACTS) == fast[3].numel()
+
+
+def test_another_attention_between_two_batches_still_sees_the_past(tmp_path: Path) -> None:
+    """Past keys and values that lie apart are for grouped attention alone."""
+    loaded = opened(tmp_path / "model", "llama")
+    engine, model = accelerated(loaded), cast(Any, loaded.model)
+    values(loaded, requests(), OPTIONS, engine)
+    assert engine.apart
+    model.set_attn_implementation("eager")
+    fast, exact = (values(loaded, requests(), OPTIONS, way) for way in (engine, engine_for(loaded)))
+    torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
+    assert not engine.apart
+
+
+def test_a_run_records_no_graphs_that_it_did_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that does more between its blocks than call them runs its own forward pass, which is never recorded."""
+    loaded = opened(tmp_path / "model", "llama")
+    monkeypatch.setattr(Steering, "check", through_the_whole_model)
+    engine = accelerated(loaded)
+    fast, exact = (values(loaded, requests(), OPTIONS, way) for way in (engine, engine_for(loaded)))
+    torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
+    assert engine.used == {"eager", "grouped-attention"}
+
+
+def test_a_recording_that_does_not_fit_the_memory_leaves_the_plain_way_for_its_shape(tmp_path: Path) -> None:
+    """The call itself fitted, so the batch is not halved, and other shapes are recorded."""
+    loaded = opened(tmp_path / "model", "llama")
+    tried: list[int] = []
+
+    def full_at_first(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        tried.append(1)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("made up")
+        return twice(function)
+
+    replays = Recorded(loaded.model, full_at_first, name="recorded")
+    engine = Engine(loaded, Bucketed(setup=1e18), replays, quick=True)
+    exact = values(loaded, requests(), OPTIONS, engine_for(loaded))
+    for _ in range(2):
+        fast = values(loaded, requests(), OPTIONS, engine)
+        torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
+    # The distributions before, which do not fit and are not tried again, the step, and the last evaluation.
+    assert len(tried) == 3
+    assert replays.failure is None
+
+
+@pytest.mark.parametrize("error", [TypeError("no such argument"), AttributeError("no such field"), ValueError()])
+def test_an_error_of_a_familys_code_while_it_is_recorded_leaves_the_plain_way(error: Exception, tmp_path: Path) -> None:
+    loaded = opened(tmp_path / "model", "llama")
+
+    def failing(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        raise error
+
+    replays = Recorded(loaded.model, failing, name="recorded")
+    engine = Engine(loaded, Bucketed(setup=1e4), replays, quick=True)
+    fast, exact = (values(loaded, requests()[:1], OPTIONS, way) for way in (engine, engine_for(loaded)))
+    torch.testing.assert_close(fast[0], exact[0], rtol=1e-3, atol=1e-4)
+    assert replays.failure == (str(error) or "ValueError")
+
+
+@pytest.mark.parametrize(("free", "remain"), [(5, False), (50, True)])
+def test_recordings_are_given_back_where_memory_is_short(
+    free: int, remain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The phases after targets cannot use the memory of recordings."""
+    loaded = opened(tmp_path / "model", "llama")
+    monkeypatch.setattr("editcli.editing.engine.free_memory", lambda device: Memory(free, 1 << 30, 100))
+    alive = weakref.WeakSet[Any]()
+
+    def watched(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        outputs, replay = twice(function)
+        alive.update(outputs)
+        return outputs, replay
+
+    replays = Recorded(loaded.model, watched, name="recorded")
+    engine = Engine(loaded, Bucketed(setup=1e4), replays, quick=True)
+    values(loaded, requests(), OPTIONS, engine)
+    assert bool(list(alive)) is remain
+
+
+def test_graphs_share_a_pool_for_as_long_as_one_of_them_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device is here: that a new capture into an abandoned pool fails is torch's rule, not shown by this test."""
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    pools, used = iter(range(9)), list[int]()
+
+    def capturing(graph: Graph, *, pool: int) -> AbstractContextManager[None]:
+        used.append(pool)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    record, made = CudaGraphs(torch.device("cuda")), list[Any]()
+    made.extend(record(lambda: (torch.ones(1),)) for _ in range(2))
+    made.clear()
+    made.append(record(lambda: (torch.ones(1),)))
+    assert used == [0, 0, 1]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gptj"])
+def test_padding_stays_within_the_models_context(family: str, cached: bool, tmp_path: Path) -> None:
+    """A model with learned positions has none beyond its context, which need not be one of the sizes."""
+    context = 28
+    small: Any = {"max_position_embeddings" if family == "opt" else "n_positions": context}
+    loaded = open_model(resolve_model(tiny_model_folder(tmp_path / "model", family, **small)))
+    fact, words = FACTS[0], "the river was in the city by the company of the tower and it is"
+    prompt = from_record({"id": "1", "prompt": f"{words} {words[:24]} {{}} is", "subject": fact[1], "target_new": "a"})
+    options = replace(OPTIONS, steps=3, cached=cached)
+    fast, exact = (
+        optimise(loaded, [prompt], (), LAYER, options, Silent(), engine=engine)
+        for engine in (accelerated(loaded, setup=1e18), engine_for(loaded))
+    )
+    torch.testing.assert_close(fast.target, exact.target, rtol=1e-3, atol=1e-4)
+    (text,) = loaded.tokens.encode([loaded.tokens.locate(prompt, " a")])
+    assert column_size(len(text.ids) - 1) > context >= len(text.ids)

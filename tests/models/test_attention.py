@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from editcli.models.attention import NAME, REPLACED, grouped, grouped_agrees, grouped_attention
 from editcli.models.loading import LoadedModel, open_model, resolve_model
@@ -100,3 +102,67 @@ def test_the_choice_is_the_models(tmp_path: Path) -> None:
     one, other = opened(tmp_path / "one", "llama"), opened(tmp_path / "other", "llama")
     with grouped_attention(one.model):
         assert other.model.config._attn_implementation == REPLACED
+
+
+def test_each_part_of_a_model_gets_its_own_attention_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tower for images may run an attention of its own."""
+    loaded = opened(tmp_path, "llama")
+    config: Any = loaded.model.config
+    monkeypatch.setattr(type(config), "sub_configs", {"vision_config": PretrainedConfig})
+    config.vision_config = PretrainedConfig()
+    config.vision_config._attn_implementation = "eager"
+    with grouped_attention(loaded.model) as used:
+        assert used
+    assert config._attn_implementation == REPLACED
+    assert config.vision_config._attn_implementation == "eager"
+
+
+class Root(nn.Module):
+    """An RMS norm as families write it; with a gate it computes more."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width), requires_grad=False)
+        self.eps = 1e-5
+
+    def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
+        normed = self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return normed if gate is None else normed * gate
+
+
+class AlwaysGated(Root):
+    """A norm that fails without its gate."""
+
+    def forward(self, hidden: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(hidden) * nn.functional.silu(gate)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_norm_that_gets_a_gate_keeps_it() -> None:
+    model, hidden, gate = nn.ModuleList([Root(6)]), torch.randn(3, 6), torch.randn(3, 6)
+    plain, gated = model[0](hidden), model[0](hidden, gate=gate)
+    with replaced_norms(fusable_norms(model)):
+        assert "forward" in model[0].__dict__
+        torch.testing.assert_close(model[0](hidden), plain)
+        assert torch.equal(model[0](hidden, gate=gate), gated)
+        assert torch.equal(model[0](hidden, gate), gated)
+
+
+def test_a_norm_that_cannot_be_tried_stays_as_it_is() -> None:
+    assert fusable_norms(nn.ModuleList([AlwaysGated(6)])) == []
+
+
+def test_a_norm_follows_a_weight_that_is_replaced() -> None:
+    model, hidden = nn.ModuleList([Root(6)]), torch.randn(3, 6)
+    norms = fusable_norms(model)
+    model[0].weight = nn.Parameter(torch.full((6,), 3.0), requires_grad=False)
+    expected = model[0](hidden)
+    with replaced_norms(norms):
+        torch.testing.assert_close(model[0](hidden), expected)
+
+
+def test_a_norm_that_was_given_another_forward_keeps_it() -> None:
+    model, hidden = nn.ModuleList([Root(6)]), torch.randn(3, 6)
+    norms = fusable_norms(model)
+    model[0].forward = lambda hidden: hidden
+    with replaced_norms(norms):
+        assert torch.equal(model[0](hidden), hidden)
