@@ -296,9 +296,12 @@ def test_an_earlier_evaluation_is_shown_and_other_protocols_are_warned_of(
     warned = " ".join(capsys.readouterr().err.split())
     assert "efficacy_success is teacher_forced (more_probable) here and generated (contains) there" in warned
     assert "do not compare generated figures" in warned
-    other.write_text("{}")
-    assert main([*arguments[:-1], str(other)]) == 1
-    assert "other.json" in capsys.readouterr().err
+    for text in ("{}", "{torn"):
+        other.write_text(text)
+        assert main([*arguments[:-1], str(other)]) == 1
+        said = capsys.readouterr().err
+        assert "other.json" in said
+        assert "evaluation.json of --record" in said
 
 
 def test_settings_that_need_each_other_are_checked_before_a_model_is_loaded(edits: str):
@@ -312,6 +315,14 @@ def test_settings_that_need_each_other_are_checked_before_a_model_is_loaded(edit
     for wrong, word in cases:
         with pytest.raises(OptionError, match=word):
             EvalRecipe(model="none", edits=edits, **wrong)
+
+
+def test_free_answers_alone_are_given_to_every_prompt(models: tuple[Path, Path], edits: str, plugins: Plugins):
+    recipe = EvalRecipe(model=str(models[0]), edits=edits, metrics=("generated",), max_new_tokens=2, device="cpu")
+    measured = measure(recipe, plugins)
+    assert measured.evaluation.generated is not None
+    assert measured.evaluation.generated["specificity_contains_own"] is not None
+    assert {one.group for one in measured.evaluation.outcomes[0].generated} == {"efficacy", "paraphrases", "neighbors"}
 
 
 def test_only_a_run_keeps_evidence(models: tuple[Path, Path], edits: str, plugins: Plugins):
