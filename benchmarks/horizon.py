@@ -63,18 +63,23 @@ def run(jobs: Sequence[Job], shared: Sequence[str], *, at_once: int, console: Co
     """Run the jobs, ``at_once`` of them at a time; each writes its log beside its records."""
     waiting, running = list(jobs), dict[Job, subprocess.Popen[bytes]]()
     began = time.perf_counter()
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            job = waiting.pop(0)
-            job.folder.mkdir(parents=True, exist_ok=True)
-            with (job.folder / "log.txt").open("ab") as log:
-                running[job] = subprocess.Popen(job.command(shared), stdout=log, stderr=subprocess.STDOUT)
-        for job, process in list(running.items()):
-            if process.poll() is not None:
-                del running[job]
-                ended = "ended" if process.returncode == 0 else f"exit code {process.returncode}"
-                console.print(f"{time.perf_counter() - began:6.0f} s  {job.folder.name}: {ended}", markup=False)
-        time.sleep(0.2)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                job.folder.mkdir(parents=True, exist_ok=True)
+                with (job.folder / "log.txt").open("ab") as log:
+                    running[job] = subprocess.Popen(job.command(shared), stdout=log, stderr=subprocess.STDOUT)
+            for job, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    ended = "ended" if process.returncode == 0 else f"exit code {process.returncode}"
+                    console.print(f"{time.perf_counter() - began:6.0f} s  {job.folder.name}: {ended}", markup=False)
+            time.sleep(0.2)
+    finally:
+        # Nothing runs on unseen when this script is interrupted; a stack continues where it stopped.
+        for process in running.values():
+            process.terminate()
 
 
 def curve_of(job: Job) -> dict[str, Any] | None:
@@ -107,7 +112,7 @@ def table_of(curves: Mapping[str, Mapping[str, Any]]) -> Table:
 @click.option("--batch-size", default=100, show_default=True)
 @click.option("--limit", type=int, help="The first N edits only.")
 @click.option("--eval-every", default=5, show_default=True, help="Measure retention every N batches.")
-@click.option("--jobs", default=1, show_default=True, help="Stacks that run at once.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Stacks that run at once.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("horizon"), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path))
@@ -128,6 +133,8 @@ def main(
     shared = ["--model", str(model), "--edits", str(edits), "--device", device]
     shared += ["--batch-size", str(batch_size), "--eval-every", str(eval_every)]
     shared += [] if limit is None else ["--limit", str(limit)]
+    # Two processes may not share a folder.
+    stacks = list(dict.fromkeys(stacks))
     made = [job_of(text, folder) for text in stacks]
     run(made, shared, at_once=jobs, console=console)
     curves = {text: curve for text, job in zip(stacks, made, strict=True) if (curve := curve_of(job)) is not None}

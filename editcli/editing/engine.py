@@ -98,7 +98,11 @@ def free_memory(device: torch.device) -> Memory | None:
     ask = getattr(module, "mem_get_info", None)
     if ask is None:
         return None
-    free, total = ask(device)
+    try:
+        free, total = ask(device)
+    # Some drivers have the question and no answer.
+    except RuntimeError:
+        return None
     return Memory(free, module.memory_reserved(device) - module.memory_allocated(device), total)
 
 

@@ -284,7 +284,8 @@ class Tokens:
         """
         length = max(len(row.ids) for row in rows)
         if torch.device(device).type != "cpu":
-            length = max(length, min(text_size(length), self.max_length or length))
+            size = text_size(length)
+            length = size if self.max_length is None else max(length, min(size, self.max_length))
         padded = [[*row.ids, *[row.ids[-1]] * (length - len(row.ids))] for row in rows]
         return torch.tensor(padded, device=device)
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizer
 
 from editcli.errors import ModelError, RequestError
-from editcli.models.tokens import Tokens
+from editcli.models.tokens import Encoded, Tokens
 from editcli.requests.schema import EditRequest, from_record
 from editcli.testing import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -128,3 +128,12 @@ class TestCheck:
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
         with pytest.raises(RequestError, match="has no token of its own"):
             Tokens(tokenizer).check(request("The capital of {} is", "~"))
+
+
+@pytest.mark.parametrize(("context", "columns"), [(None, 64), (1024, 64), (41, 41), (30, 37)])
+def test_an_accelerator_reads_texts_of_few_lengths_within_the_context(context: int | None, columns: int) -> None:
+    """A model without a limit has few lengths as well; a text that is longer than the limit stays whole."""
+    tokens = Tokens(tiny_tokenizer(), max_length=context)
+    rows = [Encoded(tuple(range(length)), 0, range(0)) for length in (3, 37)]
+    assert tokens.pad(rows, "meta").shape == (2, columns)
+    assert tokens.pad(rows, "cpu").shape == (2, 37)

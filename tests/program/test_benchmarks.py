@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +15,9 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
-from benchmarks import gpu, heap, moments, predictors, profile_targets, sites, solve
+from benchmarks import gpu, heap, horizon, moments, predictors, profile_targets, sites, solve
 from benchmarks.document import SECTIONS, page
 from benchmarks.speed import SECTIONS as SPEED
 from benchmarks.stream import quarters
@@ -141,3 +147,39 @@ def test_fresh_results_have_their_section(small_gpu: dict[str, Any]) -> None:
     lines = list(SPEED["gpu"]({"result": small_gpu}))
     assert lines[0] == "## Real shapes on cpu"
     assert sum(line.startswith("| tiny |") for line in lines) == 4
+
+
+@dataclass(frozen=True, slots=True)
+class Sleeper(horizon.Job):
+    """A stack that takes a minute."""
+
+    def command(self, shared: Sequence[str]) -> list[str]:
+        return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+def test_an_interrupted_horizon_ends_its_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[subprocess.Popen[bytes]] = []
+
+    class Watched(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            began.append(self)
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    jobs = [Sleeper("memit", (), tmp_path / "memit")]
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Watched)
+        patch.setattr(time, "sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            horizon.run(jobs, (), at_once=1, console=Console(quiet=True))
+    assert [process.wait(timeout=20) < 0 for process in began] == [True]
+
+
+def test_a_stack_that_is_named_twice_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[horizon.Job] = []
+    monkeypatch.setattr(horizon, "run", lambda jobs, shared, **options: ran.extend(jobs))
+    result = run(horizon.main, tmp_path / "horizon.json", str(tmp_path), str(tmp_path), "memit", "rlsedit", "memit")
+    assert [job.stack for job in ran] == ["memit", "rlsedit"]
+    assert result["stacks"] == {}
