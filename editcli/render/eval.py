@@ -72,7 +72,8 @@ def _sections(shown: Figures, models: Mapping[str, Figures]) -> dict[str, list[s
 
 def _title(name: str, protocol: str) -> str:
     """Return a metric's name as a row shows it: without its protocol, and with spaces for dots."""
-    return "  " + name.removeprefix(f"{protocol}.").removeprefix("kinds.").replace(".", " ")
+    bare = name.removeprefix(f"{protocol}.").removeprefix("kinds.").replace(f".{protocol}_", ".")
+    return "  " + bare.replace(".", " ")
 
 
 def _harness_rows(measurement: Measurement) -> Iterator[tuple[str, dict[str, float | None], str]]:

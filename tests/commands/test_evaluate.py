@@ -6,9 +6,11 @@ import io
 import json
 import shutil
 from contextlib import redirect_stdout
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +22,7 @@ from editcli.errors import ModelError, OptionError
 from editcli.evaluation import locality as baseline
 from editcli.evaluation.generation import Generation
 from editcli.evaluation.metrics import evaluate
-from editcli.evaluation.registry import PROTOCOLS, paths
+from editcli.evaluation.registry import METRICS, PROTOCOLS, paths
 from editcli.models.loading import bundled_folder, open_model, resolve_model
 from editcli.plugin.manager import Plugins
 from editcli.records.evidence import read_evidence, state_of
@@ -261,6 +263,18 @@ def test_every_figure_names_its_protocol_and_its_settings(measured: dict[str, An
     assert settings["generated"]["stop"] == ["end_of_text", "newline", "sentence"]
     assert (settings["generated"]["least_new_tokens"], settings["generated"]["most_new_tokens"]) == (0, 32)
     assert settings["prompts"] == "bare"
+
+
+def test_figures_validate_and_a_protocol_of_ones_own_does_not(measured: dict[str, Any]):
+    schema = json.loads((files("editcli") / "schemas" / "evaluation.schema.json").read_text("utf-8"))
+    check = jsonschema.Draft202012Validator(schema)
+    check.check_schema(schema)
+    check.validate(measured["figures"])
+    for path, value in (("protocols", {"score": {"protocol": "guessed", "scorer": "x"}}), ("score", 1.5), ("base", {})):
+        assert not check.is_valid({**measured["figures"], path: value})
+    # A metric that is declared is in the schema with its protocol.
+    text = json.dumps(schema)
+    assert all(f"{metric.protocol}, {metric.scorer}: " in text for metric in METRICS)
 
 
 def test_the_baseline_states_the_fact_in_front_of_every_prompt(measured: dict[str, Any]):
