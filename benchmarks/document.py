@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 INTRODUCTION = """# Benchmarks
 
-Everything here was produced by a committed command on a machine with two shared CPU cores and no accelerator; absolute
+Everything here was produced by a committed command on a machine with two shared CPU cores; absolute
 times are that machine's, ratios are what to look at. `python -m benchmarks.document` writes this page from
 `benchmarks/results/`.
 """

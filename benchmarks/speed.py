@@ -18,10 +18,10 @@ no longer pays on these models; it is what keeps one long text from padding all 
 Taken out again: torch's plain attention instead of the fused one for few tokens. It gave 1 to 2 % (rows above), and the
 switch is one of the whole process, so that threads which edit models of their own left it turned.
 
-Without effect: transparent huge pages (0.97 to 1.04 times); products written as convolutions of width 1. Not tried:
-`torch.compile`, CUDA graphs (no accelerator was at hand). Not done: chunks on threads of their own. Two threads that
-share each operation give 1.5 to 1.6 times one, two processes that share the batch 1.8 times, so there is up to a fifth
-to be had on two cores; forward passes that several threads may enter at once would be the price."""
+Without effect: transparent huge pages (0.97 to 1.04 times); products written as convolutions of width 1. Not tried
+on a CPU: `torch.compile`. Not done: chunks on threads of their own. Two threads that share each operation give 1.5 to
+1.6 times one, two processes that share the batch 1.8 times, so there is up to a fifth to be had on two cores; forward
+passes that several threads may enter at once would be the price."""
 
 
 def targets(document: Mapping[str, Any]) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Write the JSON schemas of ``run.json`` and of the journal's lines from the types that they are decoded into.
 
+That of ``eval --json`` comes from the registry of metrics.
+
 ``python -m tools.schemas`` writes them, with the docstrings of the fields as descriptions; ``--check`` says which of
 them are out of date and ends with 1 where any is.
 """
@@ -20,6 +22,7 @@ import msgspec
 
 from editcli.records.journal import BatchRecord, UndoRecord
 from editcli.records.record import RunRecord
+from tools.evaluation_schema import evaluation_schema
 
 FOLDER = Path(__file__).parents[1] / "editcli" / "schemas"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -130,10 +133,10 @@ def _layout(value: Any, indent: str = "") -> str:
 def main(check: bool) -> None:
     """Write the schemas."""
     stale = []
-    for name, schema in (("run", run_schema()), ("journal", journal_schema())):
+    for name, schema in (("run", run_schema()), ("journal", journal_schema()), ("evaluation", evaluation_schema())):
         path = FOLDER / f"{name}.schema.json"
         text = _layout(schema) + "\n"
-        if check and path.read_text("utf-8") != text:
+        if check and (not path.exists() or path.read_text("utf-8") != text):
             stale.append(path.name)
         elif not check:
             path.write_text(text, "utf-8")

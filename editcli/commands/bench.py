@@ -22,7 +22,7 @@ from editcli.records.decoding import encode
 from editcli.records.edits import OutcomeLine, read_table
 from editcli.records.history import History, read_history
 from editcli.records.journal import RETAINED, BatchRecord
-from editcli.records.record import ENDED, INTERRUPTED, RUNNING, read_record
+from editcli.records.record import ENDED, INTERRUPTED, RUNNING, RunRecord, read_record
 from editcli.records.state import RunFolder
 from editcli.reporting import Reporter, Silent
 from editcli.runs.apply import apply
@@ -71,7 +71,7 @@ class Curve:
     seconds_per_edit: float | None
     out: str
     protocols: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Protocol and scorer of each metric, as the stack's own run records them."""
+    """Protocol and scorer of each of :data:`FIGURES`, as the stack's own run records them."""
 
     @property
     def last(self) -> Point | None:
@@ -169,8 +169,14 @@ def read_curve(stack: str, out: Path) -> Curve:
         growth=_growth(history),
         seconds_per_edit=spent / done if done else None,
         out=str(out),
-        protocols=(record and encode(record.protocols)) or {},
+        protocols=_protocols(record),
     )
+
+
+def _protocols(record: RunRecord | None) -> dict[str, Mapping[str, str]]:
+    """Return how a run took the figures that a bench compares; a run may have measured more along its stream."""
+    recorded = (record and encode(record.protocols)) or {}
+    return {name: recorded[name] for name in FIGURES if name in recorded}
 
 
 def _mixed(curves: Sequence[Curve]) -> Iterator[str]:

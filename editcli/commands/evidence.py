@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from editcli.errors import OptionError
+from editcli.errors import FileError, OptionError
 from editcli.evaluation.choice import UNSURE, VERSION, listing
 from editcli.evaluation.distribution import TEXT_TOKENS, Divergence
 from editcli.evaluation.in_context import TEXT
@@ -83,6 +83,9 @@ def _deciding(settings: Any) -> Any:
     return {k: v for k, v in settings.items() if k != "close_calls"} if isinstance(settings, Mapping) else settings
 
 
+_PASS = "pass what 'editcli eval --json' printed, or the evaluation.json of --record, as --against"
+
+
 def read_earlier(file: str | None) -> Earlier | None:
     """Read an earlier ``eval --json``, or what ``--record`` kept; raise :class:`OptionError` where it is neither."""
     if file is None:
@@ -90,10 +93,12 @@ def read_earlier(file: str | None) -> Earlier | None:
     path = Path(file).expanduser()
     try:
         figures = parse(read_bytes(path, RECORD))
-    except (OSError, UnreadableError) as error:
-        raise OptionError(f"the earlier evaluation {path} cannot be read: {error}") from error
+    except FileError as error:
+        raise OptionError(f"--against: {error}") from error
+    except UnreadableError as error:
+        raise OptionError(f"{path}: {error}; {_PASS}") from error
     if isinstance(figures, dict) and isinstance(figures.get("figures"), dict):
         figures = figures["figures"]
     if not isinstance(figures, dict) or "efficacy_accuracy" not in figures:
-        raise OptionError(f"{path} is no output of 'editcli eval --json' or --record; pass such a file as --against")
+        raise OptionError(f"{path} is no evaluation; {_PASS}")
     return Earlier(file, figures)

@@ -57,7 +57,7 @@ def require_harness() -> None:
         import lm_eval.models.huggingface  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         hint = "install it with: pip install 'editcli[harness]'"
-        raise OptionError(f"--harness needs lm-evaluation-harness ({error}); {hint}") from error
+        raise OptionError(f"--harness and --suite need lm-evaluation-harness ({error}); {hint}") from error
 
 
 def run_harness(

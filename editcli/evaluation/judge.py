@@ -106,6 +106,8 @@ class Judgement:
     """Answers that there are."""
     judged: int
     """Answers with a verdict."""
+    counts: Mapping[str, int]
+    """The same of each group: ``efficacy`` and so on."""
     calls: int
     """Requests that were sent this time."""
     verdicts: str
@@ -124,6 +126,7 @@ class Judgement:
             "rubric_sha256": hashlib.sha256(RUBRIC.encode()).hexdigest(),
             "answers": self.answers,
             "judged": self.judged,
+            "counts": dict(self.counts),
             "calls": self.calls,
             "budget": self.endpoint.budget,
             "stopped": self.stopped,
@@ -167,8 +170,16 @@ def judge(questions: Sequence[Question], endpoint: Endpoint, file: VerdictFile, 
             f"{endpoint.model} judged {judged:,} of {len(questions):,} answers: {why}; the verdicts are in "
             f"{file.path}, and the same command asks for the others"
         )
-    shares = dict(_shares(questions, verdicts))
-    return Judgement(endpoint, shares, len(questions), judged, calls.sent, str(file.path), calls.stopped)
+    return Judgement(
+        endpoint=endpoint,
+        shares=dict(_shares(questions, verdicts)),
+        answers=len(questions),
+        judged=judged,
+        counts=dict(_counts(questions, verdicts)),
+        calls=calls.sent,
+        verdicts=str(file.path),
+        stopped=calls.stopped,
+    )
 
 
 def read_verdict(reply: str) -> Literal["CORRECT", "INCORRECT"] | None:
@@ -298,6 +309,12 @@ def _questions(outcome: Outcome) -> Iterator[Question]:
             answer = known.get(text.prompt)
             if answer is not None:
                 yield Question(outcome.id, text.group, text.prompt, answer.target, answer.rival, text.text)
+
+
+def _counts(questions: Sequence[Question], verdicts: Sequence[Verdict | None]) -> Iterator[tuple[str, int]]:
+    """Yield how many answers of each group have a verdict."""
+    judged = [question.group for question, verdict in zip(questions, verdicts, strict=True) if verdict is not None]
+    return ((name, judged.count(group)) for group, name in _GROUPS.items())
 
 
 def _shares(questions: Sequence[Question], verdicts: Sequence[Verdict | None]) -> Iterator[tuple[str, float | None]]:

@@ -31,18 +31,18 @@ class Question:
 
 
 def questions(request: EditRequest, metrics: Collection[str]) -> list[Question]:
-    """Return the questions of ``metrics`` about one edit."""
+    """Return the questions of ``metrics`` about one edit; free answers are scored after every prompt that it has."""
     new = request.target_new
     # A target that equals the true answer has no rival.
     true = None if request.target_true == new else request.target_true
     join = request.join
     plan = [Question("efficacy", request.prompt, new, true, between=join)]
     plan += [Question("paraphrases", prompt, new, true, between=join) for prompt in request.paraphrase_prompts]
-    if "counterfact" in metrics:
+    if {"counterfact", "generated"} & set(metrics):
         plan += _neutral("neighbors", request.neighborhood_prompts, new, join)
-    if {"zsre", "knowedit"} & set(metrics):
+    if {"zsre", "knowedit", "generated"} & set(metrics):
         plan += _neutral("locality", request.locality, None)
-    if "knowedit" in metrics:
+    if {"knowedit", "generated"} & set(metrics):
         plan += _neutral("portability", request.portability, None)
     return plan
 

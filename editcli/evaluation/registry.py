@@ -90,11 +90,10 @@ _SQUAD, _MIRAGE, _CHOICE = "arXiv:1606.05250", "arXiv:2502.11177", "arXiv:2604.0
 
 def _generated(name: str, of: str, own: str, other: str) -> tuple[Metric, ...]:
     """Return the four figures of a group of prompts; ``own`` and ``other`` name the right answer and its rival."""
-    whose = {"new": "the new answer", "old": "the old answer", "own": "their own answer"}
+    whose = {"new": "the new answer", "old": "the old answer", "own": "the neighbour's own answer"}
+    right = whose[own]
     return (
-        Metric(
-            f"generated.{name}_exact", "generated", "exact_match", f"share of {of} that are the answer", source=_SQUAD
-        ),
+        Metric(f"generated.{name}_exact", "generated", "exact_match", f"share of {of} that are {right}", source=_SQUAD),
         Metric(
             f"generated.{name}_contains_{own}",
             "generated",

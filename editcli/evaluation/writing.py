@@ -131,7 +131,6 @@ class _Writer:
     def _together(self, shortest: int, longest: int) -> bool:
         if shortest == longest:
             return True
-        # A window counts columns, padding included, so padded texts have to fit into it.
         # A window counts columns, padding included; and the end of the context must not depend on the others.
         room = min(self.window, self.loaded.tokens.max_length or math.inf)
         return self.padded and longest - shortest <= WIDTH and longest + self.rules.most <= room
@@ -204,8 +203,9 @@ class _State:
     def __init__(self, loaded: LoadedModel, rows: Sequence[Encoded], *, padded: bool):
         self.loaded, self.padded = loaded, padded
         self.device = loaded.input_device
-        self.ids = loaded.tokens.pad(rows, self.device)
-        width = self.ids.shape[1]
+        # What is written follows the longest text, whatever length a device would rather have.
+        width = max(len(row.ids) for row in rows)
+        self.ids = loaded.tokens.pad(rows, self.device)[:, :width]
         self.mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows])
         self.last = [len(row.ids) - 1 for row in rows]
         self.cache: Any = DynamicCache() if padded else None

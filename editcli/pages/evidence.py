@@ -23,8 +23,11 @@ _ABSENT: Mapping[str, str] = {
     "cohorts": "what is retained by the age of the edits",
     "harness": "general ability on benchmarks: eval --harness",
     "quantised": "what is left once the model is quantised: eval --as",
+    "judge": "whether another model calls the answers right: eval --judge",
 }
 """Parts of an evaluation, each with what is unknown without it and how to measure it."""
+BY_AGE = ("efficacy_accuracy", "efficacy_success", "generated.efficacy_contains_new")
+"""Metrics that are shown by the age of the edits."""
 GROUPS: Mapping[str, str] = {
     "efficacy": "edited prompt",
     "paraphrases": "other phrasing",
@@ -68,6 +71,26 @@ class AnswerRow:
 
 
 @dataclass(frozen=True, slots=True)
+class AgeRow:
+    """The edits of one part of the run, the oldest part first."""
+
+    edits: str
+    measured: float | None
+    figures: tuple[float | None, ...]
+    """Those of :data:`BY_AGE`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """A figure of a benchmark."""
+
+    task: str
+    name: str
+    base: float | None
+    edited: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """Everything that the section of a page shows."""
 
@@ -84,6 +107,13 @@ class View:
     """The prompts whose distributions moved most: edit or text, prompt, KL."""
     said: Mapping[str, str]
     """What the edited model writes after the prompt of each edit."""
+    ages: tuple[AgeRow, ...] = ()
+    tasks: tuple[TaskRow, ...] = ()
+
+    @property
+    def by_age(self) -> tuple[str, ...]:
+        """The names of the figures of :attr:`ages`."""
+        return BY_AGE
 
 
 def view_of(evidence: Evidence | None, history: History, state: str | None) -> View:
@@ -92,7 +122,8 @@ def view_of(evidence: Evidence | None, history: History, state: str | None) -> V
         return View((), (), (), ("anything beyond the figures of the run itself",), (), (), 0, (), {})
     figures = evidence.figures
     models = {"base": figures.get("base"), "in context": figures.get("in_context"), "edited": figures}
-    shown = {name: one for name, one in models.items() if isinstance(one, Mapping)}
+    copies = {f"as {one.get('as')}": one for one in _mappings(figures.get("quantised"))}
+    shown = {name: one for name, one in {**models, **copies}.items() if isinstance(one, Mapping)}
     answers = tuple(_answers(evidence))
     return View(
         models=tuple(shown),
@@ -104,7 +135,36 @@ def view_of(evidence: Evidence | None, history: History, state: str | None) -> V
         hidden=max(0, len(answers) - MAX_ANSWERS),
         worst=tuple(_worst(figures.get("distribution"))),
         said={line.id: line.generated[0].text for line in evidence.answers if line.generated},
+        ages=tuple(_ages(figures.get("cohorts"))),
+        tasks=tuple(_tasks(figures)),
     )
+
+
+def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects in a list of a record."""
+    return (one for one in value if isinstance(one, Mapping)) if isinstance(value, list) else iter(())
+
+
+def _ages(value: Any) -> Iterator[AgeRow]:
+    for one in _mappings(value):
+        measured, figures = value_at(one, "edits"), tuple(value_at(one, name) for name in BY_AGE)
+        yield AgeRow(f"{one.get('first')} to {one.get('last')}", measured, figures)
+
+
+def _tasks(figures: Mapping[str, Any]) -> Iterator[TaskRow]:
+    """Yield every figure of lm-evaluation-harness, of the edited model and its base."""
+    base, edited = (_figures_of(one) for one in (figures.get("base"), figures))
+    for (task, name), value in edited.items():
+        yield TaskRow(task, name, base.get((task, name)), value)
+
+
+def _figures_of(figures: Any) -> dict[tuple[str, str], float | None]:
+    harness = figures.get("harness") if isinstance(figures, Mapping) else None
+    tasks = harness.get("tasks") if isinstance(harness, Mapping) else None
+    known = tasks if isinstance(tasks, Mapping) else {}
+    return {
+        (task, name): value_at(one, name) for task, one in known.items() if isinstance(one, Mapping) for name in one
+    }
 
 
 def _sections(figures: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
@@ -140,6 +200,14 @@ def _remarks(evidence: Evidence, history: History, state: str | None) -> Iterato
             yield f"{name}: " + ", ".join(f"{key} {_text(value)}" for key, value in one.items()) + "."
         else:
             yield f"{name}: {_text(one)}."
+    yield from _judged(figures.get("judge"))
+
+
+def _judged(judge: Any) -> Iterator[str]:
+    """Yield who judged, by which rubric, and how much of it."""
+    if isinstance(judge, Mapping):
+        who = f"{judge.get('model')} at {judge.get('url')}, rubric {judge.get('rubric')}, temperature 0"
+        yield f"judge: {who}; {judge.get('judged')} of {judge.get('answers')} answers have a verdict."
 
 
 def _named(figures: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
-from editcli.errors import StateError
+from editcli.plugin.saved import SavedState
 from editcli.requests.schema import EditRequest
 
 if TYPE_CHECKING:
@@ -503,17 +503,13 @@ class Stabilizer(Component):
     def load_state(self, session: Session, state: State) -> None:
         """Take :attr:`lost` back, and prepare the rest again; raise :class:`StateError` where it does not fit."""
         self.prepare(session)
-        parts = {site: state.tensors.get(f"{site.module}.lost") for site in session.sites} if self.feeds_back else {}
-        for site, lost in parts.items():
-            if lost is None:
-                continue
+        saved, names = SavedState(self.name, state), {site: f"{site.module}.lost" for site in session.sites}
+        # Before the first batch nothing was lost; a batch writes every site.
+        if not self.feeds_back or not any(name in saved for name in names.values()):
+            return
+        for site, name in names.items():
             weight = session.weight(site)
-            if lost.shape != weight.shape or not lost.is_floating_point():
-                raise StateError(
-                    f"the saved state of {self.name} for {site.module} is {lost.dtype} {tuple(lost.shape)} in place of "
-                    f"numbers {weight.shape[0]} x {weight.shape[1]}; restore it from a backup"
-                )
-            self.lost = {**self.lost, site.module: lost.to(weight.device)}
+            self.lost = {**self.lost, site.module: saved.tensor(name, weight.shape).to(weight.device)}
 
     def stabilize_values(self, session: Session, values: Values) -> Values:
         """Return the values to write instead."""

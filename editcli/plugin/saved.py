@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from editcli.errors import StateError
-from editcli.plugin.interfaces import State
 from editcli.storage.conversion import UnreadableError, convert
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from editcli.plugin.interfaces import State
 
 T = TypeVar("T")
 

@@ -36,8 +36,8 @@ def evaluation_table(measurement: Measurement) -> RenderableType:
     for protocol, names in _sections(shown, models).items() if measurement.edits else ():
         rows.add_row(Text(protocol, style="bold"))
         for name in names:
-            figures = (value_at(model, name) for model in models.values())
-            rows.add_row(_title(name, protocol), *map(_figure, figures), _over(name, shown))
+            figures = (_figure(value_at(model, name), metric_of(name).unit) for model in models.values())
+            rows.add_row(_title(name, protocol), *figures, _over(name, shown))
     for name, figures, over in _harness_rows(measurement):
         rows.add_row(name, *(_figure(figures.get(model)) for model in models), over)
     title = (
@@ -72,7 +72,8 @@ def _sections(shown: Figures, models: Mapping[str, Figures]) -> dict[str, list[s
 
 def _title(name: str, protocol: str) -> str:
     """Return a metric's name as a row shows it: without its protocol, and with spaces for dots."""
-    return "  " + name.removeprefix(f"{protocol}.").removeprefix("kinds.").replace(".", " ")
+    bare = name.removeprefix(f"{protocol}.").removeprefix("kinds.").replace(f".{protocol}_", ".")
+    return "  " + bare.replace(".", " ")
 
 
 def _harness_rows(measurement: Measurement) -> Iterator[tuple[str, dict[str, float | None], str]]:
@@ -92,8 +93,8 @@ def _harness_rows(measurement: Measurement) -> Iterator[tuple[str, dict[str, flo
 
 def _cohorts(measurement: Measurement) -> Iterator[RenderableType]:
     """Draw what is retained by the age of the edits, the oldest first."""
-    # Parts of one edit each say no more than the edits themselves.
-    if all(one.first == one.last for one in measurement.cohorts):
+    # Shares of a few edits jump by chance alone; --json has them all the same.
+    if any(one.edits < LEAST for one in measurement.cohorts) or not measurement.cohorts:
         return
     figures = ("measured", "efficacy_accuracy", "efficacy_success", "contains_new")
     rows = table("edits by age", *figures, right=figures, title="Retained by age", title_justify="left", padding=(0, 1))
@@ -104,16 +105,22 @@ def _cohorts(measurement: Measurement) -> Iterator[RenderableType]:
     yield Text("the first two are teacher_forced, contains_new is generated", style="dim")
 
 
+LEAST = 5
+"""Measured edits of every part of a run, so that the parts are shown."""
 SHOWN_WORST = 3
 """Prompts with the largest divergences that are shown; ``--json`` has ten."""
 
 
-def _worst(divergences: Divergences | None) -> Iterator[Text]:
+def _worst(divergences: Divergences | None) -> Iterator[RenderableType]:
     """Name the neighbours whose distributions moved most."""
     spread = divergences.neighbors if divergences is not None else None
-    for one in spread.worst[:SHOWN_WORST] if spread is not None else ():
-        if one.kl > 0:
-            yield Text(f"moved most: {one.prompt!r}, a neighbour of edit {one.edit}, KL {one.kl:.4g} nats", style="dim")
+    moved = [one for one in spread.worst[:SHOWN_WORST] if one.kl > 0] if spread is not None else []
+    if not moved:
+        return
+    rows = table("neighbours that moved most", "of edit", "KL, nats", right=("KL, nats",), padding=(0, 1))
+    for one in moved:
+        rows.add_row(Text(one.prompt), Text(one.edit or ""), number(one.kl))
+    yield rows
 
 
 def _legends(measurement: Measurement) -> Iterator[Text]:
@@ -153,8 +160,8 @@ def check_table(report: CheckReport) -> RenderableType:
 _LEGEND = (
     "Figures of different protocols have no common scale. teacher_forced feeds the answer in: accuracy: the "
     "greedy answer is right; success: the right answer is more probable than its rival. generated: the model "
-    "writes freely. choice: it picks a listed answer. -: the records lack its fields. docs/metrics.md explains "
-    "each."
+    "writes freely. choice: it picks a listed answer. distribution: KL of the next token to the base, in nats. "
+    "-: not measured, or the records lack its fields. docs/metrics.md explains each."
 )
 
 
@@ -172,6 +179,8 @@ _GROUPS = {"efficacy": "edits", "generalization": "paraphrases", "specificity": 
 def _over(name: str, shown: Figures) -> str:
     """Return how many prompts a metric was measured on."""
     place, _, figure = name.rpartition(".")
+    if place == "judge":
+        return f"{shown['judge']['counts'][figure.removesuffix('_correct')]:,}"
     within: Any = shown
     for key in place.split(".") if place.startswith(("kinds", "distribution")) else ():
         within = within[key]
@@ -189,5 +198,6 @@ def _drift_lines(measurement: Measurement) -> Iterator[Text]:
         )
 
 
-def _figure(value: float | None) -> str:
-    return number(value, ".4f", missing="-")
+def _figure(value: float | None, unit: str = "share") -> str:
+    # Divergences differ by powers of ten; shares do not.
+    return number(value, ".2e" if unit == "nats" and value else ".4f", missing="-")

@@ -16,13 +16,22 @@ if TYPE_CHECKING:
     from editcli.scaffold.package import Scaffolded
 
 
+PAPER = 17
+"""Most characters of a line in the column of papers."""
+
+
 def plugins_table(rows: Sequence[Mapping[str, Any]], broken: Mapping[str, str]) -> RenderableType:
-    """Draw one line for each component, then the plugins that could not be loaded."""
-    components = table("name", "kind", "from", "paper", "options")
-    for row in rows:
-        options = row.get("stack") or ", ".join(option["name"] for option in row["options"])
-        origin = f"{row['distribution']} {row['version']}".strip()
-        components.add_row(Text(row["name"], style="bold"), row["kind"], origin, Text(row["paper"]), Text(options))
+    """Draw one line for each component under the name of its kind, then the plugins that could not be loaded."""
+    components = table("name", "from", "paper", "options")
+    # In a narrow terminal the options, whose names are long, get the room.
+    components.columns[2].max_width = PAPER
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        components.add_row(Text(f"{kind}s", style="bold"))
+        for row in rows:
+            if row["kind"] == kind:
+                options = row.get("stack") or ", ".join(option["name"] for option in row["options"])
+                origin = f"{row['distribution']} {row['version']}".strip()
+                components.add_row(Text(f"  {row['name']}"), origin, Text(row["paper"]), Text(options))
     hint = Text("'editcli plugins NAME' explains the options; set one with -o NAME.KEY=VALUE.", style="dim")
     return Group(components, _broken(broken), hint)
 

@@ -59,7 +59,7 @@ class EvalRecipe(ChatLoadingSettings):
     )
     baseline: str | None = setting(
         None,
-        "A row more: in-context, the base with the fact stated in front of every prompt.",
+        "Measure the base with the fact stated in front of every prompt as well; needs --base.",
         section=MEASURE,
         metavar="in-context",
         value="texts",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from editcli.plugin import Dense, Editor, EditRequest, Problem, Session, State, StateError, Update, option
+from editcli.plugin import Dense, Editor, EditRequest, Problem, SavedState, Session, State, Update, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,18 @@ class Lock:
             return loss, (alpha * loss) ** 0.5
         least = (alpha * self.first) ** 0.5
         return self.first, max(self.queue + (loss - alpha * self.first) / least, least)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What a snapshot holds of a site beside tensors."""
+
+    first: float
+    queue: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.first < math.inf and 0 <= self.queue < math.inf):
+            raise ValueError("first and queue must not be negative")
 
 
 class LyapLock(Editor):
@@ -111,21 +124,15 @@ class LyapLock(Editor):
 
     def load_state(self, session: Session, state: State) -> None:
         self.prepare(session)
+        saved = SavedState(self.name, state)
+        numbers = saved.fields(dict[str, _Numbers])
         for module, lock in self.locks.items():
-            values, keys = (state.tensors.get(f"{module}.{name}") for name in ("values", "keys"))
-            numbers = state.json.get(module)
-            if numbers is None or _shape(values) != lock.values.shape or _shape(keys) != lock.keys.shape:
-                raise StateError(f"the saved state of lyaplock does not fit {module}; start a new run")
-            assert values is not None
-            assert keys is not None
-            self.locks[module] = Lock(
-                values.to(lock.values), keys.to(lock.keys), first=numbers["first"], queue=numbers["queue"]
-            )
+            if module not in numbers:
+                raise saved.refusal(f"{module} is missing")
+            values, keys = (saved.tensor(f"{module}.{name}", getattr(lock, name).shape) for name in ("values", "keys"))
+            one = numbers[module]
+            self.locks[module] = Lock(values.to(lock.values), keys.to(lock.keys), first=one.first, queue=one.queue)
 
     def record(self) -> dict[str, Any]:
         """Return, per site, the factor a Z that the weight of the reference text has grown by."""
         return {"anchor": {module: lock.anchor(self.options.alpha) for module, lock in self.locks.items()}}
-
-
-def _shape(part: Tensor | None) -> tuple[int, ...] | None:
-    return None if part is None else tuple(part.shape)

@@ -356,7 +356,8 @@ def test_a_stream_into_a_folder_needs_files_to_start_from(choices: Any) -> None:
 
 def test_the_typed_settings_are_those_of_a_recipe() -> None:
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert set(Choices.__annotations__) == fields - {"edits", "model", "out"}
+    # The stack is named as the editor; the recipe records what it was.
+    assert set(Choices.__annotations__) == fields - {"edits", "model", "out", "stack"}
 
 
 def test_the_earlier_name_of_the_stream_still_works() -> None:

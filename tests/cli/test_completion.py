@@ -50,6 +50,10 @@ def test_names_are_those_of_the_installed_plugins() -> None:
     assert values("apply", "--editor", "nothing") == []
 
 
+COMPANIONS = {"prune.feedback=true": ["prune.when=batch"]}
+"""Options that make sense beside another only."""
+
+
 def test_every_option_that_is_offered_can_be_given() -> None:
     plugins = load_plugins()
     found = values("apply", "-o", "")
@@ -57,7 +61,7 @@ def test_every_option_that_is_offered_can_be_given() -> None:
     assert values("apply", "-o", "memit.re") == ["memit.remember=true", "memit.remember=false"]
     components = {name: part.component.Options for kind in plugins.kinds for name, part in plugins.all(kind).items()}
     for text in found:
-        ((name, settings),) = parse_assignments([text]).items()
+        ((name, settings),) = parse_assignments([text, *COMPANIONS.get(text, [])]).items()
         try:
             build({**components, **CORE}[name], settings, owner=name)
         except EditError as error:
@@ -116,6 +120,7 @@ def test_what_has_no_fixed_values_offers_nothing() -> None:
 def test_nothing_that_has_values_is_left_without() -> None:
     """A new option that takes text either has a completion or is named here."""
     free = {"revision", "thresholds", "author", "metrics", "harness", "push", "name", "prompts", "system"}
+    free |= {"judge", "judge_model"}
     group = build_cli(load_plugins())
     for name in COMMANDS:
         command = group.get_command(click.Context(group), name)

@@ -6,9 +6,11 @@ import io
 import json
 import shutil
 from contextlib import redirect_stdout
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +22,7 @@ from editcli.errors import ModelError, OptionError
 from editcli.evaluation import locality as baseline
 from editcli.evaluation.generation import Generation
 from editcli.evaluation.metrics import evaluate
-from editcli.evaluation.registry import PROTOCOLS, paths
+from editcli.evaluation.registry import METRICS, PROTOCOLS, paths
 from editcli.models.loading import bundled_folder, open_model, resolve_model
 from editcli.plugin.manager import Plugins
 from editcli.records.evidence import read_evidence, state_of
@@ -263,6 +265,18 @@ def test_every_figure_names_its_protocol_and_its_settings(measured: dict[str, An
     assert settings["prompts"] == "bare"
 
 
+def test_figures_validate_and_a_protocol_of_ones_own_does_not(measured: dict[str, Any]):
+    schema = json.loads((files("editcli") / "schemas" / "evaluation.schema.json").read_text("utf-8"))
+    check = jsonschema.Draft202012Validator(schema)
+    check.check_schema(schema)
+    check.validate(measured["figures"])
+    for path, value in (("protocols", {"score": {"protocol": "guessed", "scorer": "x"}}), ("score", 1.5), ("base", {})):
+        assert not check.is_valid({**measured["figures"], path: value})
+    # A metric that is declared is in the schema with its protocol.
+    text = json.dumps(schema)
+    assert all(f"{metric.protocol}, {metric.scorer}: " in text for metric in METRICS)
+
+
 def test_the_baseline_states_the_fact_in_front_of_every_prompt(measured: dict[str, Any]):
     line = measured["lines"][0]
     fact = f"New fact: {line['efficacy'][0]['prompt']} {line['efficacy'][0]['target']}.\n"
@@ -296,9 +310,12 @@ def test_an_earlier_evaluation_is_shown_and_other_protocols_are_warned_of(
     warned = " ".join(capsys.readouterr().err.split())
     assert "efficacy_success is teacher_forced (more_probable) here and generated (contains) there" in warned
     assert "do not compare generated figures" in warned
-    other.write_text("{}")
-    assert main([*arguments[:-1], str(other)]) == 1
-    assert "other.json" in capsys.readouterr().err
+    for text in ("{}", "{torn"):
+        other.write_text(text)
+        assert main([*arguments[:-1], str(other)]) == 1
+        said = capsys.readouterr().err
+        assert "other.json" in said
+        assert "evaluation.json of --record" in said
 
 
 def test_settings_that_need_each_other_are_checked_before_a_model_is_loaded(edits: str):
@@ -312,6 +329,14 @@ def test_settings_that_need_each_other_are_checked_before_a_model_is_loaded(edit
     for wrong, word in cases:
         with pytest.raises(OptionError, match=word):
             EvalRecipe(model="none", edits=edits, **wrong)
+
+
+def test_free_answers_alone_are_given_to_every_prompt(models: tuple[Path, Path], edits: str, plugins: Plugins):
+    recipe = EvalRecipe(model=str(models[0]), edits=edits, metrics=("generated",), max_new_tokens=2, device="cpu")
+    measured = measure(recipe, plugins)
+    assert measured.evaluation.generated is not None
+    assert measured.evaluation.generated["specificity_contains_own"] is not None
+    assert {one.group for one in measured.evaluation.outcomes[0].generated} == {"efficacy", "paraphrases", "neighbors"}
 
 
 def test_only_a_run_keeps_evidence(models: tuple[Path, Path], edits: str, plugins: Plugins):

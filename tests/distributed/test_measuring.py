@@ -206,7 +206,7 @@ def test_other_files_are_refused_at_the_start(crew: Any, shop_in: Any, tmp_path_
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("facts.jsonl", "--harness", "any"), "error: --harness runs in one process, not in 2"),
+        (("facts.jsonl", "--harness", "any"), "error: --harness and --suite run in one process, not in 2"),
         (("-",), "error: 2 processes cannot share the standard input"),
     ],
 )

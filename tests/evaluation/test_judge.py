@@ -225,6 +225,7 @@ def test_a_judge_that_goes_away_keeps_what_it_said_and_is_given_up(server: Serve
     stored = lines(verdicts)
     assert [line.verdict for line in stored] == ["CORRECT"] * 2 + [None] * 3
     assert (result.judged, result.answers) == (2, 9)
+    assert sum(result.counts.values()) == 2
     assert result.shares["efficacy_correct"] == 1
     assert result.stopped is not None
     assert result.stopped in warnings[0]

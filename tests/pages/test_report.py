@@ -172,6 +172,10 @@ def keep_evidence(run: Path, count: int = 6) -> RunFolder:
             },
             "unrelated": None,
         },
+        "quantised": [{"as": "nf4", "efficacy_accuracy": 0.6789, "generated": {"efficacy_contains_new": 0.1234}}],
+        "cohorts": [{"first": 1, "last": 6, "edits": 5, "efficacy_accuracy": 0.4321, "generated": {}}],
+        "judge": {"model": "the judge", "url": "http://x", "rubric": 1, "judged": 4, "answers": 12},
+        "harness": {"tasks": {"arc": {"acc": 0.2468}}},
         "protocol_settings": {"prompts": "bare", "generated": {"most_new_tokens": 32, "stop": ["newline"]}},
     }
     lines = []
@@ -197,10 +201,14 @@ def test_evidence_names_protocols_baselines_answers_and_what_is_missing(make_run
     for text in ("<h3>teacher_forced</h3>", "<h3>generated</h3>", "0.3846", "most_new_tokens 32", "the base"):
         assert text in page
     assert '<tr><td>e4</td><td>x</td><td class="n">2.75</td></tr>' in page
+    # Everything that was measured is shown: copies, ages, benchmarks, and who judged.
+    for text in ("as nf4", "0.6789", "1 to 6", "0.4321", "0.2468", "the judge at http://x", "4 of 12 answers"):
+        assert text in page
     missing = page[page.index('id="missing"') : page.index("Raw answers")]
-    for text in ("in-context", "--harness", "--metrics choice", "--as"):
+    for text in ("in-context", "--metrics choice", "no portability or locality"):
         assert text in missing
-    assert "--metrics generated" not in missing
+    for text in ("--metrics generated", "--harness", "--as", "--judge", "age of the edits"):
+        assert text not in missing
     rows = page[page.index('<table id="answers">') :].split("</table>")[0]
     assert rows.count('data-outcome="right"') == rows.count('data-outcome="degenerate"') == 6
     assert "<td>Rome.</td><td>Town 3.</td><td>right</td>" in rows

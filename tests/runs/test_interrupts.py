@@ -22,8 +22,8 @@ from tests.support.workshop import STACKS, STOP_AFTER, same_stream
 TWICE = """
 import os, signal
 import editcli.runs.stream
-def edit_batch(*arguments, real=editcli.runs.stream.edit_batch):
-    written = real(*arguments)
+def edit_batch(*arguments, real=editcli.runs.stream.edit_batch, **named):
+    written = real(*arguments, **named)
     if arguments[0].written and calls.append(1) is None and len(calls) == 2:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)

@@ -68,6 +68,8 @@ OPENED_ELSEWHERE = {
     "editcli/presets/loader.py": {"file.read_text"},
     "editcli/records/state.py": {"self.journal.open"},
     "editcli/lazy.py": {"stub.read_text"},
+    "editcli/plugin/stacks.py": {"file.read_text"},
+    "editcli/records/verdicts.py": {"self.path.open"},
     "editcli/runs/opening.py": {"job.open"},
     "editcli/scaffold/package.py": {".read_text", "file.open"},
     "editcli/storage/checkpoint.py": {"safe_open"},
