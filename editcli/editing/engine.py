@@ -65,7 +65,7 @@ class Engine:
             if self.quick:
                 self._quicken(stack)
             yield
-        # The phases that follow have no other way to the memory of recordings.
+        # Recordings keep their memory from every other phase.
         memory = free_memory(torch.device(self.loaded.input_device)) if self.quick else None
         if memory is not None and memory.free < SPARE * memory.total:
             self.replays.clear()
