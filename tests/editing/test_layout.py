@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import import_utils
 
 from editcli.editing.engine import Engine, Memory, engine_for
 from editcli.editing.layout import Bucketed, Exact, Group, Layout, layout_for, work
@@ -26,7 +28,7 @@ from editcli.models.sizes import column_size, power_of_two, row_size, row_size_w
 from editcli.reporting import Silent
 from editcli.requests.schema import EditRequest, from_record
 from editcli.settings.core import BATCH_TOKENS, TargetOptions
-from editcli.testing import tiny_model_folder
+from editcli.testing import TINY, tiny_model_folder
 from tests.editing.test_targets import (
     FACTS,
     LAYER,
@@ -414,3 +416,43 @@ def test_a_copy_that_was_interrupted_is_made_again(monkeypatch: pytest.MonkeyPat
         with pytest.raises(KeyboardInterrupt):
             replays("scaled", scaled, other, rows)
     torch.testing.assert_close(replays("scaled", scaled, one, rows), scaled(one, rows))
+
+
+WAITING = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "lift_fresh"})
+"""Operations that wait for an accelerator, or copy a number of the program to it, neither of which a graph can hold."""
+OWN_COPIES = frozenset({"gpt_neo", "falcon-parallel", "falcon-new"})
+"""Families whose own attention makes a tensor of a number at every call."""
+
+
+class Capturing(TorchDispatchMode):
+    """Refuses what a graph that is captured would refuse, by name; the device itself is not here."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITING:
+            raise RuntimeError(f"{name} while a step is recorded")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(
+    not hasattr(import_utils, "is_cuda_stream_capturing"),
+    reason="this version of transformers looks at values while a graph is captured",
+)
+@pytest.mark.parametrize("family", families(name for name in TINY if name not in OWN_COPIES))
+def test_a_recorded_step_never_waits_for_the_device(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = opened(tmp_path / "model", family)
+
+    def captured(function: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        # transformers leaves out its own checks of values while it sees a capture.
+        with monkeypatch.context() as patch, Capturing():
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            function()
+        return twice(function)
+
+    replays = Recorded(loaded.model, captured, name="recorded")
+    engine = Engine(loaded, Bucketed(setup=1e4, rest=0.0), replays, quick=True)
+    for stop in ("loss", "greedy"):
+        values(loaded, requests(), replace(OPTIONS, steps=2, stop=stop), engine)
+    assert replays.failure is None
