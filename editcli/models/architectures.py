@@ -176,8 +176,9 @@ def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTr
     try:
         with torch.device("meta"):
             return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    # A value of the wrong kind or size fails wherever the model's class first computes with it.
-    except (ValueError, LookupError, ImportError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    # A value of the wrong kind or size fails wherever the model's class first computes with it, with errors of many
+    # libraries.
+    except Exception as error:
         raise ModelError(
             f"no causal language model can be built from a configuration of type {config.model_type!r}: {error}"
         ) from error

@@ -30,7 +30,8 @@ COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 UNUSABLE = (
     *(OSError, ValueError, LookupError, RuntimeError, ImportError, TypeError, AttributeError, ArithmeticError),
-    SafetensorError,
+    # torch's modules assert their arguments.
+    *(AssertionError, SafetensorError),
 )
 """What transformers and safetensors raise for a model folder that cannot be used."""
 

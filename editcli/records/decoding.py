@@ -31,7 +31,7 @@ LARGEST = 2**63 - 1
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Size = Annotated[float, Meta(ge=0)]
 """A norm, a ratio of norms or a time."""
-Figures = Mapping[str, int | float | None]
+Figures = Mapping[str, Annotated[int, Meta(ge=-LARGEST, le=LARGEST)] | float | None]
 """Figures by name, null where there is none."""
 Options = Mapping[str, Mapping[str, Any]]
 """Settings of components by name."""

@@ -275,3 +275,10 @@ class TestRefusals:
         model.get_submodule("model.layers.0.mlp").down_proj = Custom()
         with pytest.raises(ModelError, match="is a Custom; only Linear and Conv1D"):
             resolve(model)
+
+
+def test_a_config_that_the_models_class_asserts_against_is_one_sentence() -> None:
+    config = tiny_config("llama")
+    config.pad_token_id = config.vocab_size + 5
+    with pytest.raises(ModelError, match="no causal language model can be built"):
+        skeleton(config)

@@ -458,3 +458,11 @@ def test_the_attack_changes_records_and_puts_them_back(attack: Any) -> None:
                 attack.shop.put_back(row.folders[-1])
             assert any(changed), name
             assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["immediate", "diagnostics"])
+def test_a_figure_that_no_float_can_hold_is_refused(name: str) -> None:
+    """A line is decoded straight into its type, which has to bound what a program computes with."""
+    line = {**copy.deepcopy(BATCH), "metrics": {name: {"efficacy_accuracy": 10**400}}}
+    with pytest.raises(UnreadableError, match="metrics"):
+        decode(json.dumps(line), BatchRecord)
