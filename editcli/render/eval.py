@@ -158,8 +158,8 @@ def check_table(report: CheckReport) -> RenderableType:
 
 
 _LEGEND = (
-    "Figures of different protocols have no common scale. teacher_forced feeds the answer in: accuracy: the "
-    "greedy answer is right; success: the right answer is more probable than its rival. generated: the model "
+    "Figures of different protocols have no common scale. teacher_forced: the answer is fed in; accuracy means that "
+    "the greedy answer is right, success that the right answer is more probable than its rival. generated: the model "
     "writes freely. choice: it picks a listed answer. distribution: KL of the next token to the base, in nats. "
     "-: not measured, or the records lack its fields. docs/metrics.md explains each."
 )
