@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.hostile --examples 20000`` makes a run of each stack, then for each example changes one record
 (with all hashes made right again), runs one command in this process, and puts the records back. Exit codes 0, 1 and 3
-are right, with one sentence where it is not 0, and 2 with the line of an edit that a changed tokenizer cannot read.
+are right, with one sentence where it is not 0, and 2 with the line of an edit that the changed records cannot write.
 Whatever ends otherwise, takes a minute of the processor's time, takes 1 GB of memory more than the command does
 otherwise, or leaves a half folder or a temporary file, is counted by its kind and ends the benchmark with an error. An
 example depends on the seed and its number alone: ``--only NUMBER`` repeats one with its traceback. ``--progress FILE``
@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -92,6 +93,8 @@ SPARSE = 12 << 30
 """Bytes of a file without content."""
 DEEP = "\0deep\0"
 """Stands for 100,000 brackets, which Python's own encoder cannot write."""
+EDIT_REFUSED = re.compile(r"^error: \S+\.jsonl:\d+: ", re.MULTILINE)
+"""The sentence that names a line of an edits file."""
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, -(2**64), 10**400, 0.5, -0.5, 1e-320, 1e300, -1e308),
     *(float("nan"), float("inf"), float("-inf"), "", " ", "x", "done", "batch", "undo", "1", "-1", "1e999", "auto"),
@@ -529,8 +532,9 @@ class Attack:
 
     def _fault(self, code: int, text: str) -> str:
         """Return what is wrong with the end of a command; empty where nothing is."""
-        if code == 2 and "error: facts.jsonl:" in text:
-            # An edit that a changed tokenizer or model has no tokens for is refused with its line, as documented.
+        if code == 2 and EDIT_REFUSED.search(text):
+            # An edit that a changed tokenizer has no tokens for, or that a changed editor cannot write, is refused with
+            # its line, as documented.
             return ""
         if code not in (0, 1, 3):
             return f"exit code {code}: {text[-80:]}"
