@@ -31,6 +31,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @click.option("--optimizer", type=click.Choice(["muon", "adamw"]), default=Settings().optimizer, show_default=True)
 @click.option("--rate", default=Settings().hidden_rate, show_default=True, help="Learning rate of the matrices.")
 @click.option("--threads", default=2, show_default=True, help="Processor threads.")
+@click.option("--experts", default=0, show_default=True, help="Experts of each MLP, two of which read each token.")
+@click.option("--width", default=Settings().width, show_default=True, help="Width of an MLP, or of each expert.")
+@click.option("--layers", default=Settings().layers, show_default=True, help="Number of layers.")
+@click.option("--people", default=1900, show_default=True, help="Number of invented people.")
+@click.option("--companies", default=500, show_default=True, help="Number of invented companies.")
+@click.option(
+    "--decay-latest", default=Settings().decay_latest, show_default=True, help="Last step to begin the decay."
+)
+@click.option("--decay-steps", default=Settings().decay_steps, show_default=True, help="Steps of the decay.")
 @click.option("--steps", type=int, help="Stop after so many steps in all, without exporting.")
 @click.option("--export", "export_only", is_flag=True, help="Only export the last checkpoint.")
 def main(

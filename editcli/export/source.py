@@ -116,7 +116,7 @@ def with_base(
             )
         advance(1)
     config = load_config(source, trust_remote_code=trust_remote_code)
-    architecture = resolve(skeleton(config, trust_remote_code), families)
+    architecture = resolve(skeleton(config, trust_remote_code), families).recorded(run.history.sites)
     changed = tuple(_changed(before, run.after, reporter))
     _refuse_foreign(run, before, architecture, changed)
     return Edited(run, source, changed, architecture)
@@ -157,7 +157,7 @@ def _refuse_foreign(run: FinishedRun, before: Checkpoint, architecture: Architec
     """Raise when nothing was changed, or something that the run did not edit."""
     if not changed:
         raise StateError(f"nothing in {run.path} differs from its base, so there is nothing to export")
-    edited = {before.tensor_for(f"{architecture.site(layer).module}.weight") for layer in run.history.layers}
+    edited = before.tensors_of(before.weight_of(architecture.site(layer).module) for layer in run.history.layers)
     foreign = [name for name in changed if name not in edited]
     if foreign:
         raise StateError(

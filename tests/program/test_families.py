@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
 
 from editcli.editing.session import ModelSession
-from editcli.errors import ModelError
+from editcli.errors import ModelError, OptionError
 from editcli.models.architectures import Family
 from editcli.models.forward import first, hooked
 from editcli.models.loading import LoadedModel, open_model, resolve_model
@@ -26,10 +26,11 @@ from editcli.reporting import RunReport
 from editcli.requests.reader import read_edits
 from editcli.requests.schema import EditRequest
 from editcli.runs.apply import apply
+from editcli.runs.undo import Undo, undo
 from editcli.settings.core import TargetOptions
 from editcli.settings.recipe import Recipe
 from editcli.storage.checkpoint import Checkpoint
-from editcli.testing import LAYERS, TINY, tiny_model_folder, tiny_tokenizer, vocabulary_size
+from editcli.testing import EXPERTS, LAYERS, MIXTURES, TINY, tiny_model_folder, tiny_tokenizer, vocabulary_size
 from tests.support.families import LAYOUTS, QUICK_FAMILIES, families
 
 FACTS = (
@@ -63,6 +64,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rlsedit": {"mom2_update_weight": 1e-3},
     "alphaedit": {"l2": 1e-6, "threshold_kind": "relative", "nullspace_threshold": 0.5},
     "ultraedit": {"lr": 1e-3},
+    "moeedit": {"l2": 1e-6, "threshold_kind": "directions", "nullspace_threshold": 0.7},
 }
 
 PREFIXES = ("Bob. ", "The river in London is. ")
@@ -301,6 +303,79 @@ def test_a_family_that_a_plugin_brings(shared: Path, tmp_path: Path, monkeypatch
     plugins.register(Brings(), "mine")
     report = edit(base, tmp_path / "out", shared, plugins, layers=(2,))
     assert changed(base, tmp_path / "out") == planned(base, report)
+
+
+ANY_EDITOR = (*VALUE_EDITORS, *OTHER_EDITORS)
+SHARED = [(editor, name) for name in ("qwen2_moe", "deepseek-v2", "deepseek-v3") for editor in ANY_EDITOR]
+QUICK_SHARED = {("memit", "qwen2_moe"), ("ft", "qwen2_moe"), ("rlsedit", "deepseek-v3")}
+QUICK_MIXTURES = {"mixtral", "gpt_oss", "deepseek-v3"}
+
+
+class TestMixtures:
+    """Mixtures of experts: their dense layers and shared experts, and their routed experts, as they are stored."""
+
+    @pytest.mark.parametrize(
+        ("editor", "family"),
+        [pytest.param(*pair, marks=[] if pair in QUICK_SHARED else pytest.mark.slow) for pair in SHARED],
+    )
+    def test_dense_layers_and_shared_experts_are_edited_as_any_mlp(
+        self, editor: str, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        report = edit(base, tmp_path / "out", shared, plugins, editor=editor, layers=(0, 2))
+        modules = [site.module.removeprefix("model.layers.") for site in report.sites]
+        shared_expert = "2.mlp.shared_expert" + ("s" if "deepseek" in base.name else "") + ".down_proj"
+        assert modules == ([shared_expert] if editor == "rome" else ["0.mlp.down_proj", shared_expert])
+        assert changed(base, tmp_path / "out") == planned(base, report)
+        if editor in VALUE_EDITORS:
+            assert max(remaining_residual(base, tmp_path / "out", shared, 2)) < 0.1
+
+    @pytest.mark.parametrize(
+        "family", [pytest.param(name, marks=[] if name in QUICK_MIXTURES else pytest.mark.slow) for name in MIXTURES]
+    )
+    def test_routed_experts_are_edited_one_by_one(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        report = edit(base, tmp_path / "out", shared, plugins, editor="moeedit")
+        modules = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in (1, 2)]
+        assert [site.module for site in report.sites] == modules
+        checkpoint = resolve_model(base).checkpoint
+        stored = {module: checkpoint.parts(checkpoint.weight_of(module)) for module in modules}
+        assert {len(parts) for parts in stored.values()} == {1 if base.name == "gpt_oss" else EXPERTS}
+        differing = changed(base, tmp_path / "out")
+        assert differing <= {part for parts in stored.values() for part in parts}
+        assert all(differing & set(parts) for parts in stored.values())
+        assert max(remaining_residual(base, tmp_path / "out", shared, 2)) < 0.1
+
+    @pytest.mark.parametrize("family", ["mixtral"])
+    def test_a_resumed_run_and_an_undo_have_the_same_bytes(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        whole, broken = tmp_path / "whole", tmp_path / "broken"
+        edit(base, whole, shared, plugins, editor="moeedit", batch_size=2)
+        edit(base, broken, shared, plugins, editor="moeedit", batch_size=2, limit=4)
+        four = tensors(broken)
+        edit(base, broken, shared, plugins, editor="moeedit", batch_size=2, resume=True)
+        assert same(tensors(broken), tensors(whole))
+        undo(Undo(run=str(broken)), plugins)
+        assert same(tensors(broken), four)
+
+    @pytest.mark.parametrize("family", ["mixtral"])
+    def test_other_editors_name_the_one_for_experts(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        with pytest.raises(OptionError, match=r"layer 1 is a mixture of 4 experts .* use --editor moeedit"):
+            edit(base, tmp_path / "out", shared, plugins, editor="memit")
+
+    @pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+    def test_dense_layers_have_no_experts_to_edit(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        with pytest.raises(OptionError, match="layer 0 has no routed experts"):
+            edit(base, tmp_path / "out", shared, plugins, editor="moeedit", layers=(0, 1))
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class TestRefusals:
