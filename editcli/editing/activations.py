@@ -116,14 +116,14 @@ class Activations:
         values: dict[int, Tensor] = {}
 
         def reading(number: int, hook: Hook) -> Any:
+            stop = number == len(hooks) - 1
+
             def read(value: Tensor) -> None:
                 values[number] = _at_ends(value, part).float()
 
             if hook.module is None:
-                return read_keys(self.loaded.architecture, hook.keys, read, stop=number == len(hooks) - 1)
-            return hooked(
-                hook.module, lambda owner, entered, produced: read(first(produced)), stop=number == len(hooks) - 1
-            )
+                return read_keys(self.loaded.architecture, hook.keys, read, stop=stop)
+            return hooked(hook.module, lambda owner, entered, produced: read(first(produced)), stop=stop)
 
         def store(owner: Any, entered: Tensor, produced: Any) -> None:
             # A copy, in case a block works on its input in place.

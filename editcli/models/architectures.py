@@ -214,8 +214,8 @@ def resolve(model: PreTrainedModel, families: Sequence[Family] = ()) -> Architec
     """Find what ``model`` (loaded, or on the meta device) calls its parts.
 
     ``families`` come first, then :data:`FAMILIES`, then the module tree itself. Raises :class:`ModelError` for a model
-    that cannot be edited: unknown mixture of experts, encoder-decoder, quantised, or of an irregular build. Of a model that
-    reads images as well, the parts are those of its text tower.
+    that cannot be edited: a mixture of experts of no known family, encoder-decoder, quantised, or of an irregular
+    build. Of a model that reads images as well, the parts are those of its text tower.
     """
     refuse_config(model.config)
     whole, text = model.config.model_type, model.config.get_text_config().model_type

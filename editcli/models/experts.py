@@ -41,7 +41,7 @@ def weight_name(module: nn.Module) -> str:
 
 
 def refuse_unpacked(module: Any, path: str) -> None:
-    """Raise :class:`ModelError` unless one parameter holds the matrices of all experts, in the way of transformers 5."""
+    """Raise :class:`ModelError` unless one parameter holds the matrices of all experts, as in transformers 5."""
     said = all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_bias", "has_gate"))
     if not (said and module.has_gate and weight_name(module) == EXPERTS_WEIGHT):
         raise ModelError(

@@ -126,7 +126,7 @@ def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any
 def stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """Return the stored name of every parameter of ``model`` that transformers loads as it is, under whatever name.
 
-    One that transformers stacks, as it does the matrices of several experts, has the names of its parts, in their order.
+    One that transformers stacks, as it does the matrices of experts, has the names of its parts, in their order.
 
     Transformers loads a checkpoint in which every tensor holds its own number and nothing else, and the numbers that
     the parameters have afterwards tell the names. Allocates nothing for what is stored.

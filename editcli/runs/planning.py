@@ -380,7 +380,7 @@ def choose_sites(
 
 
 def _refuse_other_matrix(site: Site, editor: Editor) -> None:
-    """Raise :class:`OptionError` for routed experts that the editor does not write, and for one that writes no other."""
+    """Raise :class:`OptionError` for experts that the editor does not write, and for one that writes nothing else."""
     if bool(site.experts) == editor.writes_experts:
         return
     if site.experts:

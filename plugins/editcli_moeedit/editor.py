@@ -43,8 +43,8 @@ class _Fields:
 class MoEEdit(Editor):
     """Write into the experts that read the subject's last token, along directions that each hardly uses.
 
-    With P_j the projector on the eigenvectors of expert j's second moment whose eigenvalue is small, v_tj = P_j k_tj and
-    g_tj the gate, the paper minimises over all X_j ::
+    With P_j the projector on the eigenvectors of expert j's second moment whose eigenvalue is small, v_tj = P_j k_tj
+    and g_tj the gate, the paper minimises over all X_j ::
 
         sum_t || r_t - sum_j g_tj X_j v_tj ||^2 + l sum_j || X_j ||^2,    W_j <- W_j + X_j P_j
 

@@ -1,6 +1,7 @@
 """The solve over the experts of one layer, each with a symmetric matrix C_j of its own.
 
-With the key k = (g_1 k_1, ..., g_E k_E) of a token, the mixture's output is W k, W = [W_1 ... W_E]. A batch minimises ::
+With the key k = (g_1 k_1, ..., g_E k_E) of a token, the mixture's output is W k, W = [W_1 ... W_E]. A batch
+minimises ::
 
     sum_t || r_t - sum_j X_j g_tj k_tj ||^2 + sum_j tr(X_j C_j^-1 X_j^T)
 

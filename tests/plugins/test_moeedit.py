@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,14 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
 from editcli.errors import OptionError
+from editcli.requests.schema import EditRequest
 from editcli.testing import EXPERTS, EditorContract, tiny_requests, tiny_session
 from editcli_moeedit.editor import MoEEdit
 from editcli_moeedit.mixture import Mixture, filled
-from tests.support.sessions import assert_close, write_batch
+from tests.support.sessions import assert_close
 
 OPTIONS = {"threshold_kind": "median", "nullspace_threshold": 1.0, "l2": 0.1}
+
+
+def write_batch(session: ModelSession, editor: MoEEdit, requests: Sequence[EditRequest]) -> Written:
+    """Write a batch as the program does."""
+    written = edit_batch(session, editor, (), requests, lambda *_: None)
+    commit(session, editor, (), requests, written)
+    return written
 
 
 class TestMoEEdit(EditorContract):
@@ -47,7 +56,7 @@ def projectors(session: ModelSession, floor: float = 2.0) -> list[list[Tensor]]:
     return every
 
 
-def by_expert(keys: Tensor) -> list[tuple[Tensor, Tensor]]:
+def by_expert(keys: Tensor) -> list[Tensor]:
     """Return K_j with the gates in it, (d, n) of every expert."""
     return list(keys.double().unflatten(0, (EXPERTS, -1)))
 
