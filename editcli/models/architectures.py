@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from editcli.errors import ModelError
 from editcli.models.discovery import discover
-from editcli.models.experts import EXPERTS_WEIGHT, edited_parameter, refuse_unpacked
+from editcli.models.experts import EXPERTS_WEIGHT, edited_parameter, is_packed, refuse_unpacked
 from editcli.models.towers import auto_class, inside, tower_of
 from editcli.plugin.families import Family
 from editcli.plugin.interfaces import Site
@@ -145,6 +145,11 @@ class Architecture:
         """Return the module that holds all routed experts of a layer; None for a layer that is no mixture."""
         name = self.family.experts
         return _submodule(self.block(layer), name) if name else None
+
+    def packed_experts(self, layer: int) -> nn.Module | None:
+        """Return the module of :meth:`experts` where its arguments are tokens, chosen experts and gates; else None."""
+        experts = self.experts(layer)
+        return experts if experts is not None and is_packed(experts) else None
 
     def shared_gate(self, layer: int) -> nn.Module | None:
         """Return the map whose sigmoid scales the edited expert's output, where a shared expert with one is edited."""

@@ -40,10 +40,15 @@ def weight_name(module: nn.Module) -> str:
     return EXPERTS_WEIGHT if isinstance(getattr(module, EXPERTS_WEIGHT, None), nn.Parameter) else "weight"
 
 
+def is_packed(module: Any) -> bool:
+    """Tell whether a module holds its experts as transformers 5 does, and takes tokens, chosen experts and gates."""
+    said = all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_bias", "has_gate"))
+    return said and bool(module.has_gate) and weight_name(module) == EXPERTS_WEIGHT
+
+
 def refuse_unpacked(module: Any, path: str) -> None:
     """Raise :class:`ModelError` unless one parameter holds the matrices of all experts, as in transformers 5."""
-    said = all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_bias", "has_gate"))
-    if not (said and module.has_gate and weight_name(module) == EXPERTS_WEIGHT):
+    if not is_packed(module):
         raise ModelError(
             f"{path} does not hold its experts as transformers 5 does, so they cannot be edited; install "
             "transformers>=5, or edit dense layers and shared experts"

@@ -359,6 +359,32 @@ class TestMixtures:
         undo(Undo(run=str(broken)), plugins)
         assert same(tensors(broken), four)
 
+    @pytest.mark.parametrize("family", ["olmoe"])
+    def test_the_routing_of_neighbours_is_compared_with_the_base_s(
+        self, base: Path, plugins: Plugins, shared: Path, tmp_path: Path
+    ) -> None:
+        """A router reads the stream in front of its own layer, so only those above the edited layer can move."""
+        near = ["The capital of Italy is", "The river in Spain is", "Ann was born in"]
+        fact = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
+        (tmp_path / "facts.jsonl").write_text(json.dumps({**fact, "neighborhood_prompts": near}), "utf-8")
+        (tmp_path / "corpus.txt").write_text((shared / "corpus.txt").read_text("utf-8"), "utf-8")
+        out = tmp_path / "out"
+        report = edit(base, out, tmp_path, plugins, editor="moeedit", layers=(1,), evaluate=True)
+        assert report.routing is not None
+        assert report.routing["prompts"] == len(near)
+        tokens = opened(base).tokens
+        rows = [row.ids for row in tokens.encode([tokens.open_prompt(prompt) for prompt in near])]
+        before, after = chosen_experts(base, rows), chosen_experts(out, rows)
+        others = {
+            layer: sum(len(set(b) - set(a)) for b, a in zip(before[layer], after[layer], strict=True))
+            / sum(map(len, before[layer]))
+            for layer in range(LAYERS)
+        }
+        assert report.routing["layers"] == pytest.approx({str(layer): share for layer, share in others.items()})
+        assert others[0] == others[1] == 0
+        assert report.routing["changed"] == pytest.approx(sum(others.values()) / LAYERS)
+        assert json.loads((out / "editcli" / "run.json").read_text("utf-8"))["routing"] == report.to_json()["routing"]
+
     @pytest.mark.parametrize("family", ["mixtral"])
     def test_other_editors_name_the_one_for_experts(
         self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
@@ -372,6 +398,18 @@ class TestMixtures:
     ) -> None:
         with pytest.raises(OptionError, match="layer 0 has no routed experts"):
             edit(base, tmp_path / "out", shared, plugins, editor="moeedit", layers=(0, 1))
+
+
+@torch.no_grad()
+def chosen_experts(folder: Path, rows: Sequence[Sequence[int]]) -> dict[int, list[list[int]]]:
+    """Return the experts of every token by layer, from the logits of the routers as transformers gives them."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    chosen: dict[int, list[list[int]]] = {layer: [] for layer in range(LAYERS)}
+    for row in rows:
+        logits = model(input_ids=torch.tensor([list(row)]), output_router_logits=True).router_logits
+        for layer, scores in enumerate(logits):
+            chosen[layer] += scores.topk(2, dim=-1).indices.tolist()
+    return chosen
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
