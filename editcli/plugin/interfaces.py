@@ -516,6 +516,9 @@ class Stabilizer(Component):
     ``problems`` are updates that it judges by their keys or residual. An editor without target values has neither
     values nor problems, and a run with one warns of a stabilizer that acts on nothing else.
     """
+    mixes_inputs: ClassVar[bool] = False
+    """Whether what it returns may change inputs that an update leaves alone. Then it is refused on routed experts, of
+    which an update changes those alone that the edits are routed to."""
     feeds_back: bool = False
     """Whether the next batch is given what :meth:`stabilize_update` took from this one: error feedback.
 

@@ -289,6 +289,8 @@ def plan_on(
     sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor, per_layer=gate.targets.per_layer)
     requests, rejected, total = usable(file, gate, skip_bad=skip)
     check_guards(guards, requests, measured=recipe.evaluate)
+    stabilizers = tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers)
+    _refuse_mixing(editor, stabilizers)
     return Planned(
         recipe=recipe,
         file=file,
@@ -302,7 +304,7 @@ def plan_on(
         sites=sites,
         shapes=tuple(architecture.shape(site.layer) for site in sites),
         editor=editor,
-        stabilizers=tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers),
+        stabilizers=stabilizers,
         gate=gate,
         targets=gate.targets,
         statistics=build(StatisticsOptions, settings.get("statistics", {}), owner="statistics"),
@@ -392,6 +394,16 @@ def _refuse_other_matrix(site: Site, editor: Editor) -> None:
         f"layer {site.layer} has no routed experts, which are all that {editor.name} writes; choose other --layers or "
         "another --editor"
     )
+
+
+def _refuse_mixing(editor: Editor, stabilizers: Sequence[Stabilizer]) -> None:
+    """Raise :class:`OptionError` for a stabilizer that would change experts that no edit is routed to."""
+    mixing = next((part.name for part in stabilizers if part.mixes_inputs), None)
+    if editor.writes_experts and mixing is not None:
+        raise OptionError(
+            f"{mixing} filters updates along directions that run through all experts of a layer, so it would change "
+            f"experts that no edit is routed to; leave it out with {editor.name}"
+        )
 
 
 def _recoded(recipe: Recipe, sites: Sequence[Site], checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:

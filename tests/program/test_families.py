@@ -392,6 +392,20 @@ class TestMixtures:
         with pytest.raises(OptionError, match=r"layer 1 is a mixture of 4 experts .* use --editor moeedit"):
             edit(base, tmp_path / "out", shared, plugins, editor="memit")
 
+    @pytest.mark.parametrize("family", ["mixtral"])
+    def test_stabilizers_that_leave_other_experts_alone_compose(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        # Some expert of one of the layers is read by none of so few edits.
+        words: dict[str, Any] = {"editor": "moeedit", "limit": 1, "layers": (1,)}
+        edit(base, tmp_path / "alone", shared, plugins, **words)
+        edit(base, tmp_path / "out", shared, plugins, stabilizers=("nas", "rect", "prune", "clip"), **words)
+        assert changed(base, tmp_path / "out") <= changed(base, tmp_path / "alone")
+        assert len(changed(base, tmp_path / "alone")) < EXPERTS
+        for name in ("revive", "sphere"):
+            with pytest.raises(OptionError, match=f"{name} filters updates"):
+                edit(base, tmp_path / name, shared, plugins, stabilizers=(name,), **words)
+
     @pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
     def test_dense_layers_have_no_experts_to_edit(
         self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
