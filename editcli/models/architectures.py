@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from editcli.errors import ModelError
 from editcli.models.discovery import discover
-from editcli.models.experts import EXPERTS_WEIGHT, edited_parameter, is_packed, refuse_unpacked
+from editcli.models.experts import EXPERTS_WEIGHT, edited_parameter, is_packed, refuse_unpacked, unpacked
 from editcli.models.towers import auto_class, inside, tower_of
 from editcli.plugin.families import Family
 from editcli.plugin.interfaces import Site
@@ -303,6 +303,9 @@ def _check_paths(architecture: Architecture) -> None:
         for part in (architecture.block, architecture.mlp, architecture.projection, architecture.mlp_norm):
             part(0)
     except AttributeError as error:
+        if family.experts is not None:
+            # The fifth release of transformers renamed the parts of some mixtures when it stacked their experts.
+            raise unpacked(type(architecture.model).__name__) from error
         raise ModelError(
             f"the family {family.name!r} does not fit this {type(architecture.model).__name__}: {error}; "
             "correct the family's paths"

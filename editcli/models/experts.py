@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from editcli.errors import ModelError
@@ -49,10 +50,15 @@ def is_packed(module: Any) -> bool:
 def refuse_unpacked(module: Any, path: str) -> None:
     """Raise :class:`ModelError` unless one parameter holds the matrices of all experts, as in transformers 5."""
     if not is_packed(module):
-        raise ModelError(
-            f"{path} does not hold its experts as transformers 5 does, so they cannot be edited; install "
-            "transformers>=5, or edit dense layers and shared experts"
-        )
+        raise unpacked(path)
+
+
+def unpacked(path: str) -> ModelError:
+    """Return the error for experts that are held in another way."""
+    return ModelError(
+        f"transformers {transformers.__version__} does not hold the experts of {path} in one parameter, so they cannot "
+        "be edited; install transformers>=5, or edit dense layers and shared experts"
+    )
 
 
 def routed(module: Any, hidden: Tensor, chosen: Tensor, gates: Tensor) -> Iterator[Routed]:

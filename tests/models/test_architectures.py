@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from editcli.errors import ModelError
 from editcli.models.architectures import FAMILIES, Architecture, Family, resolve, skeleton
+from editcli.models.experts import refuse_unpacked
 from editcli.testing import HIDDEN, INTERMEDIATE, LAYERS, MIXTURES, TINY, tiny_config, tiny_model, vocabulary_size
 
 POST_NORM = {"gemma2", "gemma3", "olmo2", "exaone4", "glm4"}
@@ -221,6 +222,10 @@ class TestRefusals:
     def test_a_mixture_of_experts_of_no_known_family(self) -> None:
         with pytest.raises(ModelError, match="mixture of experts of no family"):
             resolve(tiny("phimoe", num_local_experts=4))
+
+    def test_experts_that_are_not_held_in_one_parameter(self) -> None:
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts in one parameter.*transformers>=5"):
+            refuse_unpacked(nn.ModuleList([nn.Linear(2, 2)]), "layers.1.mlp.experts")
 
     def test_stacked_experts_are_not_taken_for_an_mlp(self) -> None:
         """A configuration may call its experts anything; their weights still show what they are."""

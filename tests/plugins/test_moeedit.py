@@ -17,7 +17,10 @@ from editcli.requests.schema import EditRequest
 from editcli.testing import EXPERTS, EditorContract, tiny_requests, tiny_session
 from editcli_moeedit.editor import MoEEdit
 from editcli_moeedit.mixture import Mixture, filled
+from tests.support.families import needs_packed_experts
 from tests.support.sessions import assert_close
+
+pytestmark = needs_packed_experts
 
 OPTIONS = {"threshold_kind": "median", "nullspace_threshold": 1.0, "l2": 0.1}
 

@@ -31,7 +31,7 @@ from editcli.settings.core import TargetOptions
 from editcli.settings.recipe import Recipe
 from editcli.storage.checkpoint import Checkpoint
 from editcli.testing import EXPERTS, LAYERS, MIXTURES, TINY, tiny_model_folder, tiny_tokenizer, vocabulary_size
-from tests.support.families import LAYOUTS, QUICK_FAMILIES, families
+from tests.support.families import LAYOUTS, PACKED_EXPERTS, QUICK_FAMILIES, families, needs_packed_experts
 
 FACTS = (
     ("The capital of {} is", "France", "Rome"),
@@ -329,6 +329,7 @@ class TestMixtures:
         if editor in VALUE_EDITORS:
             assert max(remaining_residual(base, tmp_path / "out", shared, 2)) < 0.1
 
+    @needs_packed_experts
     @pytest.mark.parametrize(
         "family", [pytest.param(name, marks=[] if name in QUICK_MIXTURES else pytest.mark.slow) for name in MIXTURES]
     )
@@ -346,6 +347,7 @@ class TestMixtures:
         assert all(differing & set(parts) for parts in stored.values())
         assert max(remaining_residual(base, tmp_path / "out", shared, 2)) < 0.1
 
+    @needs_packed_experts
     @pytest.mark.parametrize("family", ["mixtral"])
     def test_a_resumed_run_and_an_undo_have_the_same_bytes(
         self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
@@ -359,6 +361,7 @@ class TestMixtures:
         undo(Undo(run=str(broken)), plugins)
         assert same(tensors(broken), four)
 
+    @needs_packed_experts
     @pytest.mark.parametrize("family", ["olmoe"])
     def test_the_routing_of_neighbours_is_compared_with_the_base_s(
         self, base: Path, plugins: Plugins, shared: Path, tmp_path: Path
@@ -385,6 +388,7 @@ class TestMixtures:
         assert report.routing["changed"] == pytest.approx(sum(others.values()) / LAYERS)
         assert json.loads((out / "editcli" / "run.json").read_text("utf-8"))["routing"] == report.to_json()["routing"]
 
+    @needs_packed_experts
     @pytest.mark.parametrize("family", ["mixtral"])
     def test_other_editors_name_the_one_for_experts(
         self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
@@ -392,6 +396,7 @@ class TestMixtures:
         with pytest.raises(OptionError, match=r"layer 1 is a mixture of 4 experts .* use --editor moeedit"):
             edit(base, tmp_path / "out", shared, plugins, editor="memit")
 
+    @needs_packed_experts
     @pytest.mark.parametrize("family", ["mixtral"])
     def test_stabilizers_that_leave_other_experts_alone_compose(
         self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
@@ -406,7 +411,7 @@ class TestMixtures:
             with pytest.raises(OptionError, match=f"{name} filters updates"):
                 edit(base, tmp_path / name, shared, plugins, stabilizers=(name,), **words)
 
-    @pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+    @pytest.mark.parametrize("family", ["llama", pytest.param("deepseek-v3", marks=needs_packed_experts)])
     def test_dense_layers_have_no_experts_to_edit(
         self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
     ) -> None:
@@ -424,6 +429,14 @@ def chosen_experts(folder: Path, rows: Sequence[Sequence[int]]) -> dict[int, lis
         for layer, scores in enumerate(logits):
             chosen[layer] += scores.topk(2, dim=-1).indices.tolist()
     return chosen
+
+
+@pytest.mark.skipif(PACKED_EXPERTS, reason="this transformers holds experts in one parameter")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_as_modules_of_their_own_are_refused(name: str, shared: Path, plugins: Plugins, tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", name)
+    with pytest.raises(ModelError, match=r"install transformers>=5"):
+        edit(base, tmp_path / "out", shared, plugins, editor="moeedit")
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
