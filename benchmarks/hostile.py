@@ -542,7 +542,9 @@ class Attack:
             return f"exit code {code} without a sentence: {text[-80:]}"
         if self.shop.leftovers():
             return "a temporary file or a half folder is left"
-        return "a folder is left" if code and (self.shop.folder / "out").exists() else ""
+        # A run that fails while it writes its model has its records there, so that it can be resumed.
+        left = self.shop.folder / "out"
+        return "a folder is left" if code and left.exists() and not (left / "editcli" / "run.json").exists() else ""
 
 
 def _forget_peak() -> int:
