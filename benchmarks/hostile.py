@@ -528,13 +528,13 @@ class Attack:
         self.counts.beyond = max(self.counts.beyond, beyond)
         if beyond > MEMORY:
             return str(code), f"takes {beyond >> 20} MiB more than otherwise"
-        return str(code), self._fault(code, text)
+        return str(code), self._fault(command, code, text)
 
-    def _fault(self, code: int, text: str) -> str:
+    def _fault(self, command: str, code: int, text: str) -> str:
         """Return what is wrong with the end of a command; empty where nothing is."""
-        if code == 2 and EDIT_REFUSED.search(text):
+        if code == 2 and (command == "check" or EDIT_REFUSED.search(text)):
             # An edit that a changed tokenizer has no tokens for, or that a changed editor cannot write, is refused with
-            # its line, as documented.
+            # its line, as documented; check lists all of them on stdout.
             return ""
         if code not in (0, 1, 3):
             return f"exit code {code}: {text[-80:]}"
