@@ -26,22 +26,23 @@ def routes(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> Mapping[int, T
     ``rows`` are token ids. Empty for a model without mixtures that transformers keeps in one module for all experts.
     """
     architecture = loaded.architecture
-    layers = [layer for layer in range(architecture.layers) if architecture.packed_experts(layer)]
-    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    packed = {layer: architecture.packed_experts(layer) for layer in range(architecture.layers)}
+    modules = {layer: module for layer, module in packed.items() if module is not None}
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in modules}
     encoded = [Encoded(tuple(row), -1, range(0)) for row in rows]
-    for group in chunks(encoded, budget=BATCH_TOKENS) if layers else ():
+    for group in chunks(encoded, budget=BATCH_TOKENS) if modules else ():
         texts = [encoded[index] for index in group]
         ids = loaded.tokens.pad(texts, loaded.input_device)
         real = torch.zeros(ids.shape, dtype=torch.bool)
         for row, text in enumerate(texts):
             real[row, : len(text.ids)] = True
         with ExitStack() as stack:
-            for layer in layers:
+            for layer, module in modules.items():
 
                 def record(owner: Any, args: tuple[Any, ...], layer: int = layer, real: Tensor = real) -> None:
                     seen[layer].append(args[1].cpu()[real.flatten()].sort(dim=1).values)
 
-                stack.enter_context(hooked_call(architecture.packed_experts(layer), record))
+                stack.enter_context(hooked_call(module, record))
             run(loaded.model, ids)
     return {layer: torch.cat(parts) for layer, parts in seen.items() if parts}
 

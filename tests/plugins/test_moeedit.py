@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from editcli.editing.pipeline import Written, commit, edit_batch
 from editcli.editing.session import ModelSession
 from editcli.errors import OptionError
 from editcli.requests.schema import EditRequest
-from editcli.testing import EXPERTS, EditorContract, tiny_requests, tiny_session
+from editcli.testing import EXPERTS, tiny_requests, tiny_session
 from editcli_moeedit.editor import MoEEdit
 from editcli_moeedit.mixture import Mixture, filled
 from tests.support.families import needs_packed_experts
@@ -22,7 +22,7 @@ from tests.support.sessions import assert_close
 
 pytestmark = needs_packed_experts
 
-OPTIONS = {"threshold_kind": "median", "nullspace_threshold": 1.0, "l2": 0.1}
+OPTIONS: dict[str, Any] = {"threshold_kind": "median", "nullspace_threshold": 1.0, "l2": 0.1}
 
 
 def write_batch(session: ModelSession, editor: MoEEdit, requests: Sequence[EditRequest]) -> Written:
@@ -30,11 +30,6 @@ def write_batch(session: ModelSession, editor: MoEEdit, requests: Sequence[EditR
     written = edit_batch(session, editor, (), requests, lambda *_: None)
     commit(session, editor, (), requests, written)
     return written
-
-
-class TestMoEEdit(EditorContract):
-    component = MoEEdit
-    options: ClassVar[Mapping[str, Any]] = OPTIONS
 
 
 @pytest.fixture(params=["mixtral", "gpt_oss"])
