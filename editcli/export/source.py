@@ -125,7 +125,7 @@ def with_base(
 def _refuse_other_weights(run: FinishedRun) -> None:
     """Raise :class:`StateError` when an edited tensor is not the one that the run wrote."""
     for name, digest in (run.record.provenance.weights or {}).items():
-        if name not in run.after.entries or run.after.stored_digest(name) != digest:
+        if not run.after.holds(name) or run.after.stored_digest(name) != digest:
             raise StateError(
                 f"{name} in {run.path} is not what the run wrote: the folder was changed since; restore it, or publish "
                 "it as it stands"

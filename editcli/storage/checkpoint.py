@@ -267,6 +267,10 @@ class Checkpoint:
                 raise
             return self.tensor_for(module)
 
+    def holds(self, name: str) -> bool:
+        """Tell whether a weight is stored, in one tensor or in several."""
+        return name in self.entries or name in self.renamed
+
     def parts(self, name: str) -> tuple[str, ...]:
         """Return the names of the tensors in which a weight is stored: its own, or those of experts in their order."""
         return (name,) if name in self.entries else self.renamed[name]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
 
+from editcli.__main__ import main
 from editcli.editing.session import ModelSession
 from editcli.errors import ModelError, OptionError
 from editcli.models.architectures import Family
@@ -387,6 +388,24 @@ class TestMixtures:
         assert others[0] == others[1] == 0
         assert report.routing["changed"] == pytest.approx(sum(others.values()) / LAYERS)
         assert json.loads((out / "editcli" / "run.json").read_text("utf-8"))["routing"] == report.to_json()["routing"]
+
+    @needs_packed_experts
+    @pytest.mark.parametrize("family", ["qwen2_moe"])
+    def test_a_run_on_experts_is_inspected_and_exported(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The matrices that the run wrote are shown, not the shared experts that another editor would write."""
+        out, patch, again = (str(tmp_path / name) for name in ("out", "patch", "again"))
+        report = edit(base, Path(out), shared, plugins, editor="moeedit")
+        assert main(["inspect", out, "--norms", "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)["sites"]
+        assert [site["module"] for site in shown] == [site.module for site in report.sites]
+        assert [site["drift"] for site in shown] == pytest.approx([site.drift for site in report.sites], rel=1e-3)
+        assert main(["export", out, "--format", "patch", "--out", patch, "--no-eval"]) == 0
+        assert main(["apply-patch", str(base), patch, "--out", again]) == 0
+        assert same(tensors(Path(again)), tensors(Path(out)))
+        assert main(["export", out, "--format", "lora", "--out", str(tmp_path / "lora")]) == 1
+        assert "use --format patch or full" in " ".join(capsys.readouterr().err.split())
 
     @needs_packed_experts
     @pytest.mark.parametrize("family", ["mixtral"])
