@@ -137,6 +137,10 @@ class PackedContract:
         assert str(folder) in str(caught.value)
         assert MODULE in str(caught.value)
 
+
+class CommandContract(PackedContract):
+    """The properties of a format through the command line as well."""
+
     def test_the_command_edits_inspects_exports_and_takes_back(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

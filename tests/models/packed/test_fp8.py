@@ -15,7 +15,7 @@ from editcli.__main__ import main
 from editcli.models.loading import open_model, resolve_model
 from editcli.runs.output import write_model
 from editcli.testing import tiny_model_folder
-from tests.support.packed import EDITED, PackedContract, opened, packed, rewrite, say, words
+from tests.support.packed import EDITED, CommandContract, opened, packed, rewrite, say, words
 
 BLOCK = [8, 8]
 
@@ -39,7 +39,7 @@ def quantised(path: Path, *, powers: bool = False, block: list[int] = BLOCK) -> 
     return folder
 
 
-class TestFp8(PackedContract):
+class TestFp8(CommandContract):
     title = "F8_E4M3 with scales"
     changing = ("weight", "weight_scale_inv")
     loss = 0.04
