@@ -21,6 +21,7 @@ from torch import Tensor
 
 from editcli.models.packed.blocks import Blocks, Scales, least_loss
 from editcli.models.packed.layout import Matrix, PackingError, Parts, Reader, beside, require
+from editcli.models.packed.shaping import shaped
 from editcli.storage.checkpoint import TensorEntry
 
 _WEIGHT = "weight"
@@ -106,7 +107,9 @@ class RowsOfInt8:
         def fitting(part: Tensor) -> Iterator[Scales]:
             yield (part.abs().amax(1).to(kept.dtype).float(),)
 
-        (scales,), stored = least_loss(weight, fitting, (kept.float(),), _in_127_steps)
+        (scales,) = least_loss(weight, fitting, (kept.float(),), _in_127_steps)
+        spread = scales.unsqueeze(1).expand(weight.shape)
+        stored = shaped(weight, self.unpack(parts), (spread,), _in_127_steps)
         return {"weight": stored, "scale": scales.to(kept.dtype)}
 
 
@@ -156,8 +159,8 @@ class TableOf16:
     def unpack(self, parts: Parts) -> Tensor:
         """Return W = t[q] s."""
         codes = self._codes(parts["weight"])
-        values = parts["quant_map"].float()[codes.int()]
-        return self._joined(self._split(values) * self._scales(parts).unsqueeze(1))
+        values = parts["quant_map"].float()[codes.int()].reshape(self.state.shape)
+        return values * self._spread(self._scales(parts))
 
     def pack(self, weight: Tensor, parts: Parts) -> Parts:
         """Return the nearest numbers of the table, with s = max |W| of a block where the scale before loses more."""
@@ -167,12 +170,11 @@ class TableOf16:
         def fitting(part: Tensor) -> Iterator[Scales]:
             yield (part.abs().amax(1) / table.largest,)
 
-        (scales,), _ = least_loss(blocks, fitting, (before,), table.rounded)
+        (scales,) = least_loss(blocks, fitting, (before,), table.rounded)
         stored = self._packed_scales(scales, parts)
         # Rounded with the scales that a reader gets, so that what was lost in quantising them is made up for.
-        final = self._scales({**parts, **stored})
-        _, codes = least_loss(blocks, lambda part: (), (final,), table.rounded)
-        codes = codes.reshape(-1)[: math.prod(self.state.shape)]
+        spread = self._spread(self._scales({**parts, **stored}))
+        codes = shaped(weight, self.unpack(parts), (spread,), table.rounded).reshape(-1)
         old = self._codes(parts["weight"])
         # A table may hold a number twice, such as zero with either sign.
         codes = torch.where(table.values[old.int()] == table.values[codes.int()], old, codes)
@@ -186,8 +188,10 @@ class TableOf16:
     def _split(self, values: Tensor) -> Tensor:
         return torch.nn.functional.pad(values, (0, -len(values) % self.state.block)).reshape(-1, self.state.block)
 
-    def _joined(self, blocks: Tensor) -> Tensor:
-        return blocks.reshape(-1)[: math.prod(self.state.shape)].reshape(self.state.shape).contiguous()
+    def _spread(self, scales: Tensor) -> Tensor:
+        """Return the scale of every number."""
+        count = math.prod(self.state.shape)
+        return scales.repeat_interleave(self.state.block)[:count].reshape(self.state.shape)
 
     def _scales(self, parts: Parts) -> Tensor:
         """Return the scale of every block."""
@@ -207,8 +211,8 @@ class TableOf16:
         def fitting(part: Tensor) -> Iterator[Scales]:
             yield (part.abs().amax(1) / table.largest,)
 
-        (above,), codes = least_loss(shifted, fitting, (kept,), table.rounded)
-        return {"scale": blocks.join(codes).reshape(-1), "nested": above}
+        (above,) = least_loss(shifted, fitting, (kept,), table.rounded)
+        return {"scale": blocks.join(table.rounded(shifted, (above,))[0]).reshape(-1), "nested": above}
 
 
 class _Table:

@@ -56,23 +56,20 @@ class Blocks:
 
 def least_loss(
     blocks: Tensor, candidates: Callable[[Tensor], Iterable[Scales]], before: Scales, rounding: Rounding
-) -> tuple[Scales, Tensor]:
-    """Return the scales of each block, (blocks,), that lose least, and what is stored with them.
+) -> Scales:
+    """Return the scales of each block, (blocks,), with which rounding to the nearest loses least.
 
     ``candidates`` offers scales for some blocks beside those ``before``, which win where nothing loses less: so
     numbers that were stored stay as they are.
     """
     size = max(1, CHUNK // max(1, blocks.shape[1]))
-    stored: list[Tensor] = []
     scales: list[list[Tensor]] = [[] for _ in before]
     for start in range(0, len(blocks), size):
         part = blocks[start : start + size]
         held = tuple(one[start : start + size] for one in before)
-        best = _best(part, (held, *candidates(part)), rounding)
-        stored.append(rounding(part, best)[0])
-        for column, one in zip(scales, best, strict=True):
+        for column, one in zip(scales, _best(part, (held, *candidates(part)), rounding), strict=True):
             column.append(one)
-    return tuple(torch.cat(column) for column in scales), torch.cat(stored)
+    return tuple(torch.cat(column) for column in scales)
 
 
 def _best(part: Tensor, offers: Sequence[Scales], rounding: Rounding) -> Scales:

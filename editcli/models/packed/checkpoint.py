@@ -35,10 +35,15 @@ class PackedCheckpoint(Checkpoint):
         super().__init__(folder, names)
         self.form, self.said = form, said
 
+    @property
+    def way_to_finer_types(self) -> str:
+        """Leave the format, as every packed weight is written in its own."""
+        return WAY_OUT
+
     @cached_property
     def pieces(self) -> Mapping[str, TensorEntry]:
         """All stored tensors, parts of weights among them."""
-        return super().entries
+        return self.loaded
 
     @cached_property
     def matrices(self) -> Mapping[str, Matrix]:

@@ -7,7 +7,7 @@ s = max |W| / 448 over each block unless the scale before loses less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from editcli.models.packed.blocks import Blocks, Scales, least_loss
-from editcli.models.packed.layout import Matrix, PackingError, Parts, Reader, beside, by, siblings
+from editcli.models.packed.layout import Matrix, PackingError, Parts, Reader, beside, blocks_of, siblings
+from editcli.models.packed.shaping import shaped
 from editcli.storage.checkpoint import TensorEntry
 
 STORED, SCALES = "F8_E4M3", ("weight_scale_inv", "weight_scale")
+_E4M3 = torch.float8_e4m3fn
 LARGEST = float(torch.finfo(torch.float8_e4m3fn).max)
-_SCALE_TYPES = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +45,15 @@ class EightBitFloats:
             units = torch.where(units > 0, units, torch.ones_like(units))
             yield ((torch.exp2(torch.ceil(torch.log2(units))) if powers else units).to(kept.dtype).float(),)
 
-        (scales,), stored = least_loss(self.blocks.split(weight), fitting, (kept.float().reshape(-1),), _rounded)
-        return {
-            "weight": self.blocks.join(stored.float()).to(_E4M3),
-            "scale": scales.to(kept.dtype).reshape(kept.shape),
-        }
-
-
-_E4M3 = torch.float8_e4m3fn
+        (scales,) = least_loss(self.blocks.split(weight), fitting, (kept.float().reshape(-1),), _rounded)
+        numbers = shaped(weight, self.unpack(parts), (self.blocks.spread(scales),), _rounded)
+        return {"weight": numbers.to(_E4M3), "scale": scales.to(kept.dtype).reshape(kept.shape)}
 
 
 def _rounded(part: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
     spread = scales[0].unsqueeze(1)
-    stored = (part / spread).clamp(-LARGEST, LARGEST).to(_E4M3)
-    return stored, stored.float() * spread
+    stored = (part / spread).clamp(-LARGEST, LARGEST).to(_E4M3).float()
+    return stored, stored * spread
 
 
 class Fp8:
@@ -71,14 +67,14 @@ class Fp8:
 
     def matrices(self, said: Mapping[str, Any], entries: Mapping[str, TensorEntry], read: Reader) -> Iterator[Matrix]:
         """Yield every matrix of E4M3 numbers; one without scales is an error."""
-        for owner, parts in siblings(entries).items():
+        for parts in siblings(entries).values():
             for entry in parts.values():
                 if entry.dtype == STORED:
-                    yield eight_bit_floats(owner, parts, entry, said.get("weight_block_size"))
+                    yield eight_bit_floats(parts, entry, [said.get("weight_block_size")])
 
 
-def eight_bit_floats(owner: str, parts: Mapping[str, TensorEntry], entry: TensorEntry, said: Any) -> Matrix:
-    """Return the matrix of one module; ``said`` are the sizes of its blocks, if the config names them."""
+def eight_bit_floats(parts: Mapping[str, TensorEntry], entry: TensorEntry, said: Sequence[Any]) -> Matrix:
+    """Return the matrix of one module; ``said`` are sizes of blocks that the config names."""
     scale = next((parts[part] for part in SCALES if part in parts), None)
     if scale is None or not entry.name.endswith(".weight"):
         raise PackingError(f"{entry.name} is {STORED} and has no {' or '.join(SCALES)}")
@@ -87,19 +83,3 @@ def eight_bit_floats(owner: str, parts: Mapping[str, TensorEntry], entry: Tensor
     layout = EightBitFloats(blocks_of((entry.shape[0], entry.shape[1]), scale, said))
     pieces = {"weight": entry.name, "scale": scale.name}
     return Matrix(entry.name, entry.shape, layout, pieces, beside(parts, pieces))
-
-
-def blocks_of(shape: tuple[int, int], scale: TensorEntry, said: Any) -> Blocks:
-    """Return the blocks that the shape of the scales tells, and the config where a block is cut off at the edge."""
-    rows, columns = (*scale.shape, 1, 1)[:2] if scale.shape else (1, 1)
-    if scale.dtype in _SCALE_TYPES and len(scale.shape) <= 2 and rows and columns:
-        if isinstance(said, list) and len(said) == 2 and all(type(part) is int and part > 0 for part in said):
-            blocks = Blocks(shape, *said)
-            if blocks.grid == (rows, columns):
-                return blocks
-        if not shape[0] % rows and not shape[1] % columns:
-            return Blocks(shape, shape[0] // rows, shape[1] // columns)
-    raise PackingError(
-        f"the scales {scale.name} ({scale.dtype}, {by(scale.shape)}) do not fit their matrix ({by(shape)}) in a way "
-        "that editcli knows"
-    )

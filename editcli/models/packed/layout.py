@@ -7,18 +7,23 @@ numbers. A layout reads no file and asks no library, so that a format works with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from editcli.models.packed.blocks import Blocks
 from editcli.storage.checkpoint import TensorEntry
 
 Parts = Mapping[str, Tensor]
 """The pieces of one matrix by their roles in its layout."""
 Reader = Callable[[str], Tensor]
 """Reads one tensor of a file by its name."""
+
+
+FLOATS = ("F32", "F16", "BF16")
+"""Types in which scales are stored."""
 
 
 class PackingError(ValueError):
@@ -116,3 +121,27 @@ def require(owner: str, parts: Mapping[str, TensorEntry], needs: Needs) -> None:
 def by(shape: tuple[int, ...]) -> str:
     """Write a shape."""
     return " x ".join(map(str, shape)) or "single"
+
+
+def blocks_of(shape: tuple[int, int], scale: TensorEntry, said: Iterable[Any] = ()) -> Blocks:
+    """Return the blocks that have one scale each; raise :class:`PackingError` where the scales do not tell them.
+
+    ``said`` are sizes of blocks, (rows, columns), that a config names: blocks at the edges may be parts of one. Where
+    none of them fits, as many equal blocks as there are scales make up the matrix.
+    """
+    rows, columns = (*scale.shape, 1, 1)[:2] if scale.shape else (1, 1)
+    if scale.dtype in FLOATS and len(scale.shape) <= 2 and rows and columns:
+        for sizes in filter(_are_sizes, said):
+            blocks = Blocks(shape, *sizes)
+            if blocks.grid == (rows, columns):
+                return blocks
+        if not shape[0] % rows and not shape[1] % columns:
+            return Blocks(shape, shape[0] // rows, shape[1] // columns)
+    raise PackingError(
+        f"the scales {scale.name} ({scale.dtype}, {by(scale.shape)}) do not fit their matrix ({by(shape)}) in a way "
+        "that editcli knows"
+    )
+
+
+def _are_sizes(said: Any) -> bool:
+    return isinstance(said, list) and len(said) == 2 and all(type(part) is int and part > 0 for part in said)
