@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from editcli.errors import ModelError
+from editcli.models.packed.awq import Awq
 from editcli.models.packed.bitsandbytes import BitsAndBytes
 from editcli.models.packed.checkpoint import WAY_OUT, PackedCheckpoint
 from editcli.models.packed.compressed_tensors import CompressedTensors
 from editcli.models.packed.fp8 import Fp8
+from editcli.models.packed.gptq import Gptq
 from editcli.models.packed.layout import Format, PackingError
 from editcli.storage.checkpoint import Checkpoint
 from editcli.storage.choice import CONFIG
 from editcli.storage.opening import CONFIG as CONFIG_KIND
 from editcli.storage.opening import read_text
 
-FORMATS: tuple[Format, ...] = (Fp8(), BitsAndBytes(), CompressedTensors())
+FORMATS: tuple[Format, ...] = (Fp8(), BitsAndBytes(), CompressedTensors(), Gptq(), Awq())
 """The formats; a model is of the first that knows its config."""
 
 
