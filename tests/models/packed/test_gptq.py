@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,8 +126,8 @@ def gptq_layer(module: Any, *, symmetric: bool, form: str, order: Tensor | None 
         scales, zeros = (groups.abs().amax(2) / 7.5).half().float(), torch.full_like(zeros, 8)
     layer.pack(module.float(), scales, zeros, listed.int())
     if form == "gptq":
-        gptq: Any = convert_gptq_v2_to_v1_format_module
-        gptq(layer, bits=4, pack_dtype=torch.int32)
+        said: Any = SimpleNamespace(bits=4, pack_dtype=torch.int32)
+        convert_gptq_v2_to_v1_format_module(layer, said)
     return layer
 
 
