@@ -22,7 +22,10 @@ from editcli.storage.packing import Packed, pieces_of, stored_digest
 
 MODULE = "model.layers.1.mlp.down_proj"
 EDITED = f"{MODULE}.weight"
-FACT = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
+FACTS = [
+    {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"},
+    {"prompt": "The capital of {} is", "subject": "Spain", "target_new": "Tokyo"},
+]
 CORPUS = "The capital city of Italy is Rome and the river in London is by Paris. " * 40
 SINGLE = "model.safetensors"
 
@@ -65,9 +68,9 @@ def say(folder: Path, said: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": said}), "utf-8")
 
 
-def words(tmp_path: Path, base: Path, out: Path) -> list[str]:
+def words(tmp_path: Path, base: Path, out: Path, facts: int = 1) -> list[str]:
     """Return a command line that edits two layers quickly."""
-    (tmp_path / "facts.jsonl").write_text(json.dumps(FACT), "utf-8")
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS[:facts]), "utf-8")
     (tmp_path / "corpus.txt").write_text(CORPUS, "utf-8")
     line = [
         "apply",
@@ -164,3 +167,11 @@ class CommandContract(PackedContract):
         assert "packed" in capsys.readouterr().err
         assert main(["undo", str(out), "--to", "0"]) == 0
         assert not differing(folder, out)
+
+    @pytest.mark.slow
+    def test_a_resumed_run_ends_with_the_same_bytes(self, folder: Path, tmp_path: Path) -> None:
+        whole, parted = tmp_path / "whole", tmp_path / "parted"
+        assert main([*words(tmp_path, folder, whole, facts=2), "--batch-size", "1"]) == 0
+        assert main([*words(tmp_path, folder, parted, facts=1), "--batch-size", "1"]) == 0
+        assert main([*words(tmp_path, folder, parted, facts=2), "--batch-size", "1", "--resume"]) == 0
+        assert not differing(whole, parted)

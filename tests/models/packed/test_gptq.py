@@ -218,11 +218,16 @@ class TestAwq(CommandContract):
         said = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
         return made(path, said, layer)
 
-    def test_the_weights_are_those_of_autoawq(self, folder: Path) -> None:
+    def test_autoawq_reads_what_was_written(self, folder: Path, tmp_path: Path) -> None:
         awq = pytest.importorskip("awq.utils.packing_utils", reason="needs pip install autoawq", exc_type=ImportError)
         base = opened(folder)
-        parts = [base._piece(f"{MODULE}.{part}") for part in ("qweight", "qzeros", "scales")]
-        assert torch.allclose(base.read(EDITED), awq.dequantize_gemm(*parts, 4, GROUP).T.float(), atol=1e-3)
+        noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+        for weight in (base.read(EDITED), base.read(EDITED) + 0.05 * noise):
+            stored = packed(base, weight)
+            write_model(base, tmp_path, {EDITED: stored})
+            tensors = load_file(tmp_path / "model.safetensors")
+            parts = [tensors[f"{MODULE}.{part}"] for part in ("qweight", "qzeros", "scales")]
+            assert torch.allclose(stored.value, awq.dequantize_gemm(*parts, 4, GROUP).T.float(), atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from editcli.testing import tiny_model_folder
 from tests.support.packed import say, words
 
 
-@pytest.mark.parametrize("method", ["hqq", "quanto", "eetq", "vptq"])
+@pytest.mark.parametrize("method", ["mxfp4", "hqq", "quanto", "eetq", "vptq"])
 def test_other_ways_are_refused_with_the_way_round_them(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
