@@ -53,8 +53,8 @@ def _modules(entries: Mapping[str, TensorEntry]) -> Mapping[str, Mapping[str, Te
     """Return the tensors of each module; a part of four bits is called ``weight.absmax``, one of eight bits ``SCB``."""
     modules: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in entries.items():
-        owner, found, part = name.rpartition(f".{_WEIGHT}.")
-        owner, part = (owner, f"{_WEIGHT}.{part}") if found else (name.rpartition(".")[0], name.rpartition(".")[2])
+        owner, dot, part = name.rpartition(f".{_WEIGHT}.")
+        owner, part = (owner, f"{_WEIGHT}.{part}") if dot else (name.rpartition(".")[0], name.rpartition(".")[2])
         modules.setdefault(owner, {})[part] = entry
     return modules
 
@@ -102,15 +102,15 @@ class RowsOfInt8:
 
     def pack(self, weight: Tensor, parts: Parts) -> Parts:
         """Return rounded rows, with s = max |W| of each where the size before loses more."""
-        kept = parts["scale"]
+        before = parts["scale"]
 
         def fitting(part: Tensor) -> Iterator[Scales]:
-            yield (part.abs().amax(1).to(kept.dtype).float(),)
+            yield (part.abs().amax(1).to(before.dtype).float(),)
 
-        (scales,) = least_loss(weight, fitting, (kept.float(),), _in_127_steps)
+        (scales,) = least_loss(weight, fitting, (before.float(),), _in_127_steps)
         spread = scales.unsqueeze(1).expand(weight.shape)
         stored = shaped(weight, self.unpack(parts), (spread,), _in_127_steps)
-        return {"weight": stored, "scale": scales.to(kept.dtype)}
+        return {"weight": stored, "scale": scales.to(before.dtype)}
 
 
 def _in_127_steps(part: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
@@ -204,14 +204,14 @@ class TableOf16:
     def _packed_scales(self, scales: Tensor, parts: Parts) -> dict[str, Tensor]:
         if self.state.nested is None:
             return {"scale": scales}
-        table, kept = _Table(parts["nested_quant_map"].float()), parts["nested"].float()
+        table, outer = _Table(parts["nested_quant_map"].float()), parts["nested"].float()
         blocks = Blocks((1, len(scales)), 1, self.state.nested)
         shifted = blocks.split((scales - self.state.offset).unsqueeze(0))
 
         def fitting(part: Tensor) -> Iterator[Scales]:
             yield (part.abs().amax(1) / table.largest,)
 
-        (above,) = least_loss(shifted, fitting, (kept,), table.rounded)
+        (above,) = least_loss(shifted, fitting, (outer,), table.rounded)
         return {"scale": blocks.join(table.rounded(shifted, (above,))[0]).reshape(-1), "nested": above}
 
 

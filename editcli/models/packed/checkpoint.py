@@ -49,13 +49,13 @@ class PackedCheckpoint(Checkpoint):
     def matrices(self) -> Mapping[str, Matrix]:
         """The packed weights by name; raises :class:`ModelError` where pieces are missing or do not fit."""
         with self._in_one_sentence():
-            found = {one.name: one for one in self.form.matrices(self.said, self.pieces, self._piece)}
-        if not found:
+            matrices = {one.name: one for one in self.form.matrices(self.said, self.pieces, self._piece)}
+        if not matrices:
             raise ModelError(
                 f"the config of {self.folder} says that its weights are quantised ({self.form.name}), but no tensor in "
                 "its files is; remove quantization_config from config.json, or download the model again"
             )
-        return found
+        return matrices
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:

@@ -103,12 +103,12 @@ def _block(weights: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _shape(owner: str, parts: Mapping[str, TensorEntry], read: Reader) -> tuple[int, int]:
-    told = parts.get("weight_shape")
-    if told is None or told.shape != (2,) or told.dtype not in ("I64", "I32"):
+    entry = parts.get("weight_shape")
+    if entry is None or entry.shape != (2,) or entry.dtype not in ("I64", "I32"):
         raise PackingError(f"{owner} lacks weight_shape, two whole numbers")
-    rows, columns = (int(size) for size in read(told.name).tolist())
+    rows, columns = (int(size) for size in read(entry.name).tolist())
     if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
-        raise PackingError(f"{told.name} gives the shape {rows} x {columns}")
+        raise PackingError(f"{entry.name} gives the shape {rows} x {columns}")
     return rows, columns
 
 

@@ -37,17 +37,17 @@ class EightBitFloats:
 
     def pack(self, weight: Tensor, parts: Parts) -> Parts:
         """Return numbers and scales; where all scales were powers of two, as some engines need them, they stay such."""
-        kept = parts["scale"]
-        powers = bool((torch.frexp(kept.float())[0] == 0.5).all())
+        before = parts["scale"]
+        powers = bool((torch.frexp(before.float())[0] == 0.5).all())
 
         def fitting(part: Tensor) -> Iterator[Scales]:
             units = part.abs().amax(1) / LARGEST
             units = torch.where(units > 0, units, torch.ones_like(units))
-            yield ((torch.exp2(torch.ceil(torch.log2(units))) if powers else units).to(kept.dtype).float(),)
+            yield ((torch.exp2(torch.ceil(torch.log2(units))) if powers else units).to(before.dtype).float(),)
 
-        (scales,) = least_loss(self.blocks.split(weight), fitting, (kept.float().reshape(-1),), _rounded)
+        (scales,) = least_loss(self.blocks.split(weight), fitting, (before.float().reshape(-1),), _rounded)
         numbers = shaped(weight, self.unpack(parts), (self.blocks.spread(scales),), _rounded)
-        return {"weight": numbers.to(_E4M3), "scale": scales.to(kept.dtype).reshape(kept.shape)}
+        return {"weight": numbers.to(_E4M3), "scale": scales.to(before.dtype).reshape(before.shape)}
 
 
 def _rounded(part: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:

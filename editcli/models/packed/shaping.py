@@ -63,11 +63,11 @@ def _directions(change: Tensor) -> Tensor | None:
     """Return the rows v_i, (columns, rank); None where nothing changed."""
     count = max(1, min(DIRECTIONS, change.shape[1] // COLUMNS))
     rank = min(count + _SPARE, *change.shape)
-    found = torch.randn(change.shape[0], rank, generator=torch.Generator().manual_seed(0))
+    left = torch.randn(change.shape[0], rank, generator=torch.Generator().manual_seed(0))
     for _ in range(_ROUNDS):
-        right = torch.linalg.qr(change.T @ found).Q
-        found = torch.linalg.qr(change @ right).Q
-    _, values, right = torch.linalg.svd(found.T @ change, full_matrices=False)
+        right = torch.linalg.qr(change.T @ left).Q
+        left = torch.linalg.qr(change @ right).Q
+    _, values, right = torch.linalg.svd(left.T @ change, full_matrices=False)
     largest = float(values[0])
     if not largest > 0:
         return None

@@ -245,6 +245,6 @@ def test_what_cannot_be_written_again_is_refused(
     folder = tiny_model_folder(tmp_path / "model", "llama")
     say(folder, said)
     assert main(words(tmp_path, folder, tmp_path / "out")) == 1
-    told = capsys.readouterr().err
-    assert reason in told
-    assert "edit the 16-bit original" in told
+    said_by_us = capsys.readouterr().err
+    assert reason in said_by_us
+    assert "edit the 16-bit original" in said_by_us
