@@ -24,6 +24,7 @@ from benchmarks import (
     horizon,
     horizon_page,
     interference,
+    key_drift,
     lost,
     moments,
     predictors,
@@ -230,3 +231,12 @@ def test_a_stack_is_titled_by_the_options_that_not_all_have() -> None:
     curves = [{"stack": "memit", "options": ["a.b=1"]}, {"stack": "rlsedit", "options": ["a.b=1", "c.d=2"]}]
     common = horizon_page.shared_options([*curves, {"stack": "locft", "options": []}])
     assert [horizon_page.title(curve, common) for curve in curves] == ["memit", "rlsedit c.d=2"]
+
+
+def test_a_moved_key_changes_the_output_though_the_weights_hold_the_recorded_one() -> None:
+    base, once = torch.zeros(2, 2), torch.eye(2)
+    recorded, moved = torch.tensor([[1.0], [0.0]]).double(), torch.tensor([[1.0], [0.5]]).double()
+    stayed = key_drift.figures(base, (once, recorded), (once, moved))
+    assert stayed == {"moved": 0.5, "same_key": 0, "moved_key": 0.5, "together": 0.5}
+    taken_back = key_drift.figures(base, (once, recorded), (base, recorded))
+    assert taken_back == {"moved": 0, "same_key": 1, "moved_key": 0, "together": 1}
