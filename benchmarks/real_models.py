@@ -21,9 +21,12 @@ from statistics import fmean
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.predictors import Decomposed, worst
+from benchmarks.markdown import table
+from benchmarks.predictors import LEAST, Decomposed, worst
 from editcli.editing.pipeline import Written, commit, edit_batch, jump_of
 from editcli.editing.session import ModelSession
 from editcli.errors import EditError, GuardError
@@ -260,7 +263,65 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"| *before* | {edits} | | {_cells(row)} | 1.00 | | |"
         for row in model["rows"]:
             yield f"| {row['stack']} | {row['edits']} | {_row(row)} |"
+        followed = [row for row in model["rows"] if "stream" in row]
+        if followed:
+            yield from along(followed)
     yield ""
+
+
+ALONG = {
+    "drift": "drift",
+    "ls": "LS",
+    "ss": "SS",
+    "divergence": "divergence",
+    "unwritten": "not written",
+    "later_over_own": "later / own",
+}
+"""Figures at the end of a followed stream and their headings."""
+
+
+def along(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Describe the streams that were followed, and which of their figures rank the stacks as accuracy does."""
+    yield from (
+        "",
+        "The same streams: accuracy of all edits so far, that of the first and the last quarter at the end,",
+    )
+    yield "the largest ||D|| of the first and of the last batch, drift, LS and SS at the worst site, the median"
+    yield "divergence on unrelated text (nats), what the first batch did not write at the last site, and what later"
+    yield "ones added at its recorded keys over what it wrote."
+    yield ""
+    lines = []
+    for row in rows:
+        stream, ends = row["stream"], row["stream"]["quarters"]
+        so_far = [*stream["accuracy"].values(), row["efficacy_accuracy"]]
+        figures = (stream.get(name) for name in ALONG)
+        lines.append(
+            (
+                row["stack"],
+                " / ".join(f"{value:.2f}" for value in so_far),
+                f"{ends[0]:.2f} / {ends[-1]:.2f}",
+                f"{stream['norms'][0]:.0f} / {stream['norms'][-1]:.0f}",
+                *("" if value is None else f"{value:.2f}" for value in figures),
+            )
+        )
+    yield from table(("stack", "accuracy", "quarters", "norm", *ALONG.values()), lines)
+    ranked = (f"{title} {value:.2f}" for name, title in ALONG.items() if (value := likeness(rows, name)) is not None)
+    yield f"Rank correlation with accuracy over these stacks: {', '.join(ranked)}."
+
+
+def likeness(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return Spearman's rank correlation of a figure with accuracy over stacks; None where it says nothing."""
+    pairs = [(row["stream"][name], row["efficacy_accuracy"]) for row in rows if row["stream"].get(name) is not None]
+    if len(pairs) < LEAST:
+        return None
+    figures, accuracies = (ranks(column) for column in zip(*pairs, strict=True))
+    return float(np.corrcoef(figures, accuracies)[0, 1])
+
+
+def ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    """Return the rank of each value; equal ones share their mean rank."""
+    known = np.asarray(values, np.float64)
+    return (known[:, None] > known).sum(1) + ((known[:, None] == known).sum(1) - 1) / 2
 
 
 def _row(row: Mapping[str, Any]) -> str:

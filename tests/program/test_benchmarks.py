@@ -29,6 +29,7 @@ from benchmarks import (
     moments,
     predictors,
     profile_targets,
+    real_models,
     sites,
     solve,
 )
@@ -240,3 +241,11 @@ def test_a_moved_key_changes_the_output_though_the_weights_hold_the_recorded_one
     assert stayed == {"moved": 0.5, "same_key": 0, "moved_key": 0.5, "together": 0.5}
     taken_back = key_drift.figures(base, (once, recorded), (base, recorded))
     assert taken_back == {"moved": 0, "same_key": 1, "moved_key": 0, "together": 1}
+
+
+def test_a_figure_that_ranks_stacks_as_accuracy_does_is_fully_correlated() -> None:
+    rows = [{"efficacy_accuracy": n / 4, "stream": {"ls": n**3, "ss": -n, "drift": None}} for n in range(4)]
+    assert real_models.likeness(rows, "ls") == pytest.approx(1)
+    assert real_models.likeness(rows, "ss") == pytest.approx(-1)
+    assert real_models.likeness(rows, "drift") is None
+    assert real_models.ranks([5, 1, 5]).tolist() == [1.5, 0, 1.5]
