@@ -68,7 +68,7 @@ def figures(base: Tensor, once: tuple[Tensor, Tensor], last: tuple[Tensor, Tenso
 
 def section(result: Mapping[str, Any]) -> Iterator[str]:
     """Describe how far keys moved."""
-    yield from ("### Keys that move", "")
+    yield from ("## Keys that move", "")
     yield "`python -m benchmarks.key_drift FOLDER`, for the first batch of each stream, from right after it to the end:"
     yield "how far its keys moved (median, as a share of their norm), and the change of the site's output as a share of"
     yield "what the batch wrote: by later weights at the recorded key, by the move of the key, and both together."

@@ -31,7 +31,7 @@ NAMES: Mapping[str, str] = {
     "residual": "norm of its residual, first site: how far its target is",
     "key": "norm of its key, first site",
     "prompts": "later edits of the same prompt",
-    "words": "words of its target",
+    "length": "characters of its target",
     "place": "its place in the stream",
 }
 """Figures of an edit."""
@@ -45,22 +45,23 @@ def figures(history: History) -> list[dict[str, float]]:
     answers = {line.id: line for line in read_table(history.folder.outcomes, OutcomeLine).lines}
     requests = history.requests()
     names = [name for batch in history.batches for name in batch.edits]
-    prompts = Counter(request.prompt for request in requests.values())
+    prompts = Counter((request.before, request.after) for request in requests.values())
     rows, place = [], 0
     for step, batch in enumerate(history.batches):
         columns = of_batch(batches, step)
         for at, name in enumerate(batch.edits):
             request = requests[name]
             # What is left of a prompt's count is the number of its later edits.
-            prompts[request.prompt] -= 1
+            prompt = (request.before, request.after)
+            prompts[prompt] -= 1
             place += 1
             if name in answers and answers[name].efficacy:
                 rows.append(
                     {
                         "lost": float(not answers[name].efficacy[0].exact),
                         **{figure: float(values[at]) for figure, values in columns.items()},
-                        "prompts": float(prompts[request.prompt]),
-                        "words": float(len(request.target_new.split())),
+                        "prompts": float(prompts[prompt]),
+                        "length": float(len(request.target_new)),
                         "place": place / len(names),
                     }
                 )
@@ -125,7 +126,7 @@ def median(values: Sequence[float]) -> float | None:
 
 def section(result: Mapping[str, Any]) -> Iterator[str]:
     """Describe which edits were lost."""
-    yield from ("### Which edits are lost", "")
+    yield from ("## Which edits are lost", "")
     yield "`python -m benchmarks.lost FOLDER`: the probability that a lost edit has the larger figure than a retained"
     yield "one (0.5 says nothing), and both medians, lost / retained."
     yield ""
