@@ -278,6 +278,8 @@ ALONG = {
     "later_over_own": "later / own",
 }
 """Figures at the end of a followed stream and their headings."""
+WROTE = 1.005
+"""R_n of a stack that wrote something; one that did not keeps the spectrum and answers nothing."""
 
 
 def along(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -305,8 +307,10 @@ def along(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             )
         )
     yield from table(("stack", "accuracy", "quarters", "norm", *ALONG.values()), lines)
-    ranked = (f"{title} {value:.2f}" for name, title in ALONG.items() if (value := likeness(rows, name)) is not None)
-    yield f"Rank correlation with accuracy over these stacks: {', '.join(ranked)}."
+    written = [row for row in rows if row["ratio"] > WROTE]
+    ranked = [f"{text} {value:.2f}" for name, text in ALONG.items() if (value := likeness(written, name)) is not None]
+    if ranked:
+        yield f"Rank correlation with accuracy over the {len(written)} stacks that wrote something: {', '.join(ranked)}."
 
 
 def likeness(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
