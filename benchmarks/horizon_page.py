@@ -125,8 +125,8 @@ def short(run: str) -> str:
 MEANING = """How to read the four sections above.
 
 - *Memory of keys dominates.* MEMIT and RLSEdit write the first batch alike (0.99 of it at once). After 400 edits MEMIT
-  answers 0.54 of its first quarter, RLSEdit 0.84 and AlphaEdit 0.83, while all answer 0.95 or more of the last. What later batches add at the first batch's keys is 0.61 to 0.68 of what it wrote with MEMIT, 0.17 to 0.20 with
-  RLSEdit.
+  answers 0.54 of its first quarter, RLSEdit 0.84 and AlphaEdit 0.83, while all answer 0.95 or more of the last. What
+  later batches add at the first batch's keys is 0.61 to 0.68 of what it wrote with MEMIT, 0.17 to 0.20 with RLSEdit.
 - *MEMIT's norms grow and it collapses.* Not within 400 edits: success stays at 0.97, so there is no collapse point,
   and exact answers fall evenly. ||D|| of a batch is 70 at first and 64 at last, and R_n reaches 1.20 with or without a
   memory. A target is at most `targets.clamp` away from h, and h does not grow, so nothing feeds back.

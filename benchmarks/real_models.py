@@ -310,7 +310,8 @@ def along(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     written = [row for row in rows if row["ratio"] > WROTE]
     ranked = [f"{text} {value:.2f}" for name, text in ALONG.items() if (value := likeness(written, name)) is not None]
     if ranked:
-        yield f"Rank correlation with accuracy over the {len(written)} stacks that wrote something: {', '.join(ranked)}."
+        yield f"Rank correlation with accuracy over the {len(written)} stacks that wrote something:"
+        yield f"{', '.join(ranked)}."
 
 
 def likeness(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
