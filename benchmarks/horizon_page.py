@@ -142,6 +142,9 @@ MEANING = """How to read the four sections above.
 - *A dominant subspace.* There is none to protect: the edited weights are nearly as flat as random matrices. Effective
   rank 526 to 531 of 576 (random: 545), 0.16 to 0.18 of the energy in the protected directions (random: 0.15). A tenth
   of what later batches do to the first acts on them, as on the bundled model.
+- *LS and SS.* Among the stacks on 400 edits that wrote something, rank correlation with accuracy is 0.6 to 0.7 for LS and
+  -0.6 to -0.7 for drift, 0.3 for SS. LS is 0.02 to 0.43 while success is 0.97 and more: it says how much was written,
+  not whether edits are retained. MEMIT and RLSEdit end with one R_n and lose 89 and 37 of 400 edits.
 - *Which edits are lost.* Early ones whose key is like a later one's, and which later batches disturbed most; with
   RLSEdit also those with a short key. How far the target is, how long it is, how much of it was written at once, and
   how many later edits have the same prompt say little. So edits are lost by being overwritten, not by a target out of
@@ -158,7 +161,9 @@ MEANING = """How to read the four sections above.
   0.94 retained, 0.90 of the first quarter, R_n 1.10, at 0.85 of the paraphrases and 0.71 of the neighbours (0.87 and
   0.72 with one prefix; before the edits 0.28 and 0.73). That is the closest to 0.95 that was reached. It stays no
   default: the questions here are those bare prompts, and prefixes serve facts that are asked in running text, which
-  these figures do not measure. A memory that holds both keys may do as well; that was not tried.
+  these figures do not measure; on the bundled model it changes nothing (1,000 edits: 0.99, with one prefix 1.00). A
+  memory that holds both keys may do as well; that was not tried. ENCORE's ridge costs nothing: 0.91 retained, R_n
+  1.17 in place of 1.21.
 - *Outliers.* Of the first 500 subjects four have ||h|| 2.2 to 5.1 times as large as behind other words; for all others
   it is 0.7 to 1.2 times. They end at the second or third token of their text ("rococo", "Crossfire", "Mount Foster",
   "Francisco Franco"), where this model's attention sink, the first token, still shows. Their targets may move as much
