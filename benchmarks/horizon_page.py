@@ -142,9 +142,9 @@ MEANING = """How to read the four sections above.
 - *A dominant subspace.* There is none to protect: the edited weights are nearly as flat as random matrices. Effective
   rank 526 to 531 of 576 (random: 545), 0.16 to 0.18 of the energy in the protected directions (random: 0.15). A tenth
   of what later batches do to the first acts on them, as on the bundled model.
-- *LS and SS.* Among the stacks on 400 edits that wrote something, rank correlation with accuracy is 0.6 to 0.7 for LS and
-  -0.6 to -0.7 for drift, 0.3 for SS. LS is 0.02 to 0.43 while success is 0.97 and more: it says how much was written,
-  not whether edits are retained. MEMIT and RLSEdit end with one R_n and lose 89 and 37 of 400 edits.
+- *LS and SS.* Among the stacks on 400 edits that wrote something, rank correlation with accuracy is 0.6 to 0.7 for LS,
+  -0.6 to -0.7 for drift and 0.3 for SS, over few stacks. LS is 0.02 to 0.43 while success is 0.97 and more: it says
+  how much was written, not whether edits are retained. MEMIT and RLSEdit end with one R_n, and lose 89 and 37 edits.
 - *Which edits are lost.* Early ones whose key is like a later one's, and which later batches disturbed most; with
   RLSEdit also those with a short key. How far the target is, how long it is, how much of it was written at once, and
   how many later edits have the same prompt say little. So edits are lost by being overwritten, not by a target out of
