@@ -32,9 +32,9 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     edits = sorted({point["edits"] for curve in curves.values() for point in curve["points"]})
     after = " / ".join(f"{count:,}" for count in edits)
-    yield f"Retained figures after {after} edits. R_n, the divergence on unrelated text (nats, median) and the"
-    yield "accuracy of the first and the last quarter of the edits are those at the end. *clamped*: targets that ended"
-    yield "at `targets.clamp`."
+    yield f"Retained figures after {after} edits, of those in a fixed sample of 200. R_n, the divergence on unrelated"
+    yield "text (nats, median) and the accuracy of the first and the last quarter of all edits are those at the end."
+    yield "*clamped*: targets that ended at `targets.clamp`."
     yield ""
     rows = [(title(curve, common), *cells(curve)) for curve in curves.values()]
     heading = ("stack", *RETAINED, "CP@60", "first / last quarter", "R_n", "divergence", "clamped")
@@ -122,7 +122,8 @@ def short(run: str) -> str:
     return run.partition("_")[0]
 
 
-MEANING = """How to read the four sections above.
+MEANING = """How to read the four sections above, and the streams of 400 in the section on real models. Of all 400 edits MEMIT
+retains 0.78 and RLSEdit 0.91.
 
 - *Memory of keys dominates.* MEMIT and RLSEdit write the first batch alike (0.99 of it at once). After 400 edits MEMIT
   answers 0.54 of its first quarter, RLSEdit 0.84 and AlphaEdit 0.83, while all answer 0.95 or more of the last. What
