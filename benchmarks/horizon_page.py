@@ -122,8 +122,8 @@ def short(run: str) -> str:
     return run.partition("_")[0]
 
 
-MEANING = """How to read the four sections above, and the streams of 400 in the section on real models. Of all 400 edits MEMIT
-retains 0.78 and RLSEdit 0.91.
+MEANING = """How to read the four sections above, and the streams of 400 in the section on real models. Of all 400 edits
+MEMIT retains 0.78 and RLSEdit 0.91.
 
 - *Memory of keys dominates.* MEMIT and RLSEdit write the first batch alike (0.99 of it at once). After 400 edits MEMIT
   answers 0.54 of its first quarter, RLSEdit 0.84 and AlphaEdit 0.83, while all answer 0.95 or more of the last. What
