@@ -138,6 +138,17 @@ def peak_memory() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def run_folders(folder: Path) -> dict[str, Path]:
+    """Return the runs of a bench, or of a horizon, which keeps each bench in a folder of its own, by their names."""
+    runs: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        below = [path, *sorted(inner for inner in path.iterdir() if inner.is_dir())]
+        run = next((inner for inner in below if (inner / "editcli").is_dir()), None)
+        if run is not None:
+            runs[path.name] = run
+    return runs
+
+
 def write_result(name: str, result: Any, out: Path | None) -> None:
     """Write a benchmark's result as JSON beside the others, with the machine it ran on."""
     machine = {

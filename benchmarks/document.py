@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from benchmarks.horizon_page import SECTIONS as HORIZON
 from benchmarks.predictors import section as predictors
 from benchmarks.proof_page import SECTIONS as PROOF
 from benchmarks.real_models import section as real_models
@@ -74,6 +75,7 @@ def special_files(result: Mapping[str, Any]) -> Iterator[str]:
 SECTIONS: Mapping[str, Callable[[Any], Iterator[str]]] = {
     "stacks": stacks,
     "real_models": real_models,
+    **HORIZON,
     **PROOF,
     **SPEED,
     "predictors": predictors,

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import write_result
+from editcli.records.history import read_history
+from editcli.records.journal import RETAINED
 
 FIGURES = {
     "efficacy_accuracy": "accuracy",
@@ -31,6 +34,8 @@ FIGURES = {
     "specificity_success": "neighbours",
 }
 """Retained figures of a curve and their headings."""
+DIVERGENCE = "distribution.unrelated.median"
+"""Nats by which the next token's distribution moved behind unrelated text, the median over texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,27 @@ def curve_of(job: Job) -> dict[str, Any] | None:
     if not job.bench.is_file():
         return None
     curves = json.loads(job.bench.read_text("utf-8"))["curves"]
-    return {**curves[0], "options": list(job.options), "out": job.folder.name} if curves else None
+    if not curves:
+        return None
+    return {**curves[0], "options": list(job.options), "out": job.folder.name, **recorded(job.folder / job.stack)}
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """Return what a run's journal holds beside its curve: divergence on unrelated text, targets, norms of updates."""
+    history = read_history(run)
+    batches = () if history is None else history.batches
+    targets: Counter[str] = Counter()
+    for batch in batches:
+        targets.update(batch.targets)
+    measured = [batch.measured(RETAINED) for batch in batches]
+    return {
+        "divergence": [figures.get(DIVERGENCE) for figures in measured if figures],
+        "targets": dict(targets),
+        "update_norms": [
+            max((site.update_norm for site in batch.sites if site.update_norm is not None), default=None)
+            for batch in batches
+        ],
+    }
 
 
 def table_of(curves: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -1,8 +1,9 @@
 """Why edits are forgotten, and what a filter could do about it: read from the factors that the runs of a bench kept.
 
-``python -m benchmarks.interference BENCH --stats FILE --stats FILE`` takes the run folders of an ``editcli bench`` on
-the bundled model. Everything is computed with NumPy in float64 from the files alone, by the equations of the papers and
-not by the library's own code, so that it checks the library as well.
+``python -m benchmarks.interference BENCH --stats FILE --stats FILE`` takes the run folders of an ``editcli bench``, or
+of a horizon, as far as they kept keys and residuals: editors without targets have none. Everything is computed with
+NumPy in float64 from the files alone, by the equations of the papers and not by the library's own code, so that it
+checks the library as well.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from editcli.models.loading import bundled_folder
+from benchmarks.common import run_folders
+from benchmarks.predictors import read_base
+from editcli.models.loading import first_model
 from editcli.presets.loader import all_presets
-from editcli.records.history import read_history
+from editcli.records.history import History, read_history
 from editcli.storage.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "interference.json"
@@ -60,6 +63,7 @@ class Protected:
             "of": len(self.values),
             "effective_rank": float(np.exp(-(share * np.log(share)).sum())),
             "largest_over_median": float(self.values[0] / np.median(self.values)),
+            "energy": energy(self.values[: self.k]) / energy(self.values),
         }
 
     def filtered(self, update: Matrix) -> Matrix:
@@ -127,24 +131,42 @@ def ratio(part: Matrix, whole: Matrix) -> float:
     return float(np.linalg.norm(part) / np.linalg.norm(whole))
 
 
-def read_batches(run: Path) -> dict[str, list[Batch]]:
-    """Return the batches of a run by site."""
+def read_run(run: Path) -> History:
+    """Return the history of a run."""
     history = read_history(run)
-    if history is None:
+    if history is None or history.record is None:
         raise click.UsageError(f"{run} is no run folder")
-    found: dict[str, list[Batch]] = {site: [] for site in history.sites}
+    return history
+
+
+def read_batches(history: History) -> dict[str, list[Batch]]:
+    """Return the batches of a run by site; nothing for a run that kept no keys and residuals."""
+    batches: dict[str, list[Batch]] = {site: [] for site in history.sites}
+    names = ("keys", "residual", "left", "right")
     for batch in history.batches:
-        tensors = load_file(history.folder.updates / str(batch.entry.segment))
-        for site, batches in found.items():
-            names = ("keys", "residual", "left", "right")
-            batches.append(Batch(*(tensors[f"{site}.{name}"].double().numpy() for name in names)))
-    return found
+        tensors = load_file(history.folder.updates / batch.segment)
+        for site, known in batches.items():
+            if any(f"{site}.{name}" not in tensors for name in names):
+                return {}
+            known.append(Batch(*(tensors[f"{site}.{name}"].double().numpy() for name in names)))
+    return batches
+
+
+def read_spectra(histories: Iterable[History]) -> dict[str, Protected]:
+    """Return the protected directions of every edited site of the runs' base."""
+    spectra: dict[str, Protected] = {}
+    for history in histories:
+        source = first_model(history.bases)
+        if source is None:
+            raise click.UsageError(f"the base of {history.folder.out} is not where it was")
+        spectra |= {site: Protected(read_base(source, site)) for site in history.sites if site not in spectra}
+    return spectra
 
 
 def checks(
     runs: Mapping[str, Mapping[str, Sequence[Batch]]], kept: Mapping[str, Protected], moments: Mapping[str, Matrix]
 ) -> Iterator[dict[str, Any]]:
-    """Yield how far the recorded updates are from the published equations, computed anew."""
+    """Yield how far the bundled model's recorded updates are from the published equations, computed anew."""
     preset = next(preset for preset in all_presets() if preset.name == "bundled")
     weight = float(preset.settings["memit"]["mom2_update_weight"])
     for stack in ("memit", "memit+revive"):
@@ -164,15 +186,25 @@ def read_moments(files: Sequence[Path]) -> dict[str, Matrix]:
 
 @click.command()
 @click.argument("bench", type=click.Path(exists=True, path_type=Path))
-@click.option("--stats", multiple=True, type=click.Path(exists=True, path_type=Path), help="Second moments, to check.")
+@click.option(
+    "--stats",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Second moments of the bundled model, to check.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS)
 def main(bench: Path, stats: tuple[Path, ...], out: Path) -> None:
     """Measure the interference between the batches of every stack in BENCH."""
-    runs = {path.name: read_batches(path) for path in sorted(bench.iterdir()) if (path / "editcli").is_dir()}
-    base = load_file(bundled_folder() / "model.safetensors")
-    sites = next(iter(runs.values()))
-    kept = {site: Protected(base[f"{site}.weight"].double().numpy()) for site in sites}
-    rows = [measure(stack, site, run[site], kept[site]) for stack, run in runs.items() for site in sites]
+    histories = {name: read_run(path) for name, path in run_folders(bench).items()}
+    runs = {name: batches for name, history in histories.items() if (batches := read_batches(history))}
+    kept = read_spectra(histories[name] for name in runs)
+    # A stream of one batch has none that comes later.
+    rows = [
+        measure(name, site, batches, kept[site])
+        for name, run in runs.items()
+        for site, batches in run.items()
+        if len(batches) > 1
+    ]
     moments = read_moments(stats)
     found = {
         "spectra": {site: protected.spectrum for site, protected in kept.items()},

@@ -1,10 +1,10 @@
 """Which figure of the weights says best how many edits a stream retains: ``python -m benchmarks.predictors BENCH ...``.
 
-Each BENCH is the folder of an ``editcli bench --eval-every N``. After every measurement of retention the edited weights
-are put together from the factors that the runs kept, and compared with the base's: R_n, drift, LS, SS and the relative
-change along singular directions. The table holds Spearman's rank correlation of each figure with each retained figure,
-over all measurements of all stacks, within each stack, and among the stacks at an equal number of edits. The number of
-edits is a row as well: a figure that says no more than that needs no weights.
+Each BENCH is the folder of an ``editcli bench --eval-every N``, or of a horizon. After every measurement of retention
+the edited weights are put together from the factors that the runs kept, and compared with the base's: R_n, drift, LS,
+SS and the relative change along singular directions. The table holds Spearman's rank correlation of each figure with
+each retained figure, over all measurements of all stacks, within each stack, and among the stacks at an equal number of
+edits. The number of edits is a row as well: a figure that says no more than that needs no weights.
 
 Everything is computed with NumPy in float64 from the files alone, and not by the library's own code.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from benchmarks.common import write_result
+from benchmarks.common import run_folders, write_result
 from benchmarks.markdown import table
 from editcli.models.loading import ModelSource, first_model
 from editcli.records.history import History, read_history
@@ -201,10 +201,10 @@ def _cell(pair: Mapping[str, float | None]) -> str:
 
 def examine(bench: Path) -> dict[str, Any]:
     """Return the correlations of one bench, with what they were taken over."""
-    runs = [path for path in sorted(bench.iterdir()) if (path / "editcli").is_dir()]
-    rows = {path.name: list(measurements(path)) for path in runs}
+    runs = run_folders(bench)
+    rows = {name: list(measurements(path)) for name, path in runs.items()}
     rows = {name: stack for name, stack in rows.items() if stack}
-    history = read_history(runs[0])
+    history = read_history(next(iter(runs.values())))
     assert history is not None
     assert history.record is not None
     everything = [row for stack in rows.values() for row in stack]

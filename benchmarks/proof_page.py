@@ -242,8 +242,9 @@ and the first thousand equally well. AlphaEdit keeps its earliest edits, but run
 trades edits for neighbours here and is worth trying on a model whose spectrum has a head; look at `editcli inspect
 --spectral` first: where the effective rank is near the full one, there is nothing to protect.
 
-For a few hundred edits all stacks are nearly equal, which is why the editor that is taken without `--editor` stays
-the preset's, MEMIT, without a stabilizer; a longer stream should say `--editor rlsedit --stabilizer nas`.
+For a few hundred edits all stacks are nearly equal on this model; beyond, RLSEdit keeps most, here and on a real model,
+which is why it is the editor that is taken without `--editor`. A longer stream whose neighbours matter should add
+`--stabilizer nas`.
 """
 
 SECTIONS: Mapping[str, Callable[[Any], Iterator[str]]] = {

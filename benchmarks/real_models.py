@@ -2,8 +2,9 @@
 
 A STACK is an editor with its stabilizers and settings that differ from the preset, for instance ``rlsedit``,
 ``alphaedit+nas`` or ``"rlsedit targets.clamp=0.5 layers=8-12"``. Each runs on the unedited model in batches; figures
-are those at the end, for the records from ``--offset`` on. Rows are kept in benchmarks/results/real_models.json and not
-measured twice, so the command can be stopped and repeated; ``benchmarks.document`` makes the section of them.
+are those at the end, for the records from ``--offset`` on, and accuracy also along the stream with ``--along``. Rows
+are kept in benchmarks/results/real_models.json and not measured twice, so the command can be stopped and repeated;
+``benchmarks.document`` makes the section of them.
 
 Stacks of the same target settings share the targets of their first batch, which is optimised on the unedited model:
 they are the same numbers, and optimising them is most of the time.
@@ -14,20 +15,28 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
+from benchmarks.markdown import table
+from benchmarks.predictors import LEAST, Decomposed, worst
 from editcli.editing.pipeline import Written, commit, edit_batch, jump_of
 from editcli.editing.session import ModelSession
 from editcli.errors import EditError, GuardError
+from editcli.evaluation.ability import general_text
+from editcli.evaluation.distribution import BaseDistributions, spread, unrelated_prompts
 from editcli.evaluation.metrics import Evaluation, evaluate
 from editcli.models.loading import LoadedModel, open_model, resolve_model
-from editcli.plugin.interfaces import Editor, Site, Stabilizer, Update, Values
+from editcli.plugin.interfaces import Editor, Problem, Site, Stabilizer, Update, Values
 from editcli.plugin.manager import Plugins, load_plugins
-from editcli.plugin.options import build, parse_assignments
+from editcli.plugin.options import build, merge, parse_assignments
 from editcli.presets.loader import load_preset
 from editcli.presets.record import Preset
 from editcli.requests.reader import read_edits
@@ -53,14 +62,19 @@ class Variant:
     settings: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def parse(cls, text: str) -> Variant:
-        """Read ``editor+stabilizer name.key=value layers=4-8``."""
+    def parse(cls, text: str, plugins: Plugins) -> Variant:
+        """Read ``editor+stabilizer name.key=value layers=4-8``; the editor may be a named stack."""
         stack, *assignments = text.split()
         editor, *stabilizers = stack.split("+")
         layers = [parse_layers(part.partition("=")[2]) for part in assignments if part.startswith("layers=")]
         others = [part for part in assignments if not part.startswith("layers=")]
         chosen = tuple(layers[-1]) if layers else None
-        return cls(text, editor, tuple(stabilizers), chosen, parse_assignments(others))
+        settings = parse_assignments(others)
+        named = plugins.stack(editor)
+        if named is not None:
+            editor, stabilizers = named.editor, [*named.stabilizers, *stabilizers]
+            settings = merge(named.settings, settings)
+        return cls(text, editor, tuple(stabilizers), chosen, settings)
 
 
 @dataclass(slots=True)
@@ -74,6 +88,8 @@ class Shared:
     seed: int = 0
     targets: dict[str, Values] = field(default_factory=dict)
     before: dict[str, Evaluation] = field(default_factory=dict)
+    unrelated: BaseDistributions | None = None
+    """The unedited model's distributions behind unrelated text; None where a stream is not followed."""
 
 
 class SharingSession(ModelSession):
@@ -98,8 +114,10 @@ class SharingSession(ModelSession):
         return values
 
 
-def measure(shared: Shared, variant: Variant, edits: Sequence[EditRequest], batch: int) -> dict[str, Any]:
-    """Write ``edits`` with a variant, measure them, and put the model back."""
+def measure(
+    shared: Shared, variant: Variant, edits: Sequence[EditRequest], *, batch: int, along: int | None = None
+) -> dict[str, Any]:
+    """Write ``edits`` with a variant, measure them, and put the model back; follow the stream every ``along`` edits."""
     started = time.perf_counter()
     settings = settings_for(variant.editor, shared.preset, variant.settings, shared.plugins)
     editor = component(shared.plugins, "editor", variant.editor, settings)
@@ -119,11 +137,16 @@ def measure(shared: Shared, variant: Variant, edits: Sequence[EditRequest], batc
         for part in (editor, *stabilizers):
             part.prepare(session)
         size = 1 if editor.single_site else batch
+        stream = Stream(session)
         for start in range(0, len(edits), size):
-            _write(session, editor, stabilizers, edits[start : start + size])
+            stream.advance(_write(session, editor, stabilizers, edits[start : start + size]))
+            done = start + size
+            if along and done % along == 0 and done < len(edits):
+                stream.accuracy[done] = accuracy(shared.loaded, edits[:done])
         with session.read_out(stabilizers) as weights:
             found = evaluate(shared.loaded, edits, metrics=("counterfact",))
             ratios = [float(weight.norm() / session.baseline(site).norm()) for site, weight in weights.items()]
+            followed = {"stream": stream.figures(shared, found, edits=len(edits))} if along else {}
     finally:
         session.restore(before)
     return {
@@ -135,7 +158,66 @@ def measure(shared: Shared, variant: Variant, edits: Sequence[EditRequest], batc
         "targets": asdict(options),
         "components": {part.name: part.record() for part in (editor, *stabilizers)},
         "seconds": time.perf_counter() - started,
+        **followed,
     }
+
+
+@dataclass(slots=True)
+class Stream:
+    """What a stack does along a stream: to its first batch, to the norms and to the spectra."""
+
+    session: ModelSession
+    accuracy: dict[int, float | None] = field(default_factory=dict)
+    """Efficacy accuracy of all edits so far, by their number."""
+    norms: list[float] = field(default_factory=list)
+    """The largest ||D|| of any site, batch by batch."""
+    first: Problem | None = None
+    """The first batch at the last site, where the editor has target values."""
+    once: Tensor | None = None
+    """That site's weight after the first batch."""
+
+    def advance(self, written: Written) -> None:
+        """Note what a batch wrote."""
+        self.norms.append(max(update.norm() for update in written.updates.values()))
+        if len(self.norms) == 1 and written.problems:
+            self.first = list(written.problems.values())[-1]
+            self.once = self.session.weight(self.first.site)
+
+    def figures(self, shared: Shared, evaluation: Evaluation, *, edits: int) -> dict[str, Any]:
+        """Return the figures at the end of the stream, while the session holds the weights that are saved."""
+        answers = [outcome.efficacy[0].exact for outcome in evaluation.outcomes]
+        quarter = len(answers) // 4
+        decomposed = [
+            Decomposed.of(self.session.baseline(site).double().numpy()).figures(weight.double().numpy(), edits)
+            for site, weight in self.session.masters().items()
+        ]
+        moved = spread(shared.unrelated.divergences(shared.loaded)) if shared.unrelated else None
+        return {
+            "accuracy": self.accuracy,
+            "quarters": [fmean(answers[at * quarter : (at + 1) * quarter]) for at in range(4)] if quarter else [],
+            "norms": self.norms,
+            "divergence": None if moved is None else moved.median,
+            **{name: worst(decomposed)[name] for name in ("drift", "ls", "ss")},
+            **self._first_batch(),
+        }
+
+    def _first_batch(self) -> dict[str, float]:
+        """Return what the first batch did not write, and what later ones added at its keys over what it wrote."""
+        if self.first is None or self.once is None:
+            return {}
+        keys, residual = self.first.keys.double(), self.first.residual.double()
+        base, last = self.session.baseline(self.first.site), self.session.weight(self.first.site)
+        own, later = (self.once - base).double() @ keys, (last - self.once).double() @ keys
+        return {
+            "unwritten": float((own - residual).norm() / residual.norm()),
+            "later_over_own": float(later.norm() / own.norm()),
+        }
+
+
+def accuracy(loaded: LoadedModel, edits: Sequence[EditRequest]) -> float | None:
+    """Return the efficacy accuracy of ``edits``."""
+    bare = [replace(edit, paraphrase_prompts=(), neighborhood_prompts=()) for edit in edits]
+    return evaluate(loaded, bare, metrics=("counterfact",)).efficacy_accuracy
 
 
 def _write(
@@ -181,7 +263,70 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
             yield f"| *before* | {edits} | | {_cells(row)} | 1.00 | | |"
         for row in model["rows"]:
             yield f"| {row['stack']} | {row['edits']} | {_row(row)} |"
+        followed = [row for row in model["rows"] if "stream" in row]
+        if followed:
+            yield from along(followed)
     yield ""
+
+
+ALONG = {
+    "drift": "drift",
+    "ls": "LS",
+    "ss": "SS",
+    "divergence": "divergence",
+    "unwritten": "not written",
+    "later_over_own": "later / own",
+}
+"""Figures at the end of a followed stream and their headings."""
+WROTE = 1.005
+"""R_n of a stack that wrote something; one that did not keeps the spectrum and answers nothing."""
+
+
+def along(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Describe the streams that were followed, and which of their figures rank the stacks as accuracy does."""
+    yield from (
+        "",
+        "The same streams: accuracy of all edits so far, that of the first and the last quarter at the end,",
+    )
+    yield "the largest ||D|| of the first and of the last batch, drift, LS and SS at the worst site, the median"
+    yield "divergence on unrelated text (nats), what the first batch did not write at the last site, and what later"
+    yield "ones added at its recorded keys over what it wrote."
+    yield ""
+    lines = []
+    for row in rows:
+        stream, ends = row["stream"], row["stream"]["quarters"]
+        so_far = [*stream["accuracy"].values(), row["efficacy_accuracy"]]
+        figures = (stream.get(name) for name in ALONG)
+        lines.append(
+            (
+                row["stack"],
+                " / ".join(f"{value:.2f}" for value in so_far),
+                f"{ends[0]:.2f} / {ends[-1]:.2f}",
+                f"{stream['norms'][0]:.0f} / {stream['norms'][-1]:.0f}",
+                *("" if value is None else f"{value:.2f}" for value in figures),
+            )
+        )
+    yield from table(("stack", "accuracy", "quarters", "norm", *ALONG.values()), lines)
+    written = [row for row in rows if row["ratio"] > WROTE]
+    ranked = [f"{text} {value:.2f}" for name, text in ALONG.items() if (value := likeness(written, name)) is not None]
+    if ranked:
+        yield f"Rank correlation with accuracy over the {len(written)} stacks that wrote something:"
+        yield f"{', '.join(ranked)}."
+
+
+def likeness(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return Spearman's rank correlation of a figure with accuracy over stacks; None where it says nothing."""
+    pairs = [(row["stream"][name], row["efficacy_accuracy"]) for row in rows if row["stream"].get(name) is not None]
+    if len(pairs) < LEAST:
+        return None
+    figures, accuracies = (ranks(column) for column in zip(*pairs, strict=True))
+    return float(np.corrcoef(figures, accuracies)[0, 1])
+
+
+def ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    """Return the rank of each value; equal ones share their mean rank."""
+    known = np.asarray(values, np.float64)
+    return (known[:, None] > known).sum(1) + ((known[:, None] == known).sum(1) - 1) / 2
 
 
 def _row(row: Mapping[str, Any]) -> str:
@@ -204,6 +349,7 @@ def _cells(row: Mapping[str, Any]) -> str:
 @click.option("--offset", default=0, show_default=True, help="Records to leave out at the start.")
 @click.option("--limit", default=100, show_default=True, help="Records to edit.")
 @click.option("--batch", default=100, show_default=True)
+@click.option("--along", type=int, help="Follow the stream: accuracy every N edits, norms, spectra, the first batch.")
 @click.option("--corpus", help="Reference text; by default what the program takes.")
 @click.option("--tokens", type=int, help="Tokens of reference text; by default what the program takes.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=False)
@@ -217,6 +363,7 @@ def main(
     offset: int,
     limit: int,
     batch: int,
+    along: int | None,
     corpus: str | None,
     tokens: int | None,
     out: Path,
@@ -227,6 +374,8 @@ def main(
     moments = SecondMoments(loaded, options=StatisticsOptions(tokens=tokens), corpus=corpus)
     preset = load_preset(loaded.model.config, loaded.architecture)
     shared = Shared(loaded, plugins, preset, moments)
+    if along:
+        shared.unrelated = BaseDistributions(loaded, unrelated_prompts(loaded, general_text(None)))
     results: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {}
     model = results.setdefault(name, {"origin": origin, "before": {}, "rows": []})
     model["origin"] = origin or model["origin"]
@@ -236,12 +385,12 @@ def main(
         model["before"][slice_] = {figure: getattr(found, figure) for figure in FIGURES}
     out.parent.mkdir(parents=True, exist_ok=True)
     for text in stacks:
-        variant = Variant.parse(text)
+        variant = Variant.parse(text, plugins)
         known = {"stack": text, "edits": slice_, "batch": batch}
         if any(known.items() <= {**row, "batch": row["asked"]}.items() for row in model["rows"]):
             continue
         try:
-            row = measure(shared, variant, edits, batch)
+            row = measure(shared, variant, edits, batch=batch, along=along)
         except GuardError as error:
             row = {"error": str(error).partition(":")[0]}
         except EditError as error:

@@ -12,12 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from benchmarks import gpu, heap, horizon, moments, predictors, profile_targets, sites, solve
+from benchmarks import (
+    gpu,
+    heap,
+    horizon,
+    horizon_page,
+    interference,
+    key_drift,
+    lost,
+    moments,
+    predictors,
+    profile_targets,
+    real_models,
+    sites,
+    solve,
+)
+from benchmarks.common import run_folders
 from benchmarks.document import SECTIONS, page
 from benchmarks.speed import SECTIONS as SPEED
 from benchmarks.stream import quarters
@@ -183,3 +199,53 @@ def test_a_stack_that_is_named_twice_runs_once(tmp_path: Path, monkeypatch: pyte
     result = run(horizon.main, tmp_path / "horizon.json", str(tmp_path), str(tmp_path), "memit", "rlsedit", "memit")
     assert [job.stack for job in ran] == ["memit", "rlsedit"]
     assert result["stacks"] == {}
+
+
+def test_runs_of_a_bench_and_of_a_horizon_are_named_by_their_stacks(tmp_path: Path) -> None:
+    runs = [tmp_path / "memit+nas", tmp_path / "rlsedit_targets.prefixes=1" / "rlsedit"]
+    for run in runs:
+        (run / "editcli").mkdir(parents=True)
+    (tmp_path / "not a run").mkdir()
+    assert run_folders(tmp_path) == {"memit+nas": runs[0], "rlsedit_targets.prefixes=1": runs[1]}
+
+
+def test_what_a_later_batch_adds_at_an_edits_key_is_counted_against_its_own() -> None:
+    keys = np.eye(3)[:, :2]
+    first = interference.Batch(keys=keys, residual=keys, left=keys, right=keys)
+    # The second batch takes half of the first edit back and leaves the other alone.
+    second = interference.Batch(keys=keys[:, :1], residual=keys[:, :1], left=-keys[:, :1] / 2, right=keys[:, :1])
+    figures = lost.of_batch([[first, second]], 0)
+    assert figures["written"].tolist() == [1, 1]
+    assert figures["disturbed"].tolist() == [0.5, 0]
+    assert figures["taken_back"].tolist() == [0.5, 0]
+    assert figures["likeness"].tolist() == [1, 0]
+    assert lost.of_batch([[first, second]], 1)["disturbed"].tolist() == [0]
+
+
+def test_a_figure_that_tells_lost_edits_has_an_area_of_one() -> None:
+    assert lost.area([2, 3], [0, 1]) == 1
+    assert lost.area([1], [1]) == 0.5
+    assert lost.area([], [1]) is None
+
+
+def test_a_stack_is_titled_by_the_options_that_not_all_have() -> None:
+    curves = [{"stack": "memit", "options": ["a.b=1"]}, {"stack": "rlsedit", "options": ["a.b=1", "c.d=2"]}]
+    common = horizon_page.shared_options([*curves, {"stack": "locft", "options": []}])
+    assert [horizon_page.title(curve, common) for curve in curves] == ["memit", "rlsedit c.d=2"]
+
+
+def test_a_moved_key_changes_the_output_though_the_weights_hold_the_recorded_one() -> None:
+    base, once = torch.zeros(2, 2), torch.eye(2)
+    recorded, moved = torch.tensor([[1.0], [0.0]]).double(), torch.tensor([[1.0], [0.5]]).double()
+    stayed = key_drift.figures(base, (once, recorded), (once, moved))
+    assert stayed == {"moved": 0.5, "same_key": 0, "moved_key": 0.5, "together": 0.5}
+    taken_back = key_drift.figures(base, (once, recorded), (base, recorded))
+    assert taken_back == {"moved": 0, "same_key": 1, "moved_key": 0, "together": 1}
+
+
+def test_a_figure_that_ranks_stacks_as_accuracy_does_is_fully_correlated() -> None:
+    rows = [{"efficacy_accuracy": n / 4, "stream": {"ls": n**3, "ss": -n, "drift": None}} for n in range(4)]
+    assert real_models.likeness(rows, "ls") == pytest.approx(1)
+    assert real_models.likeness(rows, "ss") == pytest.approx(-1)
+    assert real_models.likeness(rows, "drift") is None
+    assert real_models.ranks([5, 1, 5]).tolist() == [1.5, 0, 1.5]
