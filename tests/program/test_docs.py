@@ -148,7 +148,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUN, ids=name_of)
-def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_a_page_run(page: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     # Fewer prefixes and pilots, since most of the time would go there; commands and files are those that are shown.
@@ -157,7 +157,8 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, shared: Path, mo
     todo = list(steps(page))
     opening = 1 + next(number for number, step in enumerate(todo) if step.title is None)
     begun = shared / hashlib.sha256(repr(todo[:opening]).encode()).hexdigest()
-    folder = tmp_path / "page"
+    # A run that several pages begin with names the edits file of the first page, so that folder has to stay.
+    folder = shared / name_of(page).replace("/", "-")
     if begun.exists():
         shutil.copytree(begun, folder)
     else:

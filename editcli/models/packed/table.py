@@ -35,7 +35,9 @@ def quantisation_of(folder: Path) -> Mapping[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def checkpoint_in(folder: Path, names: Callable[[Checkpoint], Mapping[str, tuple[str, ...]]] | None = None) -> Checkpoint:
+def checkpoint_in(
+    folder: Path, names: Callable[[Checkpoint], Mapping[str, tuple[str, ...]]] | None = None
+) -> Checkpoint:
     """Return the checkpoint of a folder; where its format is not one of :data:`FORMATS`, its tensors as they are."""
     said = quantisation_of(folder)
     try:
