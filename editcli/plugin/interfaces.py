@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
@@ -97,11 +98,13 @@ class Problem:
     site: Site
     keys: Tensor
     residual: Tensor
+    """One column per edit, or more: an editor may ask for several things of one edit, and sets :attr:`held` then."""
     released: Tensor | None = None
     """(d_in, m) keys that the editor's memory lets go of before it solves: those of edits that this batch contradicts;
     None for none."""
     held: Tensor | None = None
-    """(d_in, n) keys by which the batch is remembered, where they are not ``keys``; see :meth:`Editor.completed`."""
+    """(d_in, n) keys by which the batch is remembered, one column per edit, where they are not ``keys``; see
+    :meth:`Editor.completed`."""
 
     @property
     def remembered(self) -> Tensor:
@@ -279,6 +282,14 @@ class Session(Protocol):
         """Return W_0, (d_out, d_in) float32, read from the base checkpoint's files."""
         ...
 
+    def under(self, weights: Mapping[Site, Tensor], *, unedited: bool = False) -> AbstractContextManager[None]:
+        """Let everything that is read inside the ``with`` be read under other weights, (d_out, d_in) by site.
+
+        Sites without a weight here have their current one, with ``unedited`` that of the base: a batch is measured so
+        on the unedited model in the middle of a stream. The current weights are back afterwards, bit by bit.
+        """
+        ...
+
     def second_moment(self, site: Site) -> Tensor:
         """Return C = E[k k^T], (d_in, d_in) float64, of the unedited model; raises after the first write.
 
@@ -414,6 +425,9 @@ class Editor(Component):
     """False for an editor that takes edits without a subject: it must ask a session for neither keys nor values."""
     single_site: ClassVar[bool] = False
     """True for an editor that writes the last site only (ROME)."""
+    on_base: ClassVar[bool] = False
+    """True for an editor whose target values are those of the unedited model: in the middle of a stream z = h then does
+    not say that there is nothing to write."""
     tempered_by: ClassVar[str] = ""
     """How to make this editor's updates smaller, as a clause ("raise mine.weight"); shown when a guard refuses one."""
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

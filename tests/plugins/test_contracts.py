@@ -6,7 +6,11 @@ from editcli.plugin.manager import load_plugins
 from editcli.testing import DiagnosticContract, EditorContract, StabilizerContract
 
 CONTRACTS = {"editor": EditorContract, "stabilizer": StabilizerContract, "diagnostic": DiagnosticContract}
-OPTIONS = {"memit": {"remember": True}, "spectra": {"every": 2}}
+OPTIONS = {
+    "memit": {"remember": True},
+    "nse": {"bounds_kind": "relative", "met": 0.05, "lost": 20.0},
+    "spectra": {"every": 2},
+}
 """What gives a component state, or turns one on that does nothing by default."""
 QUICK = {"memit", "rlsedit", "nas", "revive", "norms"}
 """With state and without, of every kind; the others are left to the whole suite."""

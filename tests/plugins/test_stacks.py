@@ -18,6 +18,7 @@ PLUGINS = load_plugins()
 OPTIONS = {
     "clip": {"rho": 1.05},
     "nas": {"anchor": 2.0, "guard": 100.0},
+    "nse": {"met": 0.0},
     "revive": {"tau": 0.3},
     "ultraedit": {"lr": 0.01},
 }
