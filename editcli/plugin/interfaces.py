@@ -428,6 +428,10 @@ class Editor(Component):
     on_base: ClassVar[bool] = False
     """True for an editor whose target values are those of the unedited model: in the middle of a stream z = h then does
     not say that there is nothing to write."""
+    wraps: ClassVar[str] = ""
+    """The option that names the editor which this one wraps; empty for an editor that wraps none."""
+    wrapped: Editor | None = None
+    """The editor that it wraps."""
     tempered_by: ClassVar[str] = ""
     """How to make this editor's updates smaller, as a clause ("raise mine.weight"); shown when a guard refuses one."""
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -436,6 +440,15 @@ class Editor(Component):
     def largest_jump(self, site: Site) -> float | None:
         """Return the most that one batch may change R_n of ``site`` if the user gives no limit; None for any."""
         return None
+
+    def wrap(self, editor: Editor) -> None:
+        """Take the editor that the option :attr:`wraps` names, built with its own options, once and before all else.
+
+        It acts where this one does: on its layers, and on the same edits.
+        """
+        self.wrapped = editor
+        flags = {name: getattr(editor, name) for name in ("needs_values", "needs_subject", "single_site")}
+        vars(self).update(flags)
 
     def values(self, session: Session, requests: Sequence[EditRequest]) -> Values:
         """Optimise the batch's target values on the current model; called once per stage, before its first write."""
