@@ -528,13 +528,13 @@ class Attack:
         self.counts.beyond = max(self.counts.beyond, beyond)
         if beyond > MEMORY:
             return str(code), f"takes {beyond >> 20} MiB more than otherwise"
-        return str(code), self._fault(code, text)
+        return str(code), self._fault(command, code, text)
 
-    def _fault(self, code: int, text: str) -> str:
+    def _fault(self, command: str, code: int, text: str) -> str:
         """Return what is wrong with the end of a command; empty where nothing is."""
-        if code == 2 and EDIT_REFUSED.search(text):
+        if code == 2 and (command == "check" or EDIT_REFUSED.search(text)):
             # An edit that a changed tokenizer has no tokens for, or that a changed editor cannot write, is refused with
-            # its line, as documented.
+            # its line, as documented; check lists all of them on stdout.
             return ""
         if code not in (0, 1, 3):
             return f"exit code {code}: {text[-80:]}"
@@ -542,7 +542,9 @@ class Attack:
             return f"exit code {code} without a sentence: {text[-80:]}"
         if self.shop.leftovers():
             return "a temporary file or a half folder is left"
-        return "a folder is left" if code and (self.shop.folder / "out").exists() else ""
+        # A run that fails while it writes its model has its records there, so that it can be resumed.
+        left = self.shop.folder / "out"
+        return "a folder is left" if code and left.exists() and not (left / "editcli" / "run.json").exists() else ""
 
 
 def _forget_peak() -> int:

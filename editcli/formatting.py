@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+LARGEST = 2**63 - 1
+"""Largest whole number of a record, an option or a setting: beyond, other programs read another number."""
+
 _UNPRINTABLE = re.compile(
     # Control characters but for tab and line feed, the marks that override the direction of writing, and the separators
     # that some terminals take for line feeds.

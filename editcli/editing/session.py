@@ -419,8 +419,7 @@ def generate_prefixes(
 ) -> list[str]:
     """Generate the prefixes of target values: a few sampled words that end in a full stop and a space."""
     starts = [PREFIX_STARTS[index % len(PREFIX_STARTS)] for index in range(options.prefixes)]
-    rows = [tuple(loaded.tokens.tokenizer(start)["input_ids"]) for start in starts]
-    loaded.tokens.refuse_rowless(token for row in rows for token in row)
+    rows = [tuple(loaded.tokens.ids(start)) for start in starts]
     generator = torch.Generator().manual_seed(seed)
     # All noise is drawn in the order of the prefixes, so that batching does not change them.
     noise = torch.stack([_exponentials(options.prefix_tokens, generator) for _ in rows]) if rows else torch.empty(0)

@@ -75,6 +75,8 @@ FAMILIES: tuple[Family, ...] = (
 )
 """The built-in families."""
 
+MAX_LAYERS = 10_000
+"""No model has more; to build as many as a damaged file names would take hours."""
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 """Configuration keys whose value above one says that a model is a mixture of experts."""
 
@@ -173,6 +175,7 @@ def resolve(model: PreTrainedModel, families: Sequence[Family] = ()) -> Architec
 def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the module tree of ``config`` on the meta device: every name and shape, no memory and no weights."""
     refuse_config(config)
+    refuse_depth(config)
     try:
         with torch.device("meta"):
             return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
@@ -200,6 +203,17 @@ def refuse_config(config: PretrainedConfig) -> None:
     if any(_count(getattr(part, key, None)) > 1 for part in (config, text) for key in EXPERT_KEYS):
         raise ModelError(f"{what} is a mixture of experts, which has no single MLP to edit; choose a dense model")
     auto_class(config)
+
+
+def refuse_depth(config: PretrainedConfig) -> None:
+    """Raise :class:`ModelError` where building the layers of a configuration would take hours."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        layers = _count(getattr(part, "num_hidden_layers", None))
+        if layers > MAX_LAYERS:
+            raise ModelError(
+                f"the model's configuration counts {layers:,} layers, and no model has more than {MAX_LAYERS:,}; "
+                "correct num_hidden_layers in config.json"
+            )
 
 
 def _discovered(model: PreTrainedModel) -> Family:

@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from editcli.errors import ModelError
-from editcli.models.architectures import Architecture, Family, resolve, skeleton
+from editcli.models.architectures import Architecture, Family, refuse_depth, resolve, skeleton
 from editcli.models.chat_settings import ChatSettings
 from editcli.models.fit import (
     COMPUTED,
@@ -46,7 +46,7 @@ from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page,
 from editcli.models.kv_cache import supports_kv_cache
 from editcli.models.offload import device_of
 from editcli.models.sharded import is_split, loading_options
-from editcli.models.tokens import Tokens
+from editcli.models.tokens import Tokens, panics_refused
 from editcli.models.towers import auto_class
 from editcli.reporting import Reporter, Silent
 from editcli.storage.beside import check_small_files
@@ -396,6 +396,7 @@ def _straight_to(place: torch.device) -> dict[str, Any]:
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """Read a model's config."""
     if isinstance(source.checkpoint, GgufCheckpoint):
+        refuse_depth(source.checkpoint.config)
         return copy.deepcopy(source.checkpoint.config)
     try:
         config = transformers.AutoConfig.from_pretrained(
@@ -408,6 +409,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     if quantisation_of(source.folder) and isinstance(source.checkpoint, Fp8Checkpoint):
         # The weights are handed over as plain numbers.
         delattr(config, "quantization_config")
+    refuse_depth(config)
     kind = getattr(config, "dtype", None)
     if isinstance(kind, torch.dtype) and kind not in COMPUTED:
         raise ModelError(
@@ -442,8 +444,9 @@ def load_tokens(
 
 def _try_out(tokenizer: Any) -> None:
     """Use a tokenizer once: a setting of another type is noticed only then, as one of many errors."""
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    with panics_refused():
+        ids = tokenizer("a", verbose=False)["input_ids"]
+        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     _ = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
 
 

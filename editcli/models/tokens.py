@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import itertools
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from editcli.errors import ModelError, RequestError
 from editcli.models.chat import Conversation, TemplateError
 from editcli.models.chat_settings import ChatSettings
+from editcli.models.hub import first_line
 from editcli.models.sizes import text_size
 from editcli.requests.schema import EditRequest
 
@@ -88,6 +90,21 @@ def _is_spaced(text: str) -> bool:
     """Tell whether the last letter of a text, if there is one, is of a script that separates words by spaces."""
     letter = next((character for character in reversed(text) if character.isalpha()), None)
     return letter is None or not _UNSPACED.match(letter)
+
+
+@contextmanager
+def panics_refused() -> Iterator[None]:
+    """Raise :class:`ModelError` where a tokenizer panics over the content of its files.
+
+    The tokenizers library is written in Rust, and its panics are no Exception in Python.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = first_line(error)
+        raise ModelError(f"the tokenizer cannot be used ({reason}); take its files from the model's source") from error
 
 
 LONGEST = 4
@@ -231,15 +248,16 @@ class Tokens:
         """
         if not texts:
             return []
-        batch = self.tokenizer(
-            [text.text for text in texts],
-            return_offsets_mapping=True,
-            add_special_tokens=not self.chat_template,
-            truncation=False,
-            padding=False,
-            # A text longer than the tokenizer's model_max_length is refused by check(); its own warning says less.
-            verbose=False,
-        )
+        with panics_refused():
+            batch = self.tokenizer(
+                [text.text for text in texts],
+                return_offsets_mapping=True,
+                add_special_tokens=not self.chat_template,
+                truncation=False,
+                padding=False,
+                # A text longer than the tokenizer's model_max_length is refused by check(); its own warning says less.
+                verbose=False,
+            )
         self.refuse_rowless(itertools.chain.from_iterable(batch["input_ids"]))
         rows = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
         return [_place(text, ids, offsets) for text, ids, offsets in rows]
@@ -310,15 +328,28 @@ class Tokens:
                 return text
         return self.decode([encoded.ids[position]])
 
+    def ids(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of a text, with the tokenizer's ``special`` ones or without.
+
+        Raises :class:`RowlessTokenError` for a token that the model cannot read.
+        """
+        with panics_refused():
+            ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        self.refuse_rowless(ids)
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with panics_refused():
+            return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _has_row(self, id: int) -> bool:
         return self.rows is None or id < self.rows
 
     def _round_trip(self, text: str) -> str:
-        return self.decode(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with panics_refused():
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.decode(ids)
 
     def _refuse_unknown(self, request: EditRequest, encoded: Encoded) -> None:
         """Raise where the tokenizer reads subject or target as its mark for text that it does not know."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from editcli.errors import OptionError, near_miss
+from editcli.formatting import LARGEST, shorten
 
 T = TypeVar("T")
 
@@ -117,9 +118,11 @@ def _number(value: Any, kind: Any, where: str) -> int | float:
             number = kind(value)
         except (TypeError, ValueError, OverflowError):
             number = None
+        if isinstance(number, int) and abs(number) > LARGEST:
+            raise OptionError(f"{where} must be a whole number up to {LARGEST}, not {shorten(repr(value))}")
         if number is not None and _is_faithful(number, value):
             return number
-    raise OptionError(f"{where} must be {_type_name(kind)}, not {value!r}")
+    raise OptionError(f"{where} must be {_type_name(kind)}, not {shorten(repr(value))}")
 
 
 def _is_faithful(number: int | float, value: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from editcli.formatting import finite
+from editcli.formatting import LARGEST, finite
 from editcli.storage.conversion import UnreadableError, reason
 from editcli.storage.lines import is_deep
 from editcli.storage.opening import RECORD, Kind, read_bytes
@@ -25,8 +25,6 @@ T = TypeVar("T")
 
 MAX_VALUES = 4_000_000
 """Values in one document; each takes up to a hundred times its bytes once it is read."""
-LARGEST = 2**63 - 1
-"""Largest whole number: beyond, other programs read another number."""
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Size = Annotated[float, Meta(ge=0)]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from editcli.errors import OptionError, near_miss
+from editcli.formatting import LARGEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,8 @@ class Setting:
             raise OptionError(f"{self.flag} must be one of {known}, not {value!r}{near_miss(value, self.choices)}")
         if self.least is not None and value is not None and value < self.least:
             raise OptionError(f"{self.flag} must be at least {self.least}")
+        if isinstance(value, int) and value > LARGEST:
+            raise OptionError(f"{self.flag} must be at most {LARGEST}")
 
 
 def setting(default: Any, help: str, **facts: Any) -> Any:

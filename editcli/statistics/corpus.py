@@ -112,8 +112,7 @@ def _file_corpus(path: Path, loaded: LoadedModel, max_length: int, name: str) ->
 
 def _tokenised(loaded: LoadedModel, texts: Callable[[], Iterator[str]], max_length: int) -> Iterator[list[int]]:
     for text in itertools.chain.from_iterable(map(_pieces, texts())):
-        ids = loaded.tokens.tokenizer(text, verbose=False)["input_ids"]
-        loaded.tokens.refuse_rowless(ids)
+        ids = loaded.tokens.ids(text)
         for start in range(0, len(ids), max_length):
             piece = ids[start : start + max_length]
             if len(piece) > 1:

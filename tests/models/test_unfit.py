@@ -56,6 +56,22 @@ def configured(**fields: Any) -> Callable[[Any], None]:
     return build
 
 
+def template_without_its_token(folder: Any) -> None:
+    """The tokenizers library opens such a file, and panics over the first text."""
+    folder.single()
+    path = folder.path / "tokenizer.json"
+    described = json.loads(path.read_text("utf-8"))
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    start = {"SpecialToken": {"id": "<none>", "type_id": 0}}
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [start, first],
+        "pair": [start, first, second],
+        "special_tokens": {},
+    }
+    path.write_text(json.dumps(described), "utf-8")
+
+
 def lost_from_shard(folder: Any) -> None:
     mapped = folder.shards({key: tensor for key, tensor in folder.weights.items() if key != QUERY})
     folder.index({**mapped, QUERY: mapped[DOWN]})
@@ -75,6 +91,8 @@ UNFIT: dict[str, tuple[Callable[[Any], None], str]] = {
     "complex": (complex_numbers, f"{DOWN} of .* is stored as C64"),
     "a dtype that is none": (configured(dtype="float8_e4m3fn", torch_dtype="float8_e4m3fn"), "gives the dtype float8"),
     "whole numbers": (configured(dtype="int8", torch_dtype="int8"), "gives the dtype int8"),
+    "more layers than can be built": (configured(num_hidden_layers=2**63), "counts 9,223,.* correct num_hidden_layers"),
+    "a tokenizer that panics": (template_without_its_token, r"the tokenizer cannot be used \(no entry found for key\)"),
     "layers as a word": (
         configured(num_hidden_layers="four"),
         "num_hidden_layers|configuration|an integer",

@@ -51,6 +51,7 @@ def test_the_output_folder_is_named_after_the_edits(edits: str, out: str) -> Non
     [
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"limit": -1}, "--limit must be at least 1"),
+        ({"batch_size": 10**400}, "--batch-size must be at most 9223372036854775807"),
         ({"checkpoint_every": 0}, "--checkpoint-every"),
         ({"eval_every": 0}, "--eval-every"),
         ({"diagnose_every": 0}, "--diagnose-every"),
