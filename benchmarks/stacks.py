@@ -36,7 +36,7 @@ from editcli.statistics.moments import SecondMoments
 STREAM = Path(__file__).parents[1] / "sample_edits" / "stream.jsonl"
 CROSSED = ("memit", "alphaedit", "rlsedit", "rome", "ft", "ultraedit")
 """Editors that are run with every stabilizer."""
-ALONE = ("evoedit", "lyaplock", "nse", "locft", "crispedit", "betaedit", "encore", "stableedit")
+ALONE = ("evoedit", "lyaplock", "nse", "simie", "locft", "crispedit", "betaedit", "encore", "stableedit")
 """Editors and named stacks that are run as they are."""
 STABILIZERS = ("", "nas", "revive", "rect", "prune", "clip", "sphere", "nas+revive")
 COLUMNS = ("efficacy", "generalization", "specificity", "ratio")
@@ -61,7 +61,7 @@ class StackBench:
         settings: Settings,
     ) -> dict[str, Any]:
         """Edit in batches, an editor's name before its stabilizers', and measure everything at the end."""
-        started = time.perf_counter()
+        started = time.process_time()
         editor = component(self.plugins, "editor", stack[0], settings)
         stabilizers = [component(self.plugins, "stabilizer", name, settings) for name in stack[1:]]
         layers = layers[-1:] if editor.single_site else layers
@@ -82,7 +82,7 @@ class StackBench:
                 chosen = edits[start : start + batch]
                 written = edit_batch(session, editor, stabilizers, chosen, finite)
                 commit(session, editor, stabilizers, chosen, written)
-            return {**self._measure(session, stabilizers, edits), "seconds": time.perf_counter() - started}
+            return {**self._measure(session, stabilizers, edits), "seconds": time.process_time() - started}
         finally:
             session.restore(before)
 
@@ -122,7 +122,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             lines.append(f"| {stack} | {row['error']} | | | | |")
         else:
             cells = " | ".join(f"{row[name]:.2f}" for name in COLUMNS)
-            lines.append(f"| {stack} | {cells} | {row['seconds']:.0f} |")
+            seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+            lines.append(f"| {stack} | {cells} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 
