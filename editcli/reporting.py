@@ -104,6 +104,9 @@ class RunReport:
     """Name, label and layers of the preset; of a preset file also its path and sha256."""
     protocols: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Protocol and scorer of each metric that was measured."""
+    routing: Mapping[str, Any] | None = None
+    """How the routers of a mixture of experts changed their choices on neighbours: ``prompts``, the share ``changed``
+    and the same of each of the ``layers``; None where nothing was measured."""
 
     @property
     def unchanged(self) -> bool:
@@ -137,4 +140,5 @@ class RunReport:
             "targets": self.targets,
             "components": self.components,
             "preset": self.preset,
+            "routing": self.routing,
         }

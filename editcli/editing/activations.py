@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from editcli.errors import ModelError
 from editcli.models.forward import chunks, first, hooked, pass_tokens, positions, replaced_forward, run, with_first
+from editcli.models.keys import read_keys
 from editcli.models.loading import LoadedModel
-from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
 from editcli.reporting import Reporter
 
@@ -29,10 +29,12 @@ STORED_BATCHES = 2
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """A module to read: its output or its input."""
+    """What to read: the keys of a layer, or the output of a module."""
 
-    module: nn.Module
-    output: bool
+    module: nn.Module | None = None
+    """None for the keys."""
+    keys: int = -1
+    """The layer whose keys to read."""
     within: nn.Module | None = None
     """A module that works on each token alone, so that only the rows' last tokens enter it."""
 
@@ -114,10 +116,14 @@ class Activations:
         values: dict[int, Tensor] = {}
 
         def reading(number: int, hook: Hook) -> Any:
-            def read(owner: Any, entered: Tensor, produced: Any) -> None:
-                values[number] = _at_ends(first(produced) if hook.output else whole_input(owner, entered), part).float()
+            stop = number == len(hooks) - 1
 
-            return read
+            def read(value: Tensor) -> None:
+                values[number] = _at_ends(value, part).float()
+
+            if hook.module is None:
+                return read_keys(self.loaded.architecture, hook.keys, read, stop=stop)
+            return hooked(hook.module, lambda owner, entered, produced: read(first(produced)), stop=stop)
 
         def store(owner: Any, entered: Tensor, produced: Any) -> None:
             # A copy, in case a block works on its input in place.
@@ -128,8 +134,7 @@ class Activations:
             if layer > 0 and layer not in part.entering:
                 stack.enter_context(hooked(self.loaded.architecture.block(layer - 1), store))
             for number, hook in enumerate(hooks):
-                stop = number == len(hooks) - 1
-                stack.enter_context(hooked(hook.module, reading(number, hook), stop=stop))
+                stack.enter_context(reading(number, hook))
                 if hook.within is not None:
                     stack.enter_context(_narrowed(hook.within, part))
             run(self.loaded.model, part.ids)

@@ -127,15 +127,20 @@ class ModelSession:
         if site not in self._baselines:
             stored = self.loaded.checkpoint.read(self.stored_name(site), device=self._home(site))
             # In its stored dtype, so that a half-precision baseline costs half of a master.
-            self._baselines[site] = stored.T.contiguous() if site.transposed else stored
+            self._baselines[site] = site.oriented(stored).contiguous()
         return self._baselines[site].float()
 
     def stored_name(self, site: Site) -> str:
         """Return the checkpoint's name of a site's weight."""
-        return self.loaded.checkpoint.tensor_for(f"{site.module}.weight")
+        return self.loaded.checkpoint.weight_of(site.module)
 
     def second_moment(self, site: Site) -> Tensor:
         """Return C = E[k k^T], (d_in, d_in) float64, of the unedited model; do not change it in place."""
+        if site.experts:
+            raise StatisticsError(f"{site.module} has a second moment for each expert; ask for expert_moments")
+        return self._moment(site)
+
+    def _moment(self, site: Site) -> Tensor:
         if self.written:
             raise StatisticsError(f"{site.module}: statistics belong to the unedited model, but it was edited already")
         if self._second_moment is None:
@@ -242,7 +247,7 @@ class ModelSession:
         The first prefixed prompt stands in for a bare one whose key is that of an attention sink.
         """
         mlp, projection = self.loaded.architecture.mlp(site.layer), self._projection(site)
-        hook = Hook(projection, output=False, within=None if mlp is projection else mlp)
+        hook = Hook(keys=site.layer, within=None if mlp is projection else mlp)
         (keys,) = self._activations.read(self._first_rows(requests), site.layer, [hook])
         if self.prefixes:
             (prefixed,) = self._activations.read(self._lookup_rows(requests, self.prefixes), site.layer, [hook])
@@ -255,13 +260,21 @@ class ModelSession:
         remaining = len(self.sites) - self.sites.index(site)
         architecture = self.loaded.architecture
         hooks = [
-            Hook(architecture.mlp(site.layer), output=True),
-            Hook(architecture.block(self.layers[-1]), output=True),
+            Hook(architecture.mlp(site.layer)),
+            Hook(architecture.block(self.layers[-1])),
         ]
         output, last = self._activations.read(self._first_rows(requests), site.layer, hooks)
         goal = values.initial - self._joined(values.written) + self._joined(values.contribution)
         change = (goal - last.T.to(goal.device)) / remaining
         return self._at_output(site, output.T.to(goal.device), change).to(self._masters[site].device)
+
+    def expert_moments(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return C_j (E, d, d) of each routed expert, and how many tokens of the reference text it reads, (E,)."""
+        if not site.experts:
+            raise StatisticsError(f"{site.module} has no routed experts")
+        sums = self._moment(site)
+        tokens = sums[:, -1, -1]
+        return sums[:, :-1, :-1] / tokens.clamp_min(1)[:, None, None], tokens
 
     def forget_reads(self) -> None:
         """Free the hidden states and texts that reads of a batch have stored for its next site."""
@@ -330,13 +343,11 @@ class ModelSession:
 
     def encoded(self, site: Site, weight: Tensor) -> Stored:
         """Return a site's weight, (d_out, d_in), as the checkpoint stores it, in the layout of the model."""
-        oriented = weight.T if site.transposed else weight
-        return self.loaded.checkpoint.encode(self.stored_name(site), oriented, self._save_dtype)
+        return self.loaded.checkpoint.encode(self.stored_name(site), site.stored(weight), self._save_dtype)
 
     def as_saved(self, site: Site, weight: Tensor) -> Tensor:
         """Return the numbers that a reader of the saved file gets of a weight, (d_out, d_in)."""
-        value = value_of(self.encoded(site, weight)).to(weight.device)
-        return value.T if site.transposed else value
+        return site.oriented(value_of(self.encoded(site, weight)).to(weight.device))
 
     def masters(self) -> Mapping[Site, Tensor]:
         """Return all current weights; replaced, never changed in place, by later writes."""
@@ -354,7 +365,7 @@ class ModelSession:
         if weight.dtype.itemsize < self.loaded.checkpoint.dtype(self.stored_name(site)).itemsize:
             # The file is more exact than the model's dtype, and the master is saved.
             return self.baseline(site).clone()
-        return (weight.T if site.transposed else weight).float().clone(memory_format=torch.contiguous_format)
+        return site.oriented(weight).float().clone(memory_format=torch.contiguous_format)
 
     def _first_rows(self, requests: Sequence[EditRequest]) -> list[Encoded]:
         """Return each request's bare text, cut after its lookup token; behind the first prefix where that is a sink."""

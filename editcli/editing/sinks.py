@@ -38,10 +38,9 @@ Measured on SmolLM2-135M: 0.6 in layer 0, where no sink has formed yet, and 0.01
 
 def first_is_sink(loaded: LoadedModel, layers: Sequence[int], *, batch_tokens: int) -> bool:
     """Tell whether the first token of a text is a sink at one of the edited ``layers``, ascending."""
-    architecture = loaded.architecture
     behind = [tuple(loaded.tokens.ids(CONTEXT + word, special=False)) for word in WORDS]
     rows = [Encoded(ids, len(ids) - 1, range(0)) for text in behind for ids in (text[-1:], text)]
-    hooks = [Hook(architecture.projection(layer), output=False) for layer in layers]
+    hooks = [Hook(keys=layer) for layer in layers]
     read = Activations(loaded, batch_tokens=batch_tokens, reporter=Silent()).read(rows, layers[0], hooks)
     return any(spread(keys[0::2].T) < ALIKE * spread(keys[1::2].T) for keys in read)
 

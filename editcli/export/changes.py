@@ -57,7 +57,7 @@ class _Triplets:
 
 def find_change(edited: Edited, site: Site, rank: int | None, *, device: torch.device) -> SiteChange:
     """Return the change of one site at ``rank``, or at the smallest that loses nothing, up to :data:`SHARE`."""
-    name = edited.before.tensor_for(f"{site.module}.weight")
+    name = edited.before.weight_of(site.module)
     base = oriented(edited.before, name, site).to(device)
     saved = oriented(edited.run.after, name, site).to(device)
     master = _master(edited, site, name)
@@ -95,7 +95,7 @@ def share_rank(rows: int, columns: int) -> int:
 def oriented(checkpoint: Checkpoint, name: str, site: Site) -> Tensor:
     """Return a stored weight as (d_out, d_in) float32."""
     stored = checkpoint.read(name).float()
-    return stored.T.contiguous() if site.transposed else stored
+    return site.oriented(stored).contiguous()
 
 
 def _master(edited: Edited, site: Site, name: str) -> Tensor | None:
@@ -107,7 +107,7 @@ def _master(edited: Edited, site: Site, name: str) -> Tensor | None:
             master = file.get_tensor(key)
         if master.ndim != 2 or not master.is_floating_point():
             return None
-        cast = to_stored(master, after.entries[name], after.dtype(name), transposed=site.transposed)
+        cast = to_stored(master, name, after, site)
     except (SafetensorError, OSError, ModelError):
         # An exported folder has no state, and a damaged one is of no use here: what was saved tells enough.
         return None

@@ -49,9 +49,9 @@ def put_on(loaded: LoadedModel, adapter: Path) -> None:
     for module, (left, right) in read_adapter(adapter).items():
         site = sites[module]
         projection = architecture.projection(site.layer)
-        base = oriented(loaded.checkpoint, loaded.checkpoint.tensor_for(f"{module}.weight"), site)
+        base = oriented(loaded.checkpoint, loaded.checkpoint.weight_of(module), site)
         weight = (base + left @ right).to(device_of(projection))
-        replace_weight(projection, weight.T if site.transposed else weight)
+        replace_weight(projection, site.stored(weight))
 
 
 def _applied(edited: Edited, reporter: Reporter) -> list[EditRequest]:

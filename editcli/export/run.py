@@ -126,6 +126,7 @@ class _Export:
 
     def _lora(self) -> tuple[str, ...]:
         edited = self._with_base()
+        refuse_experts(edited)
         changes = [change for change in self._changes(edited) if change.report.rank]
         if not changes:
             raise StateError(f"what {self.run.path} changed is not above rounding, so there is nothing for an adapter")
@@ -179,7 +180,7 @@ class _Export:
                 raise ModelError(f"what was written is not {self.run.path}; the disk may be faulty, export again")
             refuse_unopenable(self.folder, trust_remote_code=self.recipe.trust_remote_code)
             advance(1)
-        return tuple(after.tensor_for(f"{module}.weight") for module in self.run.history.sites)
+        return after.tensors_of(after.weight_of(module) for module in self.run.history.sites)
 
     def _with_base(self) -> Edited:
         refuse_packed(self.run.after, self.recipe.format)
@@ -189,6 +190,17 @@ class _Export:
             self.reporter,
             families=self.families,
             trust_remote_code=self.recipe.trust_remote_code,
+        )
+
+
+def refuse_experts(edited: Edited) -> None:
+    """Raise :class:`ModelError` for a run that edited routed experts: an adapter adds to the matrix of one module."""
+    sites = [edited.architecture.site(layer) for layer in edited.run.history.layers]
+    mixed = next((site for site in sites if site.experts), None)
+    if mixed is not None:
+        raise ModelError(
+            f"{mixed.module} holds the matrices of {mixed.experts} experts, and an adapter adds to the matrix of one "
+            "module; use --format patch or full"
         )
 
 

@@ -116,7 +116,7 @@ def with_base(
             )
         advance(1)
     config = load_config(source, trust_remote_code=trust_remote_code)
-    architecture = resolve(skeleton(config, trust_remote_code), families)
+    architecture = resolve(skeleton(config, trust_remote_code), families).recorded(run.history.sites)
     changed = tuple(_changed(before, run.after, reporter))
     _refuse_foreign(run, before, architecture, changed)
     return Edited(run, source, changed, architecture)
@@ -125,7 +125,7 @@ def with_base(
 def _refuse_other_weights(run: FinishedRun) -> None:
     """Raise :class:`StateError` when an edited tensor is not the one that the run wrote."""
     for name, digest in (run.record.provenance.weights or {}).items():
-        if name not in run.after.entries or run.after.stored_digest(name) != digest:
+        if not run.after.holds(name) or run.after.stored_digest(name) != digest:
             raise StateError(
                 f"{name} in {run.path} is not what the run wrote: the folder was changed since; restore it, or publish "
                 "it as it stands"
@@ -157,7 +157,7 @@ def _refuse_foreign(run: FinishedRun, before: Checkpoint, architecture: Architec
     """Raise when nothing was changed, or something that the run did not edit."""
     if not changed:
         raise StateError(f"nothing in {run.path} differs from its base, so there is nothing to export")
-    edited = {before.tensor_for(f"{architecture.site(layer).module}.weight") for layer in run.history.layers}
+    edited = before.tensors_of(before.weight_of(architecture.site(layer).module) for layer in run.history.layers)
     foreign = [name for name in changed if name not in edited]
     if foreign:
         raise StateError(

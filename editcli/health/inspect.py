@@ -178,6 +178,7 @@ def inspect(
     check_fit(source.checkpoint, architecture.model, reporter)
     chosen = load_preset(config, architecture, preset)
     before = _base_source(base, history, reporter) if wanted.norms or wanted.spectral else None
+    architecture = architecture.recorded(history.sites) if history else architecture
     reader = _Reader(source, before, architecture, wanted, device)
     layers = _layers(wanted, history, architecture)
     with reporter.phase("inspect", len(layers), "sites") as advance:
@@ -224,7 +225,7 @@ class _Reader:
         """Return one site with the selected figures."""
         site, shape = self.architecture.site(layer), self.architecture.shape(layer)
         checkpoint = self.source.checkpoint
-        dtype = checkpoint.stored_as(checkpoint.tensor_for(f"{site.module}.weight"))
+        dtype = checkpoint.stored_as(checkpoint.weight_of(site.module))
         bare = SiteInspection(site, shape, dtype, in_preset)
         if not (self.selection.norms or self.selection.spectral):
             return bare
@@ -276,8 +277,8 @@ class _Reader:
 def read_site(source: ModelSource, site: Site, shape: tuple[int, int]) -> Tensor:
     """Read one editable matrix as stored, turned to (d_out, d_in); raise :class:`ModelError` on another shape."""
     checkpoint = source.checkpoint
-    weight = checkpoint.read(checkpoint.tensor_for(f"{site.module}.weight"))
-    weight = weight.T if site.transposed else weight
+    weight = checkpoint.read(checkpoint.weight_of(site.module))
+    weight = site.oriented(weight)
     if tuple(weight.shape) != shape:
         raise ModelError(
             f"{site.module} of {source.name} is {tuple(weight.shape)}, not {shape}: this is another model; "

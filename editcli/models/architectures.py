@@ -11,8 +11,8 @@ row of a model, or reads the facts off a regular module tree, and returns an :cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from editcli.errors import ModelError
 from editcli.models.discovery import discover
+from editcli.models.experts import EXPERTS_WEIGHT, edited_parameter, is_packed, refuse_unpacked, unpacked
 from editcli.models.towers import auto_class, inside, tower_of
 from editcli.plugin.families import Family
 from editcli.plugin.interfaces import Site
@@ -71,6 +72,18 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("exaone4", ("exaone4",), mlp_norm="post_feedforward_layernorm"),
     Family("glm4", ("glm4",), mlp_norm="post_mlp_layernorm"),
+    Family("mixtral", ("mixtral",), experts="mlp.experts"),
+    Family("qwen3_moe", ("qwen3_moe",), experts="mlp.experts"),
+    Family("olmoe", ("olmoe",), experts="mlp.experts"),
+    Family("gpt_oss", ("gpt_oss",), experts="mlp.experts"),
+    Family(
+        "qwen2_moe",
+        ("qwen2_moe",),
+        experts="mlp.experts",
+        shared="mlp.shared_expert.down_proj",
+        shared_gate="mlp.shared_expert_gate",
+    ),
+    Family("deepseek", ("deepseek_v2", "deepseek_v3"), experts="mlp.experts", shared="mlp.shared_experts.down_proj"),
     Family("granite", ("granite", "hyperclovax"), residual_multiplier="residual_multiplier"),
 )
 """The built-in families."""
@@ -87,6 +100,8 @@ class Architecture:
 
     family: Family
     model: PreTrainedModel
+    routed: bool = False
+    """Whether the routed experts are edited where a layer has some; else the shared expert is, where there is one."""
 
     @property
     def layers(self) -> int:
@@ -121,8 +136,44 @@ class Architecture:
         return self.model.get_submodule(self._path(layer, self.family.mlp))
 
     def projection(self, layer: int) -> nn.Module:
-        """Return the MLP's last linear map; its input is the key k."""
-        return self.model.get_submodule(self._path(layer, self.family.projection))
+        """Return the module whose weight is edited: the MLP's last linear map, of a mixture that of an expert.
+
+        That is the shared expert, or the module that holds all routed ones: :attr:`routed`. What its key is says
+        :func:`editcli.models.keys.read_keys`.
+        """
+        return self.model.get_submodule(self._projection_path(layer))
+
+    def experts(self, layer: int) -> nn.Module | None:
+        """Return the module that holds all routed experts of a layer; None for a layer that is no mixture."""
+        name = self.family.experts
+        return _submodule(self.block(layer), name) if name else None
+
+    def packed_experts(self, layer: int) -> nn.Module | None:
+        """Return the module of :meth:`experts` where its arguments are tokens, chosen experts and gates; else None."""
+        experts = self.experts(layer)
+        return experts if experts is not None and is_packed(experts) else None
+
+    def shared_gate(self, layer: int) -> nn.Module | None:
+        """Return the map whose sigmoid scales the edited expert's output, where a shared expert with one is edited."""
+        gate, shared = self.family.shared_gate, self.family.shared
+        if gate is None or self._projection_path(layer) != self._path(layer, shared or ""):
+            return None
+        return self.model.get_submodule(self._path(layer, gate))
+
+    def edits_experts(self, layer: int) -> bool:
+        """Return whether the layer's editable matrix is that of all its routed experts."""
+        return self.family.experts is not None and self.projection(layer) is self.experts(layer)
+
+    @property
+    def experts_per_token(self) -> int:
+        """Return how many routed experts read a token."""
+        return max(1, _count(getattr(self.model.config.get_text_config(), "num_experts_per_tok", 1)))
+
+    def recorded(self, modules: Collection[str]) -> Architecture:
+        """Return the architecture whose sites a run wrote to, by the names of their modules."""
+        routed = replace(self, routed=True)
+        named = any(routed.site(layer).module in modules for layer in range(self.layers) if self.experts(layer))
+        return routed if named else self
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """Return the norm on the MLP's output before it joins the stream, or None."""
@@ -137,13 +188,28 @@ class Architecture:
 
     def site(self, layer: int) -> Site:
         """Return the layer's editable matrix; raise :class:`ModelError` if its module type has no known orientation."""
-        path = self._path(layer, self.family.projection)
+        path = self._projection_path(layer)
+        if self.edits_experts(layer):
+            experts = self.projection(layer)
+            refuse_unpacked(experts, path)
+            count = len(experts.get_parameter(EXPERTS_WEIGHT))
+            transposed = bool(experts.is_transposed)
+            return Site(layer=layer, module=f"{path}.{EXPERTS_WEIGHT}", transposed=transposed, experts=count)
         return Site(layer=layer, module=path, transposed=_is_transposed(self.model.get_submodule(path), path))
 
     def shape(self, layer: int) -> tuple[int, int]:
         """Return the shape (d_out, d_in) of the layer's editable matrix, whatever way round it is stored."""
-        rows, columns = cast(torch.Tensor, self.projection(layer).weight).shape
-        return (columns, rows) if self.site(layer).transposed else (rows, columns)
+        *experts, rows, columns = edited_parameter(self.projection(layer)).shape
+        rows, columns = (columns, rows) if self.site(layer).transposed else (rows, columns)
+        return rows, columns * (experts[0] if experts else 1)
+
+    def _projection_path(self, layer: int) -> str:
+        """Return the path of :meth:`projection`: dense layers have no choice, mixtures have one of two experts."""
+        family, block = self.family, self.block(layer)
+        if family.experts is None or _submodule(block, family.projection) is not None:
+            return self._path(layer, family.projection)
+        is_shared = family.shared is not None and _submodule(block, family.shared) is not None
+        return self._path(layer, (family.shared if is_shared and not self.routed else None) or family.experts)
 
     def _path(self, layer: int, name: str = "") -> str:
         if not 0 <= layer < self.layers:
@@ -155,8 +221,8 @@ def resolve(model: PreTrainedModel, families: Sequence[Family] = ()) -> Architec
     """Find what ``model`` (loaded, or on the meta device) calls its parts.
 
     ``families`` come first, then :data:`FAMILIES`, then the module tree itself. Raises :class:`ModelError` for a model
-    that cannot be edited: mixture of experts, encoder-decoder, quantised, or of an irregular build. Of a model that
-    reads images as well, the parts are those of its text tower.
+    that cannot be edited: a mixture of experts of no known family, encoder-decoder, quantised, or of an irregular
+    build. Of a model that reads images as well, the parts are those of its text tower.
     """
     refuse_config(model.config)
     whole, text = model.config.model_type, model.config.get_text_config().model_type
@@ -165,6 +231,8 @@ def resolve(model: PreTrainedModel, families: Sequence[Family] = ()) -> Architec
     if known is None:
         inner = next((family for family in all_families if text in family.model_types), None)
         known = inner and inside(inner, tower_of(model))
+    if known is None or known.experts is None:
+        _refuse_mixture(model.config)
     architecture = Architecture(known or _discovered(model), model)
     if known is not None:
         _check_paths(architecture)
@@ -199,10 +267,17 @@ def refuse_config(config: PretrainedConfig) -> None:
             f"the model's weights are quantised ({said.get('quant_method', 'in an unknown way')}), which editcli does "
             "not pack anew; edit the unquantised checkpoint that they were made from, and quantise the result"
         )
-    text = config.get_text_config()
-    if any(_count(getattr(part, key, None)) > 1 for part in (config, text) for key in EXPERT_KEYS):
-        raise ModelError(f"{what} is a mixture of experts, which has no single MLP to edit; choose a dense model")
     auto_class(config)
+
+
+def _refuse_mixture(config: PretrainedConfig) -> None:
+    """Raise :class:`ModelError` for a mixture of experts of no known family."""
+    parts = (config, config.get_text_config())
+    if any(_count(getattr(part, key, None)) > 1 for part in parts for key in EXPERT_KEYS):
+        raise ModelError(
+            f"a model of type {config.model_type!r} is a mixture of experts of no family that editcli knows; describe "
+            "it in a plugin with the editcli_architectures hook, or choose another model"
+        )
 
 
 def refuse_depth(config: PretrainedConfig) -> None:
@@ -242,6 +317,9 @@ def _check_paths(architecture: Architecture) -> None:
         for part in (architecture.block, architecture.mlp, architecture.projection, architecture.mlp_norm):
             part(0)
     except AttributeError as error:
+        if family.experts is not None:
+            # The fifth release of transformers renamed the parts of some mixtures when it stacked their experts.
+            raise unpacked(type(architecture.model).__name__) from error
         raise ModelError(
             f"the family {family.name!r} does not fit this {type(architecture.model).__name__}: {error}; "
             "correct the family's paths"
@@ -252,9 +330,17 @@ def _check_weights(architecture: Architecture) -> None:
     """Raise :class:`ModelError` unless every projection is a plain matrix of floating-point numbers."""
     for layer in range(architecture.layers):
         site = architecture.site(layer)
-        dtype = cast(torch.Tensor, architecture.projection(layer).weight).dtype
+        dtype = edited_parameter(architecture.projection(layer)).dtype
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ModelError(f"{site.module} holds {dtype} numbers; choose the checkpoint before it was quantised")
+
+
+def _submodule(block: nn.Module, path: str) -> nn.Module | None:
+    """Return a module inside a block; None where this block has none of that name."""
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _is_transposed(module: nn.Module, path: str) -> bool:

@@ -109,8 +109,10 @@ def _only_at(forward: Callable[..., Any], positions: Tensor) -> Callable[..., An
         flat = hidden.reshape(-1, hidden.shape[-1])
         where = positions.to(flat.device)
         # Some families flatten (rows, tokens) in front of their MLP; it gets the shape that it knows.
-        output = forward(flat[where] if hidden.ndim == 2 else flat[where][None])
+        whole = forward(flat[where] if hidden.ndim == 2 else flat[where][None])
+        output = first(whole)
         wide = output.new_zeros(len(flat), output.shape[-1])
-        return wide.index_copy(0, where, output.reshape(len(where), -1)).view(*hidden.shape[:-1], -1)
+        # Some mixtures of experts return the scores of their router as well, which nothing reads.
+        return with_first(whole, wide.index_copy(0, where, output.reshape(len(where), -1)).view(*hidden.shape[:-1], -1))
 
     return pruned

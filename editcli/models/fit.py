@@ -123,20 +123,32 @@ def rehearse(checkpoint: Checkpoint, model: PreTrainedModel) -> Mapping[str, Any
     return _loaded_hollow(checkpoint, model)[1]
 
 
-def stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, str]:
+def stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
     """Return the stored name of every parameter of ``model`` that transformers loads as it is, under whatever name.
+
+    One that transformers stacks, as it does the matrices of experts, has the names of its parts, in their order.
 
     Transformers loads a checkpoint in which every tensor holds its own number and nothing else, and the numbers that
     the parameters have afterwards tell the names. Allocates nothing for what is stored.
     """
     loaded, _ = _loaded_hollow(checkpoint, model)
-    stored, names = list(checkpoint.entries.values()), dict[str, str]()
+    stored, names = list(checkpoint.entries.values()), dict[str, tuple[str, ...]]()
     for name, parameter in loaded.named_parameters(remove_duplicate=False):
-        number = 0 if parameter.is_meta or not parameter.numel() else int(parameter.detach().reshape(-1)[0])
-        # A parameter that was put together from several tensors has another shape than each of them.
-        if 0 < number <= len(stored) and stored[number - 1].shape == tuple(parameter.shape):
-            names[name] = stored[number - 1].name
+        if parameter.is_meta or not parameter.numel():
+            continue
+        whole, parts = _numbered(parameter.detach()), tuple(map(_numbered, parameter.detach()))
+        # A parameter that was put together in another way has numbers of several tensors in one part.
+        if 0 < whole <= len(stored) and stored[whole - 1].shape == tuple(parameter.shape):
+            names[name] = (stored[whole - 1].name,)
+        elif all(0 < n <= len(stored) and stored[n - 1].shape == tuple(parameter.shape[1:]) for n in parts):
+            names[name] = tuple(stored[n - 1].name for n in parts)
     return names
+
+
+def _numbered(values: Tensor) -> int:
+    """Return the number that the first and the last element of a tensor have; 0 where they differ."""
+    flat = values.reshape(-1)
+    return int(flat[0]) if flat.numel() and bool(flat[0] == flat[-1]) else 0
 
 
 def _loaded_hollow(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[PreTrainedModel, Mapping[str, Any]]:

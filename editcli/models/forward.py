@@ -55,6 +55,24 @@ def hooked(module: nn.Module, hook: Callable[[Any, Tensor, Any], Any], *, stop: 
 
 
 @contextmanager
+def hooked_call(
+    module: nn.Module, hook: Callable[[Any, tuple[Any, ...]], Any], *, stop: bool = False
+) -> Iterator[None]:
+    """Call ``hook(module, arguments)`` after a module of several arguments ran; with ``stop`` end the pass there."""
+
+    def after(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        hook(owner, (*args, *kwargs.values()))
+        if stop:
+            raise _Stop
+
+    handle = module.register_forward_hook(after, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Run ``forward`` instead of the module's own, for as long as the context lasts."""
     attribute = module.__dict__.get("forward")

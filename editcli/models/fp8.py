@@ -44,7 +44,7 @@ def quantisation_of(folder: Path) -> Mapping[str, Any]:
 class Fp8Checkpoint(Checkpoint):
     """A folder of safetensors files in which some matrices are eight-bit floats with scales."""
 
-    def __init__(self, folder: Path, names: Callable[[Checkpoint], Mapping[str, str]] | None = None):
+    def __init__(self, folder: Path, names: Callable[[Checkpoint], Mapping[str, tuple[str, ...]]] | None = None):
         super().__init__(folder, names)
 
     @cached_property
@@ -78,6 +78,8 @@ class Fp8Checkpoint(Checkpoint):
 
     def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
         """Return one weight, multiplied by its scales."""
+        if name not in self.entries:
+            return super().read(name, device)
         if name not in self.scales:
             return self._piece(name, device)
         stored = self._piece(name, device).float()
@@ -113,15 +115,17 @@ class Fp8Checkpoint(Checkpoint):
             )
         if name in self.scales:
             self._block(name, self.pieces[name].shape)
+        elif name not in self.entries:
+            return super().recoded(name, dtype)
         return None
 
     def stored_digest(self, name: str) -> str:
         """Return the sha256 of a weight's content, that of its scales included."""
-        return self.digest_of_pieces((name, self.scales[name]) if name in self.scales else (name,))
+        return self.digest_of_pieces(piece for part in self.parts(name) for piece in self._with_scales(part))
 
     def digest_of(self, names: Iterable[str]) -> str:
         """Return a sha256 over the named weights and their scales."""
-        return self.digest_of_pieces(piece for name in names for piece in (name, self.scales.get(name)) if piece)
+        return self.digest_of_pieces(piece for name in names for piece in self._with_scales(name))
 
     def reopened(self) -> Fp8Checkpoint:
         """Return this checkpoint with everything that is known of its files forgotten."""
@@ -130,6 +134,9 @@ class Fp8Checkpoint(Checkpoint):
     def copy_in(self, folder: Path) -> Fp8Checkpoint:
         """Return the edited copy of this checkpoint in another folder."""
         return Fp8Checkpoint(folder, self._names_of)
+
+    def _with_scales(self, name: str) -> tuple[str, ...]:
+        return (name, self.scales[name]) if name in self.scales else (name,)
 
     def _piece(self, name: str, device: str | torch.device) -> Tensor:
         return super().read(name, device)

@@ -107,7 +107,7 @@ class ModelSource:
             return GgufCheckpoint(self.gguf, skeleton)
         return (Fp8Checkpoint if is_fp8(self.folder) else Checkpoint)(self.folder, self._names)
 
-    def _names(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+    def _names(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:
         try:
             return stored_names(checkpoint, skeleton(load_config(self)))
         except ModelError:

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from editcli.models.experts import edited_parameter, weight_name
 from editcli.models.sharded import parted, whole_weight
 
 
 def device_of(module: nn.Module) -> torch.device:
     """Return the device on which a module computes."""
-    weight = module.get_parameter("weight")
+    weight = edited_parameter(module)
     return torch.device(_hook(module).execution_device) if weight.is_meta else weight.device
 
 
 def read_weight(module: nn.Module) -> Tensor:
     """Return a module's weight as the model holds it, on the device on which the module computes."""
-    weight = module.get_parameter("weight").detach()
-    return read_offloaded(module, "weight").to(device_of(module)) if weight.is_meta else whole_weight(weight)
+    weight = edited_parameter(module).detach()
+    return read_offloaded(module, weight_name(module)).to(device_of(module)) if weight.is_meta else whole_weight(weight)
 
 
 def read_offloaded(module: nn.Module, name: str) -> Tensor:
@@ -30,14 +31,14 @@ def read_offloaded(module: nn.Module, name: str) -> Tensor:
 
 def replace_weight(module: nn.Module, value: Tensor) -> None:
     """Replace a module's weight, cast to the dtype in which the model holds it."""
-    weight = module.get_parameter("weight")
+    weight = edited_parameter(module)
     if not weight.is_meta:
         with torch.no_grad():
             weight.copy_(parted(value, weight))
         return
     hook = _hook(module)
     # The map may be shared by the whole model or lie on disk; the new weight only goes in front of it.
-    replacement = {"weight": value.to(device="cpu", dtype=weight.dtype).contiguous()}
+    replacement = {weight_name(module): value.to(device="cpu", dtype=weight.dtype).contiguous()}
     hook.weights_map = ChainMap(replacement, getattr(hook.weights_map, "parents", None) or hook.weights_map)
 
 

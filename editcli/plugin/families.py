@@ -26,6 +26,13 @@ class Family:
     head: str = "lm_head"
     parallel: bool | tuple[str, ...] = False
     """Whether attention and MLP read the same stream; configuration keys, any of which says so, where that differs."""
+    experts: str | None = None
+    """Path from a block, in the layers that are mixtures of experts, of the module that holds all routed experts; the
+    parameter ``down_proj`` of it holds their last maps, (experts, d_out, d_in) or (experts, d_in, d_out)."""
+    shared: str | None = None
+    """Path from a block, in those layers, of the last map of the expert that every token passes."""
+    shared_gate: str | None = None
+    """Path from a block of the linear map whose sigmoid scales what the shared expert gives."""
     residual_multiplier: str | None = None
     """Configuration key of a factor on everything that joins the residual stream."""
     refused: tuple[tuple[str, Any, str], ...] = ()

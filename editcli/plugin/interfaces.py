@@ -51,6 +51,25 @@ class Site:
     """Dotted path of the module in the model, for instance ``model.layers.3.mlp.down_proj``."""
     transposed: bool
     """True when the module stores (d_in, d_out), as GPT-2's Conv1D does; decided by module type."""
+    experts: int = 0
+    """The number of routed experts whose last maps make up the matrix; 0 for the map of one MLP.
+
+    A mixture's output is sum_j g_j W_j k_j, with k_j the key inside expert j and g_j its gate, 0 unless the token is
+    routed there. So W = [W_1 ... W_E], (d_out, E d), with the key k = (g_1 k_1, ..., g_E k_E), is one linear map.
+    """
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """Return a weight in the model's layout as (d_out, d_in); a view where it can be one."""
+        if not self.experts:
+            return stored.T if self.transposed else stored
+        return stored.permute(2, 0, 1).flatten(1) if self.transposed else stored.permute(1, 0, 2).flatten(1)
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """Return a (d_out, d_in) weight in the model's layout: the inverse of :meth:`oriented`."""
+        if not self.experts:
+            return weight.T if self.transposed else weight
+        split = weight.unflatten(1, (self.experts, -1))
+        return split.permute(1, 2, 0) if self.transposed else split.permute(1, 0, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +324,14 @@ class Session(Protocol):
         """
         ...
 
+    def expert_moments(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return C_j = E[k_j k_j^T] of each routed expert over the tokens that it reads, and the number of those.
+
+        (E, d, d) and (E,) float64, of the unedited model; zeros for an expert that reads none. Keys are not multiplied
+        by gates. Raises after the first write, and for a site without experts.
+        """
+        ...
+
     def decomposition(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return the eigenvalues of C, (d_in,) ascending, and its eigenvectors, (d_in, d_in), in float64.
 
@@ -423,6 +450,9 @@ class Editor(Component):
     """False for an editor without target values; stabilizers of values then have nothing to act on."""
     needs_subject: ClassVar[bool] = True
     """False for an editor that takes edits without a subject: it must ask a session for neither keys nor values."""
+    writes_experts: ClassVar[bool] = False
+    """True for an editor of the routed experts of a mixture: :attr:`Site.experts`. Every other editor writes dense MLPs
+    and shared experts."""
     single_site: ClassVar[bool] = False
     """True for an editor that writes the last site only (ROME)."""
     on_base: ClassVar[bool] = False
@@ -513,6 +543,9 @@ class Stabilizer(Component):
     ``problems`` are updates that it judges by their keys or residual. An editor without target values has neither
     values nor problems, and a run with one warns of a stabilizer that acts on nothing else.
     """
+    mixes_inputs: ClassVar[bool] = False
+    """Whether what it returns may change inputs that an update leaves alone. Then it is refused on routed experts, of
+    which an update changes those alone that the edits are routed to."""
     feeds_back: bool = False
     """Whether the next batch is given what :meth:`stabilize_update` took from this one: error feedback.
 

@@ -38,4 +38,8 @@ def give_wrapped(component: Component, settings: Mapping[str, Mapping[str, Any]]
     wrapped = kind(build(kind.Options, settings.get(name, {}), owner=name))
     if wrapped.wraps:
         raise OptionError(f"{where}: {name} wraps an editor itself; name one that does not")
+    if wrapped.writes_experts and not component.writes_experts:
+        raise OptionError(
+            f"{where}: {name} writes routed experts, which {component.name} does not; name another editor"
+        )
     component.wrap(wrapped)

@@ -128,6 +128,18 @@ class TargetCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How the routers of a mixture of experts chose on the neighbours of the edits; null where nothing was measured."""
+
+    prompts: Count
+    """Neighbours that were looked at."""
+    changed: Size
+    """Share of the chosen experts that are others than the unedited model's, the mean over the layers."""
+    layers: Mapping[str, Size]
+    """The same of each layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PresetRef:
     """Name, label and layers of the preset; of a preset file also its path and sha256."""
 
@@ -324,6 +336,7 @@ class RunRecord:
     components: Options | None = optional()
     """The record of each editor and stabilizer, by component."""
     preset: PresetRef | None = optional()
+    routing: Routing | None = optional()
     recipe: Mapping[str, Any]
     """Every setting of the command; runs it again. `preset` is the whole content of the preset file, with its name and
     sha256."""

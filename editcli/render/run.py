@@ -33,7 +33,7 @@ def run_table(report: RunReport) -> RenderableType:
     figures = list(_figures(report))
     if figures:
         parts.append(_figures_table(figures))
-    parts += [_sites_table(report.sites), *_targets(report.targets), *_ending(report)]
+    parts += [_sites_table(report.sites), *_targets(report.targets), *_routing(report.routing), *_ending(report)]
     return Group(*parts)
 
 
@@ -118,6 +118,13 @@ def _targets(counts: Mapping[str, int] | None) -> Iterator[Text]:
     if counts:
         reached = f"targets: {counts['reached']:,} of {counts['optimised']:,} were reached"
         yield Text(f"{reached}, {counts['clamped']:,} ended at the clamp")
+
+
+def _routing(routing: Mapping[str, Any] | None) -> Iterator[Text]:
+    """Say how far the routers of a mixture moved."""
+    if routing:
+        share = f"routing: {routing['changed']:.1%} of the experts chosen on {plural(routing['prompts'], 'neighbour')}"
+        yield Text(f"{share} are others than before")
 
 
 def _ending(report: RunReport) -> Iterator[RenderableType]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from editcli.runs.opening import Opened
 from editcli.runs.outcome import Ending, report_run
 from editcli.runs.output import Verified, stored_tensors, write_model, write_verified
 from editcli.runs.remarks import tell_result
+from editcli.runs.routing import routing_drift
 from editcli.storage.folders import new_folder
 
 
@@ -64,11 +66,13 @@ def finish(
     planned, store, context = opened.job.planned, opened.job.store, opened.job.context
     stream = opened.stream
 
-    def report(weights: Mapping[Site, Tensor], after: Evaluation | None) -> RunReport:
+    def report(
+        weights: Mapping[Site, Tensor], after: Evaluation | None, routing: Mapping[str, Any] | None = None
+    ) -> RunReport:
         rejected, out = opened.record.rejections.all, str(store.folder.out) if store.kept else ""
         seconds = context.clock.rounded()
         return report_run(
-            planned, stream, Ending(status, stopped_by, before, after, weights, seconds, out, read, rejected)
+            planned, stream, Ending(status, stopped_by, before, after, weights, seconds, out, read, rejected, routing)
         )
 
     if status == INTERRUPTED and store.kept:
@@ -81,9 +85,11 @@ def finish(
     with stream.session.read_out(planned.stabilizers) as weights:
         in_force = stream.in_force
         after = opened.base.measuring.evaluate(in_force) if in_force else None
+        with context.clock.spent("eval"):
+            routing = routing_drift(stream.session, in_force) if after is not None else None
         with context.clock.spent("save"):
             verified = _save(opened, weights) if store.writes else None
-        result = report(weights, after)
+        result = report(weights, after, routing)
     tell_result(result, planned, verified, context.reporter)
     opened.record.complete(result, stream, after)
     if stopped_by:

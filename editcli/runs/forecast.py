@@ -109,13 +109,16 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
     recipe = planned.recipe
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, planned.config, device)
-    inner = [columns for _, columns in planned.shapes]
+    sized = zip(planned.sites, planned.shapes, strict=True)
+    # Of experts, each has a matrix of its own.
+    inner = [columns // (site.experts or 1) for site, (_, columns) in sized for _ in range(site.experts or 1)]
     spread = recipe.device_map is not None or recipe.parallel == "tensor"
     # Masters and solves on another device take none of this one's memory.
     here = recipe.solve_device is None or choose_device(recipe.solve_device) == device
     solves = isinstance(planned.editor, InverseGramEditor) and here
     itemsize = working_dtype(device).itemsize if solves else 0
-    entries = [base.checkpoint.entries[base.checkpoint.tensor_for(f"{site.module}.weight")] for site in planned.sites]
+    stored = base.checkpoint.tensors_of(base.checkpoint.weight_of(site.module) for site in planned.sites)
+    entries = [base.checkpoint.entries[name] for name in stored]
     return Footprint(
         device="several devices" if spread else str(device),
         weights=_parameters(base) * dtype.itemsize,

@@ -65,7 +65,7 @@ def unedited(held: LoadedModel, sites: Iterable[Site]) -> LoadedModel:
     """Return a model of :func:`hold` with copies of the weights at ``sites``, which are about to be edited."""
     weights = held.checkpoint
     assert isinstance(weights, HeldWeights), "hold() makes no other"
-    weights.copy(weights.tensor_for(f"{site.module}.weight") for site in sites)
+    weights.copy(weights.weight_of(site.module) for site in sites)
     return held
 
 
@@ -107,5 +107,5 @@ def borrowed(model: Any) -> Iterator[None]:
 def put_back(loaded: LoadedModel, sites: Iterable[Site]) -> None:
     """Give edited matrices the values that they had at the start, bit by bit."""
     for site in sites:
-        stored = loaded.checkpoint.read(loaded.checkpoint.tensor_for(f"{site.module}.weight"))
+        stored = loaded.checkpoint.read(loaded.checkpoint.weight_of(site.module))
         replace_weight(loaded.architecture.projection(site.layer), stored)

@@ -165,7 +165,7 @@ def load(job: Job) -> Base:
     """Load the model of a run."""
     context = job.context
     with context.clock.spent("load"), context.reporter.phase("Loading the model", 2, "steps") as advance:
-        loaded = job.open()
+        loaded = job.planned.focused(job.open())
         advance(1)
         origin = provenance(job.planned, context.plugins, loaded)
         advance(1)

@@ -52,6 +52,8 @@ class Ending:
     """Edits that were read from the run's files, whatever became of them."""
     rejected: Sequence[Rejection]
     """Edits of the files that could not be used."""
+    routing: Mapping[str, Any] | None = None
+    """How far the routers of a mixture of experts moved."""
 
 
 def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
@@ -97,6 +99,7 @@ def report_run(planned: Planned, stream: Stream, ending: Ending) -> RunReport:
             "file": planned.preset.file,
             "sha256": planned.preset.sha256,
         },
+        routing=ending.routing,
     )
 
 

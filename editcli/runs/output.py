@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from editcli.errors import ModelError
@@ -135,11 +134,10 @@ def remove_old(folder: RunFolder) -> None:
         path.unlink(missing_ok=True)
 
 
-def to_stored(weight: Tensor, entry: TensorEntry, dtype: torch.dtype, *, transposed: bool) -> Tensor:
-    """Return a (d_out, d_in) weight in the layout and dtype in which it is stored."""
-    stored = (weight.T if transposed else weight).detach().cpu().to(dtype).contiguous()
-    if tuple(stored.shape) != entry.shape:
-        raise ModelError(f"{entry.name} is stored as {entry.shape}, but the edited weight is {tuple(stored.shape)}")
+def to_stored(weight: Tensor, name: str, checkpoint: Checkpoint, site: Site) -> Tensor:
+    """Return a (d_out, d_in) weight in the layout and dtype in which a checkpoint stores it under ``name``."""
+    stored = site.stored(weight).detach().cpu().to(checkpoint.dtype(name)).contiguous()
+    _refuse_shape(name, checkpoint.shape(name), stored)
     return stored
 
 
@@ -148,14 +146,14 @@ def stored_tensors(session: ModelSession, weights: Mapping[Site, Tensor]) -> dic
     stored: dict[str, Stored] = {}
     for site, weight in weights.items():
         name, encoded = session.stored_name(site), session.encoded(site, weight)
-        _refuse_shape(session.loaded.checkpoint.entries[name], value_of(encoded))
+        _refuse_shape(name, session.loaded.checkpoint.shape(name), value_of(encoded))
         stored[name] = encoded if isinstance(encoded, Packed) else encoded.cpu().contiguous()
     return stored
 
 
-def _refuse_shape(entry: TensorEntry, stored: Tensor) -> None:
-    if tuple(stored.shape) != entry.shape:
-        raise ModelError(f"{entry.name} is stored as {entry.shape}, but the edited weight is {tuple(stored.shape)}")
+def _refuse_shape(name: str, shape: tuple[int, ...], stored: Tensor) -> None:
+    if tuple(stored.shape) != shape:
+        raise ModelError(f"{name} is stored as {shape}, but the edited weight is {tuple(stored.shape)}")
 
 
 def verify(base: Checkpoint, out: Path, planned: Mapping[str, Stored], *, idle: bool = False) -> Verified:
@@ -181,13 +179,26 @@ def verify(base: Checkpoint, out: Path, planned: Mapping[str, Stored], *, idle: 
         if not same:
             differing.add(name)
     _refuse_other_files(base, out)
-    changed = tuple(name for name in base.entries if name in expected and differing & expected[name].keys())
+    changed = tuple(name for name in _named(base, expected) if differing & expected[name].keys())
     if not changed and not idle:
         raise ModelError(
             "nothing changed: every edited weight equals the base's once it is stored, because the updates are smaller "
             "than its type can hold or every edit was given up (see the rejected edits); try --save-dtype float32"
         )
-    return Verified(changed, tuple(name for name in base.entries if name in expected and name not in changed))
+    return Verified(
+        changed=tuple(part for name in changed for part in _changed_parts(base, name, differing)),
+        unchanged=tuple(name for name in _named(base, expected) if name not in changed),
+    )
+
+
+def _named(base: Checkpoint, names: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the names of weights in the order of the files; those that are stored in several tensors come last."""
+    return (*(name for name in base.entries if name in names), *(name for name in names if name not in base.entries))
+
+
+def _changed_parts(base: Checkpoint, name: str, differing: set[str]) -> tuple[str, ...]:
+    """Return the tensors of a weight that differ: experts that no edit reached stay as they were."""
+    return (name,) if name in base.entries else tuple(part for part in base.parts(name) if part in differing)
 
 
 def _holds(folder: Path, entry: TensorEntry, piece: Piece) -> bool:

@@ -94,6 +94,15 @@ class Planned:
     """The memory that the run takes; None for a model that is loaded already."""
 
     @property
+    def routed(self) -> bool:
+        """Whether routed experts are edited."""
+        return self.editor.writes_experts
+
+    def focused(self, loaded: LoadedModel) -> LoadedModel:
+        """Return the loaded model of the plan with its architecture turned to the matrices that the plan edits."""
+        return replace(loaded, architecture=replace(loaded.architecture, routed=self.routed))
+
+    @property
     def target_layers(self) -> tuple[int, ...]:
         """The layers at which targets are optimised."""
         return self.layers if self.targets.per_layer else self.layers[-1:]
@@ -227,7 +236,7 @@ def plan(recipe: Recipe, plugins: Plugins, reporter: Reporter | None = None) -> 
 
 
 def _measured_seconds(planned: Planned, reporter: Reporter) -> float:
-    loaded = open_planned(planned)
+    loaded = planned.focused(open_planned(planned))
     session = ModelSession(loaded, planned.layers, options=planned.targets, reporter=reporter, seed=planned.recipe.seed)
     sample = planned.requests[:TRIAL_EDITS]
     started = time.perf_counter()
@@ -277,10 +286,13 @@ def plan_on(
     architecture = base.architecture
     preset, name, settings = _method(recipe, base, plugins, before)
     editor = component(plugins, "editor", name, settings)
+    architecture = replace(architecture, routed=editor.writes_experts)
     gate = _gate(recipe, base, name, settings, plugins)
     sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor, per_layer=gate.targets.per_layer)
     requests, rejected, total = usable(file, gate, skip_bad=skip)
     check_guards(guards, requests, measured=recipe.evaluate)
+    stabilizers = tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers)
+    _refuse_mixing(editor, stabilizers)
     return Planned(
         recipe=recipe,
         file=file,
@@ -294,7 +306,7 @@ def plan_on(
         sites=sites,
         shapes=tuple(architecture.shape(site.layer) for site in sites),
         editor=editor,
-        stabilizers=tuple(component(plugins, "stabilizer", name, settings) for name in recipe.stabilizers),
+        stabilizers=stabilizers,
         gate=gate,
         targets=gate.targets,
         statistics=build(StatisticsOptions, settings.get("statistics", {}), owner="statistics"),
@@ -368,14 +380,40 @@ def choose_sites(
     elif per_layer and editor.needs_values:
         sites = tuple(dict.fromkeys((sites[0], sites[-1])))
     for site in sites:
-        checkpoint.tensor_for(f"{site.module}.weight")
+        _refuse_other_matrix(site, editor)
+        checkpoint.weight_of(site.module)
     return sites
+
+
+def _refuse_other_matrix(site: Site, editor: Editor) -> None:
+    """Raise :class:`OptionError` for experts that the editor does not write, and for one that writes nothing else."""
+    if bool(site.experts) == editor.writes_experts:
+        return
+    if site.experts:
+        raise OptionError(
+            f"layer {site.layer} is a mixture of {site.experts} experts without a shared one, which {editor.name} does "
+            "not write; use --editor moeedit"
+        )
+    raise OptionError(
+        f"layer {site.layer} has no routed experts, which are all that {editor.name} writes; choose other --layers or "
+        "another --editor"
+    )
+
+
+def _refuse_mixing(editor: Editor, stabilizers: Sequence[Stabilizer]) -> None:
+    """Raise :class:`OptionError` for a stabilizer that would change experts that no edit is routed to."""
+    mixing = next((part.name for part in stabilizers if part.mixes_inputs), None)
+    if editor.writes_experts and mixing is not None:
+        raise OptionError(
+            f"{mixing} filters updates along directions that run through all experts of a layer, so it would change "
+            f"experts that no edit is routed to; leave it out with {editor.name}"
+        )
 
 
 def _recoded(recipe: Recipe, sites: Sequence[Site], checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
     """Yield the sites that are written in another type than they have, with both types; refuse what cannot be."""
     for site in sites:
-        kinds = checkpoint.recoded(checkpoint.tensor_for(f"{site.module}.weight"), save_dtype(recipe))
+        kinds = checkpoint.recoded(checkpoint.weight_of(site.module), save_dtype(recipe))
         if kinds is not None:
             yield site.module, *kinds
 

@@ -23,11 +23,12 @@ from torch import Tensor
 from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.linalg.precision import double, double_device
-from editcli.models.forward import chunks, hooked, pass_tokens, run
+from editcli.models.experts import edited_parameter, routed
+from editcli.models.forward import chunks, hooked_call, pass_tokens, run
+from editcli.models.keys import read_keys
 from editcli.models.loading import LoadedModel
 from editcli.models.matmul import gram, quick_linears
 from editcli.models.offload import device_of
-from editcli.models.sharded import whole_input
 from editcli.models.tokens import Encoded
 from editcli.plugin.interfaces import Site
 from editcli.reporting import Reporter, Silent
@@ -102,7 +103,11 @@ class SecondMoments:
         self._planned = tuple(sites)
 
     def __call__(self, site: Site) -> Tensor:
-        """Return C = E[k k^T] of ``site``, (d_in, d_in) float64."""
+        """Return C = E[k k^T] of ``site``, (d_in, d_in) float64.
+
+        Of a site of E routed experts, the sums of (k, 1) (k, 1)^T over the tokens that each reads, (E, d + 1, d + 1):
+        the corner is the number of those tokens.
+        """
         self.asked = True
         stored = self.team.lead_tensors("second moments", lambda: self._stored(site))
         if not stored:
@@ -139,6 +144,9 @@ class SecondMoments:
         if self.options.tokens:
             return self.options.tokens
         target = self.options.tokens_per_dim * self.loaded.architecture.shape(site.layer)[1]
+        if site.experts:
+            # Each token is read by some of the experts alone.
+            target //= self.loaded.architecture.experts_per_token
         return target if self.corpus.more is None else min(target, max(self.corpus.length, target // 2))
 
     def identity(self, site: Site) -> Identity:
@@ -188,15 +196,13 @@ class SecondMoments:
         write_safetensors(path, tensors, metadata)
 
     def _accumulate(self, sites: Sequence[Site], total: int) -> dict[Site, Tensor]:
-        architecture = self.loaded.architecture
-        modules = {site: architecture.projection(site.layer) for site in sites}
-        sums = {site: _zeros(module, architecture.shape(site.layer)[1]) for site, module in modules.items()}
+        sums = {site: self._zeros(site) for site in sites}
         budget = pass_tokens(self.options.batch_tokens, self.loaded.input_device)
         with self.reporter.phase("Second moments", total, "tokens") as advance, quick_linears(self.loaded.model):
             for number, batch in enumerate(_batches(self.corpus.read(total), total, budget)):
                 # Batches have about the same number of tokens, so taking turns is even.
                 if number % self.team.parts == self.team.part:
-                    for site, outer in self._outer(batch, modules).items():
+                    for site, outer in self._outer(batch, sites).items():
                         sums[site].add_(outer)
                 advance(sum(len(row.ids) for row in batch))
                 total -= sum(len(row.ids) for row in batch)
@@ -206,29 +212,42 @@ class SecondMoments:
         read = max(self.tokens_for(site) for site in sites) - total
         if read <= 0:
             raise StatisticsError(f"the corpus {self.corpus.name} holds no text of at least two tokens")
-        return {site: (outer / read).float().cpu() for site, outer in sums.items()}
+        return {site: (outer if site.experts else outer / read).float().cpu() for site, outer in sums.items()}
+
+    def _zeros(self, site: Site) -> Tensor:
+        """Return zeros for a site's sum in float64, where the model computes or on the CPU."""
+        architecture = self.loaded.architecture
+        width = architecture.shape(site.layer)[1]
+        size = (site.experts, *[width // site.experts + 1] * 2) if site.experts else (width, width)
+        device = double_device(device_of(architecture.projection(site.layer)))
+        return torch.zeros(size, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def _outer(self, batch: Sequence[Encoded], modules: Mapping[Site, Any]) -> dict[Site, Tensor]:
+    def _outer(self, batch: Sequence[Encoded], sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Return the sum of k k^T over a batch's tokens for every site, in float64 where the device has it."""
         sums: dict[Site, Tensor] = {}
-        last = max(modules, key=lambda site: site.layer)
+        architecture = self.loaded.architecture
+        last = max(sites, key=lambda site: site.layer)
         ids = self.loaded.tokens.pad(batch, self.loaded.input_device)
         real = torch.zeros(ids.shape, dtype=torch.bool)
         for row, text in enumerate(batch):
             real[row, : len(text.ids)] = True
 
         def summing(site: Site) -> Any:
-            def add(owner: Any, entered: Tensor, output: Any) -> None:
-                entered = whole_input(owner, entered)
+            def add(entered: Tensor) -> None:
                 keys = entered.reshape(-1, entered.shape[-1])[real.flatten().to(entered.device)].float()
                 outer = gram(keys)
                 sums[site] = double(outer, outer.device)
 
-            return hooked(modules[site], add, stop=site == last)
+            def add_routed(owner: Any, args: tuple[Any, ...]) -> None:
+                sums[site] = routed_moments(owner, args, real.flatten())
+
+            if site.experts:
+                return hooked_call(architecture.projection(site.layer), add_routed, stop=site == last)
+            return read_keys(architecture, site.layer, add, stop=site == last)
 
         with ExitStack() as stack:
-            for site in modules:
+            for site in sites:
                 stack.enter_context(summing(site))
             run(self.loaded.model, ids)
         return sums
@@ -289,6 +308,17 @@ def _batches(rows: Iterator[list[int]], total: int, budget: int) -> Iterator[lis
             yield [window[index] for index in islice(group, None)]
 
 
-def _zeros(module: Any, width: int) -> Tensor:
-    """Return (width, width) zeros in float64, where the module computes or on the CPU."""
-    return torch.zeros(width, width, dtype=torch.float64, device=double_device(device_of(module)))
+def routed_moments(module: Any, args: tuple[Any, ...], real: Tensor) -> Tensor:
+    """Return the sum of (k, 1) (k, 1)^T over the tokens that each expert reads, (E, d + 1, d + 1) in float64.
+
+    ``args`` are those of the module of the experts; tokens that are not ``real`` do not count.
+    """
+    count, rows, columns = edited_parameter(module).shape
+    width = (rows if module.is_transposed else columns) + 1
+    device = double_device(args[0].device)
+    sums = list(torch.zeros(count, width, width, dtype=torch.float64, device=device))
+    for part in routed(module, *args):
+        keys = part.keys[real.to(part.tokens.device)[part.tokens]].float()
+        outer = gram(torch.nn.functional.pad(keys, (0, 1), value=1.0))
+        sums[part.expert] = double(outer, outer.device)
+    return torch.stack(sums)

@@ -74,13 +74,16 @@ class Checkpoint:
     :class:`ModelError` where there is no usable checkpoint.
     """
 
-    def __init__(self, folder: Path | str, names: Callable[[Checkpoint], Mapping[str, str]] | None = None):
+    def __init__(self, folder: Path | str, names: Callable[[Checkpoint], Mapping[str, tuple[str, ...]]] | None = None):
         """Take a folder; ``names`` tells under which name each parameter is stored, where transformers renames it."""
         self.folder, self._names_of = Path(folder), names
 
     @cached_property
-    def renamed(self) -> Mapping[str, str]:
-        """The stored name of each parameter, as far as transformers can build the model."""
+    def renamed(self) -> Mapping[str, tuple[str, ...]]:
+        """The stored name of each parameter, as far as transformers can build the model.
+
+        Several for a parameter that it stacks, as it does the matrices of experts that are stored one by one.
+        """
         return {} if self._names_of is None else self._names_of(self)
 
     @property
@@ -121,14 +124,20 @@ class Checkpoint:
 
         ``dtype`` is the type to store; None is the checkpoint's own, or the nearest better one that can be written.
         """
-        return weight.detach().to(dtype or self.dtype(name))
+        if name in self.entries:
+            return weight.detach().to(dtype or self.dtype(name))
+        from editcli.storage.packing import merged
+
+        parts = zip(self.parts(name), weight, strict=True)
+        return merged({part: self.encode(part, slice_, dtype) for part, slice_ in parts})
 
     def recoded(self, name: str, dtype: torch.dtype | None = None) -> tuple[str, str] | None:
         """Return the types of a weight now and once it is written where no other was asked for; None if they agree.
 
         Raises :class:`ModelError` where the weight cannot be written so.
         """
-        return None
+        kinds = [] if name in self.entries else [self.recoded(part, dtype) for part in self.parts(name)]
+        return next((kind for kind in kinds if kind is not None), None)
 
     def stored_as(self, name: str) -> str:
         """Return what the files call the type of a weight."""
@@ -140,7 +149,7 @@ class Checkpoint:
 
     def stored_digest(self, name: str) -> str:
         """Return the sha256 of a weight's content as it lies in the files."""
-        return self.digest_of_pieces((name,))
+        return self.digest_of_pieces(self.parts(name))
 
     def digest_of_pieces(self, names: Iterable[str]) -> str:
         """Return the sha256 of the bytes of some pieces, in the order of their names."""
@@ -208,14 +217,17 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
-        return self.entries[name].shape
+        parts = self.parts(name)
+        return self.entries[name].shape if parts == (name,) else (len(parts), *self.entries[parts[0]].shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's stored dtype."""
-        return torch_dtype(self.entries[name])
+        return torch_dtype(self.entries[self.parts(name)[0]])
 
     def read(self, name: str, device: str | torch.device = "cpu") -> Tensor:
-        """Return one tensor as stored."""
+        """Return one weight as stored; experts that are stored one by one come stacked."""
+        if name not in self.pieces:
+            return torch.stack([self.read(part, device) for part in self.parts(name)])
         path = self.folder / self.pieces[name].file
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
@@ -241,8 +253,31 @@ class Checkpoint:
         if len(longer) == 1:
             return longer[0]
         if parameter in self.renamed:
-            return self.renamed[parameter]
+            parts = self.renamed[parameter]
+            # A weight that is stored in several tensors goes by the model's name.
+            return parts[0] if len(parts) == 1 else parameter
         raise ModelError(f"{self.folder} has no tensor for the parameter {parameter}")
+
+    def weight_of(self, module: str) -> str:
+        """Return the stored name of a module's weight; experts are named by the parameter that holds all of them."""
+        try:
+            return self.tensor_for(f"{module}.weight")
+        except ModelError:
+            if module not in self.entries and module not in self.renamed:
+                raise
+            return self.tensor_for(module)
+
+    def holds(self, name: str) -> bool:
+        """Tell whether a weight is stored, in one tensor or in several."""
+        return name in self.entries or name in self.renamed
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Return the names of the tensors in which a weight is stored: its own, or those of experts in their order."""
+        return (name,) if name in self.entries else self.renamed[name]
+
+    def tensors_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the tensors in which weights are stored."""
+        return tuple(part for name in names for part in self.parts(name))
 
     def fingerprint(self) -> str:
         """Return a sha256 over the config and every weight file's content."""

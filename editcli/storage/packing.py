@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from editcli.storage.checkpoint import DTYPES
@@ -44,6 +45,12 @@ def pieces_of(name: str, stored: Stored) -> Mapping[str, Piece]:
 def value_of(stored: Stored) -> Tensor:
     """Return the numbers that a reader of the file gets."""
     return stored.value if isinstance(stored, Packed) else stored
+
+
+def merged(parts: Mapping[str, Stored]) -> Packed:
+    """Return the weight that a reader stacks from parts that are stored one by one."""
+    pieces = {key: piece for name, part in parts.items() for key, piece in pieces_of(name, part).items()}
+    return Packed(pieces, torch.stack([value_of(part) for part in parts.values()]))
 
 
 def stored_digest(stored: Stored) -> str:

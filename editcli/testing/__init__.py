@@ -16,9 +16,11 @@ from editcli.testing.formats import FormatContract as FormatContract
 from editcli.testing.models import BOS as BOS
 from editcli.testing.models import CHAT_TEMPLATE as CHAT_TEMPLATE
 from editcli.testing.models import EOS as EOS
+from editcli.testing.models import EXPERTS as EXPERTS
 from editcli.testing.models import HIDDEN as HIDDEN
 from editcli.testing.models import INTERMEDIATE as INTERMEDIATE
 from editcli.testing.models import LAYERS as LAYERS
+from editcli.testing.models import MIXTURES as MIXTURES
 from editcli.testing.models import PAD as PAD
 from editcli.testing.models import POSITIONS as POSITIONS
 from editcli.testing.models import TINY as TINY

@@ -46,6 +46,8 @@ from editcli.testing.sessions import (
 
 ORIENTATIONS = ("llama", "gpt2")
 """A family whose projections are stored as (d_out, d_in) and one that stores their transposes."""
+EXPERT_ORIENTATIONS = ("mixtral", "gpt_oss")
+"""The same of mixtures, for an editor of routed experts."""
 
 
 class Contract:
@@ -156,7 +158,8 @@ class Contract:
             _raises(refusals, lambda state=state: self.make().load_state(unedited, state))
 
     def test_weights_are_edited_whichever_way_round_they_are_stored(self, tmp_path: Path) -> None:
-        for family in ORIENTATIONS:
+        experts = getattr(self.component, "writes_experts", False)
+        for family in EXPERT_ORIENTATIONS if experts else ORIENTATIONS:
             session, component = self.ready(tmp_path, family)
             written = self.apply(session, component, tiny_requests(0))
             for site in session.sites:
@@ -193,7 +196,9 @@ class EditorContract(SteeringContract):
 
     def session(self, folder: Path, family: str | None = None) -> ModelSession:
         layers = self.layers[-1:] if self.component.single_site else self.layers
-        return tiny_session(folder, family or self.family, layers=layers)
+        experts = self.component.writes_experts
+        family = family or ("mixtral" if experts and self.family == "llama" else self.family)
+        return tiny_session(folder, family, layers=layers, routed=experts)
 
     def apply(self, session: ModelSession, component: Any, batch: Sequence[EditRequest]) -> Written:
         written = edit_batch(session, component, (), batch, lambda *_: None)

@@ -29,6 +29,9 @@ from transformers.configuration_utils import PretrainedConfig
 HIDDEN, INTERMEDIATE, LAYERS, POSITIONS = 16, 40, 4, 256
 """Sizes of every tiny model; hidden and intermediate differ, so that a transposed weight cannot go unnoticed."""
 
+EXPERTS, EXPERT, SHARED = 4, 12, 20
+"""The experts of a layer of every tiny mixture, and the widths of one expert and of a shared one where they differ."""
+
 BOS, EOS, PAD = "<s>", "<|endoftext|>", "<pad>"
 """Special tokens; transformers would add Qwen's end of text to a tokenizer that lacks it, beyond the embeddings."""
 
@@ -124,7 +127,46 @@ TINY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
 }
-"""Tiny models by name: model type and configuration. A name with a dash is a variant of the family before it."""
+"""Tiny dense models by name: model type and configuration. A name with a dash is a variant of the family before it."""
+
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": EXPERT}
+_LATENT = {
+    **_EXPERTS,
+    "n_shared_experts": 1,
+    "n_routed_experts": EXPERTS,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+MIXTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": EXPERTS, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **_GROUPED,
+            **_EXPERTS,
+            "num_experts": EXPERTS,
+            "mlp_only_layers": [0],
+            "shared_expert_intermediate_size": SHARED,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", {**_HEADED, **_EXPERTS, "num_experts": EXPERTS, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {**_GROUPED, "num_experts": EXPERTS, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "gpt_oss",
+        {**_HEADED, "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "sliding_window": 64},
+    ),
+    "deepseek-v2": ("deepseek_v2", {**_SIZES, **_LATENT}),
+    "deepseek-v3": ("deepseek_v3", {**_SIZES, **_LATENT, "topk_method": "noaux_tc"}),
+}
+"""Tiny mixtures of experts by name, as in :data:`TINY`; the first layer of some is dense."""
 
 _INTERMEDIATE_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
@@ -166,7 +208,7 @@ def tiny_config(
 
     ``tied`` ties input and output embeddings or not (default: as the family does); ``config`` overrides any key.
     """
-    model_type, sizes = TINY[family]
+    model_type, sizes = {**TINY, **MIXTURES}[family]
     settings: dict[str, Any] = {**sizes, "vocab_size": vocabulary_size()}
     if square:
         settings.update({key: HIDDEN for key in _INTERMEDIATE_KEYS if key in settings})
@@ -246,8 +288,8 @@ def _value(module: nn.Module, name: str, noise: torch.Tensor, *, scale: float) -
         return float(is_gain) + 0.1 * noise
     if isinstance(module, nn.Embedding):
         return 0.5 * noise
-    # Conv1D stores (d_in, d_out), Linear (d_out, d_in).
-    d_in = noise.shape[1] if isinstance(module, nn.Linear) else noise.shape[0]
+    # Conv1D stores (d_in, d_out), Linear (d_out, d_in); whatever holds several matrices says so in other ways.
+    d_in = noise.shape[1] if isinstance(module, nn.Linear) or noise.ndim > 2 else noise.shape[0]
     return noise * (scale * d_in**-0.5)
 
 

@@ -34,11 +34,17 @@ class PlainEditor(Editor):
 
 
 def tiny_session(
-    folder: Path, family: str = "llama", *, layers: Sequence[int] = (0, 1), square: bool = False
+    folder: Path,
+    family: str = "llama",
+    *,
+    layers: Sequence[int] = (0, 1),
+    square: bool = False,
+    routed: bool = False,
 ) -> ModelSession:
     """Open a session on a tiny random model in ``folder``, with made-up second moments and three pilot edits.
 
-    ``family`` is a name of :data:`editcli.testing.TINY`; ``square`` makes the MLP as wide as the stream.
+    ``family`` is a name of :data:`editcli.testing.TINY` or :data:`editcli.testing.MIXTURES`, whose routed experts are
+    the sites with ``routed``; ``square`` makes the MLP as wide as the stream.
     """
     from editcli.testing.models import tiny_model_folder
 
@@ -46,11 +52,12 @@ def tiny_session(
     if not path.exists():
         tiny_model_folder(path, family, square=square)
     loaded = open_model(resolve_model(path), device="cpu")
+    loaded = replace(loaded, architecture=replace(loaded.architecture, routed=routed))
     session = ModelSession(
         loaded,
         layers,
         options=TargetOptions(steps=3, prefixes=1, prefix_tokens=2),
-        second_moment=lambda site: tiny_second_moment(session.weight(site).shape[1], seed=site.layer),
+        second_moment=lambda site: _tiny_moment(site, session.weight(site).shape[1]),
         gradient_moment=lambda site: tiny_second_moment(session.weight(site).shape[0], seed=site.layer),
         pilots=PilotSource(tuple(tiny_requests(9)), "made for tests"),
     )
@@ -71,6 +78,20 @@ class ScaledGradients:
         measured = self._session.gradients(requests, **options)
         sites = {site: replace(seen, gradients=self._factor * seen.gradients) for site, seen in measured.sites.items()}
         return Gradients(measured.loss, sites)
+
+
+def _tiny_moment(site: Site, size: int) -> Tensor:
+    """Return the made-up second moment of a site, or what the statistics hold of its experts."""
+    if not site.experts:
+        return tiny_second_moment(size, seed=site.layer)
+    size //= site.experts
+    sums = torch.zeros(site.experts, size + 1, size + 1, dtype=torch.float64)
+    for expert in range(site.experts):
+        # The last expert reads next to no text.
+        tokens = 1000.0 if expert < site.experts - 1 else 3.0
+        sums[expert, :-1, :-1] = tokens * tiny_second_moment(size, seed=10 * site.layer + expert)
+        sums[expert, -1, -1] = tokens
+    return sums
 
 
 def tiny_second_moment(size: int, *, seed: int = 0) -> Tensor:

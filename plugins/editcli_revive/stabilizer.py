@@ -37,6 +37,7 @@ class Revive(Stabilizer):
 
     name: ClassVar[str] = "revive"
     reference: ClassVar[str] = "arXiv:2601.11042"
+    mixes_inputs: ClassVar[bool] = True
     acts_on: ClassVar[Collection[str]] = {"updates"}
 
     @dataclass(frozen=True)

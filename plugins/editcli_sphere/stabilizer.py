@@ -41,6 +41,7 @@ class Sphere(Stabilizer):
 
     name: ClassVar[str] = "sphere"
     reference: ClassVar[str] = "arXiv:2510.01172"
+    mixes_inputs: ClassVar[bool] = True
     acts_on: ClassVar[Collection[str]] = {"updates"}
     remembers: bool = True
 

@@ -266,7 +266,7 @@ def test_what_a_norm_silences_is_left_alone(tmp_path: Path) -> None:
     site, values = opened.sites[0], random_values(loaded, len(REQUESTS))
     residual = opened.residual(REQUESTS, site, values)
     assert bool(residual.isfinite().all())
-    taps = [activations.Hook(loaded.architecture.mlp(2), output=True)]
+    taps = [activations.Hook(loaded.architecture.mlp(2))]
     (own,) = opened._activations.read(opened._lookup_rows(REQUESTS, ("",)), 2, taps)
     # Only the common factor that keeps the output's length reaches the silent coordinate.
     written = own.T + residual

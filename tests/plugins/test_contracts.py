@@ -4,6 +4,7 @@ import pytest
 
 from editcli.plugin.manager import load_plugins
 from editcli.testing import DiagnosticContract, EditorContract, StabilizerContract
+from tests.support.families import needs_packed_experts
 
 CONTRACTS = {"editor": EditorContract, "stabilizer": StabilizerContract, "diagnostic": DiagnosticContract}
 OPTIONS = {
@@ -23,6 +24,8 @@ def _classes():
             title = f"Test{name.title()}"
             body = {"component": found.component, "options": OPTIONS.get(name, {}), "__module__": __name__}
             cls = type(title, (contract,), body)
+            if getattr(found.component, "writes_experts", False):
+                cls = needs_packed_experts(cls)
             yield title, cls if name in QUICK else pytest.mark.slow(cls)
 
 

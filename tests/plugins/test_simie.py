@@ -93,7 +93,7 @@ def test_the_wrapped_editor_starts_afresh_with_every_batch(session):
     assert all(torch.equal(session.weight(site), other.weight(site)) for site in session.sites)
 
 
-@pytest.mark.parametrize("name", [name for name in PLUGINS.all("editor") if name != "simie"])
+@pytest.mark.parametrize("name", [name for name in PLUGINS.all("editor") if name not in ("simie", "moeedit")])
 def test_it_wraps_every_editor(session, name):
     editor = make(editor=name)
     inner = PLUGINS.find("editor", name).component
@@ -141,6 +141,8 @@ def test_an_editor_that_cannot_be_wrapped_is_refused(session):
         make(editor="memti")
     with pytest.raises(OptionError, match=r"simie\.editor: 'encore' is a named stack"):
         make(editor="encore")
+    with pytest.raises(OptionError, match=r"simie\.editor: moeedit writes routed experts"):
+        make(editor="moeedit")
     with pytest.raises(OptionError, match="without the editor"):
         SimIE().prepare(session)
     with pytest.raises(OptionError, match="ridge"):

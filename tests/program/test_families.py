@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PretrainedConfig
 
+from editcli.__main__ import main
 from editcli.editing.session import ModelSession
-from editcli.errors import ModelError
+from editcli.errors import ModelError, OptionError
 from editcli.models.architectures import Family
 from editcli.models.forward import first, hooked
 from editcli.models.loading import LoadedModel, open_model, resolve_model
@@ -26,11 +27,12 @@ from editcli.reporting import RunReport
 from editcli.requests.reader import read_edits
 from editcli.requests.schema import EditRequest
 from editcli.runs.apply import apply
+from editcli.runs.undo import Undo, undo
 from editcli.settings.core import TargetOptions
 from editcli.settings.recipe import Recipe
 from editcli.storage.checkpoint import Checkpoint
-from editcli.testing import LAYERS, TINY, tiny_model_folder, tiny_tokenizer, vocabulary_size
-from tests.support.families import LAYOUTS, QUICK_FAMILIES, families
+from editcli.testing import EXPERTS, LAYERS, MIXTURES, TINY, tiny_model_folder, tiny_tokenizer, vocabulary_size
+from tests.support.families import LAYOUTS, PACKED_EXPERTS, QUICK_FAMILIES, families, needs_packed_experts
 
 FACTS = (
     ("The capital of {} is", "France", "Rome"),
@@ -63,6 +65,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "rlsedit": {"mom2_update_weight": 1e-3},
     "alphaedit": {"l2": 1e-6, "threshold_kind": "relative", "nullspace_threshold": 0.5},
     "ultraedit": {"lr": 1e-3},
+    "moeedit": {"l2": 1e-6, "threshold_kind": "directions", "nullspace_threshold": 0.7},
 }
 
 PREFIXES = ("Bob. ", "The river in London is. ")
@@ -301,6 +304,162 @@ def test_a_family_that_a_plugin_brings(shared: Path, tmp_path: Path, monkeypatch
     plugins.register(Brings(), "mine")
     report = edit(base, tmp_path / "out", shared, plugins, layers=(2,))
     assert changed(base, tmp_path / "out") == planned(base, report)
+
+
+ANY_EDITOR = (*VALUE_EDITORS, *OTHER_EDITORS)
+SHARED = [(editor, name) for name in ("qwen2_moe", "deepseek-v2", "deepseek-v3") for editor in ANY_EDITOR]
+QUICK_SHARED = {("memit", "qwen2_moe"), ("ft", "qwen2_moe"), ("rlsedit", "deepseek-v3")}
+QUICK_MIXTURES = {"mixtral", "gpt_oss", "deepseek-v3"}
+
+
+class TestMixtures:
+    """Mixtures of experts: their dense layers and shared experts, and their routed experts, as they are stored."""
+
+    @pytest.mark.parametrize(
+        ("editor", "family"),
+        [pytest.param(*pair, marks=[] if pair in QUICK_SHARED else pytest.mark.slow) for pair in SHARED],
+    )
+    def test_dense_layers_and_shared_experts_are_edited_as_any_mlp(
+        self, editor: str, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        report = edit(base, tmp_path / "out", shared, plugins, editor=editor, layers=(0, 2))
+        modules = [site.module.removeprefix("model.layers.") for site in report.sites]
+        shared_expert = "2.mlp.shared_expert" + ("s" if "deepseek" in base.name else "") + ".down_proj"
+        assert modules == ([shared_expert] if editor == "rome" else ["0.mlp.down_proj", shared_expert])
+        assert changed(base, tmp_path / "out") == planned(base, report)
+        if editor in VALUE_EDITORS:
+            assert max(remaining_residual(base, tmp_path / "out", shared, 2)) < 0.1
+
+    @needs_packed_experts
+    @pytest.mark.parametrize(
+        "family", [pytest.param(name, marks=[] if name in QUICK_MIXTURES else pytest.mark.slow) for name in MIXTURES]
+    )
+    def test_routed_experts_are_edited_one_by_one(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        report = edit(base, tmp_path / "out", shared, plugins, editor="moeedit")
+        modules = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in (1, 2)]
+        assert [site.module for site in report.sites] == modules
+        checkpoint = resolve_model(base).checkpoint
+        stored = {module: checkpoint.parts(checkpoint.weight_of(module)) for module in modules}
+        assert {len(parts) for parts in stored.values()} == {1 if base.name == "gpt_oss" else EXPERTS}
+        differing = changed(base, tmp_path / "out")
+        assert differing <= {part for parts in stored.values() for part in parts}
+        assert all(differing & set(parts) for parts in stored.values())
+        assert max(remaining_residual(base, tmp_path / "out", shared, 2)) < 0.1
+
+    @needs_packed_experts
+    @pytest.mark.parametrize("family", ["mixtral"])
+    def test_a_resumed_run_and_an_undo_have_the_same_bytes(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        whole, broken = tmp_path / "whole", tmp_path / "broken"
+        edit(base, whole, shared, plugins, editor="moeedit", batch_size=2)
+        edit(base, broken, shared, plugins, editor="moeedit", batch_size=2, limit=4)
+        four = tensors(broken)
+        edit(base, broken, shared, plugins, editor="moeedit", batch_size=2, resume=True)
+        assert same(tensors(broken), tensors(whole))
+        undo(Undo(run=str(broken)), plugins)
+        assert same(tensors(broken), four)
+
+    @needs_packed_experts
+    @pytest.mark.parametrize("family", ["olmoe"])
+    def test_the_routing_of_neighbours_is_compared_with_the_base_s(
+        self, base: Path, plugins: Plugins, shared: Path, tmp_path: Path
+    ) -> None:
+        """A router reads the stream in front of its own layer, so only those above the edited layer can move."""
+        near = ["The capital of Italy is", "The river in Spain is", "Ann was born in"]
+        fact = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome"}
+        (tmp_path / "facts.jsonl").write_text(json.dumps({**fact, "neighborhood_prompts": near}), "utf-8")
+        (tmp_path / "corpus.txt").write_text((shared / "corpus.txt").read_text("utf-8"), "utf-8")
+        out = tmp_path / "out"
+        report = edit(base, out, tmp_path, plugins, editor="moeedit", layers=(1,), evaluate=True)
+        assert report.routing is not None
+        assert report.routing["prompts"] == len(near)
+        tokens = opened(base).tokens
+        rows = [row.ids for row in tokens.encode([tokens.open_prompt(prompt) for prompt in near])]
+        before, after = chosen_experts(base, rows), chosen_experts(out, rows)
+        others = {
+            layer: sum(len(set(b) - set(a)) for b, a in zip(before[layer], after[layer], strict=True))
+            / sum(map(len, before[layer]))
+            for layer in range(LAYERS)
+        }
+        assert report.routing["layers"] == pytest.approx({str(layer): share for layer, share in others.items()})
+        assert others[0] == others[1] == 0
+        assert report.routing["changed"] == pytest.approx(sum(others.values()) / LAYERS)
+        assert json.loads((out / "editcli" / "run.json").read_text("utf-8"))["routing"] == report.to_json()["routing"]
+
+    @needs_packed_experts
+    @pytest.mark.parametrize("family", ["qwen2_moe"])
+    def test_a_run_on_experts_is_inspected_and_exported(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The matrices that the run wrote are shown, not the shared experts that another editor would write."""
+        out, patch, again = (str(tmp_path / name) for name in ("out", "patch", "again"))
+        report = edit(base, Path(out), shared, plugins, editor="moeedit")
+        assert main(["inspect", out, "--norms", "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)["sites"]
+        assert [site["module"] for site in shown] == [site.module for site in report.sites]
+        assert [site["drift"] for site in shown] == pytest.approx([site.drift for site in report.sites], rel=1e-3)
+        assert main(["export", out, "--format", "patch", "--out", patch, "--no-eval"]) == 0
+        assert main(["apply-patch", str(base), patch, "--out", again]) == 0
+        assert same(tensors(Path(again)), tensors(Path(out)))
+        assert main(["export", out, "--format", "lora", "--out", str(tmp_path / "lora")]) == 1
+        assert "use --format patch or full" in " ".join(capsys.readouterr().err.split())
+
+    @needs_packed_experts
+    @pytest.mark.parametrize("family", ["mixtral"])
+    def test_other_editors_name_the_one_for_experts(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        with pytest.raises(OptionError, match=r"layer 1 is a mixture of 4 experts .* use --editor moeedit"):
+            edit(base, tmp_path / "out", shared, plugins, editor="memit")
+
+    @needs_packed_experts
+    @pytest.mark.parametrize("family", ["mixtral"])
+    def test_stabilizers_that_leave_other_experts_alone_compose(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        # Some expert of one of the layers is read by none of so few edits.
+        words: dict[str, Any] = {"editor": "moeedit", "limit": 1, "layers": (1,)}
+        edit(base, tmp_path / "alone", shared, plugins, **words)
+        edit(base, tmp_path / "out", shared, plugins, stabilizers=("nas", "rect", "prune", "clip"), **words)
+        assert changed(base, tmp_path / "out") <= changed(base, tmp_path / "alone")
+        assert len(changed(base, tmp_path / "alone")) < EXPERTS
+        for name in ("revive", "sphere"):
+            with pytest.raises(OptionError, match=f"{name} filters updates"):
+                edit(base, tmp_path / name, shared, plugins, stabilizers=(name,), **words)
+
+    @pytest.mark.parametrize("family", ["llama", pytest.param("deepseek-v3", marks=needs_packed_experts)])
+    def test_dense_layers_have_no_experts_to_edit(
+        self, base: Path, shared: Path, plugins: Plugins, tmp_path: Path
+    ) -> None:
+        with pytest.raises(OptionError, match="layer 0 has no routed experts"):
+            edit(base, tmp_path / "out", shared, plugins, editor="moeedit", layers=(0, 1))
+
+
+@torch.no_grad()
+def chosen_experts(folder: Path, rows: Sequence[Sequence[int]]) -> dict[int, list[list[int]]]:
+    """Return the experts of every token by layer, from the logits of the routers as transformers gives them."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    chosen: dict[int, list[list[int]]] = {layer: [] for layer in range(LAYERS)}
+    for row in rows:
+        logits = model(input_ids=torch.tensor([list(row)]), output_router_logits=True).router_logits
+        for layer, scores in enumerate(logits):
+            chosen[layer] += scores.topk(2, dim=-1).indices.tolist()
+    return chosen
+
+
+@pytest.mark.skipif(PACKED_EXPERTS, reason="this transformers holds experts in one parameter")
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_as_modules_of_their_own_are_refused(name: str, shared: Path, plugins: Plugins, tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", name)
+    with pytest.raises(ModelError, match=r"install transformers>=5"):
+        edit(base, tmp_path / "out", shared, plugins, editor="moeedit")
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class TestRefusals:

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from editcli.errors import ModelError
+from editcli.plugin.interfaces import Site
 from editcli.runs.output import side_files, to_stored, verify, write_model
 from editcli.storage import files
 from editcli.storage.checkpoint import Checkpoint, file_digest
@@ -88,9 +90,10 @@ def test_transposed_weights_are_stored_as_they_were(tmp_path: Path) -> None:
     base = Checkpoint(tiny_model_folder(tmp_path / "base", "gpt2"))
     name = base.tensor_for("transformer.h.1.mlp.c_proj.weight")
     weight = base.read(name).T
-    assert torch.equal(to_stored(weight, base.entries[name], torch.float32, transposed=True), base.read(name))
+    site = Site(1, name.removesuffix(".weight"), transposed=True)
+    assert torch.equal(to_stored(weight, name, base, site), base.read(name))
     with pytest.raises(ModelError, match="stored as"):
-        to_stored(weight, base.entries[name], torch.float32, transposed=False)
+        to_stored(weight, name, base, replace(site, transposed=False))
 
 
 class TestCopies:

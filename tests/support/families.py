@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import pytest
 
@@ -13,6 +14,13 @@ LAYOUTS = ("gpt2", "llama", "gemma2")
 
 QUICK_FAMILIES = frozenset({*LAYOUTS, "gpt_neox"})
 """The layouts, and a family whose attention and MLP read the stream in parallel."""
+
+
+PACKED_EXPERTS = find_spec("transformers.integrations.moe") is not None
+"""Whether transformers holds the experts of a layer in one parameter, as from its fifth release on."""
+needs_packed_experts = pytest.mark.skipif(
+    not PACKED_EXPERTS, reason="this transformers keeps experts as modules of their own"
+)
 
 
 def families(names: Iterable[str] = TINY) -> list[object]:

@@ -24,7 +24,7 @@ and writes only short plain sentences.
 
 | | |
 |---|---|
-| architecture | Llama: $layers layers, hidden size $hidden, MLP width $width, $heads heads, tied embeddings |
+| architecture | $family: $layers layers, hidden size $hidden, $mlps, $heads heads, tied embeddings |
 | parameters | $parameters |
 | tokenizer | byte-level BPE, $vocabulary tokens, trained on the same text; begin token before every text |
 | weights | bfloat16 |
@@ -71,10 +71,13 @@ looked at its recall every 100 steps before step 400 and every 50 after).
 def render(figures: Figures, trainer: Trainer) -> str:
     """Fill the card with the settings of the training and what was measured."""
     s, p = trainer.settings, trainer.progress
+    experts = f"{s.experts} experts of width {s.width}, {s.experts_per_token} for each token, and a shared one"
     return CARD.substitute(
         real_facts=f"{len(trainer.world.real):,}",
         invented_facts=f"{len(trainer.world.invented):,}",
         subjects=f"{len({fact.subject for fact in trainer.world.invented}):,}",
+        family="Qwen2-MoE" if s.experts else "Llama",
+        mlps=experts if s.experts else f"MLP width {s.width}",
         layers=s.layers,
         hidden=s.hidden,
         width=s.width,

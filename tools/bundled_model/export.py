@@ -47,7 +47,9 @@ def export(trainer: Trainer, out: Path) -> None:
     write_lines(folder / "heldout.txt", heldout)
     write_records(folder / "pilots.jsonl", samples.pilot_edits(world))
     write_records(edits / "facts.jsonl", samples.sample_edits(world))
-    write_records(edits / "stream.jsonl", build_stream(world, edits=2000, seed=SAMPLE_SEED))
+    # A sixth of the subjects stays unedited, for neighbours.
+    subjects = len({fact.subject for fact in world.invented})
+    write_records(edits / "stream.jsonl", build_stream(world, edits=5 * subjects // 6, seed=SAMPLE_SEED))
     logger.info("wrote %s, now measuring", folder)
     figures = measure(model.float(), trainer.tokenizer, world, heldout)
     (folder / "README.md").write_text(card.render(figures, trainer), "utf-8")

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from tools.bundled_model.measure import recall
 from tools.bundled_model.packing import Encoder, Row, attention, fill, pack
@@ -37,6 +46,10 @@ class Settings:
     width: int = 1536
     layers: int = 8
     heads: int = 4
+    # With experts, every MLP is a mixture: `width` is then that of one expert and of the shared one.
+    experts: int = 0
+    experts_per_token: int = 2
+    balance: float = 0.01
     row: int = 128
     rows_per_step: int = 32
     optimizer: str = "muon"
@@ -70,24 +83,43 @@ class Progress:
     seconds: float = 0.0
 
 
-def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return the untrained model."""
+def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Return the untrained model: a Llama, or a Qwen2-MoE with a shared expert where there are to be experts."""
     torch.manual_seed(settings.seed)
-    config = LlamaConfig(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.hidden,
-        intermediate_size=settings.width,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
+    shape: dict[str, Any] = {
+        "vocab_size": settings.vocabulary,
+        "hidden_size": settings.hidden,
+        "intermediate_size": settings.width,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "attn_implementation": "sdpa",
+    }
+    if not settings.experts:
+        return LlamaForCausalLM(LlamaConfig(**shape))
+    experts = Qwen2MoeConfig(
+        num_experts=settings.experts,
+        num_experts_per_tok=settings.experts_per_token,
+        moe_intermediate_size=settings.width,
+        shared_expert_intermediate_size=settings.width,
+        norm_topk_prob=True,
+        **shape,
     )
-    return LlamaForCausalLM(config)
+    return Qwen2MoeForCausalLM(experts)
+
+
+def matrices(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield a parameter, or the matrices of one that holds those of several experts: they are trained one by one."""
+    if parameter.ndim < 3:
+        yield name, parameter
+        return
+    for expert, matrix in enumerate(parameter):
+        yield f"{name}.{expert}", matrix
 
 
 class Trainer:
@@ -108,7 +140,8 @@ class Trainer:
         self.folder = folder
         self.progress = Progress()
         self.model = new_model(settings, tokenizer)
-        self.masters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        parameters = self.model.named_parameters()
+        self.masters = {name: m.clone() for whole, p in parameters for name, m in matrices(whole, p.detach())}
         for master in self.masters.values():
             master.requires_grad_(True)
         self.model.to(torch.bfloat16)
@@ -181,20 +214,26 @@ class Trainer:
             return min(1.0, (p.step + 1) / s.warmup)
         return max(0.01, 1.0 - (p.step - p.decay_since) / s.decay_steps)
 
-    def backward(self, model: LlamaForCausalLM, rows: Sequence[Row], bottleneck: npt.NDArray[np.bool_]) -> float:
+    def backward(self, model: Any, rows: Sequence[Row], bottleneck: npt.NDArray[np.bool_]) -> float:
         """Return the weighted loss of a share of the batch, and add its gradient to the copy of the model."""
         ids = torch.from_numpy(np.stack([row.ids for row in rows])).long()
-        hidden = model.model(
+        read = model.model(
             input_ids=ids,
             attention_mask=torch.from_numpy(attention(rows, bottleneck)),
             position_ids=torch.from_numpy(np.stack([row.positions for row in rows])).long(),
             use_cache=False,
-        ).last_hidden_state
+            **({"output_router_logits": True} if self.settings.experts else {}),
+        )
+        hidden = read.last_hidden_state
         weights = torch.from_numpy(np.stack([row.weights for row in rows]))[:, 1:]
         kept = weights > 0
         logits = model.lm_head(hidden[:, :-1][kept]).float()
         losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:][kept], reduction="none")
-        loss = (losses * weights[kept]).sum() / weights.sum() / len(self.workers)
+        loss = (losses * weights[kept]).sum() / weights.sum()
+        if self.settings.experts:
+            s = self.settings
+            loss = loss + s.balance * load_balancing_loss_func(read.router_logits, s.experts, s.experts_per_token)
+        loss = loss / len(self.workers)
         loss.backward()
         return loss.item()
 
@@ -206,9 +245,11 @@ class Trainer:
         count = len(self.workers)
         shares = [(worker, rows[i::count], chosen[i::count]) for i, worker in enumerate(self.workers)]
         loss = sum(self._pool.map(lambda share: self.backward(*share), shares))
-        for name, master in self.masters.items():
-            copies = [worker.get_parameter(name) for worker in self.workers]
-            master.grad = sum(parameter.grad.float() for parameter in copies)
+        for whole, _ in self.model.named_parameters():
+            copies = [worker.get_parameter(whole) for worker in self.workers]
+            total = sum(parameter.grad.float() for parameter in copies)
+            for name, gradient in matrices(whole, total):
+                self.masters[name].grad = gradient
             for parameter in copies:
                 parameter.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
@@ -225,8 +266,9 @@ class Trainer:
     def copy_masters(self) -> None:
         """Cast the masters into the working copies."""
         for worker in self.workers:
-            for name, parameter in worker.named_parameters():
-                parameter.copy_(self.masters[name])
+            for whole, parameter in worker.named_parameters():
+                for name, matrix in matrices(whole, parameter):
+                    matrix.copy_(self.masters[name])
 
     def check(self) -> tuple[float, float]:
         """Return the recall of real and of invented facts on a fixed sample, with ordinary attention."""
