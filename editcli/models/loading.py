@@ -40,11 +40,12 @@ from editcli.models.fit import (
     remarks,
     stored_names,
 )
-from editcli.models.fp8 import Fp8Checkpoint, is_fp8, quantisation_of
 from editcli.models.gguf import GgufCheckpoint, gguf_in
 from editcli.models.hub import fetch, first_line, is_hub_copy, names_code, page, repository_of
 from editcli.models.kv_cache import supports_kv_cache
 from editcli.models.offload import device_of
+from editcli.models.packed.checkpoint import PackedCheckpoint
+from editcli.models.packed.table import checkpoint_in, refuse_format
 from editcli.models.sharded import is_split, loading_options
 from editcli.models.tokens import Tokens, panics_refused
 from editcli.models.towers import auto_class
@@ -105,7 +106,7 @@ class ModelSource:
         """The model's files; their headers are read once."""
         if self.gguf is not None:
             return GgufCheckpoint(self.gguf, skeleton)
-        return (Fp8Checkpoint if is_fp8(self.folder) else Checkpoint)(self.folder, self._names)
+        return checkpoint_in(self.folder, self._names)
 
     def _names(self, checkpoint: Checkpoint) -> Mapping[str, tuple[str, ...]]:
         try:
@@ -406,7 +407,8 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         _refuse_code(source, "config.json", trust_remote_code, error)
         raise ModelError(f"cannot read the config of {source.folder}: {first_line(error)}") from error
-    if quantisation_of(source.folder) and isinstance(source.checkpoint, Fp8Checkpoint):
+    refuse_format(source.folder)
+    if isinstance(source.checkpoint, PackedCheckpoint):
         # The weights are handed over as plain numbers.
         delattr(config, "quantization_config")
     refuse_depth(config)

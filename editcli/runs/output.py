@@ -183,7 +183,7 @@ def verify(base: Checkpoint, out: Path, planned: Mapping[str, Stored], *, idle: 
     if not changed and not idle:
         raise ModelError(
             "nothing changed: every edited weight equals the base's once it is stored, because the updates are smaller "
-            "than its type can hold or every edit was given up (see the rejected edits); try --save-dtype float32"
+            f"than its type can hold or every edit was given up (see the rejected edits); {base.way_to_finer_types}"
         )
     return Verified(
         changed=tuple(part for name in changed for part in _changed_parts(base, name, differing)),

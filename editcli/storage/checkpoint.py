@@ -102,6 +102,11 @@ class Checkpoint:
         return str(self.folder / CONFIG)
 
     @property
+    def way_to_finer_types(self) -> str:
+        """What to do where updates are smaller than the stored type can hold."""
+        return "try --save-dtype float32"
+
+    @property
     def saved_files(self) -> tuple[str, ...]:
         """The files of weights of an edited copy."""
         return self.files
@@ -182,6 +187,11 @@ class Checkpoint:
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
+        """The weights by name."""
+        return self.loaded
+
+    @cached_property
+    def loaded(self) -> Mapping[str, TensorEntry]:
         """The tensors that are loaded, by name; of one that several files hold, the last one."""
         choice = self.choice
         strict = choice.index is not None and _loads_what_the_index_names()

@@ -16,6 +16,8 @@ from tests.support.facts import requests_of
 from tests.support.sessions import FakeSession, assert_close, write_batch
 
 PLUGINS = load_plugins()
+# The editor of routed experts has stacks of its own in its tests.
+EDITORS = [name for name in PLUGINS.all("editor") if not PLUGINS.find("editor", name).component.writes_experts]
 OPTIONS = {
     "clip": {"rho": 1.05},
     "nas": {"anchor": 2.0, "guard": 100.0},
@@ -33,7 +35,7 @@ def make(kind: str, name: str) -> Any:
 
 
 @pytest.mark.parametrize("stabilizer", [None, *PLUGINS.all("stabilizer")])
-@pytest.mark.parametrize("editor", PLUGINS.all("editor"))
+@pytest.mark.parametrize("editor", EDITORS)
 def test_every_editor_takes_every_stabilizer(session: FakeSession, editor: str, stabilizer: str | None) -> None:
     stack = [make("stabilizer", stabilizer)] if stabilizer else []
     method: Editor = make("editor", editor)
