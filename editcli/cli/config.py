@@ -14,6 +14,7 @@ from editcli.cli.app import App
 from editcli.errors import OptionError
 from editcli.plugin.manager import Plugins
 from editcli.plugin.options import parse_assignments
+from editcli.plugin.wrapping import wrapped_name
 from editcli.settings.config import Config, load_config
 from editcli.settings.core import CORE
 
@@ -26,7 +27,9 @@ def refuse_idle_options(recipe: Recipe, assignments: Iterable[str], plugins: Plu
     for name in parse_assignments(assignments):
         if name in plugins.all("stabilizer") and name not in recipe.stabilizers:
             raise OptionError(f"-o {name}... was given, but {name} is not in this run; add --stabilizer {name}")
-        if name in plugins.all("editor") and recipe.editor not in (None, name):
+        if name not in plugins.all("editor") or recipe.editor in (None, name):
+            continue
+        if name != wrapped_name(recipe.editor, recipe.settings, plugins):
             raise OptionError(f"-o {name}... was given, but the editor is {recipe.editor}; add --editor {name}")
 
 

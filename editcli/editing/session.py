@@ -307,6 +307,22 @@ class ModelSession:
                 self.set_weight(site, weight)
 
     @contextmanager
+    def under(self, weights: Mapping[Site, Tensor], *, unedited: bool = False) -> Iterator[None]:
+        """Hold other weights, (d_out, d_in) by site, inside the ``with``; afterwards the current ones, bit by bit."""
+        before, written = self.masters(), self.written
+        base = {site: self.baseline(site) for site in before} if unedited else {}
+        self._sinks = None
+        try:
+            for site, weight in {**base, **weights}.items():
+                # A weight that was never written stays as it was loaded, not as it would be saved.
+                if not torch.equal(weight.to(before[site]), before[site]):
+                    self.set_weight(site, weight)
+            yield
+        finally:
+            self.restore(before)
+            self.written, self._sinks = written, None
+
+    @contextmanager
     def read_out(self, stabilizers: Sequence[Stabilizer]) -> Iterator[Mapping[Site, Tensor]]:
         """Hold the weights as they are saved, after every stabilizer's read-out; then restore the stream's weights."""
         before = self.masters()

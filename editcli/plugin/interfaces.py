@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
@@ -116,11 +117,13 @@ class Problem:
     site: Site
     keys: Tensor
     residual: Tensor
+    """One column per edit, or more: an editor may ask for several things of one edit, and sets :attr:`held` then."""
     released: Tensor | None = None
     """(d_in, m) keys that the editor's memory lets go of before it solves: those of edits that this batch contradicts;
     None for none."""
     held: Tensor | None = None
-    """(d_in, n) keys by which the batch is remembered, where they are not ``keys``; see :meth:`Editor.completed`."""
+    """(d_in, n) keys by which the batch is remembered, one column per edit, where they are not ``keys``; see
+    :meth:`Editor.completed`."""
 
     @property
     def remembered(self) -> Tensor:
@@ -298,6 +301,14 @@ class Session(Protocol):
         """Return W_0, (d_out, d_in) float32, read from the base checkpoint's files."""
         ...
 
+    def under(self, weights: Mapping[Site, Tensor], *, unedited: bool = False) -> AbstractContextManager[None]:
+        """Let everything that is read inside the ``with`` be read under other weights, (d_out, d_in) by site.
+
+        Sites without a weight here have their current one, with ``unedited`` that of the base: a batch is measured so
+        on the unedited model in the middle of a stream. The current weights are back afterwards, bit by bit.
+        """
+        ...
+
     def second_moment(self, site: Site) -> Tensor:
         """Return C = E[k k^T], (d_in, d_in) float64, of the unedited model; raises after the first write.
 
@@ -444,6 +455,13 @@ class Editor(Component):
     and shared experts."""
     single_site: ClassVar[bool] = False
     """True for an editor that writes the last site only (ROME)."""
+    on_base: ClassVar[bool] = False
+    """True for an editor whose target values are those of the unedited model: in the middle of a stream z = h then does
+    not say that there is nothing to write."""
+    wraps: ClassVar[str] = ""
+    """The option that names the editor which this one wraps; empty for an editor that wraps none."""
+    wrapped: Editor | None = None
+    """The editor that it wraps."""
     tempered_by: ClassVar[str] = ""
     """How to make this editor's updates smaller, as a clause ("raise mine.weight"); shown when a guard refuses one."""
     suggests: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -452,6 +470,15 @@ class Editor(Component):
     def largest_jump(self, site: Site) -> float | None:
         """Return the most that one batch may change R_n of ``site`` if the user gives no limit; None for any."""
         return None
+
+    def wrap(self, editor: Editor) -> None:
+        """Take the editor that the option :attr:`wraps` names, built with its own options, once and before all else.
+
+        It acts where this one does: on its layers, and on the same edits.
+        """
+        self.wrapped = editor
+        flags = {name: getattr(editor, name) for name in ("needs_values", "needs_subject", "single_site")}
+        vars(self).update(flags)
 
     def values(self, session: Session, requests: Sequence[EditRequest]) -> Values:
         """Optimise the batch's target values on the current model; called once per stage, before its first write."""

@@ -95,7 +95,8 @@ class Segment:
         """Return the problem of a site with a (d_out, d_in) matrix; raise :class:`StateError` where it does not fit."""
         residual, keys = self._pair(site.module, ("residual", "keys"), shape)
         more = {name: self._keys(site.module, name, (shape[1], None)) for name in ("released", "held")}
-        if more["held"] is not None and more["held"].shape != keys.shape:
+        held = more["held"]
+        if held is not None and held.shape[1] != len(self.requests):
             raise StateError(f"the keys of {site.module} in {self.name} do not fit together; restore it from a backup")
         return Problem(site, keys, residual, **more)
 

@@ -34,6 +34,7 @@ from editcli.models.tokens import Tokens
 from editcli.plugin.interfaces import Component, Diagnostic, Editor, Site, Stabilizer
 from editcli.plugin.manager import Plugins
 from editcli.plugin.options import build, merge
+from editcli.plugin.wrapping import give_wrapped
 from editcli.presets.loader import load_preset
 from editcli.presets.record import Preset, Settings
 from editcli.records.edits import superseded
@@ -113,8 +114,9 @@ class Planned:
 
     @property
     def components(self) -> tuple[Component, ...]:
-        """The editor and the stabilizers."""
-        return (self.editor, *self.stabilizers)
+        """The editor, the one that it wraps, and the stabilizers."""
+        wrapped = () if self.editor.wrapped is None else (self.editor.wrapped,)
+        return (self.editor, *wrapped, *self.stabilizers)
 
     @property
     def state_bytes(self) -> int:
@@ -337,9 +339,11 @@ def check_guards(guards: Sequence[Guard], requests: Sequence[EditRequest], *, me
 
 
 def component(plugins: Plugins, kind: str, name: str, settings: Any) -> Any:
-    """Build an editor or stabilizer with its options."""
+    """Build an editor or stabilizer with its options, and the editor that it wraps."""
     kind_class = plugins.find(kind, name).component
-    return kind_class(build(kind_class.Options, settings.get(name, {}), owner=name))
+    made = kind_class(build(kind_class.Options, settings.get(name, {}), owner=name))
+    give_wrapped(made, settings, plugins)
+    return made
 
 
 def diagnostics(recipe: Recipe, plugins: Plugins) -> tuple[Diagnostic, ...]:
@@ -365,7 +369,7 @@ def choose_sites(
 
     ``per_layer`` leaves the first and the last of them, which have targets of their own: BLUE.
     """
-    layers = recipe.layers or preset.layers_for(editor.name)
+    layers = recipe.layers or preset.layers_for((editor.wrapped or editor).name)
     if not layers:
         raise OptionError(f"the model has only {architecture.layers} layers, too few to guess sites; pass --layers")
     if max(layers) >= architecture.layers:

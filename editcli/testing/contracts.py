@@ -25,8 +25,10 @@ from editcli.editing.pipeline import Written, commit, edit_batch, lost_again
 from editcli.editing.session import ModelSession
 from editcli.errors import EditError, OptionError, RequestError
 from editcli.plugin.interfaces import Dense, LowRank, Problem, Session, Site, Stabilizer, Update, Values
+from editcli.plugin.manager import load_plugins
 from editcli.plugin.options import build, describe
 from editcli.plugin.plain import plain
+from editcli.plugin.wrapping import give_wrapped
 from editcli.requests.schema import EditRequest
 from editcli.runs.stream import UNFIT
 from editcli.testing.listing import heavy_imports
@@ -57,8 +59,11 @@ class Contract:
     layers: ClassVar[Sequence[int]] = (0, 1)
 
     def make(self) -> Any:
-        """Build the component with :attr:`options`."""
-        return self.component(build(self.component.Options, self.options, owner=self.component.name))
+        """Build the component with :attr:`options`, and the editor that it wraps with its defaults."""
+        made = self.component(build(self.component.Options, self.options, owner=self.component.name))
+        if getattr(made, "wraps", ""):
+            give_wrapped(made, {}, load_plugins())
+        return made
 
     def session(self, folder: Path, family: str | None = None) -> ModelSession:
         """Open a session on an unedited tiny model."""

@@ -50,7 +50,7 @@ def test_names_are_those_of_the_installed_plugins() -> None:
     assert values("apply", "--editor", "nothing") == []
 
 
-COMPANIONS = {"prune.feedback=true": ["prune.when=batch"]}
+COMPANIONS = {"prune.feedback=true": ["prune.when=batch"], "nse.bounds_kind=relative": ["nse.met=0.1"]}
 """Options that make sense beside another only."""
 
 

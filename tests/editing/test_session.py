@@ -110,6 +110,45 @@ def test_restoring_gives_back_the_same_weights_and_the_baseline_never_moves(load
     torch.testing.assert_close(stored.T if site.transposed else stored, base, rtol=0, atol=0)
 
 
+def test_a_batch_is_read_under_the_unedited_weights_in_the_middle_of_a_stream(loaded: LoadedModel) -> None:
+    """Bit by bit what was read before the first write; afterwards the stream's own weights, the same objects."""
+    own = session(loaded)
+    unedited = [own.keys(REQUESTS, site) for site in own.sites], own.values(REQUESTS).target
+    for site in own.sites:
+        rows, columns = own.weight(site).shape
+        own.write(site, LowRank(torch.ones(rows, 1), torch.ones(columns, 1)))
+    edited, before = [own.keys(REQUESTS, site) for site in own.sites], own.masters()
+    with own.under({}, unedited=True):
+        again = [own.keys(REQUESTS, site) for site in own.sites], own.values(REQUESTS).target
+        assert all(torch.equal(own.weight(site), own.baseline(site)) for site in own.sites)
+        with pytest.raises(StatisticsError, match="belong to the unedited model"):
+            own.second_moment(own.sites[0])
+    assert all(torch.equal(one, other) for one, other in zip(unedited[0], again[0], strict=True))
+    assert torch.equal(unedited[1], again[1])
+    assert all(own.weight(site) is before[site] for site in own.sites)
+    assert not torch.equal(edited[1], unedited[0][1])
+    assert all(torch.equal(own.keys(REQUESTS, s), keys) for s, keys in zip(own.sites, edited, strict=True))
+
+
+def test_weights_come_back_after_an_error_and_the_model_counts_as_unedited_still(loaded: LoadedModel) -> None:
+    own = session(loaded)
+    first, second = own.sites
+    before, doubled = own.masters(), 2 * own.weight(second)
+    keys = own.keys(REQUESTS, second)
+
+    def interrupted() -> None:
+        with own.under({first: 2 * before[first], second: doubled}):
+            assert torch.equal(own.weight(second), doubled)
+            assert not torch.equal(own.keys(REQUESTS, second), keys)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert all(own.weight(site) is before[site] for site in own.sites)
+    assert torch.equal(own.keys(REQUESTS, second), keys)
+    assert not own.written
+
+
 def test_statistics_are_refused_after_the_first_write(loaded: LoadedModel) -> None:
     own = ModelSession(loaded, (1,), prefixes=(), second_moment=lambda site: torch.eye(3))
     site = own.sites[0]

@@ -7,7 +7,11 @@ from editcli.testing import DiagnosticContract, EditorContract, StabilizerContra
 from tests.support.families import needs_packed_experts
 
 CONTRACTS = {"editor": EditorContract, "stabilizer": StabilizerContract, "diagnostic": DiagnosticContract}
-OPTIONS = {"memit": {"remember": True}, "spectra": {"every": 2}}
+OPTIONS = {
+    "memit": {"remember": True},
+    "nse": {"bounds_kind": "relative", "met": 0.05, "lost": 20.0},
+    "spectra": {"every": 2},
+}
 """What gives a component state, or turns one on that does nothing by default."""
 QUICK = {"memit", "rlsedit", "nas", "revive", "norms"}
 """With state and without, of every kind; the others are left to the whole suite."""

@@ -11,6 +11,7 @@ import torch
 from editcli.plugin.interfaces import Editor, Stabilizer
 from editcli.plugin.manager import load_plugins
 from editcli.plugin.options import build
+from editcli.plugin.wrapping import give_wrapped
 from tests.support.facts import requests_of
 from tests.support.sessions import FakeSession, assert_close, write_batch
 
@@ -20,6 +21,7 @@ EDITORS = [name for name in PLUGINS.all("editor") if not PLUGINS.find("editor", 
 OPTIONS = {
     "clip": {"rho": 1.05},
     "nas": {"anchor": 2.0, "guard": 100.0},
+    "nse": {"met": 0.0},
     "revive": {"tau": 0.3},
     "ultraedit": {"lr": 0.01},
 }
@@ -27,7 +29,9 @@ OPTIONS = {
 
 def make(kind: str, name: str) -> Any:
     component = PLUGINS.find(kind, name).component
-    return component(build(component.Options, OPTIONS.get(name, {}), owner=name))
+    made = component(build(component.Options, OPTIONS.get(name, {}), owner=name))
+    give_wrapped(made, OPTIONS, PLUGINS)
+    return made
 
 
 @pytest.mark.parametrize("stabilizer", [None, *PLUGINS.all("stabilizer")])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -133,6 +134,19 @@ class FakeSession:
 
     def write(self, site: Site, update: Update) -> None:
         self.weights[site] = self.weights[site] + update.dense().float()
+
+    @property
+    def written(self) -> bool:
+        return any(weight is not self.base[site] for site, weight in self.weights.items())
+
+    @contextmanager
+    def under(self, weights: Mapping[Site, Tensor], *, unedited: bool = False) -> Iterator[None]:
+        before = self.masters()
+        self.weights.update({**(self.base if unedited else {}), **weights})
+        try:
+            yield
+        finally:
+            self.restore(before)
 
     def masters(self) -> Mapping[Site, Tensor]:
         return dict(self.weights)

@@ -30,6 +30,11 @@ STACKS = {
     ),
     "rlsedit": ("--editor", "rlsedit", "--stabilizer", "nas", "--stabilizer", "revive"),
     "lyaplock": ("--editor", "lyaplock", "--stabilizer", "sphere", "-o", "sphere.every=2"),
+    "nse": (
+        *("--editor", "nse", "--stabilizer", "nas", "-o", "nse.bounds_kind=relative"),
+        *("-o", "nse.met=0.01", "-o", "nse.passes=3"),
+    ),
+    "simie": ("--editor", "simie", "-o", "memit.mom2_update_weight=100", "-o", "targets.per_layer=true"),
     "crispedit": ("--editor", "crispedit", "-o", "crispedit.epochs=2", "-o", "crispedit.mini_batch=1"),
     "ultraedit": ("--editor", "ultraedit", "-o", "ultraedit.lr=1e-3", "-o", "ultraedit.pilots=4"),
 }

@@ -1,0 +1,12 @@
+"""SimIE as an editcli plugin."""
+
+from editcli.plugin import hookimpl
+
+editcli_api = 2
+
+
+@hookimpl
+def editcli_editors():
+    from editcli_simie.editor import SimIE
+
+    return [SimIE]
