@@ -134,9 +134,9 @@ def _write_stage(stage: ModelSession, batch: _Batch, draft: _Draft) -> None:
     started = time.perf_counter()
     values = _targets(stage, editor, requests)
     draft.count(values)
-    # Values of the unedited model say nothing about what a written one answers.
+    # What the unedited model answers says nothing about what a written one does.
     elsewhere = editor.on_base and batch.session.written
-    known = editor.already_true(requests) if values is None or elsewhere else _known(stage, values)
+    known = () if elsewhere else editor.already_true(requests) if values is None else _known(stage, values)
     # What a later stage finds answered, an earlier one has written.
     draft.known = known if draft.known is None else draft.known
     if values is not None:

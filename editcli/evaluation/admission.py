@@ -22,7 +22,7 @@ class Gate:
     """The conditions that an edit must meet for one tokenizer and one editor."""
 
     tokens: Tokens
-    editor: type[Editor]
+    editor: Editor
     targets: TargetOptions
     without_subject: tuple[str, ...] = ()
     """Installed editors that need no subject."""

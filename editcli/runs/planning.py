@@ -287,7 +287,7 @@ def plan_on(
     preset, name, settings = _method(recipe, base, plugins, before)
     editor = component(plugins, "editor", name, settings)
     architecture = replace(architecture, routed=editor.writes_experts)
-    gate = _gate(recipe, base, name, settings, plugins)
+    gate = _gate(recipe, base, editor, settings, plugins)
     sites = choose_sites(recipe, preset, architecture, base.checkpoint, editor, per_layer=gate.targets.per_layer)
     requests, rejected, total = usable(file, gate, skip_bad=skip)
     check_guards(guards, requests, measured=recipe.evaluate)
@@ -426,7 +426,7 @@ def save_dtype(recipe: Recipe) -> torch.dtype | None:
 def gate_of(recipe: Recipe, base: LoadedModel, plugins: Plugins) -> Gate:
     """Return what decides whether an edit can be used in a run of ``recipe``; reads no weights."""
     _, name, settings = _method(recipe, base, plugins)
-    return _gate(recipe, base, name, settings, plugins)
+    return _gate(recipe, base, component(plugins, "editor", name, settings), settings, plugins)
 
 
 def _method(
@@ -439,8 +439,7 @@ def _method(
     return preset, name, settings_for(name, preset, recipe.settings, plugins)
 
 
-def _gate(recipe: Recipe, base: LoadedModel, name: str, settings: Mapping[str, Any], plugins: Plugins) -> Gate:
-    editor = cast("type[Editor]", plugins.find("editor", name).component)
+def _gate(recipe: Recipe, base: LoadedModel, editor: Editor, settings: Mapping[str, Any], plugins: Plugins) -> Gate:
     targets = build(TargetOptions, settings.get("targets", {}), owner="targets")
     editors = [cast("type[Editor]", one.component) for one in plugins.all("editor").values()]
     return Gate(

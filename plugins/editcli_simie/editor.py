@@ -112,6 +112,9 @@ class SimIE(InverseGramEditor):
             for site in session.sites:
                 self._ideal[site] = self._inner.update(session, site).added_to(session.weight(site))
 
+    def already_true(self, requests: Sequence[EditRequest]) -> Sequence[int]:
+        return self._inner.already_true(requests)
+
     def update(self, session: Session, site: Site) -> Update:
         return self.solve(session, self._towards(session, site))
 

@@ -7,7 +7,8 @@ import torch
 
 from editcli.cli.config import refuse_idle_options
 from editcli.editing.pipeline import commit, edit_batch
-from editcli.errors import OptionError
+from editcli.errors import OptionError, RequestError
+from editcli.plugin.interfaces import Dense
 from editcli.plugin.manager import load_plugins
 from editcli.plugin.options import build
 from editcli.plugin.wrapping import give_wrapped
@@ -107,6 +108,19 @@ def test_it_wraps_every_editor(session, name):
         assert all(0 < update.norm() < float("inf") for update in written.updates.values())
 
 
+def test_an_edit_that_the_model_answers_is_already_true_until_the_stream_has_written(session):
+    """Its loss is that on the unedited model, which says nothing about the weights of a stream."""
+    batch = requests_of("b", 2)
+    settings = {**SETTINGS, "simie": {"editor": "ft"}, "ft": {"stop_loss": 1e9}}
+    editor = component(PLUGINS, "editor", "simie", settings)
+    editor.prepare(session)
+    first = write_batch(session, editor, batch)
+    assert first.already_true == ("b-0", "b-1")
+    assert all(update.norm() == 0 for update in first.updates.values())
+    session.write(session.sites[0], Dense(torch.ones(session.shape)))
+    assert write_batch(session, editor, batch).already_true == ()
+
+
 def test_an_edit_that_was_given_up_moves_nothing_and_is_not_remembered(session, monkeypatch):
     values = session.values
     monkeypatch.setattr(session, "values", lambda requests: values(requests).drop({1: "given up"}))
@@ -169,6 +183,17 @@ def test_a_run_takes_the_options_and_the_layers_of_the_wrapped_editor(tmp_path):
     assert planned.layers == alone.layers
     assert [part.name for part in planned.components] == ["simie", "ultraedit"]
     assert planned.components[1].options.lr == 0.5
+
+
+def test_a_run_takes_the_edits_that_the_wrapped_editor_takes(tmp_path):
+    """One without a subject, and with a target of any length, where that editor optimises no targets."""
+    edits = [{"prompt": "Where does the train to Rome stop?", "target_new": "Lyon " * 120}]
+    file = write_lines(tmp_path / "edits.jsonl", edits)
+    settings = {"simie": {"editor": "ft"}}
+    recipe = Recipe(edits=str(file), editor="simie", settings=settings, out=str(tmp_path / "out"))
+    assert len(planning.check(recipe, PLUGINS, Silent()).requests) == 1
+    with pytest.raises(RequestError, match="simie writes a fact at its subject's last token"):
+        planning.check(dataclasses.replace(recipe, settings={}), PLUGINS, Silent())
 
 
 @pytest.mark.slow

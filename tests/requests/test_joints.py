@@ -87,7 +87,7 @@ def test_the_text_decides_where_it_says_so(prompt: str, target: str, between: st
 def test_the_joint_of_a_record_is_what_is_written_and_asked() -> None:
     tokens = Tokens(tiny_tokenizer())
     fact = from_record({"prompt": "The capital of {} is", "subject": "France", "target_new": "Rome", "join": "\n"})
-    gate = Gate(tokens, PlainEditor, TargetOptions())
+    gate = Gate(tokens, PlainEditor(), TargetOptions())
     (encoded,) = tokens.encode([tokens.locate(fact, "Rome")])
     assert tokens.decode(encoded.ids).endswith("France is\nRome")
     assert check_edit(fact, gate).joint == "\n"
@@ -97,7 +97,7 @@ def test_the_joint_of_a_record_is_what_is_written_and_asked() -> None:
 def test_check_shows_characters_where_tokens_are_bytes(target: str) -> None:
     tokens = Tokens(tiny_tokenizer())
     fact = from_record({"prompt": "{}的首都是", "subject": "法国", "target_new": target})
-    edit = check_edit(fact, Gate(tokens, PlainEditor, TargetOptions()))
+    edit = check_edit(fact, Gate(tokens, PlainEditor(), TargetOptions()))
     assert edit.target == tuple(target)
     assert edit.target_length == len(target.encode())
     assert (edit.lookup, edit.joint) == ("国", "")
