@@ -135,6 +135,9 @@ _REPLACED: Mapping[str, str] = {
 }
 """Descriptions of settings that are hashes."""
 
+_CHOSEN = ("editor", "stabilizers", "options")
+"""Settings that others follow from: an editor brings its options and its layers. They are compared first."""
+
 Measure = Callable[[Sequence[EditRequest]], Mapping[str, float | None]]
 
 
@@ -402,7 +405,7 @@ class Stream:
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
         # A setting that was not saved did not exist then.
-        for name in sorted(saved):
+        for name in sorted(saved, key=lambda name: (_CHOSEN.index(name) if name in _CHOSEN else len(_CHOSEN), name)):
             mine, theirs = self.settings.get(name), saved[name]
             if mine == theirs:
                 continue

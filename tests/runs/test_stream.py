@@ -91,6 +91,7 @@ def test_edits_that_cannot_be_used_are_counted_over_all_files(shop: Any) -> None
     ("options", "said"),
     [
         (("--editor", "memit"), "made with editor = rlsedit, not memit"),
+        (("--stabilizer", "revive"), "made with stabilizers = ['nas'], not ['nas', 'revive']"),
         (("-o", "nas.anchor=2"), "options = nas: anchor: 5.0, not nas: anchor: 2.0"),
         (("-o", "targets.steps=2"), "targets = steps: 1, not steps: 2"),
         (("--layers", "1"), "made with layers = [1, 2], not [1]"),
