@@ -20,6 +20,9 @@ RETAINED = {
 }
 """Headings, and retained figures of a curve."""
 
+MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
+"""Names of models by the folders that results name."""
+
 
 def section(result: Mapping[str, Any]) -> Iterator[str]:
     """Describe what every stack retained."""
@@ -27,14 +30,17 @@ def section(result: Mapping[str, Any]) -> Iterator[str]:
     curves: Mapping[str, Mapping[str, Any]] = horizon["stacks"]
     common = shared_options(curves.values())
     yield from ("## The long horizon, on a real model", "")
-    yield f"`python -m benchmarks.horizon`, {horizon['limit']:,} edits in batches of {horizon['batch_size']} on"
-    yield f"{horizon['model']}, every stack with {' and '.join(f'`{one}`' for one in common) or 'the preset alone'}."
+    model = MODELS.get(horizon["model"], horizon["model"])
+    yield f"`python -m benchmarks.horizon`, {horizon['limit']:,} edits of CounterFact in batches of"
+    yield f"{horizon['batch_size']} on {model}, every stack with"
+    yield f"{' and '.join(f'`{one}`' for one in common) or 'the preset alone'}."
     yield ""
     edits = sorted({point["edits"] for curve in curves.values() for point in curve["points"]})
     after = " / ".join(f"{count:,}" for count in edits)
     yield f"Retained figures after {after} edits, of those in a fixed sample of 200. R_n, the divergence on unrelated"
     yield "text (nats, median) and the accuracy of the first and the last quarter of all edits are those at the end."
-    yield "*clamped*: targets that ended at `targets.clamp`."
+    yield "CP@60 is the number of edits after which retained efficacy first fell below 0.60, by success / accuracy; -"
+    yield "where it never did. *clamped*: targets that ended at `targets.clamp`."
     yield ""
     rows = [(title(curve, common), *cells(curve)) for curve in curves.values()]
     heading = ("stack", *RETAINED, "CP@60", "first / last quarter", "R_n", "divergence", "clamped")
@@ -122,62 +128,69 @@ def short(run: str) -> str:
     return run.partition("_")[0]
 
 
-MEANING = """How to read the four sections above, and the streams of 400 in the section on real models. Of all 400 edits
-MEMIT retains 0.78 and RLSEdit 0.91.
+MEANING = """How to read the four sections above, and the
+[streams of 400](#smollm2-135m-instruct-stacks-on-a-stream-of-400) in the section on real models. All are 400 edits of
+CounterFact in batches of 100 on SmolLM2-135M-Instruct. Unless a point says otherwise, they have the guess, one prefix
+and targets that stop early (`targets.stop=greedy`: MPES, most-probable early stopping). *Retained* is the share of
+these 400 that the model answers exactly at the end: MEMIT 0.78, RLSEdit 0.91. The table of the long horizon has a
+sample of 200 of them, with 0.73 and 0.89. Italics name a claim of the papers or a topic; what was measured here
+follows.
 
-- *Memory of keys dominates.* MEMIT and RLSEdit write the first batch alike (0.99 of it at once). After 400 edits MEMIT
-  answers 0.54 of its first quarter, RLSEdit 0.84 and AlphaEdit 0.83, while all answer 0.95 or more of the last. What
-  later batches add at the first batch's keys is 0.61 to 0.68 of what it wrote with MEMIT, 0.17 to 0.20 with RLSEdit.
-- *MEMIT's norms grow and it collapses.* Not within 400 edits: success stays at 0.97, so there is no collapse point,
+- *Memory of keys dominates.* It does. MEMIT and RLSEdit write the first batch alike: 0.99 of it is answered at once.
+  After 400 edits MEMIT answers 0.54 of its first quarter, RLSEdit 0.84 and AlphaEdit 0.83, while all answer 0.95 or
+  more of the last. What later batches add at the first batch's keys is 0.61 to 0.68 of what it wrote with MEMIT, 0.17
+  to 0.20 with RLSEdit.
+- *MEMIT's norms grow and it collapses.* Not within 400 edits. Success stays at 0.97, so there is no collapse point,
   and exact answers fall evenly. ||D|| of a batch is 70 at first and 64 at last, and R_n reaches 1.20 with or without a
   memory. A target is at most `targets.clamp` away from h, and h does not grow, so nothing feeds back.
-- *NAS moves the collapse point fourfold.* It helps, as far as 400 edits go: 0.82 of MEMIT's edits retained in place of
-  0.78, 0.73 of the first quarter in place of 0.54, R_n 1.11 in place of 1.20, and less divergence on unrelated text.
-  That is a third of what a memory gives. No collapse point moves fourfold in exact answers. Streams of 1,000 edits
-  were measured once, on one H200 and before the guess had its settings (an absolute rate of 0.5, 20 steps, two
-  prefixes, lambda 300): accuracy after 200 / 400 / 600 / 800 edits was 0.94 / 0.73 / 0.63 / 0.51 with MEMIT and
-  0.94 / 0.71 / 0.70 / 0.53 with NAS, so both fall below 0.60 between 600 and 800. REVIVE gave 0.97 / 0.79 / 0.72 /
-  0.53, RLSEdit 0.97 / 0.91 / 0.89 / 0.82. Success stayed above 0.92, so none collapsed in the papers' sense.
-- *Null-space methods run out.* Not within 400 edits: AlphaEdit's guess leaves 1,075 of 1,536 directions free, and
-  0.95 of its last quarter are answered.
-- *A dominant subspace.* There is none to protect: the edited weights are nearly as flat as random matrices. Effective
-  rank 526 to 531 of 576 (random: 545), 0.16 to 0.18 of the energy in the protected directions (random: 0.15). A tenth
-  of what later batches do to the first acts on them, as on the bundled model.
-- *REVIVE preserves that subspace, and helps.* It does the first and not the second: 0.78 of MEMIT's edits retained
-  with it and 0.78 without, 0.66 of the neighbours in place of 0.71, R_n 1.21 in place of 1.20, and 0.45 of the first
-  batch not written in place of 0.29. The edited weight does what the base did along the protected directions, yet its
-  own leading directions are others (SS 0.00): what the edits add outgrows a head that is so small.
+- *NAS moves the collapse point fourfold.* Not here: no stack collapses. NAS helps MEMIT a third as much as a memory of
+  keys does: 0.82 retained in place of 0.78, 0.73 of the first quarter in place of 0.54, R_n 1.11 in place of 1.20, and
+  less divergence on unrelated text.
+- *Longer streams.* 1,000 edits were measured once, on one H200, with older guesses (an absolute rate of 0.5, 20 steps,
+  two prefixes, lambda 300). Accuracy after 200 / 400 / 600 / 800 edits was 0.94 / 0.73 / 0.63 / 0.51 with MEMIT,
+  0.94 / 0.71 / 0.70 / 0.53 with MEMIT and NAS, 0.97 / 0.79 / 0.72 / 0.53 with MEMIT and REVIVE, and
+  0.97 / 0.91 / 0.89 / 0.82 with RLSEdit. All three of MEMIT fall below 0.60 between 600 and 800 edits. Success stayed
+  above 0.92, so none collapsed as the papers count it.
+- *Null-space methods run out.* Not within 400 edits: AlphaEdit with the guessed threshold leaves 1,075 of 1,536
+  directions free, and answers 0.95 of its last quarter.
+- *The weights have a dominant subspace.* There is none to protect: the edited weights are nearly as flat as random
+  matrices. Effective rank is 526 to 531 of 576 (random: 545), and the protected directions have 0.16 to 0.18 of the
+  energy (random: 0.15). A tenth of what later batches do to the first acts on them, as on the bundled model.
+- *REVIVE preserves that subspace, and helps.* It preserves it and does not help: 0.78 of MEMIT's edits are retained
+  with it and 0.78 without, 0.66 of the neighbours in place of 0.71, R_n is 1.21 in place of 1.20, and 0.45 of the
+  first batch is not written in place of 0.29. The edited weight does what the base did along the protected directions.
+  Its leading directions are others all the same (SS 0.00), since the edits add more than so small a head holds.
 - *LS and SS.* Over the stacks of 400 edits that wrote something, MEMIT and RLSEdit among them, rank correlation with
   accuracy is 0.82 for LS, -0.55 for drift and 0.50 for SS: here the stacks that write less retain more, which the
-  bundled model does not show. They do not tell what memory does: MEMIT and RLSEdit end with LS 0.27 and 0.28, drift
-  0.79 and 0.80, SS 0.08 and 0.06, R_n 1.20 and 1.21, and lose 89 and 37 of 400 edits.
+  bundled model does not show. These figures do not show what memory does: MEMIT and RLSEdit end with LS 0.27 and 0.28,
+  drift 0.79 and 0.80, SS 0.08 and 0.06, R_n 1.20 and 1.21, and lose 89 and 37 of 400 edits.
 - *Which edits are lost.* Early ones whose key is like a later one's, and which later batches disturbed most; with
   RLSEdit also those with a short key. How far the target is, how long it is, how much of it was written at once, and
-  how many later edits have the same prompt say little. So edits are lost by being overwritten, not by a target out of
-  reach.
+  how many later edits have the same prompt say little. So edits are lost because they are overwritten, and not because
+  a target is out of reach.
 - *What the memory does not hold.* Half of what still happens to an early edit with RLSEdit comes from keys that moved:
   later batches change layers 4 to 7 and thereby what enters layer 8 (0.24 of the key's norm; 0.58 with MEMIT). The
-  other part comes from the key itself. What is remembered is the mean of the bare prompt's key and of those behind
-  prefixes; at the bare key, which is asked, later batches add 0.33 of what was written, at the mean 0.17 to 0.20.
-- *What that means for RLSEdit's settings.* A tenth of the weight of reference text (`mom2_update_weight` 150) writes
-  0.97 of the first batch and lets later ones add 0.02 at its recorded keys; yet 0.84 of the edits are retained, since
-  more is written in all and the rest of it falls on the bare keys. Layer 8 alone, where no key moves, has to write
-  three times the norm and retains 0.71. With the bare prompt alone (`targets.prefixes=0`) the remembered key is the
-  one that is asked, and targets that have to hold in one context are nearer (0.32 of them clamped in place of 0.45):
-  0.94 retained, 0.90 of the first quarter, R_n 1.10, at 0.85 of the paraphrases and 0.71 of the neighbours (0.87 and
-  0.72 with one prefix; before the edits 0.28 and 0.73). That is the closest to 0.95 that was reached. It stays no
-  default: the questions here are those bare prompts, and prefixes serve facts that are asked in running text, which
-  these figures do not measure; on the bundled model it changes nothing (1,000 edits: 0.99, with one prefix 1.00). A
-  memory that holds both keys may do as well; that was not tried. With
-  the default stop instead of MPES it is 0.94 as well, so the margin of the targets is not what is missing. ENCORE's
-  ridge costs nothing: 0.91 retained, R_n 1.17 in place of 1.21.
+  other half comes from the key that is remembered: the mean of the bare prompt's key and of those behind prefixes. At
+  that mean later batches add 0.17 to 0.20 of what was written, at the bare prompt's key, which is asked, 0.33.
+- *RLSEdit with less weight of reference text.* A tenth of it (`mom2_update_weight` 150) writes 0.97 of the first batch
+  and lets later ones add 0.02 at its recorded keys. Yet only 0.84 of the edits are retained, since more is written in
+  all, and the rest of it falls on the bare keys.
+- *RLSEdit at layer 8 alone.* No key moves there. It has to write three times the norm and retains 0.71.
+- *RLSEdit without prefixes* (`targets.prefixes=0`). The remembered key is then the one that is asked, and targets are
+  nearer, as they have to hold in one context alone: 0.32 of them are clamped in place of 0.45. It retains 0.94, and
+  0.90 of the first quarter, at R_n 1.10, the most of all that was tried; the goal was 0.95. It answers 0.85 of the
+  paraphrases and 0.71 of the neighbours (0.87 and 0.72 with one prefix; before the edits 0.28 and 0.73). With the
+  default stop in place of MPES it retains 0.94 as well, so a larger margin of the targets adds nothing. It is not the
+  default: prefixes serve facts that are asked in running text, and the questions here are bare prompts. On the bundled
+  model it changes nothing (1,000 edits: 0.99, with one prefix 1.00). A memory that holds both keys was not tried.
+- *ENCORE's ridge.* It costs nothing: 0.91 retained, R_n 1.17 in place of 1.21.
 - *Fine-tuning.* LocFT-BF answers 50 of 50 edits and 0.76 of their paraphrases, but of the neighbours 0.36 in place of
   0.80. Longer streams of it were beyond the time on a CPU.
-- *Outliers.* Of the first 500 subjects four have ||h|| 2.2 to 5.1 times as large as behind other words; for all others
-  it is 0.7 to 1.2 times. They end at the second or third token of their text ("rococo", "Crossfire", "Mount Foster",
-  "Francisco Franco"), where this model's attention sink, the first token, still shows. Their targets may move as much
-  farther, and one of them makes up 0.40 of the energy of the second batch's update at layer 8, whose ||D|| of 93
-  stands out.
+- *Outliers.* Four of the first 500 subjects ("rococo", "Crossfire", "Mount Foster", "Francisco Franco") have ||h|| 2.2
+  to 5.1 times as large as behind other words; for all others it is 0.7 to 1.2 times. They end at the second or third
+  token of their text, where this model's attention sink, the first token, still shows. Their targets may move as much
+  farther. One of them makes up 0.40 of the energy of the second batch's update at layer 8, whose ||D|| of 93 stands
+  out.
 """
 
 SECTIONS: Mapping[str, Callable[[Any], Iterator[str]]] = {

@@ -29,8 +29,14 @@ def refuse_idle_options(recipe: Recipe, assignments: Iterable[str], plugins: Plu
             raise OptionError(f"-o {name}... was given, but {name} is not in this run; add --stabilizer {name}")
         if name not in plugins.all("editor") or recipe.editor in (None, name):
             continue
-        if name != wrapped_name(recipe.editor, recipe.settings, plugins):
+        wrapped = wrapped_name(recipe.editor, recipe.settings, plugins)
+        if wrapped is None:
             raise OptionError(f"-o {name}... was given, but the editor is {recipe.editor}; add --editor {name}")
+        if name != wrapped:
+            option = f"{recipe.editor}.{plugins.find('editor', recipe.editor).component.wraps}"
+            raise OptionError(
+                f"-o {name}... was given, but the editor is {recipe.editor}, which wraps {wrapped}; add -o {option}={name}"
+            )
 
 
 def read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:

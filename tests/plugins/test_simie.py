@@ -176,7 +176,7 @@ def test_a_run_takes_the_options_and_the_layers_of_the_wrapped_editor(tmp_path):
     settings = {"simie": {"editor": "ultraedit"}, "ultraedit": {"lr": 0.5}}
     recipe = Recipe(edits=str(file), editor="simie", settings=settings, out=str(tmp_path / "out"))
     refuse_idle_options(recipe, ["simie.editor=ultraedit", "ultraedit.lr=0.5"], PLUGINS)
-    with pytest.raises(OptionError, match="the editor is simie"):
+    with pytest.raises(OptionError, match=r"simie, which wraps ultraedit; add -o simie\.editor=memit"):
         refuse_idle_options(recipe, ["memit.ridge=1"], PLUGINS)
     planned = planning.check(recipe, PLUGINS, Silent())
     alone = planning.check(dataclasses.replace(recipe, editor="ultraedit", settings={}), PLUGINS, Silent())
