@@ -311,7 +311,10 @@ class ModelSession:
         """Hold other weights, (d_out, d_in) by site, inside the ``with``; afterwards the current ones, bit by bit."""
         before, written = self.masters(), self.written
         base = {site: self.baseline(site) for site in before} if unedited else {}
-        self._sinks = None
+        (batch, _), sinks = self._rows, self._sinks
+        if unedited:
+            # Of another model; what a batch writes itself leaves its sinks as they were decided.
+            self._sinks = None
         try:
             for site, weight in {**base, **weights}.items():
                 # A weight that was never written stays as it was loaded, not as it would be saved.
@@ -320,7 +323,9 @@ class ModelSession:
             yield
         finally:
             self.restore(before)
-            self.written, self._sinks = written, None
+            self.written = written
+            if unedited:
+                self._sinks = sinks if self._rows[0] is batch else None
 
     @contextmanager
     def read_out(self, stabilizers: Sequence[Stabilizer]) -> Iterator[Mapping[Site, Tensor]]:

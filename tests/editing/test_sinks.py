@@ -120,6 +120,28 @@ def test_keys_and_residuals_are_read_behind_the_contexts(sunk: Path) -> None:
         torch.testing.assert_close(one.residual([FIRST], site, values), there, rtol=1e-4, atol=1e-4)
 
 
+def test_sinks_are_decided_once_for_a_batch_whatever_it_writes(sunk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by an editor that reads its batch under trial weights; the unedited model is asked for itself."""
+    one, asked = session(sunk), []
+    first, last = one.sites
+
+    def counted(*arguments: object, **options: object) -> bool:
+        asked.append(arguments)
+        return first_is_sink(*arguments, **options)
+
+    monkeypatch.setattr("editcli.editing.session.first_is_sink", counted)
+    before = one.keys([FIRST], first)
+    with one.under({first: 2 * one.weight(first)}):
+        one.keys([FIRST], last)
+    one.keys([FIRST], last)
+    assert len(asked) == 1
+    with one.under({}, unedited=True):
+        assert torch.equal(one.keys([FIRST], first), before)
+        assert len(asked) == 2
+    one.keys([FIRST], last)
+    assert len(asked) == 2
+
+
 def test_where_there_is_no_sink_nothing_changes(plain: Path) -> None:
     values = session(plain).values([FIRST, LATER])
     loaded = opened(plain)
