@@ -35,7 +35,8 @@ def refuse_idle_options(recipe: Recipe, assignments: Iterable[str], plugins: Plu
         if name != wrapped:
             option = f"{recipe.editor}.{plugins.find('editor', recipe.editor).component.wraps}"
             raise OptionError(
-                f"-o {name}... was given, but the editor is {recipe.editor}, which wraps {wrapped}; add -o {option}={name}"
+                f"-o {name}... was given, but the editor is {recipe.editor}, which wraps {wrapped}; "
+                f"add -o {option}={name}"
             )
 
 
