@@ -14,7 +14,7 @@ from editcli.cli.app import App
 from editcli.errors import OptionError
 from editcli.plugin.manager import Plugins
 from editcli.plugin.options import parse_assignments
-from editcli.plugin.wrapping import wrapped_name
+from editcli.plugin.wrapping import wrapped_name, wrapping_option
 from editcli.settings.config import Config, load_config
 from editcli.settings.core import CORE
 
@@ -33,10 +33,9 @@ def refuse_idle_options(recipe: Recipe, assignments: Iterable[str], plugins: Plu
         if wrapped is None:
             raise OptionError(f"-o {name}... was given, but the editor is {recipe.editor}; add --editor {name}")
         if name != wrapped:
-            option = f"{recipe.editor}.{plugins.find('editor', recipe.editor).component.wraps}"
             raise OptionError(
                 f"-o {name}... was given, but the editor is {recipe.editor}, which wraps {wrapped}; "
-                f"add -o {option}={name}"
+                f"add -o {wrapping_option(recipe.editor, plugins)}={name}"
             )
 
 

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from editcli.plugin.manager import Plugins
 
 
+def wrapping_option(editor: str, plugins: Plugins) -> str | None:
+    """Return the option by which ``editor`` takes another, as ``NAME.KEY``; None for one that wraps none."""
+    kind = plugins.all("editor").get(editor)
+    option = "" if kind is None else cast("type[Editor]", kind.component).wraps
+    return f"{editor}.{option}" if option else None
+
+
 def wrapped_name(editor: str, settings: Mapping[str, Mapping[str, Any]], plugins: Plugins) -> str | None:
     """Return the name of the editor that ``editor`` wraps with these settings; None for one that wraps none."""
     kind = plugins.all("editor").get(editor)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class SimIE(InverseGramEditor):
-    """Wrap another editor: let it write each batch into the unedited weights W_0, and move the stream towards the result.
+    """Wrap an editor: let it write each batch into the unedited weights W_0, and move the stream towards the result.
 
     With W~_t what the wrapped editor makes of W_0 for batch t alone, and K_t what the site reads in W_0 at every token
     of the batch's prompts and targets, the weight does on the tokens of each batch about what its W~_i does ::

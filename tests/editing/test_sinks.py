@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,9 +126,9 @@ def test_sinks_are_decided_once_for_a_batch_whatever_it_writes(sunk: Path, monke
     one, asked = session(sunk), []
     first, last = one.sites
 
-    def counted(*arguments: object, **options: object) -> bool:
-        asked.append(arguments)
-        return first_is_sink(*arguments, **options)
+    def counted(loaded: LoadedModel, layers: Sequence[int], *, batch_tokens: int) -> bool:
+        asked.append(layers)
+        return first_is_sink(loaded, layers, batch_tokens=batch_tokens)
 
     monkeypatch.setattr("editcli.editing.session.first_is_sink", counted)
     before = one.keys([FIRST], first)
