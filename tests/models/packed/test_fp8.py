@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from editcli.__main__ import main
+from editcli.models import loading
 from editcli.models.loading import open_model, resolve_model
+from editcli.models.packed.checkpoint import PackedCheckpoint
 from editcli.runs.output import write_model
 from editcli.testing import tiny_model_folder
 from tests.support.packed import EDITED, CommandContract, opened, packed, rewrite, say, words
@@ -91,3 +95,25 @@ def test_another_type_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     base = quantised(tmp_path / "model")
     assert main([*words(tmp_path, base, tmp_path / "out"), "--save-dtype", "bfloat16"]) == 1
     assert "--save-dtype" in capsys.readouterr().err
+
+
+def test_nothing_holds_the_weights_that_were_read_while_they_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[weakref.ref[torch.Tensor]] = []
+    state, own = PackedCheckpoint.state, loading._own
+
+    def remembered(checkpoint: PackedCheckpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        made = state(checkpoint, dtype)
+        read.extend(map(weakref.ref, made.values()))
+        return made
+
+    def copied(model: Any) -> None:
+        gc.collect()
+        assert read
+        assert not any(tensor() is not None for tensor in read)
+        own(model)
+
+    monkeypatch.setattr(PackedCheckpoint, "state", remembered)
+    monkeypatch.setattr(loading, "_own", copied)
+    open_model(resolve_model(quantised(tmp_path / "model")), device="cpu")
