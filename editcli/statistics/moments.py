@@ -263,7 +263,10 @@ class SecondMoments:
         tensors, metadata = load(self.file)
         models = json.loads(metadata.get("models", "{}"))
         if site.module not in models:
-            raise StatisticsError(f"{self.file} has nothing on {site.module}; compute it with: editcli stats compute")
+            also = " --experts" if site.experts else ""
+            raise StatisticsError(
+                f"{self.file} has nothing on {site.module}; compute it with: editcli stats compute{also}"
+            )
         if models[site.module] != self.identity(site).model:
             raise StatisticsError(
                 f"{self.file} was made for another model (its weights up to {site.module} differ from "
