@@ -113,8 +113,10 @@ LISTED = 30
 def near_miss(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, else the list of known names."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, names)
     if close:
-        return f"; did you mean {close[0]!r}?"
+        # Letters that changed places are a likelier slip than another letter that is as close.
+        likely = next((other for other in close if sorted(other) == sorted(name)), close[0])
+        return f"; did you mean {likely!r}?"
     more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
     return f"; known: {', '.join(names[:LISTED])}{more}" if names else ""
