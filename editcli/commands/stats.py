@@ -73,7 +73,11 @@ def compute(
     source = resolve_model(recipe.model, revision=recipe.revision, code=recipe.trust_remote_code)
     loaded = open_model(source, Loading.of(recipe), families=families, reporter=reporter)
     layers = recipe.layers or load_preset(loaded.model.config, loaded.architecture, recipe.preset).layers
+    loaded = replace(loaded, architecture=replace(loaded.architecture, routed=recipe.experts))
     sites = [loaded.architecture.site(layer) for layer in layers]
+    dense = next((site.layer for site in sites if recipe.experts and not site.experts), None)
+    if dense is not None:
+        raise StatisticsError(f"layer {dense} has no routed experts; choose other --layers or leave out --experts")
     moments = SecondMoments(
         loaded, options=recipe.options, corpus=recipe.corpus, reporter=reporter, seed=recipe.seed, team=team
     )
@@ -112,7 +116,8 @@ def show(
         return MomentsReport(source.name, ())
     loaded = describe_model(source, Loading(trust_remote_code=trust_remote_code), families)
     moments = SecondMoments(loaded)
-    sites = [loaded.architecture.site(layer) for layer in range(loaded.architecture.layers)]
+    architectures = [replace(loaded.architecture, routed=routed) for routed in (False, True)]
+    sites = [one.site(layer) for one in architectures for layer in range(one.layers)]
     cached = {identity.module for _, identity in _cached(moments.cache)}
     models = {moments.identity(site).model for site in sites if site.module in cached}
     stored = [stored for stored, identity in _cached(moments.cache) if identity.model in models]
@@ -139,7 +144,7 @@ def _of(moments: SecondMoments, sites: Sequence[Site], out: str | None) -> Itera
         return
     for site, moment in moments.uncached.items():
         identity, size = moments.identity(site), moment.numel() * moment.element_size()
-        yield Stored(site.module, len(moment), identity.tokens, identity.corpus, identity.dtype, size, out)
+        yield Stored(site.module, _width(moment.shape), identity.tokens, identity.corpus, identity.dtype, size, out)
 
 
 def _cached(folder: Path) -> Iterator[tuple[Stored, Identity]]:
@@ -153,12 +158,17 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
+def _width(shape: Sequence[int]) -> int:
+    """Return d_in of a second moment; that of experts counts their tokens in a row and a column more."""
+    return shape[0] if len(shape) == 2 else shape[0] * (shape[1] - 1)
+
+
 def _read(path: Path) -> tuple[Stored, Identity] | None:
     try:
         with opened_tensors(path) as file:
             identity = Identity(**json.loads((file.metadata() or {})["identity"]))
             (name,) = file.keys()
-            width = file.get_slice(name).get_shape()[0]
+            width = _width(file.get_slice(name).get_shape())
     except (SafetensorError, EditError, OSError, ValueError, KeyError, TypeError):
         return None
     stored = Stored(

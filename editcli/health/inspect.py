@@ -132,7 +132,8 @@ class Inspection:
     @property
     def statistics_bytes(self) -> int:
         """Memory for the second moments of the preset's sites, float64."""
-        return sum(8 * site.shape[1] ** 2 for site in self.sites if site.in_preset)
+        shapes = [one.site.moment_shape(one.shape[1]) for one in self.sites if one.in_preset]
+        return sum(8 * math.prod(shape) for shape in shapes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the documented JSON object (``schemas/inspect.schema.json``)."""

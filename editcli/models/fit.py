@@ -7,7 +7,7 @@ a checkpoint of the same names and shapes whose tensors take no memory, and read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from editcli.errors import ModelError
+from editcli.models.hollow import hollow, joined_hollow
 from editcli.models.offload import read_offloaded
 from editcli.models.sharded import is_split
 from editcli.reporting import Reporter
@@ -136,33 +137,53 @@ def stored_names(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, tu
     for name, parameter in loaded.named_parameters(remove_duplicate=False):
         if parameter.is_meta or not parameter.numel():
             continue
-        whole, parts = _numbered(parameter.detach()), tuple(map(_numbered, parameter.detach()))
-        # A parameter that was put together in another way has numbers of several tensors in one part.
-        if 0 < whole <= len(stored) and stored[whole - 1].shape == tuple(parameter.shape):
-            names[name] = (stored[whole - 1].name,)
-        elif all(0 < n <= len(stored) and stored[n - 1].shape == tuple(parameter.shape[1:]) for n in parts):
-            names[name] = tuple(stored[n - 1].name for n in parts)
+        whole = _stored_in(parameter.detach(), stored)
+        parts = (whole,) if whole else _parts_in(parameter.detach(), stored)
+        if parts:
+            names[name] = tuple(part.name for part in parts)
     return names
+
+
+def _parts_in(values: Tensor, stored: Sequence[TensorEntry]) -> tuple[TensorEntry, ...]:
+    """Return the tensors that a parameter stacks; none where it was put together in another way."""
+    parts: list[TensorEntry] = []
+    for one in values:
+        part = _stored_in(one, stored)
+        if part is None:
+            # Numbers of several tensors are in one part. The others, as many as a matrix has rows, tell nothing more.
+            return ()
+        parts.append(part)
+    return tuple(parts)
+
+
+def _stored_in(values: Tensor, stored: Sequence[TensorEntry]) -> TensorEntry | None:
+    """Return the tensor whose number and shape a parameter has; None where there is none."""
+    number = _numbered(values)
+    entry = stored[number - 1] if 0 < number <= len(stored) else None
+    return entry if entry is not None and entry.shape == tuple(values.shape) else None
 
 
 def _numbered(values: Tensor) -> int:
     """Return the number that the first and the last element of a tensor have; 0 where they differ."""
-    flat = values.reshape(-1)
-    return int(flat[0]) if flat.numel() and bool(flat[0] == flat[-1]) else 0
+    if not values.numel():
+        return 0
+    # A tensor that repeats its numbers would be written out to be flattened.
+    first, last = values[(0,) * values.ndim], values[(-1,) * values.ndim]
+    return int(first) if bool(first == last) else 0
 
 
 def _loaded_hollow(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Have transformers load the names and shapes of a checkpoint; every tensor holds its number, counted from 1."""
-    # Every element of such a tensor is the same one in memory, so that a checkpoint of any size takes a few bytes.
+    # A checkpoint of any size takes a few bytes so.
     entries = enumerate(checkpoint.entries.values(), start=1)
-    hollow = {entry.name: torch.tensor(float(n)).expand(entry.shape) for n, entry in entries if _is_computed(entry)}
+    tensors = {entry.name: hollow(n, entry.shape) for n, entry in entries if _is_computed(entry)}
     kind: Any = _uninitialised(type(model))
     try:
-        with quiet():
+        with quiet(), joined_hollow():
             loaded, info = kind.from_pretrained(
                 None,
                 config=model.config,
-                state_dict=hollow,
+                state_dict=tensors,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,

@@ -342,6 +342,9 @@ def _read_weights(
             del model.config.quantization_config
         if "device_map" not in options:
             model = model.to(place)
+        # Once nothing else holds what was read, each tensor is freed as soon as it is copied.
+        del state
+        options.pop("state_dict", None)
         _own(model)
     return model, fit
 

@@ -71,6 +71,14 @@ class Site:
         split = weight.unflatten(1, (self.experts, -1))
         return split.permute(1, 2, 0) if self.transposed else split.permute(1, 0, 2)
 
+    def moment_shape(self, width: int) -> tuple[int, ...]:
+        """Return the shape in which the second moment of keys of ``width`` = d_in numbers is kept: (d_in, d_in).
+
+        Of E routed experts it is (E, d + 1, d + 1) with d = d_in / E: one for each, with the count of its tokens.
+        """
+        each = width // self.experts + 1 if self.experts else width
+        return (self.experts, each, each) if self.experts else (each, each)
+
 
 @dataclass(frozen=True, slots=True)
 class Values:

@@ -109,14 +109,16 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
     recipe = planned.recipe
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, planned.config, device)
-    sized = zip(planned.sites, planned.shapes, strict=True)
+    sized = [(site, columns) for site, (_, columns) in zip(planned.sites, planned.shapes, strict=True)]
     # Of experts, each has a matrix of its own.
-    inner = [columns // (site.experts or 1) for site, (_, columns) in sized for _ in range(site.experts or 1)]
+    inner = [columns // (site.experts or 1) for site, columns in sized for _ in range(site.experts or 1)]
     spread = recipe.device_map is not None or recipe.parallel == "tensor"
     # Masters and solves on another device take none of this one's memory.
     here = recipe.solve_device is None or choose_device(recipe.solve_device) == device
-    solves = isinstance(planned.editor, InverseGramEditor) and here
+    # An editor of routed experts solves with one matrix for each of them.
+    solves = here and (planned.editor.writes_experts or isinstance(planned.editor, InverseGramEditor))
     itemsize = working_dtype(device).itemsize if solves else 0
+    moments = [site.moment_shape(columns) for site, columns in sized]
     stored = base.checkpoint.tensors_of(base.checkpoint.weight_of(site.module) for site in planned.sites)
     entries = [base.checkpoint.entries[name] for name in stored]
     return Footprint(
@@ -124,7 +126,7 @@ def footprint(planned: Planned, base: LoadedModel) -> Footprint:
         weights=_parameters(base) * dtype.itemsize,
         masters=planned.state_bytes if here else 0,
         inverse_gram=sum(itemsize * columns**2 for columns in inner),
-        statistics=sum(_DOUBLE * columns**2 for columns in inner) if solves else 0,
+        statistics=sum(_DOUBLE * torch.Size(shape).numel() for shape in moments) if solves else 0,
         activations=_activations(planned, base, dtype.itemsize) if planned.editor.needs_values else 0,
         state=sum(torch.Size(entry.shape).numel() * torch_dtype(entry).itemsize for entry in entries) if here else 0,
         free=None if spread else free_bytes(device),
@@ -177,6 +179,9 @@ def _activations(planned: Planned, base: LoadedModel, itemsize: int) -> int:
     length = planned.target_tokens / count + options.prefix_tokens
     tokens = min(options.batch_tokens, rows * length)
     outer, inner = planned.shapes[-1]
+    # A token passes through a few experts, though the matrix of a site is that of all of them.
+    experts = planned.sites[-1].experts
+    inner = inner // experts * base.architecture.experts_per_token if experts else inner
     layers = base.architecture.layers - planned.target_layers[0] - 1
     through = tokens * layers * (8 * outer + 3 * inner) * itemsize
     return int(through + 3 * _SINGLE * rows * config.vocab_size)

@@ -222,6 +222,12 @@ class MomentsRecipe(LoadingSettings):
     layers: tuple[int, ...] | None = like(
         Recipe, "layers", section=STATISTICS, help="Layers such as 4-8.  [default: the preset's]"
     )
+    experts: bool = setting(
+        False,
+        "Of layers with a shared expert, read the routed ones, which moeedit edits.",
+        section=STATISTICS,
+        env=False,
+    )
     corpus: str | None = like(Recipe, "corpus", section=STATISTICS)
     options: StatisticsOptions | None = None
     seed: int = like(LoadingSettings, "seed", section=STATISTICS)

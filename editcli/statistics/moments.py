@@ -23,7 +23,7 @@ from torch import Tensor
 from editcli.distributed.team import Team
 from editcli.errors import StatisticsError
 from editcli.linalg.precision import double, double_device
-from editcli.models.experts import edited_parameter, routed
+from editcli.models.experts import routed
 from editcli.models.forward import chunks, hooked_call, pass_tokens, run
 from editcli.models.keys import read_keys
 from editcli.models.loading import LoadedModel
@@ -202,8 +202,7 @@ class SecondMoments:
             for number, batch in enumerate(_batches(self.corpus.read(total), total, budget)):
                 # Batches have about the same number of tokens, so taking turns is even.
                 if number % self.team.parts == self.team.part:
-                    for site, outer in self._outer(batch, sites).items():
-                        sums[site].add_(outer)
+                    self._add(batch, sums)
                 advance(sum(len(row.ids) for row in batch))
                 total -= sum(len(row.ids) for row in batch)
         self.team.total("sums of second moments", list(sums.values()))
@@ -217,17 +216,15 @@ class SecondMoments:
     def _zeros(self, site: Site) -> Tensor:
         """Return zeros for a site's sum in float64, where the model computes or on the CPU."""
         architecture = self.loaded.architecture
-        width = architecture.shape(site.layer)[1]
-        size = (site.experts, *[width // site.experts + 1] * 2) if site.experts else (width, width)
+        size = site.moment_shape(architecture.shape(site.layer)[1])
         device = double_device(device_of(architecture.projection(site.layer)))
         return torch.zeros(size, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def _outer(self, batch: Sequence[Encoded], sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """Return the sum of k k^T over a batch's tokens for every site, in float64 where the device has it."""
-        sums: dict[Site, Tensor] = {}
+    def _add(self, batch: Sequence[Encoded], sums: Mapping[Site, Tensor]) -> None:
+        """Add k k^T over a batch's tokens to the sum of every site, in float64 where the device has it."""
         architecture = self.loaded.architecture
-        last = max(sites, key=lambda site: site.layer)
+        last = max(sums, key=lambda site: site.layer)
         ids = self.loaded.tokens.pad(batch, self.loaded.input_device)
         real = torch.zeros(ids.shape, dtype=torch.bool)
         for row, text in enumerate(batch):
@@ -237,20 +234,19 @@ class SecondMoments:
             def add(entered: Tensor) -> None:
                 keys = entered.reshape(-1, entered.shape[-1])[real.flatten().to(entered.device)].float()
                 outer = gram(keys)
-                sums[site] = double(outer, outer.device)
+                sums[site].add_(double(outer, outer.device))
 
             def add_routed(owner: Any, args: tuple[Any, ...]) -> None:
-                sums[site] = routed_moments(owner, args, real.flatten())
+                add_routed_moments(sums[site], owner, args, real.flatten())
 
             if site.experts:
                 return hooked_call(architecture.projection(site.layer), add_routed, stop=site == last)
             return read_keys(architecture, site.layer, add, stop=site == last)
 
         with ExitStack() as stack:
-            for site in sites:
+            for site in sums:
                 stack.enter_context(summing(site))
             run(self.loaded.model, ids)
-        return sums
 
     def _stored(self, site: Site) -> tuple[Tensor, ...]:
         """Return a site's moment from the user's file or the cache; nothing if it has to be computed."""
@@ -267,7 +263,10 @@ class SecondMoments:
         tensors, metadata = load(self.file)
         models = json.loads(metadata.get("models", "{}"))
         if site.module not in models:
-            raise StatisticsError(f"{self.file} has nothing on {site.module}; compute it with: editcli stats compute")
+            also = " --experts" if site.experts else ""
+            raise StatisticsError(
+                f"{self.file} has nothing on {site.module}; compute it with: editcli stats compute{also}"
+            )
         if models[site.module] != self.identity(site).model:
             raise StatisticsError(
                 f"{self.file} was made for another model (its weights up to {site.module} differ from "
@@ -308,17 +307,12 @@ def _batches(rows: Iterator[list[int]], total: int, budget: int) -> Iterator[lis
             yield [window[index] for index in islice(group, None)]
 
 
-def routed_moments(module: Any, args: tuple[Any, ...], real: Tensor) -> Tensor:
-    """Return the sum of (k, 1) (k, 1)^T over the tokens that each expert reads, (E, d + 1, d + 1) in float64.
+def add_routed_moments(sums: Tensor, module: Any, args: tuple[Any, ...], real: Tensor) -> None:
+    """Add (k, 1) (k, 1)^T over the tokens that each expert reads to ``sums``, (E, d + 1, d + 1) in float64.
 
     ``args`` are those of the module of the experts; tokens that are not ``real`` do not count.
     """
-    count, rows, columns = edited_parameter(module).shape
-    width = (rows if module.is_transposed else columns) + 1
-    device = double_device(args[0].device)
-    sums = list(torch.zeros(count, width, width, dtype=torch.float64, device=device))
     for part in routed(module, *args):
         keys = part.keys[real.to(part.tokens.device)[part.tokens]].float()
         outer = gram(torch.nn.functional.pad(keys, (0, 1), value=1.0))
-        sums[part.expert] = double(outer, outer.device)
-    return torch.stack(sums)
+        sums[part.expert].add_(double(outer, sums.device))

@@ -10,6 +10,8 @@ import pytest
 
 from editcli.__main__ import main
 from editcli.testing import INTERMEDIATE, tiny_model_folder
+from editcli.testing.models import EXPERT, EXPERTS, SHARED
+from tests.support.families import needs_packed_experts
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,25 @@ def test_what_cannot_be_done_is_one_sentence(
     assert main(command) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert said in line
+
+
+@needs_packed_experts
+def test_a_layer_with_two_kinds_of_experts_has_statistics_of_each(
+    stats: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_model_folder(tmp_path / "model", "qwen2_moe"))
+    Path("facts.jsonl").write_text('{"prompt": "{} is in", "subject": "Rome", "target_new": "France"}\n')
+    command = ["apply", "facts.jsonl", "--model", model, "--layers", "1-2", "--stats", "moments.safetensors", "-q"]
+    command += ["-e", "moeedit", "-o", "targets.steps=3", "-o", "targets.prefixes=0", "--no-eval", "--device", "cpu"]
+    quick = ["--tokens", "200", "--out", "moments.safetensors"]
+    shared = compute(stats, model, *quick)["sites"]
+    assert {site["width"] for site in shared} == {SHARED}
+    assert main(command) == 1
+    assert "editcli stats compute --experts" in capsys.readouterr().err
+    routed = compute(stats, model, "--experts", *quick)["sites"]
+    assert {site["width"] for site in routed} == {EXPERTS * EXPERT}
+    assert main(command) == 0
+    assert {site["module"] for site in stats("show", model)["sites"]} == {s["module"] for s in shared + routed}
+    # The first layer of this model is dense.
+    assert main(["stats", "compute", model, "--experts", "--layers", "0", "--corpus", "corpus.txt"]) == 1
+    assert "layer 0 has no routed experts" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 
 from editcli.__main__ import main
 from editcli.errors import ModelError
+from editcli.health.inspect import inspect
 from editcli.models import memory
 from editcli.models.loading import open_model, resolve_model
 from editcli.plugin.editors import InverseGramEditor
@@ -23,6 +24,8 @@ from editcli.runs.apply import apply
 from editcli.runs.planning import plan
 from editcli.settings.recipe import Recipe
 from editcli.testing import tiny_model_folder
+from editcli.testing.models import EXPERTS
+from tests.support.families import needs_packed_experts
 from tests.support.reporters import Listener
 
 PLUGINS = load_plugins()
@@ -79,6 +82,20 @@ def test_the_editors_matrices_are_counted_as_they_are(recipe: Recipe, monkeypatc
     monkeypatch.setattr(InverseGramEditor, "prepare", prepare)
     apply(recipe, PLUGINS)
     assert seen == [planned(replace(recipe, overwrite=True)).inverse_gram]
+
+
+@needs_packed_experts
+def test_a_mixture_has_a_matrix_and_a_moment_for_each_expert(recipe: Recipe, tmp_path: Path) -> None:
+    model = tiny_model_folder(tmp_path / "mixture", "mixtral")
+    forecast = planned(replace(recipe, model=str(model), editor="moeedit"))
+    assert forecast.inverse_gram == 2 * EXPERTS * 40 * 40 * 8
+    # Each moment counts its tokens as well.
+    assert forecast.statistics == 2 * EXPERTS * 41 * 41 * 8
+    wider = tiny_model_folder(tmp_path / "wider", "mixtral", num_local_experts=2 * EXPERTS)
+    # Experts that a token does not pass through keep nothing for its backward pass.
+    assert planned(replace(recipe, model=str(wider), editor="moeedit")).activations == forecast.activations
+    preset = len(inspect(model).preset.layers)
+    assert inspect(model).statistics_bytes == preset * EXPERTS * 41 * 41 * 8
 
 
 def test_an_editor_without_such_matrices_needs_none(recipe: Recipe) -> None:

@@ -107,6 +107,13 @@ class PackedContract:
         assert stored_digest(stored) == base.stored_digest(EDITED)
         assert torch.equal(stored.value, base.read(EDITED))
 
+    def test_the_layout_packs_what_it_unpacked_into_the_same_bytes(self, folder: Path) -> None:
+        one, tensors = opened(folder).matrices[EDITED], load_file(folder / SINGLE)
+        parts = {role: tensors[name] for role, name in (*one.pieces.items(), *one.beside.items())}
+        again = one.layout.pack(one.layout.unpack(parts), parts)
+        assert again.keys() == one.pieces.keys()
+        assert all(torch.equal(raw(again[role]), raw(parts[role])) for role in again)
+
     def test_an_edited_matrix_is_packed_as_it_was(self, folder: Path, tmp_path: Path) -> None:
         base = opened(folder)
         noise = torch.randn(base.shape(EDITED), generator=torch.Generator().manual_seed(0))

@@ -88,10 +88,14 @@ class PackedCheckpoint(Checkpoint):
         one = self.matrices.get(name)
         if one is None:
             return super().encode(name, weight, dtype)
-        before = self._parts(one)
+        before, weight = self._parts(one), weight.detach().float().cpu()
         with self._in_one_sentence(name):
-            after = one.layout.pack(weight.detach().float().cpu(), before)
-            value = one.layout.unpack({**before, **after})
+            value = one.layout.unpack(before)
+            after: Parts = {role: before[role] for role in one.pieces}
+            # Of hundreds of experts, an edit reaches a few; to pack the others again would take minutes.
+            if not torch.equal(value, weight):
+                after = one.layout.pack(weight, before)
+                value = one.layout.unpack({**before, **after})
         pieces = {}
         for role, part in after.items():
             assert (part.dtype, part.shape) == (before[role].dtype, before[role].shape), "engines read these"

@@ -22,6 +22,10 @@ from editcli.storage.opening import read_text
 
 FORMATS: tuple[Format, ...] = (Fp8(), BitsAndBytes(), CompressedTensors(), Gptq(), Awq())
 """The formats; a model is of the first that knows its config."""
+_WAYS_OUT: Mapping[Any, str] = {
+    "mxfp4": "load it with transformers' Mxfp4Config(dequantize=True) in bfloat16, save that as a folder, and edit it"
+}
+"""What to do instead, of methods whose models are published in no other form (gpt-oss); else :data:`WAY_OUT`."""
 
 
 def quantisation_of(folder: Path) -> Mapping[str, Any]:
@@ -58,7 +62,7 @@ def refuse_format(folder: Path) -> None:
     except PackingError as error:
         reason = str(error)
     method = said.get("quant_method", "in an unknown way")
-    raise ModelError(f"the weights of {folder} are quantised ({method}), {reason}; {WAY_OUT}")
+    raise ModelError(f"the weights of {folder} are quantised ({method}), {reason}; {_WAYS_OUT.get(method, WAY_OUT)}")
 
 
 def _form_of(said: Mapping[str, Any]) -> Format | None:
