@@ -205,8 +205,12 @@ class LowRank(Update):
         return weight.addmm(self.left.to(weight), self.right.to(weight).T)
 
     def norm(self) -> float:
-        """Return ||D||_F from the factors, without forming D."""
-        gram = (self.left.double().T @ self.left.double()) * (self.right.double().T @ self.right.double())
+        """Return ||D||_F from the factors, without forming D unless that is less work."""
+        left, right = self.left.double(), self.right.double()
+        (d_out, rank), d_in = left.shape, len(right)
+        if rank * (d_out + d_in) > d_out * d_in:
+            return float((left @ right.T).norm())
+        gram = (left.T @ left) * (right.T @ right)
         return float(gram.sum().clamp_min(0).sqrt())
 
     def scaled(self, factor: float) -> LowRank:

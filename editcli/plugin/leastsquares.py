@@ -9,11 +9,12 @@ already, such as w C with C = E[k k^T] in MEMIT ::
     Q <- Q + Q K (I - K^T Q K)^-1 K^T Q     the memory let go of it again
 
 Q is float64 on a CPU and float32 elsewhere, symmetric after every step. The n x n systems are always solved in
-float64 on the CPU: they are small, and not every accelerator has float64.
+float64 on the CPU: they are small, as a wide batch is solved in parts, and not every accelerator has float64.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +25,9 @@ from editcli.linalg.precision import double, working_dtype
 from editcli.plugin.interfaces import LowRank
 from editcli.reporting import Reporter, Silent
 
+PART = 1024
+"""Columns of one system. A wider batch is solved in parts, one after the other: recursive least squares gives the same
+update for n (d_in^2 + d_in PART + PART^2) operations, in place of n (d_in^2 + d_in n + n^2)."""
 SINGULAR = 1e13
 """A unit-diagonal matrix whose Cholesky pivots span more than this is singular for all that float64 can tell."""
 
@@ -56,18 +60,44 @@ class InverseGram:
 
         With ``exact`` the identity is left out, so that D K = R exactly; raises :class:`NumericalError` when two keys
         are then the same. The factors have Q's dtype and device.
+
+        Of more than :data:`PART` keys each part is solved for what the parts before it leave of its residual, with Q
+        :meth:`downdated` by them, unless ``exact``.
         """
-        keys = keys.to(self.matrix)
-        image = self.matrix @ keys
-        factor = self._factor(keys, image, exact=exact)
-        coefficients = torch.cholesky_solve(residual.to("cpu", torch.float64).T, factor).T
-        return LowRank(left=coefficients.to(self.matrix), right=image)
+        lefts, rights = list[Tensor](), list[Tensor]()
+        size = max(1, keys.shape[1]) if exact else PART
+        for (part, image, factor), asked in zip(
+            self._parts(keys, size, exact=exact), residual.split(size, dim=1), strict=True
+        ):
+            if lefts:
+                asked = asked.to(self.matrix) - torch.cat(lefts, dim=1) @ (torch.cat(rights, dim=1).T @ part)
+            coefficients = torch.cholesky_solve(asked.to("cpu", torch.float64).T, factor).T
+            lefts.append(coefficients.to(self.matrix))
+            rights.append(image)
+        if len(lefts) == 1:
+            return LowRank(left=lefts[0], right=rights[0])
+        return LowRank(left=torch.cat(lefts, dim=1), right=torch.cat(rights, dim=1))
 
     def downdated(self, keys: Tensor) -> InverseGram:
         """Return Q once ``keys`` (d_in, n) have been written, so that later updates leave them alone."""
-        keys = keys.to(self.matrix)
-        image = self.matrix @ keys
-        factor = self._factor(keys, image)
+        memory = self
+        for part in keys.to(self.matrix).split(PART, dim=1):
+            image = memory.matrix @ part
+            memory = memory._without(image, memory._factor(part, image))
+        return memory
+
+    def _parts(self, keys: Tensor, size: int, *, exact: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield ``size`` keys at a time with Q K and the factor of their system, for Q without the keys before them."""
+        memory, parts = self, keys.to(self.matrix).split(size, dim=1)
+        for number, part in enumerate(parts, start=1):
+            image = memory.matrix @ part
+            factor = memory._factor(part, image, exact=exact)
+            yield part, image, factor
+            if number < len(parts):
+                memory = memory._without(image, factor)
+
+    def _without(self, image: Tensor, factor: Tensor) -> InverseGram:
+        """Return Q - Q K S^-1 K^T Q for ``image`` Q K (d_in, n) and the Cholesky ``factor`` of S = I + K^T Q K."""
         # With S = L L^T the step is Q - (Q K L^-T)(Q K L^-T)^T, symmetric by construction.
         root = torch.linalg.solve_triangular(factor, image.T.to("cpu", torch.float64), upper=False).T.to(self.matrix)
         matrix = symmetrise(torch.addmm(self.matrix, root, root.T, alpha=-1.0))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from editcli.errors import NumericalError
 from editcli.linalg.precision import working_dtype
-from editcli.plugin.leastsquares import InverseGram, invert, ridge, symmetrise
+from editcli.plugin.leastsquares import PART, InverseGram, invert, ridge, symmetrise
 from editcli.reporting import Silent
 from tests.support.reporters import Listener
 
@@ -37,6 +37,20 @@ def test_solve_and_downdate_equal_explicit_inverses(d_out, d_in, n, seed):
     torch.testing.assert_close(memory.solve(keys, residual).dense(), expected, rtol=1e-8, atol=1e-10)
     after = memory.downdated(keys).matrix
     torch.testing.assert_close(after, torch.linalg.inv(gram + keys @ keys.T), rtol=1e-8, atol=1e-8)
+    assert torch.equal(after, after.T)
+
+
+@pytest.mark.parametrize("n", [PART, PART + 1, 2 * PART + 300])
+def test_a_batch_wider_than_a_part_is_solved_like_one_system(n):
+    gram, keys, residual = moment(40), random(40, n, seed=1), random(3, n, seed=2)
+    memory = inverting(gram)
+    system = torch.eye(n, dtype=torch.float64) + keys.T @ memory.matrix @ keys
+    expected = residual @ torch.linalg.solve(system, keys.T @ memory.matrix)
+    update = memory.solve(keys, residual)
+    assert update.left.shape == (3, n)
+    torch.testing.assert_close(update.dense(), expected, rtol=1e-8, atol=1e-11)
+    after = memory.downdated(keys).matrix
+    torch.testing.assert_close(after, torch.linalg.inv(gram + keys @ keys.T), rtol=1e-8, atol=1e-11)
     assert torch.equal(after, after.T)
 
 

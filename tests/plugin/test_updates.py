@@ -25,6 +25,12 @@ def update(request: pytest.FixtureRequest) -> Update:
     return factors if request.param == "low rank" else Dense(factors.dense())
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3, 9])
+def test_the_norm_of_factors_of_any_rank_is_that_of_their_product(rank: int) -> None:
+    factors = LowRank(random(4, rank), random(7, rank, seed=1))
+    assert factors.norm() == pytest.approx(float(factors.dense().norm()), rel=1e-12)
+
+
 def test_both_kinds_are_the_same_matrix(update: Update) -> None:
     matrix, weight = random(4, 2) @ random(7, 2, seed=1).T, random(4, 7, seed=2)
     outer, inner = random(4, 4, seed=3), random(7, 7, seed=4)
