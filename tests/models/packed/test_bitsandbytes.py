@@ -46,7 +46,7 @@ class Contract(PackedContract):
         for name, module in theirs.named_modules():
             if type(module).__module__.startswith("bitsandbytes"):
                 expected = self.dequantised(module)
-                assert torch.allclose(ours.get_submodule(name).weight, expected, rtol=2e-6, atol=1e-7)
+                assert torch.allclose(ours.get_submodule(name).weight, expected, rtol=self.rounding(module), atol=1e-7)
 
     def test_bitsandbytes_reads_what_was_written(self, folder: Path, tmp_path: Path) -> None:
         base = opened(folder)
@@ -55,10 +55,19 @@ class Contract(PackedContract):
         )
         write_model(base, tmp_path, {EDITED: stored})
         with quiet_kernels():
-            theirs = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
-            assert bool(theirs(torch.tensor([[3, 4]])).logits.isfinite().all())
-        module = theirs.get_submodule(EDITED.removesuffix(".weight"))
-        assert torch.allclose(self.dequantised(module), stored.value, rtol=2e-6, atol=1e-7)
+            before, theirs = (
+                AutoModelForCausalLM.from_pretrained(path, device_map={"": "cpu"}) for path in (folder, tmp_path)
+            )
+            module = theirs.get_submodule(EDITED.removesuffix(".weight"))
+            assert torch.allclose(self.dequantised(module), stored.value, rtol=self.rounding(module), atol=1e-7)
+            # The int8 kernel of bitsandbytes 0.48 gives NaN on a CPU, whatever was written.
+            finite = [bool(model(torch.tensor([[3, 4]])).logits.isfinite().all()) for model in (before, theirs)]
+        assert finite[1] or not finite[0]
+
+    def rounding(self, module: Any) -> float:
+        """Return the relative rounding of what bitsandbytes computes: of its scales and table in half precision."""
+        kind = module.weight.quant_state.dtype
+        return 2e-6 if kind == torch.float32 else 3 * torch.finfo(kind).eps
 
     def dequantised(self, module: Any) -> torch.Tensor:
         weight = module.weight
@@ -100,6 +109,9 @@ class TestInt8(Contract, CommandContract):
     @staticmethod
     def make(path: Path) -> Path:
         return quantised(path, load_in_8bit=True)
+
+    def rounding(self, module: Any) -> float:
+        return 2e-6
 
     def dequantised(self, module: Any) -> torch.Tensor:
         weight = module.weight
