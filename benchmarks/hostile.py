@@ -93,8 +93,8 @@ SPARSE = 12 << 30
 """Bytes of a file without content."""
 DEEP = "\0deep\0"
 """Stands for 100,000 brackets, which Python's own encoder cannot write."""
-EDIT_REFUSED = re.compile(r"^error: \S+\.jsonl:\d+: ", re.MULTILINE)
-"""The sentence that names a line of an edits file."""
+EDIT_REFUSED = re.compile(r"^error: (\S+\.jsonl:\d+: |.*: cannot be read: )", re.MULTILINE)
+"""The sentence that names a line of an edits file, or an edits file that is not there."""
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2**31, 2**63, -(2**64), 10**400, 0.5, -0.5, 1e-320, 1e300, -1e308),
     *(float("nan"), float("inf"), float("-inf"), "", " ", "x", "done", "batch", "undo", "1", "-1", "1e999", "auto"),
