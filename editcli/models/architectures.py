@@ -25,7 +25,7 @@ from editcli.errors import ModelError
 from editcli.models.discovery import discover
 from editcli.models.experts import EXPERTS_WEIGHT, edited_parameter, is_packed, refuse_unpacked, unpacked
 from editcli.models.towers import auto_class, inside, tower_of
-from editcli.plugin.families import Family
+from editcli.plugin.families import MAX_LAYERS, Family
 from editcli.plugin.interfaces import Site
 
 _GPT_STYLE: dict[str, Any] = {"blocks": "transformer.h", "final_norm": "transformer.ln_f"}
@@ -88,8 +88,6 @@ FAMILIES: tuple[Family, ...] = (
 )
 """The built-in families."""
 
-MAX_LAYERS = 10_000
-"""No model has more; to build as many as a damaged file names would take hours."""
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 """Configuration keys whose value above one says that a model is a mixture of experts."""
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+MAX_LAYERS = 10_000
+"""No model has more. To build what a damaged file names would take hours, and a mistyped range would fill the memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:

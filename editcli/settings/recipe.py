@@ -13,6 +13,7 @@ import msgspec
 
 from editcli.errors import EditError, OptionError, near_miss
 from editcli.models.chat_settings import ChatSettings
+from editcli.plugin.families import MAX_LAYERS
 from editcli.plugin.options import build, merge
 from editcli.presets.record import Preset, given_preset, recorded_preset
 from editcli.settings.core import CORE
@@ -27,8 +28,6 @@ ON_ERROR = ("stop", "skip")
 PARALLEL = ("data", "tensor")
 MODEL, METHOD, OUTPUT = "Model", "Method", "Output"
 """Sections of ``--help``."""
-MAX_LAYER = 9_999
-"""No model has more layers; a mistyped range must not fill the memory."""
 
 
 class Choices(TypedDict, total=False):
@@ -377,7 +376,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
             raise OptionError(f"cannot read layers {text!r}: write numbers and ranges such as 4-8,10")
         start, stop = int(first), int(last or first)
         _require(start <= stop, f"the range {part.strip()!r} in layers {text!r} runs backwards; write {stop}-{start}")
-        _require(stop <= MAX_LAYER, f"layers {text!r} go beyond {MAX_LAYER}; layers are counted from 0")
+        _require(stop < MAX_LAYERS, f"layers {text!r} go beyond {MAX_LAYERS - 1}; layers are counted from 0")
         layers.update(range(start, stop + 1))
     return tuple(sorted(layers))
 
