@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_LAYERS = 10_000
-"""No model has more. To build what a damaged file names would take hours, and a mistyped range would fill the memory."""
+"""No model has more: what a damaged file names would take hours to build, a mistyped range would fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
