@@ -19,7 +19,7 @@ from torch import Tensor
 from editcli.editing import gradients, targets
 from editcli.editing.activations import Activations, Hook
 from editcli.editing.engine import engine_for
-from editcli.editing.sinks import begins, first_is_sink
+from editcli.editing.sinks import begins, first_is_sink, usual_length
 from editcli.errors import StateError, StatisticsError
 from editcli.linalg.precision import double
 from editcli.models.generate import continue_rows
@@ -209,15 +209,17 @@ class ModelSession:
         label = "Optimising targets" if prefixed else "Measuring the anchor"
         prefixes = self.prefixes if prefixed else ()
         sink = bool(prefixes) and any(self.in_sink(requests))
+        layer = self.layers[-1]
         return targets.optimise(
             self.loaded,
             requests,
             prefixes,
-            self.layers[-1],
+            layer,
             self.options,
             self.reporter,
             label=label,
             sink=sink,
+            usual=usual_length(self.loaded, layer, batch_tokens=self.options.batch_tokens),
             engine=self.engine,
         )
 

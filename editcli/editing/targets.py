@@ -8,7 +8,8 @@ For every edit an offset delta is added to h, the output of the last edited laye
 
 is minimised by Adam; after each step ||delta|| is projected to at most clamp * ||h|| (ROME, arXiv 2202.05262; MEMIT,
 2210.07229). Edits are independent of each other: each has its own loss and stops on its own, so a batch gives what one
-edit at a time would give, up to rounding. With ``merge`` that holds for the edits of one subject together: they have
+edit at a time would give, up to rounding. Where h lies in an attention sink, ||h|| is that of ordinary tokens, see
+:mod:`editcli.editing.sinks`. With ``merge`` that holds for the edits of one subject together: they have
 one delta, see :mod:`editcli.editing.merging`.
 
 With ``stop = "greedy"`` an edit also stops once its target has been the greedy answer in all its contexts, at this
@@ -40,7 +41,7 @@ from editcli.editing.engine import Engine, engine_for
 from editcli.editing.layout import Group
 from editcli.editing.merging import members, merged
 from editcli.editing.replay import Eager, Replays
-from editcli.editing.sinks import begins
+from editcli.editing.sinks import begins, without_outliers
 from editcli.editing.steering import Chunk, Row, Steering
 from editcli.errors import ModelError, NumericalError
 from editcli.models.forward import positions
@@ -140,12 +141,14 @@ def optimise(
     *,
     label: str = "Optimising targets",
     sink: bool = False,
+    usual: float | None = None,
     engine: Engine | None = None,
 ) -> Values:
     """Return target values of ``requests`` at ``layer``, (d, n) each, float32.
 
     ``sink`` says that the first token of a text is an attention sink: subjects there are steered behind the prefixes
-    alone, see :mod:`editcli.editing.sinks`. ``engine`` holds what several batches of the model share.
+    alone, see :mod:`editcli.editing.sinks`. ``usual`` is ||h|| of ordinary tokens, which stands in for the length of an
+    attention sink; None takes every length as it is. ``engine`` holds what several batches of the model share.
     """
     engine = engine or engine_for(loaded)
     groups = by_subject(requests) if options.merge else [[edit] for edit in range(len(requests))]
@@ -159,7 +162,8 @@ def optimise(
             progress.restart_at(sum(len(finished) for finished, _ in parts))
             try:
                 # Not bound to a name, so that its caches are freed before the next micro-batch allocates its own.
-                parts.append((edits, _Optimiser(engine, [rows[edit] for edit in edits], layer, options).run(progress)))
+                some = [rows[edit] for edit in edits]
+                parts.append((edits, _Optimiser(engine, some, layer, options, usual=usual).run(progress)))
             except torch.OutOfMemoryError as error:
                 engine.replays.clear()
                 pending += _halves(edits, loaded, layer, reporter, error)
@@ -268,7 +272,15 @@ class _Progress:
 class _Optimiser:
     """Optimises the edits of one micro-batch; indices of edits are local to it."""
 
-    def __init__(self, engine: Engine, rows: Sequence[Sequence[Row]], layer: int, options: TargetOptions):
+    def __init__(
+        self,
+        engine: Engine,
+        rows: Sequence[Sequence[Row]],
+        layer: int,
+        options: TargetOptions,
+        *,
+        usual: float | None = None,
+    ):
         self.engine, self.options = engine, options
         loaded = engine.loaded
         self.norm = loaded.architecture.mlp_norm(layer)
@@ -287,6 +299,8 @@ class _Optimiser:
         self.initial, self.written = self.steering.at_lookup()[first], self.steering.outputs[first]
         # With a norm between delta and the stream, delta is measured against the MLP's output, to which it is added.
         self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
+        if self.norm is None and usual is not None:
+            self.length = without_outliers(self.length, usual)
         self.bound = self.length * (options.clamp if self.norm is None else options.norm_clamp)
         absolute = options.lr_kind == "absolute" and self.norm is None
         # Before a norm the length of the MLP's output is arbitrary, so steps are relative to it.

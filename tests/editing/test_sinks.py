@@ -13,7 +13,7 @@ import torch
 from benchmarks.reference import plain_target
 from editcli.__main__ import main
 from editcli.editing.session import ModelSession
-from editcli.editing.sinks import first_is_sink, spread
+from editcli.editing.sinks import first_is_sink, spread, usual_length, without_outliers
 from editcli.editing.targets import optimise
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.reporting import Silent
@@ -152,8 +152,37 @@ def test_where_there_is_no_sink_nothing_changes(plain: Path) -> None:
 
 def test_without_contexts_the_bare_text_is_all_there_is(sunk: Path) -> None:
     bare = ModelSession(opened(sunk), LAYERS, options=OPTIONS, prefixes=())
-    expected = optimise(bare.loaded, [FIRST], (), LAYERS[-1], OPTIONS, Silent())
+    usual = usual_length(bare.loaded, LAYERS[-1], batch_tokens=512)
+    expected = optimise(bare.loaded, [FIRST], (), LAYERS[-1], OPTIONS, Silent(), usual=usual)
     assert torch.equal(bare.values([FIRST]).target, expected.target)
+
+
+def test_a_target_in_a_sink_stays_as_near_as_that_of_an_ordinary_token(sunk: Path) -> None:
+    """Its h is long, which says nothing of how far it must move: clamp, rate and decay count the usual length."""
+    options = replace(OPTIONS, steps=20, lr=5.0, clamp=0.3)
+    bare = ModelSession(opened(sunk), LAYERS, options=options, prefixes=())
+    usual = usual_length(bare.loaded, LAYERS[-1], batch_tokens=512)
+    values = bare.values([FIRST, LONGER])
+    moved, length = (values.target - values.initial).norm(dim=0), values.initial.norm(dim=0)
+    assert float(length[0]) > 2 * usual > float(length[1])
+    assert float(moved[0]) == pytest.approx(0.3 * usual, rel=1e-3)
+    assert float(moved[1]) == pytest.approx(0.3 * float(length[1]), rel=1e-3)
+
+
+def test_the_usual_length_stands_in_for_outliers_alone() -> None:
+    lengths = torch.tensor([0.1, 1.0, 5.9, 6.1, 90.0])
+    assert torch.equal(without_outliers(lengths, 3.0), torch.tensor([0.1, 1.0, 5.9, 3.0, 3.0]))
+
+
+def test_the_usual_length_is_that_of_words_behind_other_text(sunk: Path, plain: Path) -> None:
+    """So the sink does not count, and another model's unit does: it is not a constant."""
+    one, other = (usual_length(opened(folder), LAYERS[-1], batch_tokens=512) for folder in (sunk, plain))
+    assert one == pytest.approx(other, rel=0.5)
+    scaled = opened(plain)
+    with torch.no_grad():
+        scaled.model.transformer.wte.weight *= 30
+        scaled.model.transformer.wpe.weight *= 30
+    assert usual_length(scaled, LAYERS[-1], batch_tokens=512) > 5 * other
 
 
 @pytest.mark.parametrize("folder", ["sunk", "plain"])
