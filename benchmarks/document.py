@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from benchmarks.horizon_page import SECTIONS as HORIZON
+from benchmarks.patients import section as patients
 from benchmarks.predictors import section as predictors
 from benchmarks.proof_page import SECTIONS as PROOF
 from benchmarks.real_models import section as real_models
@@ -77,6 +78,7 @@ SECTIONS: Mapping[str, Callable[[Any], Iterator[str]]] = {
     "stacks": stacks,
     "real_models": real_models,
     **HORIZON,
+    "patients": patients,
     **PROOF,
     **SPEED,
     "predictors": predictors,

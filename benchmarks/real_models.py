@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.markdown import table
 from benchmarks.predictors import LEAST, Decomposed, worst
+from editcli.editing.curvature import GradientMoments
 from editcli.editing.pipeline import Written, commit, edit_batch, jump_of
 from editcli.editing.session import ModelSession
 from editcli.errors import EditError, GuardError
@@ -124,9 +125,12 @@ def measure(
     stabilizers = [component(shared.plugins, "stabilizer", name, settings) for name in variant.stabilizers]
     layers = variant.layers or shared.preset.layers_for(variant.editor)
     options = build(TargetOptions, settings.get("targets", {}), owner="targets")
+    layers = layers[-1:] if editor.single_site else layers
+    sites = [shared.loaded.architecture.site(layer) for layer in layers]
     session = SharingSession(
         shared,
-        layers[-1:] if editor.single_site else layers,
+        layers,
+        gradient_moment=GradientMoments(shared.loaded, sites, shared.moments),
         options=options,
         second_moment=shared.moments,
         pilots=pilot_source(edits),
