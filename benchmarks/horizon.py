@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -66,6 +67,8 @@ def job_of(text: str, out: Path) -> Job:
 
 def run(jobs: Sequence[Job], shared: Sequence[str], *, at_once: int, console: Console) -> None:
     """Run the jobs, ``at_once`` of them at a time; each writes its log beside its records."""
+    # Without this SIGTERM would end the script at once and leave its stacks running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     waiting, running = list(jobs), dict[Job, subprocess.Popen[bytes]]()
     began = time.perf_counter()
     try:

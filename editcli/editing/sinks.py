@@ -21,6 +21,7 @@ energy of its batch's update. So the usual length stands in for theirs (:func:`u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,8 +60,13 @@ def first_is_sink(loaded: LoadedModel, layers: Sequence[int], *, batch_tokens: i
 
 
 def usual_length(loaded: LoadedModel, layer: int, *, batch_tokens: int) -> float:
-    """Return ||h|| behind the block of ``layer`` at ordinary tokens: the median over words that are not first."""
-    rows = [Encoded(ids, len(ids) - 1, range(0)) for ids in _behind(loaded)]
+    """Return ||h|| behind the block of ``layer`` at ordinary tokens: the median over words that are not first.
+
+    Infinity for a tokenizer that knows none of the words.
+    """
+    rows = [Encoded(ids, len(ids) - 1, range(0)) for ids in _behind(loaded) if ids]
+    if not rows:
+        return math.inf
     activations = Activations(loaded, batch_tokens=batch_tokens, reporter=Silent())
     (states,) = activations.read(rows, layer, [Hook(loaded.architecture.block(layer))])
     return float(states.norm(dim=1).median())

@@ -174,6 +174,13 @@ def test_the_usual_length_stands_in_for_outliers_alone() -> None:
     assert torch.equal(without_outliers(lengths, 3.0), torch.tensor([0.1, 1.0, 5.9, 3.0, 3.0]))
 
 
+def test_a_tokenizer_that_knows_none_of_the_words_has_no_outliers(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, lengths = opened(plain), torch.tensor([1.0, 90.0])
+    monkeypatch.setattr(type(loaded.tokens), "ids", lambda self, text, *, special: [])
+    usual = usual_length(loaded, LAYERS[-1], batch_tokens=512)
+    assert torch.equal(without_outliers(lengths, usual), lengths)
+
+
 def test_the_usual_length_is_that_of_words_behind_other_text(sunk: Path, plain: Path) -> None:
     """So the sink does not count, and another model's unit does: it is not a constant."""
     one, other = (usual_length(opened(folder), LAYERS[-1], batch_tokens=512) for folder in (sunk, plain))
