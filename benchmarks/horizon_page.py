@@ -185,11 +185,11 @@ of the papers or a topic; what was measured here follows.
 - *Outliers.* Four of the first 500 subjects ("rococo", "Crossfire", "Mount Foster", "Francisco Franco") end at the
   second or third token of their text, where this model's attention sink, the first token, still shows: ||h|| is 2.4
   to 5.5 times as large as behind other words, and for all others 0.8 to 1.3 times. A target may move by a share of
-  ||h||, so one of them was 0.40 of the energy of the second batch's update at layer 8. Since then the usual length
-  stands in for theirs. Without prefixes RLSEdit retains 0.96 of 400 edits in place of 0.94, and 0.90 of 800 in place
-  of 0.88; with one prefix 0.84 of 800 in place of 0.83, at R_n 1.25 in place of 1.33; MEMIT 0.61 in place of 0.57, at
-  R_n 1.22 in place of 1.30. The table of 800 edits has it; the streams of 400 are from before, but for the two rows
-  of the section that says so.
+  ||h||, so one of them was 0.40 of the energy of the second batch's update at layer 8. Now the usual length stands in
+  for theirs. Without prefixes RLSEdit retains 0.96 of 400 edits in place of 0.94, and 0.90 of 800 in place of 0.88;
+  with one prefix 0.84 of 800 in place of 0.83, at R_n 1.25 in place of 1.33; MEMIT 0.61 in place of 0.57, at R_n 1.22
+  in place of 1.30. The table of 800 edits has it; the streams of 400 are from before, but for the two rows of the
+  section that says so.
 - *Less weight of reference text.* A tenth of it (`mom2_update_weight` 150) writes 0.97 of the first batch and lets
   later ones add 0.02 at its recorded keys. Yet only 0.84 of 400 edits are retained with one prefix, since more is
   written in all, and the rest of it falls on the bare keys. Without prefixes a third of it (500) retains 0.87 of 800
