@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -296,14 +297,14 @@ def along(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "divergence on unrelated text (nats), what the first batch did not write at the last site, and what later"
     yield "ones added at its recorded keys over what it wrote."
     yield ""
-    lines = []
+    lines, kinds = [], Counter((row["edits"], row["batch"]) for row in rows)
     for row in rows:
         stream, ends = row["stream"], row["stream"]["quarters"]
         so_far = [*stream["accuracy"].values(), row["efficacy_accuracy"]]
         figures = (stream.get(name) for name in ALONG)
         lines.append(
             (
-                row["stack"],
+                row["stack"] if len(kinds) == 1 else f"{row['stack']}, {row['edits']} by {row['batch']}",
                 " / ".join(f"{value:.2f}" for value in so_far),
                 f"{ends[0]:.2f} / {ends[-1]:.2f}",
                 f"{stream['norms'][0]:.0f} / {stream['norms'][-1]:.0f}",
@@ -311,10 +312,12 @@ def along(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             )
         )
     yield from table(("stack", "accuracy", "quarters", "norm", *ALONG.values()), lines)
-    written = [row for row in rows if row["ratio"] > WROTE]
+    # Streams of other lengths or batches are no comparison.
+    most = kinds.most_common(1)[0][0]
+    written = [row for row in rows if row["ratio"] > WROTE and (row["edits"], row["batch"]) == most]
     ranked = [f"{text} {value:.2f}" for name, text in ALONG.items() if (value := likeness(written, name)) is not None]
     if ranked:
-        yield f"Rank correlation with accuracy over the {len(written)} stacks that wrote something:"
+        yield f"Rank correlation with accuracy over the {len(written)} stacks of {most[0]} that wrote something:"
         yield f"{', '.join(ranked)}."
 
 

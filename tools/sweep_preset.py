@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.stacks import StackBench
 from editcli.editing.session import generate_prefixes
+from editcli.editing.sinks import usual_length
 from editcli.editing.targets import optimise
 from editcli.models.loading import LoadedModel, open_model, resolve_model
 from editcli.plugin.manager import load_plugins
@@ -64,7 +65,9 @@ def layers(model: str | None, edits: int, seed: int, lr: float, clamp: float, st
     prefixes = generate_prefixes(loaded, options, seed=0)
     table = Table("layer", "mean loss", "share below 0.5")
     for layer in range(loaded.architecture.layers):
-        loss = optimise(loaded, requests, prefixes, layer, options, Silent()).loss
+        norm = loaded.architecture.mlp_norm(layer)
+        usual = usual_length(loaded, layer, batch_tokens=options.batch_tokens) if norm is None else None
+        loss = optimise(loaded, requests, prefixes, layer, options, Silent(), usual=usual).loss
         table.add_row(str(layer), f"{float(loss.mean()):.3f}", f"{float((loss < 0.5).float().mean()):.2f}")
     Console().print(table)
 

@@ -148,7 +148,7 @@ def optimise(
 
     ``sink`` says that the first token of a text is an attention sink: subjects there are steered behind the prefixes
     alone, see :mod:`editcli.editing.sinks`. ``usual`` is ||h|| of ordinary tokens, which stands in for the length of an
-    attention sink; None takes every length as it is. ``engine`` holds what several batches of the model share.
+    attention sink; None takes every length as it is, as behind a norm. ``engine`` holds what several batches share.
     """
     engine = engine or engine_for(loaded)
     groups = by_subject(requests) if options.merge else [[edit] for edit in range(len(requests))]
@@ -299,7 +299,7 @@ class _Optimiser:
         self.initial, self.written = self.steering.at_lookup()[first], self.steering.outputs[first]
         # With a norm between delta and the stream, delta is measured against the MLP's output, to which it is added.
         self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
-        if self.norm is None and usual is not None:
+        if usual is not None:
             self.length = without_outliers(self.length, usual)
         self.bound = self.length * (options.clamp if self.norm is None else options.norm_clamp)
         absolute = options.lr_kind == "absolute" and self.norm is None

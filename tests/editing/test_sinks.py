@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from editcli.editing.session import ModelSession
 from editcli.editing.sinks import first_is_sink, spread, usual_length, without_outliers
 from editcli.editing.targets import optimise
 from editcli.models.loading import LoadedModel, open_model, resolve_model
+from editcli.models.tokens import Encoded
 from editcli.reporting import Silent
 from editcli.requests.schema import EditRequest, from_record
 from editcli.settings.core import TargetOptions
@@ -157,16 +159,34 @@ def test_without_contexts_the_bare_text_is_all_there_is(sunk: Path) -> None:
     assert torch.equal(bare.values([FIRST]).target, expected.target)
 
 
-def test_a_target_in_a_sink_stays_as_near_as_that_of_an_ordinary_token(sunk: Path) -> None:
-    """Its h is long, which says nothing of how far it must move: clamp, rate and decay count the usual length."""
-    options = replace(OPTIONS, steps=20, lr=5.0, clamp=0.3)
-    bare = ModelSession(opened(sunk), LAYERS, options=options, prefixes=())
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"steps": 20, "lr": 5.0, "clamp": 0.3}, 0.3),
+        ({"steps": 2, "lr": 0.2, "lr_kind": "relative", "clamp": 9.0}, 0.2),
+    ],
+    ids=["clamp", "rate"],
+)
+def test_a_target_in_a_sink_moves_as_far_as_that_of_an_ordinary_token(
+    sunk: Path, options: dict[str, Any], share: float
+) -> None:
+    """Its h is long, which says nothing of how far it must move. Adam's first step is the rate in every coordinate."""
+    bare = ModelSession(opened(sunk), LAYERS, options=replace(OPTIONS, **options), prefixes=())
     usual = usual_length(bare.loaded, LAYERS[-1], batch_tokens=512)
     values = bare.values([FIRST, LONGER])
     moved, length = (values.target - values.initial).norm(dim=0), values.initial.norm(dim=0)
     assert float(length[0]) > 2 * usual > float(length[1])
-    assert float(moved[0]) == pytest.approx(0.3 * usual, rel=1e-3)
-    assert float(moved[1]) == pytest.approx(0.3 * float(length[1]), rel=1e-3)
+    assert float(moved[0]) == pytest.approx(share * usual, rel=1e-2)
+    assert float(moved[1]) == pytest.approx(share * float(length[1]), rel=1e-2)
+
+
+def test_the_decay_of_a_target_in_a_sink_counts_the_usual_length(sunk: Path) -> None:
+    """After one step delta is as long as the rate times ||h||, so the decay adds its weight times the rate."""
+    options, losses = replace(OPTIONS, steps=2, lr=0.2, lr_kind="relative", clamp=9.0, decay_kind="relative"), []
+    for decay in (0.0, 5.0):
+        bare = ModelSession(opened(sunk), LAYERS, options=replace(options, v_weight_decay=decay), prefixes=())
+        losses.append(bare.values([FIRST]).loss)
+    assert float(losses[1] - losses[0]) == pytest.approx(5.0 * 0.2, rel=2e-2)
 
 
 def test_the_usual_length_stands_in_for_outliers_alone() -> None:
@@ -177,8 +197,10 @@ def test_the_usual_length_stands_in_for_outliers_alone() -> None:
 def test_a_tokenizer_that_knows_none_of_the_words_has_no_outliers(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, lengths = opened(plain), torch.tensor([1.0, 90.0])
     monkeypatch.setattr(type(loaded.tokens), "ids", lambda self, text, *, special: [])
+    monkeypatch.setattr(type(loaded.tokens), "encode", lambda self, texts: [Encoded((), -1, range(0))])
     usual = usual_length(loaded, LAYERS[-1], batch_tokens=512)
     assert torch.equal(without_outliers(lengths, usual), lengths)
+    assert not first_is_sink(loaded, LAYERS, batch_tokens=512)
 
 
 def test_the_usual_length_is_that_of_words_behind_other_text(sunk: Path, plain: Path) -> None:
