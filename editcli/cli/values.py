@@ -17,6 +17,7 @@ from editcli.plugin.manager import Plugins, catalogue
 from editcli.plugin.options import describe
 from editcli.settings.core import CORE
 from editcli.settings.guards import BATCH_FIGURES, SITE_FIGURES
+from editcli.storage.opening import expanded
 
 Listed = Callable[[Plugins], Iterable[tuple[str, str]]]
 """Returns values, each with a line of help."""
@@ -92,7 +93,7 @@ def _models(plugins: Plugins) -> Iterator[tuple[str, str]]:
     """Yield the bundled model and the hub ids in the cache."""
     yield "bundled", "the small model that ships with editcli"
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    cache = expanded(os.environ.get("HF_HUB_CACHE") or home / "hub")
     for path in sorted(cache.glob("models--*")):
         yield path.name.removeprefix("models--").replace("--", "/"), "in the hub's cache"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from editcli.errors import FileError, OptionError
@@ -19,7 +18,7 @@ from editcli.evaluation.registry import differences
 from editcli.formatting import finite
 from editcli.records.decoding import UnreadableError, parse
 from editcli.settings.recipes import EvalRecipe
-from editcli.storage.opening import RECORD, read_bytes
+from editcli.storage.opening import RECORD, expanded, read_bytes
 
 
 def protocol_settings(recipe: EvalRecipe, evaluation: Evaluation) -> dict[str, Any]:
@@ -90,7 +89,7 @@ def read_earlier(file: str | None) -> Earlier | None:
     """Read an earlier ``eval --json``, or what ``--record`` kept; raise :class:`OptionError` where it is neither."""
     if file is None:
         return None
-    path = Path(file).expanduser()
+    path = expanded(file)
     try:
         figures = parse(read_bytes(path, RECORD))
     except FileError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from editcli.models.forward import chunks, positions
 from editcli.models.loading import bundled_folder
 from editcli.models.tokens import Encoded, Text, Tokens
 from editcli.reporting import Reporter, Silent
-from editcli.storage.opening import TEXT, read_text
+from editcli.storage.opening import TEXT, expanded, read_text
 
 if TYPE_CHECKING:
     from editcli.models.loading import LoadedModel
@@ -45,7 +44,7 @@ class Drift:
 
 def general_text(file: str | None) -> Iterator[str]:
     """Yield the paragraphs of the text to measure general ability on: a file's, or the bundled held-out text's."""
-    path = Path(file).expanduser() if file is not None else bundled_folder() / "heldout.txt"
+    path = expanded(file) if file is not None else bundled_folder() / "heldout.txt"
     try:
         content = read_text(path, TEXT)
     except (OSError, UnicodeDecodeError) as error:

@@ -27,6 +27,7 @@ from editcli.runs.output import needed_bytes, verify, write_model
 from editcli.runs.planning import check_disk
 from editcli.storage.checkpoint import Checkpoint
 from editcli.storage.folders import new_folder, refuse_taken
+from editcli.storage.opening import expanded
 
 
 def export(recipe: ExportRecipe, plugins: Plugins, reporter: Reporter | None = None) -> ExportReport:
@@ -215,7 +216,7 @@ def refuse_packed(checkpoint: Checkpoint, form: str) -> None:
 
 def _patch_folder(patch: str) -> Path:
     """Return the folder of a patch, fetched when it is a hub id."""
-    folder = Path(patch).expanduser()
+    folder = expanded(patch)
     if folder.exists() or "/" not in patch or patch.startswith((".", "/", "~")):
         return folder
     id, _, revision = patch.partition("@")

@@ -54,7 +54,7 @@ from editcli.storage.beside import check_small_files
 from editcli.storage.checkpoint import Checkpoint, file_digest, owned
 from editcli.storage.choice import has_safetensors, refuse_adapter
 from editcli.storage.gguf import SUFFIX
-from editcli.storage.opening import is_there
+from editcli.storage.opening import expanded, is_there
 from editcli.storage.pickles import convert_pickles, has_pickles
 
 BUNDLED = "bundled"
@@ -191,7 +191,7 @@ def resolve_model(
     if source is None or str(source) == BUNDLED:
         return ModelSource(BUNDLED, bundled_folder())
     name = str(source)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         refuse_adapter(folder)
         if not is_there(folder / "config.json"):

@@ -26,7 +26,7 @@ from typing import Any
 import tomli
 
 from editcli.errors import OptionError, near_miss
-from editcli.storage.opening import SETTINGS, read_bytes
+from editcli.storage.opening import SETTINGS, expanded, read_bytes
 
 TEXTS = ("name", "summary", "reference", "editor")
 FACTS = (*TEXTS, "stabilizers")
@@ -84,7 +84,7 @@ def parse_stack(text: str, *, origin: str, name: str = "") -> NamedStack:
 def read_stack(file: Path) -> NamedStack:
     """Read a stack from a file of the user's, which is called after its file where it gives itself no name."""
     try:
-        text = read_bytes(file.expanduser(), SETTINGS).decode("utf-8-sig")
+        text = read_bytes(expanded(file), SETTINGS).decode("utf-8-sig")
     except OSError as error:
         raise OptionError(f"the stack {file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:

@@ -13,7 +13,7 @@ from typing import Any
 import tomli
 
 from editcli.errors import OptionError, near_miss
-from editcli.storage.opening import SETTINGS, read_bytes
+from editcli.storage.opening import SETTINGS, expanded, read_bytes
 
 Settings = Mapping[str, Mapping[str, Any]]
 
@@ -168,7 +168,7 @@ def recorded_preset(given: str | Mapping[str, Any] | None) -> dict[str, Any] | N
 def read_preset(file: Path) -> Preset:
     """Read a preset file; raises :class:`OptionError` that names the file and the mistake."""
     try:
-        content = read_bytes(file.expanduser(), SETTINGS)
+        content = read_bytes(expanded(file), SETTINGS)
         record = tomli.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise OptionError(f"the preset {file} cannot be read: {error.strerror or error}") from error

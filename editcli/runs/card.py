@@ -15,7 +15,7 @@ from editcli.records.record import BaseRef, Provenance
 from editcli.reporting import RunReport
 from editcli.settings.recipe import Recipe
 from editcli.settings.setting import Setting, settings_of
-from editcli.storage.opening import CONFIG, check
+from editcli.storage.opening import CONFIG, check, expanded
 
 _FILES = ("edits", "stats", "corpus")
 _CARRIED = ("license", "license_name", "license_link", "language")
@@ -100,7 +100,7 @@ def file_name(text: str) -> str:
 
 
 def _without_folder(value: Any) -> Any:
-    return file_name(value) if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
+    return file_name(value) if isinstance(value, str) and expanded(value).is_absolute() else value
 
 
 def _is_public(value: Any) -> bool:

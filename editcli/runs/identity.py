@@ -13,7 +13,7 @@ from editcli.records.state import ReferenceSettings, StreamSettings
 from editcli.runs.planning import Planned
 from editcli.statistics.moments import SecondMoments
 from editcli.storage.checkpoint import file_digest, read_header
-from editcli.storage.opening import is_there
+from editcli.storage.opening import expanded, is_there
 
 
 def plan_parts(planned: Planned) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def stream_settings(
 
 def statistics_file(text: str) -> Path:
     """Return the file that ``--stats`` names; raise :class:`ModelError` when there is none that can be read."""
-    path = Path(text).expanduser()
+    path = expanded(text)
     if not is_there(path):
         raise ModelError(f"there is no statistics file {text}; make one with: editcli stats compute")
     # All of it is hashed later, which a file of terabytes must not get to.

@@ -20,7 +20,7 @@ from editcli.models.generate import continue_rows
 from editcli.models.loading import LoadedModel, bundled_folder
 from editcli.reporting import Reporter, Silent
 from editcli.storage.checkpoint import file_digest
-from editcli.storage.opening import CORPUS, is_there, open_regular
+from editcli.storage.opening import CORPUS, expanded, is_there, open_regular
 
 ENGLISH, SELF = "english", "self"
 _SELF_BATCH, _SELF_LENGTH = 32, 256
@@ -89,7 +89,7 @@ def open_corpus(
     if spec.startswith("hf:"):
         texts = _dataset_texts(spec)
         return Corpus(Path(spec).name, spec, lambda: _tokenised(loaded, texts, max_length))
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if not is_there(path):
         raise StatisticsError(
             f"there is no corpus file {spec}; pass a text or JSONL file, hf:ID, '{ENGLISH}' or '{SELF}'"

@@ -69,6 +69,11 @@ _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOE
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
+def expanded(path: Path | str) -> Path:
+    """Return a path with ``~`` and ``~USER`` replaced by a home; of a user who is not known it stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def open_regular(path: Path | str, kind: Kind, *, folder: Path | None = None) -> BinaryIO:
     """Open a regular file for reading its bytes; raise :class:`FileError` for anything else.
 

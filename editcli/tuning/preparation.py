@@ -21,7 +21,7 @@ from editcli.requests.schema import EditRequest
 from editcli.runs import planning
 from editcli.settings.recipes import TuneRecipe
 from editcli.storage.checkpoint import file_digest
-from editcli.storage.opening import is_there
+from editcli.storage.opening import expanded, is_there
 from editcli.tuning.probes import probe_edits
 from editcli.tuning.report import Split
 from editcli.tuning.space import SOURCE, Candidate, Space, build_space
@@ -207,7 +207,7 @@ def identity_of(recipe: TuneRecipe, bench: Workbench, space: Space, slices: Slic
         "reference text": bench.moments.corpus.identity,
         "seed": run.seed,
         "--kl-price": recipe.kl_price,
-        "--text": None if recipe.text is None else file_digest(Path(recipe.text).expanduser()),
+        "--text": None if recipe.text is None else file_digest(expanded(recipe.text)),
         "--stats": None if bench.moments.file is None else file_digest(bench.moments.file),
         "dtype": str(next(loaded.model.parameters()).dtype),
         _CHAT: None if conversation is None else conversation.identity,
