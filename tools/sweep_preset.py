@@ -65,8 +65,7 @@ def layers(model: str | None, edits: int, seed: int, lr: float, clamp: float, st
     prefixes = generate_prefixes(loaded, options, seed=0)
     table = Table("layer", "mean loss", "share below 0.5")
     for layer in range(loaded.architecture.layers):
-        norm = loaded.architecture.mlp_norm(layer)
-        usual = usual_length(loaded, layer, batch_tokens=options.batch_tokens) if norm is None else None
+        usual = usual_length(loaded, layer, batch_tokens=options.batch_tokens)
         loss = optimise(loaded, requests, prefixes, layer, options, Silent(), usual=usual).loss
         table.add_row(str(layer), f"{float(loss.mean()):.3f}", f"{float((loss < 0.5).float().mean()):.2f}")
     Console().print(table)

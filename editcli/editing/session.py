@@ -219,15 +219,9 @@ class ModelSession:
             self.reporter,
             label=label,
             sink=sink,
-            usual=self._usual_length(layer),
+            usual=usual_length(self.loaded, layer, batch_tokens=self.options.batch_tokens),
             engine=self.engine,
         )
-
-    def _usual_length(self, layer: int) -> float | None:
-        """Return ||h|| of ordinary tokens behind a layer; None where lengths are of what its MLP's norm is given."""
-        if self.loaded.architecture.mlp_norm(layer) is not None:
-            return None
-        return usual_length(self.loaded, layer, batch_tokens=self.options.batch_tokens)
 
     def gradients(
         self,

@@ -65,9 +65,10 @@ def first_is_sink(loaded: LoadedModel, layers: Sequence[int], *, batch_tokens: i
 def usual_length(loaded: LoadedModel, layer: int, *, batch_tokens: int) -> float:
     """Return ||h|| behind the block of ``layer`` at ordinary tokens: the median over words that are not first.
 
-    Infinity, so that no length is an outlier, where the model can read none of the words.
+    Infinity, so that no length is an outlier, where the model can read none of the words, and behind an MLP's norm,
+    where lengths are those of the MLP's output.
     """
-    rows = list(_words(loaded.tokens))
+    rows = list(_words(loaded.tokens)) if loaded.architecture.mlp_norm(layer) is None else []
     if not rows:
         return math.inf
     activations = Activations(loaded, batch_tokens=batch_tokens, reporter=Silent())

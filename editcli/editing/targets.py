@@ -28,6 +28,7 @@ tensor of a step, so their softmax overwrites them, and their gradient overwrite
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -141,14 +142,14 @@ def optimise(
     *,
     label: str = "Optimising targets",
     sink: bool = False,
-    usual: float | None = None,
+    usual: float = math.inf,
     engine: Engine | None = None,
 ) -> Values:
     """Return target values of ``requests`` at ``layer``, (d, n) each, float32.
 
     ``sink`` says that the first token of a text is an attention sink: subjects there are steered behind the prefixes
     alone, see :mod:`editcli.editing.sinks`. ``usual`` is ||h|| of ordinary tokens, which stands in for the length of an
-    attention sink; None takes every length as it is, as behind a norm. ``engine`` holds what several batches share.
+    attention sink; infinity takes every length as it is. ``engine`` holds what several batches share.
     """
     engine = engine or engine_for(loaded)
     groups = by_subject(requests) if options.merge else [[edit] for edit in range(len(requests))]
@@ -279,7 +280,7 @@ class _Optimiser:
         layer: int,
         options: TargetOptions,
         *,
-        usual: float | None = None,
+        usual: float,
     ):
         self.engine, self.options = engine, options
         loaded = engine.loaded
@@ -298,9 +299,8 @@ class _Optimiser:
         first = [sum(map(len, rows[:edit])) for edit in range(len(rows))]
         self.initial, self.written = self.steering.at_lookup()[first], self.steering.outputs[first]
         # With a norm between delta and the stream, delta is measured against the MLP's output, to which it is added.
-        self.length = (self.initial if self.norm is None else self.written).norm(dim=1)
-        if usual is not None:
-            self.length = without_outliers(self.length, usual)
+        length = (self.initial if self.norm is None else self.written).norm(dim=1)
+        self.length = without_outliers(length, usual)
         self.bound = self.length * (options.clamp if self.norm is None else options.norm_clamp)
         absolute = options.lr_kind == "absolute" and self.norm is None
         # Before a norm the length of the MLP's output is arbitrary, so steps are relative to it.
